@@ -1,0 +1,49 @@
+# Every target makes or completes .venv by itself; nothing has to be installed or activated by hand.
+#
+# To add a target: give its extras a name in pyproject.toml, pin what they bring in constraints.txt, and let the target
+# depend on their stamp. `make paper`, which needs the extras `test` and `docs`:
+#
+#     paper: $(VENV)/test.stamp $(VENV)/docs.stamp  ## Draw the figures
+#     	$(BIN)/python -m something
+#
+# Variables: PYTHON, the interpreter that .venv is made with; ARGS, handed on to the tool, as in `make test ARGS="-k kl_k3"`.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help check format test
+
+help:  ## List the targets
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+check: $(VENV)/test.stamp  ## Lint, formatting and strict types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/test.stamp  ## Mend what the linter and the formatter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(VENV)/test.stamp  ## The tests, and the code blocks of README.md and docs/
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --durations 5 $(ARGS)
+
+# torch comes first and alone, so that no other package's requirement chooses its build.
+$(VENV)/torch.stamp: constraints.txt
+	@echo "$(VENV): torch"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt torch
+	@touch $@
+
+# One stamp per set of extras: .venv/test.stamp stands for `pip install -e '.[test]'`.
+$(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
+	@echo "$(VENV): kdloss[$*]"
+	@$(PIP) install --constraint constraints.txt --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,101 @@
+"""Losses for on-policy distillation of language models, alone or joined with RL, on packed variable-length sequences.
+
+Every per-token tensor is at prediction positions: entry t speaks of the token after position t. Tensors are
+positional, everything else is keyword-only, and every public function states its expected gradient.
+"""
+
+from . import config as config
+from . import schedules as schedules
+from ._advantages import fold_kd_reward as fold_kd_reward
+from ._advantages import group_relative_advantages as group_relative_advantages
+from ._advantages import leave_one_out_advantages as leave_one_out_advantages
+from ._diagnostics import diagnostics as diagnostics
+from ._estimators import discounted_returns as discounted_returns
+from ._estimators import kl_k1 as kl_k1
+from ._estimators import kl_k2 as kl_k2
+from ._estimators import kl_k3 as kl_k3
+from ._estimators import reverse_kl_reward as reverse_kl_reward
+from ._linear import linear_token_logprobs as linear_token_logprobs
+from ._linear import linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy
+from ._logprobs import LogprobsAndEntropy as LogprobsAndEntropy
+from ._logprobs import token_logprobs as token_logprobs
+from ._logprobs import token_logprobs_and_entropy as token_logprobs_and_entropy
+from ._objectives import LossOutput as LossOutput
+from ._objectives import distillation_loss as distillation_loss
+from ._objectives import grpo_loss as grpo_loss
+from ._objectives import kdrl_loss as kdrl_loss
+from ._objectives import kdrl_token_loss as kdrl_token_loss
+from ._objectives import sft_loss as sft_loss
+from ._packing import broadcast_to_tokens as broadcast_to_tokens
+from ._packing import cu_seqlens_from_lengths as cu_seqlens_from_lengths
+from ._packing import next_token_labels as next_token_labels
+from ._packing import pack as pack
+from ._packing import response_mask as response_mask
+from ._packing import segment_ids as segment_ids
+from ._packing import segment_mean as segment_mean
+from ._packing import segment_sum as segment_sum
+from ._packing import to_prediction_positions as to_prediction_positions
+from ._packing import to_token_positions as to_token_positions
+from ._packing import unpack as unpack
+from ._reductions import sequence_mean as sequence_mean
+from ._reductions import token_mean as token_mean
+from ._surrogates import Surrogate as Surrogate
+from ._surrogates import cispo_surrogate as cispo_surrogate
+from ._surrogates import clipped_surrogate as clipped_surrogate
+from ._surrogates import importance_sampled_surrogate as importance_sampled_surrogate
+from ._surrogates import sapo_surrogate as sapo_surrogate
+from ._surrogates import sequence_clipped_surrogate as sequence_clipped_surrogate
+from ._weights import masked_importance_weights as masked_importance_weights
+from ._weights import sequence_importance_weights as sequence_importance_weights
+from ._weights import truncated_importance_weights as truncated_importance_weights
+from .config import KDRLConfig as KDRLConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KDRLConfig",
+    "LogprobsAndEntropy",
+    "LossOutput",
+    "Surrogate",
+    "broadcast_to_tokens",
+    "cispo_surrogate",
+    "clipped_surrogate",
+    "config",
+    "cu_seqlens_from_lengths",
+    "diagnostics",
+    "discounted_returns",
+    "distillation_loss",
+    "fold_kd_reward",
+    "group_relative_advantages",
+    "grpo_loss",
+    "importance_sampled_surrogate",
+    "kdrl_loss",
+    "kdrl_token_loss",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "leave_one_out_advantages",
+    "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy",
+    "masked_importance_weights",
+    "next_token_labels",
+    "pack",
+    "response_mask",
+    "reverse_kl_reward",
+    "sapo_surrogate",
+    "schedules",
+    "segment_ids",
+    "segment_mean",
+    "segment_sum",
+    "sequence_clipped_surrogate",
+    "sequence_importance_weights",
+    "sequence_mean",
+    "sft_loss",
+    "to_prediction_positions",
+    "to_token_positions",
+    "token_logprobs",
+    "token_logprobs_and_entropy",
+    "token_mean",
+    "truncated_importance_weights",
+    "unpack",
+]

@@ -1,0 +1,196 @@
+"""Argument checks: every error of the library names the argument, what was expected and what came.
+
+Shapes, dtypes, devices and Python numbers are metadata, so checking them never waits for a device. Checks that read
+*values* (`value_checks_allowed`) run on CPU tensors only, outside `torch.compile`; on other devices a bad value is
+poisoned with NaN by the function that would have used it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype to compute in: float64 where any input is float64, else float32 (half precision is widened)."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def accumulator_dtype(x: Tensor) -> torch.dtype:
+    """The dtype for long sums: float64, except on devices that lack it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def floating(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
+
+
+def integral(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+
+
+def boolean(**masks: Tensor | None) -> None:
+    for name, mask in masks.items():
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name} must be a torch.bool tensor, got {type(mask).__name__}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name} must be torch.bool, got {mask.dtype}; convert it with {name}.bool()")
+
+
+def same_shape(name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Every one of `others` has the shape and the device of `reference`, which is called `name` in the error."""
+    for other, x in others.items():
+        if x is None:
+            continue
+        if x.shape != reference.shape:
+            raise ValueError(f"{other} must match {name} {tuple(reference.shape)}, got {tuple(x.shape)}")
+        same_device(name, reference, **{other: x})
+
+
+def same_device(name: str, reference: Tensor, **others: Tensor | None) -> None:
+    for other, x in others.items():
+        if x is not None and x.device != reference.device:
+            raise ValueError(f"{other} must be on {name}'s device {reference.device}, got {x.device}")
+
+
+def per_token(name: str, reference: Tensor, *, loss_mask: Tensor, **others: Tensor | None) -> None:
+    """The usual set: floating per-token tensors of one shape, and a boolean mask of that shape."""
+    floating(**{name: reference}, **others)
+    boolean(loss_mask=loss_mask)
+    same_shape(name, reference, loss_mask=loss_mask, **others)
+
+
+def flat_stream(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.ndim != 1:
+            raise ValueError(
+                f"{name} must be a flat (T,) stream beside cu_seqlens, got {tuple(x.shape)}; "
+                "flatten a padded (B, L) tensor and pass cu_seqlens = arange(0, B*L + 1, L)"
+            )
+
+
+def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int) -> None:
+    """`cu_seqlens` is (B + 1,), starts at 0, never decreases and ends at `total_tokens`."""
+    integral(cu_seqlens=cu_seqlens)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be (B + 1,) with B >= 0, got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.shape[0] == 1 and total_tokens > 0:
+        raise ValueError(f"cu_seqlens has no sequence, but there are {total_tokens} tokens")
+    if not value_checks_allowed(cu_seqlens):
+        return
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
+    if cu_seqlens[-1] != total_tokens:
+        raise ValueError(f"cu_seqlens must end at the number of tokens {total_tokens}, got {int(cu_seqlens[-1])}")
+    if (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
+
+
+def positive(**numbers: float | None) -> None:
+    for name, x in numbers.items():
+        if x is None:
+            continue
+        _number(name, x)
+        if not x > 0:
+            raise ValueError(f"{name} must be > 0, got {x}")
+
+
+def non_negative(**numbers: float | None) -> None:
+    for name, x in numbers.items():
+        if x is None:
+            continue
+        _number(name, x)
+        if not x >= 0:
+            raise ValueError(f"{name} must be >= 0, got {x}")
+
+
+def finite(**numbers: float) -> None:
+    for name, x in numbers.items():
+        _number(name, x)
+        if not -math.inf < x < math.inf:
+            raise ValueError(f"{name} must be finite, got {x}")
+
+
+def weight(reference_name: str, reference: Tensor, **weights: float | Tensor) -> None:
+    """Loss weights: finite Python numbers, or floating tensors that are 0-dim or of the shape of `reference`."""
+    for name, x in weights.items():
+        if not isinstance(x, Tensor):
+            finite(**{name: x})
+            continue
+        floating(**{name: x})
+        if x.ndim > 0:
+            same_shape(reference_name, reference, **{name: x})
+
+
+def interval(minimum: tuple[str, float], maximum: tuple[str, float]) -> None:
+    """Two non-negative bounds, the lower not above the upper; each is (name, value)."""
+    non_negative(**dict([minimum]))
+    positive(**dict([maximum]))
+    if minimum[1] > maximum[1]:
+        raise ValueError(f"{minimum[0]} must not exceed {maximum[0]} = {maximum[1]}, got {minimum[1]}")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def normalizer(value: float | Tensor | None) -> None:
+    """A denominator: None, a finite Python number >= 0, or a tensor without dimensions."""
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(f"normalizer must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
+        return
+    finite(normalizer=value)
+    non_negative(normalizer=value)
+
+
+def no_reward_options(kd_discount: float, kd_reward_clip: float | None, kd_max_ratio: float | None) -> None:
+    """The literal joint form has no reward, so what shapes one is refused beside it."""
+    for name, value, off in (
+        ("kd_discount", kd_discount, 0),
+        ("kd_reward_clip", kd_reward_clip, None),
+        ("kd_max_ratio", kd_max_ratio, None),
+    ):
+        if value != off:
+            raise ValueError(f"{name} must be {off} with direct_penalty=True, which has no reward, got {value}")
+
+
+def no_group(group: object) -> None:
+    if group is not None:
+        raise NotImplementedError("group: sequences split across ranks are not supported yet; pass whole sequences")
+
+
+def value_checks_allowed(x: Tensor) -> bool:
+    """Whether reading the values of `x` is free of device syncs and graph breaks."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
+def warn(message: str) -> None:
+    """Warn the caller of the public function that calls this; silent inside `torch.compile`."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _number(name: str, x: object) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        hint = " (YAML reads 5e-3 as text: write 5.0e-3)" if isinstance(x, str) else ""
+        raise TypeError(f"{name} must be a Python number, got {type(x).__name__} {x!r}{hint}")

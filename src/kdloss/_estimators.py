@@ -1,0 +1,198 @@
+"""Per-token estimators of KL(q || p) on tokens sampled from the student q, and the reverse-KL reward.
+
+Which of them may be *descended*? With s = grad log q, tokens sampled from q, and for each next-token distribution:
+
+    k1 = log q - log p                E[grad k1] = E[s] = 0           the teacher drops out
+    k2 = (log q - log p)^2 / 2        E[grad k2] = grad KL(q || p)    on-policy only
+    k3 = p/q - 1 - log(p/q)           E[grad k3] = grad KL(p || q)    the *forward* KL
+    reward R = log p - log q, in -rho * sg(R)     = grad KL(q || p)   for any behaviour policy with importance ratio rho
+
+All four estimate KL(q || p) in value (the last one negated). Only k2 and the reward descend it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._packing import segment_ids
+
+
+def kl_k1(
+    logp: Tensor,  # (T,)
+    teacher_logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+) -> Tensor:  # (T,)
+    """k1 = log q - log p, the unbiased estimate of KL(q || p) in nats. For logging: its gradient holds no teacher.
+
+    Args:
+        logp: per-token log-probs under the student, any shape, nats. Differentiable.
+        teacher_logp: the same under the teacher, detached.
+        loss_mask: bool; untrained positions give 0 and no gradient, whatever they hold.
+
+    Returns:
+        The shape of `logp`, float32 for half-precision inputs.
+
+    Expected gradient:
+        Exactly zero on-policy, so a loss that descends k1 drifts by noise alone. With a local token count or a mean
+        over each sequence's own length it pushes on the length of the responses.
+
+    Raises:
+        TypeError: a log-prob is not floating-point, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ.
+
+    Source:
+        Schulman, "Approximating KL Divergence" (2020), k1.
+    """
+    return _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
+
+
+def kl_k2(
+    logp: Tensor,  # (T,)
+    teacher_logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+) -> Tensor:  # (T,)
+    """k2 = (log q - log p)^2 / 2, a biased, low-variance estimate of KL(q || p) whose gradient is right on-policy.
+
+    Args, shapes, masking and errors as in `kl_k1`.
+
+    Expected gradient:
+        grad KL(q || p) where tokens are sampled from q. Biased where they come from another policy: multiply by the
+        detached ratio, or use `importance_sampled_surrogate` on `reverse_kl_reward`, which is the same gradient.
+
+    Source:
+        Schulman, "Approximating KL Divergence" (2020), k2.
+    """
+    return 0.5 * _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp).square()
+
+
+def kl_k3(
+    logp: Tensor,  # (T,)
+    teacher_logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+) -> Tensor:  # (T,)
+    """k3 = p/q - 1 - log(p/q), an unbiased, non-negative estimate of KL(q || p) whose gradient is the *forward* KL's.
+
+    Args, shapes, masking and errors as in `kl_k1`.
+
+    Expected gradient:
+        grad KL(p || q) = q - p with respect to the logits, on-policy. Not the reverse KL.
+
+    Source:
+        Schulman, "Approximating KL Divergence" (2020), k3; GRPO (arXiv 2402.03300), eq. 4.
+    """
+    log_ratio = _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
+    # expm1 keeps the digits where p and q nearly agree
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def reverse_kl_reward(
+    logp: Tensor,  # (T,)
+    teacher_logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    clip: float | None = None,
+) -> Tensor:  # (T,)
+    """R = log p - log q, the per-token reward whose policy gradient is -grad KL(q || p). Detached.
+
+    Args:
+        logp: per-token log-probs under the student, any shape, nats.
+        teacher_logp: the same under the teacher.
+        loss_mask: bool; untrained positions give 0, whatever they hold.
+        clip: symmetric bound in nats, > 0: R is clamped to [-clip, clip]. None: no bound.
+
+    Returns:
+        The shape of `logp`, without gradient. A trained token that the teacher excludes (teacher_logp = -inf) has
+        reward -inf, or -clip.
+
+    Expected gradient:
+        None of its own; as the advantage of `importance_sampled_surrogate` it gives grad KL(q || p). A clip depends on
+        the sampled token and biases that by design.
+
+    Raises:
+        TypeError: a log-prob is not floating-point, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ, or `clip` is not > 0.
+
+    Source:
+        KDRL (arXiv 2506.02208), eq. 5: R_{i,t} = log pi_T(o_{i,t}) - log pi_theta(o_{i,t}).
+    """
+    _checks.positive(clip=clip)
+    reward = -_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp).detach()
+    return reward if clip is None else reward.clamp(-clip, clip)
+
+
+def discounted_returns(
+    rewards: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    cu_seqlens: Tensor,  # (B + 1,)
+    discount: float,
+) -> Tensor:  # (T,)
+    """Return-to-go over the trained tokens of each sequence: R_t = r_t + discount * R_{next trained token}. Detached.
+
+    Only trained tokens count a step, so a tool's output or a later prompt between two of them costs no discount.
+
+    Computed by a segmented doubling scan: ceil(log2 T) vector steps, exact to rounding at any T, where the difference
+    of two global cumulative sums loses digits and a Python loop waits for every token.
+
+    Args:
+        rewards: (T,) per-token rewards; what untrained positions hold leaves no trace.
+        loss_mask: (T,) bool.
+        cu_seqlens: (B + 1,).
+        discount: 0 .. 1. 0 returns the rewards themselves, 1 their sum to the end of the sequence.
+
+    Returns:
+        (T,) without gradient, 0 at untrained positions.
+
+    Expected gradient:
+        None of its own. As advantages of reverse-KL rewards, discount 0 gives the token-level reverse KL, and 1 the
+        gradient of the KL between whole sequences on-policy; in between, and off-policy with discount > 0, neither.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: shapes differ, the stream is not flat, `cu_seqlens` does not fit or `discount` is outside 0 .. 1.
+    """
+    _checks.per_token("rewards", rewards, loss_mask=loss_mask)
+    _checks.flat_stream(rewards=rewards)
+    _checks.non_negative(discount=discount)
+    if discount > 1:
+        raise ValueError(f"discount must be in 0 .. 1, got {discount}")
+    _checks.same_device("rewards", rewards, cu_seqlens=cu_seqlens)
+
+    total = rewards.shape[0]
+    ids = segment_ids(cu_seqlens, total_tokens=total)
+    returns = torch.where(loss_mask, rewards.detach().to(_checks.promoted_dtype(rewards)), 0)
+    if discount == 0:
+        return returns
+    # After k rounds returns[t] covers the 2^k positions from t on, and decay[t] is the discount across them.
+    decay = torch.where(loss_mask, torch.full_like(returns, discount), 1)
+    step = 1
+    while step < total:
+        same_sequence = ids[:-step] == ids[step:]
+        # where, not a product with 0: an infinite reward of the next sequence must not become NaN here
+        ahead = torch.where(same_sequence, decay[:-step] * returns[step:], 0)
+        returns = torch.cat([returns[:-step] + ahead, returns[-step:]])
+        decay = torch.cat([decay[:-step] * decay[step:], decay[-step:]])
+        step *= 2
+    return torch.where(loss_mask, returns, 0)
+
+
+def _log_ratio(
+    name: str,
+    logp: Tensor,
+    loss_mask: Tensor,
+    **other: Tensor | None,
+) -> Tensor:
+    """log q - log of the one policy in `other` (None: q itself, detached), 0 where untrained. Differentiable in `logp`.
+
+    The difference is taken in float32 or wider, and masked before any non-linearity can see it.
+    """
+    _checks.per_token(name, logp, loss_mask=loss_mask, **other)
+    (reference,) = other.values()
+    reference = logp if reference is None else reference
+    dtype = _checks.promoted_dtype(logp, reference)
+    return torch.where(loss_mask, logp.to(dtype) - reference.detach().to(dtype), 0)

@@ -1,0 +1,177 @@
+"""Log-probs of labels, and entropies, from logits.
+
+    z = softcap(logits) / temperature,   softcap(x) = c * tanh(x / c)
+    logp = z_label - logsumexp(z),       entropy = -sum_v p_v log p_v,   p = softmax(z)
+
+Everything is in float32, or float64 for float64 logits. Half-precision logits are widened before the subtraction: a
+log-prob rounded to bf16 is off by up to 3e-2 nats, which an importance ratio turns into 3 %.
+
+A label outside the vocabulary raises on the CPU; on other devices, and under `torch.compile`, its log-prob is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+IGNORE_INDEX = -100
+
+
+class LogprobsAndEntropy(NamedTuple):
+    """Log-probs of the labels and the entropy of the distribution they are read from, in nats. Both differentiable."""
+
+    logp: Tensor  # (...,) or (..., K), the shape of the labels
+    entropy: Tensor  # (...,)
+
+
+def token_logprobs(
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...,) or (..., K)
+    *,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    shard: object = None,
+    impl: str = "auto",
+) -> Tensor:  # (...,) or (..., K)
+    """Log-prob of each label under its row of logits: log softmax(z)[label], z = softcap(logits) / temperature.
+
+    Args:
+        logits: (..., V) of any floating dtype and strides. Differentiable.
+        labels: (...,) int64, or (..., K) for K labels a row; -100 is ignored.
+        temperature: > 0, a number or one value a row; applied after the softcap. It carries no gradient.
+        softcap: c > 0 of c * tanh(logits / c). None: none.
+        vocab_size: the true V, where the last columns are padding: they get no mass and no gradient.
+        shard: a vocabulary-sharded head. Not supported yet.
+        impl: "auto" | "torch" | "triton". The last is not supported yet.
+
+    Returns:
+        The shape of `labels`, nats, float32 for half-precision logits. 0 without gradient where the label is ignored,
+        whatever that row of logits holds; -inf where the label's logit is -inf.
+
+    Expected gradient:
+        That of log q(label): (onehot - softmax(z)) / temperature for the capped logits. Not a loss by itself.
+
+    Raises:
+        TypeError: `logits` is not floating-point, or `labels` not int64.
+        ValueError: shapes or devices disagree, an option is out of range, or (on the CPU) a label is outside the
+            vocabulary.
+        NotImplementedError: `shard` is given, or `impl` is "triton".
+    """
+    return token_logprobs_and_entropy(
+        logits,
+        labels,
+        temperature=temperature,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        shard=shard,
+        impl=impl,
+    ).logp
+
+
+def token_logprobs_and_entropy(
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...,) or (..., K)
+    *,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    shard: object = None,
+    impl: str = "auto",
+) -> LogprobsAndEntropy:
+    """`token_logprobs`, and the entropy -sum_v p_v log p_v of every row, p = softmax(softcap(logits) / temperature).
+
+    Args, errors and what carries gradient as in `token_logprobs`.
+
+    Returns:
+        `LogprobsAndEntropy(logp, entropy)`: `entropy` is (...,), nats, differentiable, and 0 without gradient on rows
+        that have no label but -100. Logits of -inf have no mass and take no part.
+
+    Expected gradient:
+        Those of log q(label) and of the entropy, exactly: the entropy is not an estimate.
+    """
+    check_options(shard=shard, impl=impl, softcap=softcap)
+    vocab_size = _check_logits(logits, labels, vocab_size)
+    temperature = _row_temperature(temperature, logits.shape[:-1], logits)
+    columns = labels.unsqueeze(-1) if labels.ndim < logits.ndim else labels  # (..., K)
+    ignored = columns == IGNORE_INDEX
+    unused = ignored.all(-1, keepdim=True)
+
+    z = logits[..., :vocab_size].to(_checks.promoted_dtype(logits))
+    z = z.masked_fill(unused, 0)  # before anything non-linear: an ignored row may hold NaN
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        z = z / torch.where(unused, 1, temperature.detach().to(z.dtype).unsqueeze(-1))
+    elif temperature != 1:
+        z = z / temperature
+    all_logp = torch.log_softmax(z, -1)
+
+    out_of_range = ~ignored & ((columns < 0) | (columns >= vocab_size))
+    logp = all_logp.gather(-1, columns.clamp(0, vocab_size - 1))
+    logp = torch.where(ignored, 0, logp).masked_fill(out_of_range, torch.nan)
+    # a mass of 0 adds 0 to the entropy: 0 * -inf would be NaN, in value and in gradient
+    entropy = -(all_logp.exp() * all_logp.masked_fill(all_logp == -torch.inf, 0)).sum(-1)
+    entropy = torch.where(unused.squeeze(-1), 0, entropy)
+    return LogprobsAndEntropy(logp.reshape(labels.shape), entropy)
+
+
+def check_options(*, shard: object, impl: str, softcap: float | None) -> None:
+    _checks.one_of("impl", impl, ("auto", "torch", "triton"))
+    _checks.positive(softcap=softcap)
+    if impl == "triton":
+        raise NotImplementedError('impl="triton" has no kernel yet; use "auto" or "torch"')
+    if shard is not None:
+        raise NotImplementedError("shard: vocabulary-sharded heads are not supported yet; gather the logits, pass None")
+
+
+def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int) -> None:
+    """Labels are int64, (*rows,) or (*rows, K), and -100 or inside the vocabulary."""
+    _checks.integral(labels=labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
+    if labels.shape != rows and (labels.ndim != len(rows) + 1 or labels.shape[:-1] != rows):
+        raise ValueError(f"labels must be {tuple(rows)} or {(*rows, 'K')}, got {tuple(labels.shape)}")
+    if _checks.value_checks_allowed(labels):
+        bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+        if bad.any():
+            raise ValueError(
+                f"labels must be {IGNORE_INDEX} (ignored) or in 0 .. {vocab_size - 1}, got {int(labels[bad][0])}"
+            )
+
+
+def check_vocab_size(vocab_size: int | None, rows: int) -> int:
+    """The true vocabulary: `vocab_size`, or all `rows` of the head."""
+    if vocab_size is None:
+        return rows
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= rows:
+        raise ValueError(f"vocab_size must be in 1 .. {rows}, the size of the vocabulary axis, got {vocab_size}")
+    return vocab_size
+
+
+def _check_logits(logits: Tensor, labels: Tensor, vocab_size: int | None) -> int:
+    _checks.floating(logits=logits)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
+    vocab_size = check_vocab_size(vocab_size, logits.shape[-1])
+    check_labels(labels, logits.shape[:-1], vocab_size)
+    _checks.same_device("logits", logits, labels=labels)
+    return vocab_size
+
+
+def _row_temperature(temperature: float | Tensor, rows: torch.Size, reference: Tensor) -> float | Tensor:
+    if not isinstance(temperature, Tensor):
+        _checks.positive(temperature=temperature)
+        _checks.finite(temperature=temperature)
+        return temperature
+    _checks.floating(temperature=temperature)
+    if temperature.ndim > 0 and temperature.shape != rows:
+        raise ValueError(f"temperature must be a number, 0-dim or {tuple(rows)}, got {tuple(temperature.shape)}")
+    _checks.same_device("logits", reference, temperature=temperature)
+    return temperature.expand(rows)

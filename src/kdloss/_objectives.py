@@ -1,0 +1,503 @@
+"""Scalar losses: forward KL (SFT), reverse KL on the student's own samples, GRPO, and KDRL, which joins the last two.
+
+There is one distillation gradient, whatever the RL weight: the importance-sampled surrogate on the reward
+R = log p - log q, whose expectation is grad KL(q || p). The literal joint form of some trainers, which descends
+log q - log p itself, has the value of the reverse KL and a gradient without the teacher; it is there for parity, as
+`kdrl_loss(direct_penalty=True)`, and says so when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._estimators import discounted_returns, kl_k1, reverse_kl_reward
+from ._reductions import sequence_mean, token_mean
+from ._surrogates import Surrogate, clipped_surrogate, importance_sampled_surrogate
+
+_DIRECT_PENALTY_WARNING = (
+    "direct_penalty=True descends logp - teacher_logp itself. Its value is the reverse KL, but the teacher is not in "
+    "its gradient: on-policy the expected gradient is zero (or a push on response length), so the student does not "
+    "learn from the teacher. Use it only to reproduce a trainer that does this; leave it out to distill."
+)
+
+
+class LossOutput(NamedTuple):
+    """A scalar loss and what is worth logging beside it. Only `loss` is attached."""
+
+    loss: Tensor  # () the number to descend: rl_loss_weight * rl + distill_loss_weight * kd
+    rl: Tensor  # () the RL term, reduced like the loss, before its weight
+    kd: Tensor  # () the distillation term, reduced like the loss, before its weight
+    reverse_kl: Tensor  # () logp - teacher_logp reduced like the loss, nats: an estimate of KL(student || teacher)
+    ratio: Tensor  # (T,) of the RL surrogate
+    clipped: Tensor  # (T,) bool, of the RL surrogate: where the clip stops the gradient
+    dual_clipped: Tensor  # (T,) bool, of the RL surrogate
+
+
+def sft_loss(
+    logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """Forward KL by maximum likelihood: -(sum over trained t of logp_t) / normalizer, on tokens the teacher wrote.
+
+    Args:
+        logp: per-token log-probs under the student, any shape, nats. Differentiable.
+        loss_mask: bool, the shape of `logp`.
+        normalizer: as in `token_mean`.
+
+    Returns:
+        `LossOutput` with loss = kd; `rl`, `reverse_kl`, `ratio` are 0.
+
+    Expected gradient:
+        grad KL(p || q) where tokens are sampled from the teacher p (the entropy of p is constant).
+
+    Raises:
+        TypeError: `logp` is not floating-point, or `loss_mask` is not bool.
+        ValueError: shapes differ, or `normalizer` is negative, not finite or not 0-dim.
+
+    Source:
+        KDRL (arXiv 2506.02208), eq. 2.
+    """
+    loss = -token_mean(logp, loss_mask=loss_mask, normalizer=normalizer)
+    zero = torch.zeros_like(loss)
+    return _output(loss, zero, loss, zero, _no_surrogate(logp))
+
+
+def grpo_loss(
+    logp: Tensor,  # (T,)
+    old_logp: Tensor | None,  # (T,)
+    advantages: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    prox_logp: Tensor | None = None,  # (T,)
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,  # (T,)
+    reduction: str = "token_mean",
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """GRPO: `clipped_surrogate` with the ratio exp(logp - prox_logp), reduced to a scalar.
+
+    Args:
+        logp: per-token log-probs under the student, any shape, nats. Differentiable.
+        old_logp: under the policy that sampled. None: on-policy, ratio 1.
+        advantages: per token, detached; `group_relative_advantages` through `broadcast_to_tokens`.
+        loss_mask: bool.
+        prox_logp: under the policy at the start of this update (decoupled PPO); the ratio is against it. None:
+            `old_logp`. What lies between the two is the business of `weights`.
+        clip_low, clip_high, dual_clip: as in `clipped_surrogate`.
+        weights: per-token factors of the loss, detached: one of the importance weights.
+        reduction: "token_mean" | "sequence_mean".
+        cu_seqlens: (B + 1,), for "sequence_mean".
+        normalizer: the denominator, in tokens or sequences by `reduction`. None: the local count.
+
+    Returns:
+        `LossOutput` with loss = rl; `kd` and `reverse_kl` are 0.
+
+    Expected gradient:
+        minus the policy gradient of E[A] at ratio 1 and a fixed token normalizer; clips and weights bias it by design
+        once the policy moves, a local count by O(1/B), and "sequence_mean" weights sequences by 1/|o|.
+
+    Raises:
+        TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ, a hyperparameter is out of range, or `cu_seqlens` is missing or does not
+            fit.
+
+    Source:
+        GRPO (arXiv 2402.03300), eq. 3; token mean: DAPO (arXiv 2503.14476), eq. 8; the decoupled ratio: Hilton et al.
+        (arXiv 2110.00641).
+    """
+    reduce = _Reduction(reduction, loss_mask, cu_seqlens, normalizer)
+    _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, prox_logp=prox_logp)
+    surrogate = clipped_surrogate(
+        logp,
+        old_logp if prox_logp is None else prox_logp,
+        advantages,
+        loss_mask=loss_mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        weights=weights,
+    )
+    loss = reduce(surrogate.loss)
+    zero = torch.zeros_like(loss)
+    return _output(loss, loss, zero, zero, surrogate)
+
+
+def distillation_loss(
+    logp: Tensor,  # (T,)
+    old_logp: Tensor | None,  # (T,)
+    teacher_logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    kd_mask: Tensor | None = None,  # (T,) bool
+    kd_discount: float = 0.0,
+    kd_reward_clip: float | None = None,
+    kd_max_ratio: float | None = None,
+    reduction: str = "token_mean",
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """On-policy distillation: loss_t = -rho_t * sg(R_t), rho = exp(logp - old_logp), R = teacher_logp - logp.
+
+    Args:
+        logp: per-token log-probs under the student, any shape, nats. Differentiable.
+        old_logp: under the policy that sampled. None: on-policy, ratio 1.
+        teacher_logp: under the teacher, of the same tokens at the same temperature.
+        loss_mask: bool.
+        kd_mask: bool, True where the teacher is listened to. It zeroes rewards (and their part of `reverse_kl`)
+            elsewhere, whatever `teacher_logp` holds there, and never changes a denominator. None: everywhere.
+        kd_discount: 0 .. 1; above 0 the reward is replaced by its `discounted_returns` (needs `cu_seqlens`).
+        kd_reward_clip: symmetric bound of R in nats, > 0.
+        kd_max_ratio: bound of the ratio, > 0, as `max_ratio` of `importance_sampled_surrogate`.
+        reduction: "token_mean" | "sequence_mean".
+        cu_seqlens: (B + 1,), for "sequence_mean" or a discount.
+        normalizer: the denominator, in tokens or sequences by `reduction`. None: the local count.
+
+    Returns:
+        `LossOutput` with loss = kd, the surrogate's value; `reverse_kl` is the number to watch. `rl`, `ratio` are 0.
+
+    Expected gradient:
+        grad KL(q || p) of every next-token distribution, at the prefixes that the sampling policy visits, for any such
+        policy and a fixed token normalizer. With kd_discount=1, on-policy: of the KL between whole sequences. Biased by
+        design: a discount off-policy or between 0 and 1, `kd_reward_clip`, `kd_max_ratio`, a `kd_mask` that depends on
+        the outcome; a local count by O(1/B); "sequence_mean" weights sequences by 1/|o|, the objective as KDRL writes
+        it.
+
+    Raises:
+        TypeError: a per-token tensor is not floating-point, or a mask is not bool.
+        ValueError: shapes or devices differ, a hyperparameter is out of range, or `cu_seqlens` is missing or does not
+            fit.
+
+    Source:
+        KDRL (arXiv 2506.02208), eqs. 4 and 5.
+    """
+    reduce = _Reduction(reduction, loss_mask, cu_seqlens, normalizer)
+    teacher_mask = _teacher_mask(logp, old_logp, teacher_logp, loss_mask, kd_mask)
+    returns = _kd_returns(
+        logp,
+        teacher_logp,
+        loss_mask=loss_mask,
+        teacher_mask=teacher_mask,
+        kd_discount=kd_discount,
+        kd_reward_clip=kd_reward_clip,
+        cu_seqlens=cu_seqlens,
+    )
+    surrogate = importance_sampled_surrogate(logp, old_logp, returns, loss_mask=loss_mask, max_ratio=kd_max_ratio)
+    loss = reduce(surrogate.loss)
+    reverse_kl = reduce(kl_k1(logp, teacher_logp, loss_mask=teacher_mask))
+    return _output(loss, torch.zeros_like(loss), loss, reverse_kl, _no_surrogate(logp))
+
+
+def kdrl_loss(
+    logp: Tensor,  # (T,)
+    old_logp: Tensor | None,  # (T,)
+    teacher_logp: Tensor | None,  # (T,)
+    advantages: Tensor | None,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    rl_loss_weight: float = 1.0,
+    distill_loss_weight: float | Tensor = 0.005,
+    prox_logp: Tensor | None = None,  # (T,)
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,  # (T,)
+    kd_mask: Tensor | None = None,  # (T,) bool
+    kd_discount: float = 0.0,
+    kd_reward_clip: float | None = None,
+    kd_max_ratio: float | None = None,
+    reduction: str = "token_mean",
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+    normalizer: float | Tensor | None = None,
+    direct_penalty: bool = False,
+) -> LossOutput:
+    """KDRL: rl_loss_weight * GRPO + distill_loss_weight * reverse KL, on the same samples.
+
+    `grpo_loss` and `distillation_loss` side by side, under one reduction; every keyword means what it means there.
+    The RL ratio is exp(logp - prox_logp), and `weights` act on the RL term only; the distillation ratio is always
+    exp(logp - old_logp).
+
+    Args:
+        logp, old_logp, teacher_logp, advantages, loss_mask: per token, as in the two. `advantages` may be None where
+            rl_loss_weight is 0, `teacher_logp` where distill_loss_weight is.
+        rl_loss_weight: Python number. 0 skips the term: pure distillation.
+        distill_loss_weight: Python number (0 skips the term), or a detached tensor, 0-dim or of the shape of `logp`
+            (several teachers). The default is the value of KDRL and of the trainers that follow it; there it was
+            tuned on a penalty without a teacher gradient, so expect to want another.
+        direct_penalty: descend logp - teacher_logp itself instead of the surrogate, at every RL weight. For parity
+            with trainers that do; warns.
+
+    Returns:
+        `LossOutput`. `loss = rl_loss_weight * rl + distill_loss_weight * kd` in value for a scalar weight. A term that
+        is skipped reports 0 in all its fields, and NaN in its inputs cannot leak.
+
+    Expected gradient:
+        rl_loss_weight * (that of `grpo_loss`) + distill_loss_weight * (that of `distillation_loss`). With
+        `direct_penalty` the second is 0 on-policy: the teacher is in the value only.
+
+    Raises:
+        TypeError: a per-token tensor is not floating-point, or a mask is not bool.
+        ValueError: shapes or devices differ, a hyperparameter is out of range, `cu_seqlens` is missing or does not
+            fit, or `direct_penalty` is combined with `kd_discount`, `kd_reward_clip` or `kd_max_ratio`.
+
+    Source:
+        KDRL (arXiv 2506.02208), eq. 8.
+    """
+    reduce = _Reduction(reduction, loss_mask, cu_seqlens, normalizer)
+    terms = _kdrl_terms(
+        logp,
+        old_logp,
+        teacher_logp,
+        advantages,
+        loss_mask=loss_mask,
+        rl_loss_weight=rl_loss_weight,
+        distill_loss_weight=distill_loss_weight,
+        prox_logp=prox_logp,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        weights=weights,
+        kd_mask=kd_mask,
+        kd_discount=kd_discount,
+        kd_reward_clip=kd_reward_clip,
+        kd_max_ratio=kd_max_ratio,
+        cu_seqlens=cu_seqlens,
+        direct_penalty=direct_penalty,
+    )
+    if direct_penalty:
+        _checks.warn(_DIRECT_PENALTY_WARNING)
+    # reduced before they are weighted, so that the identity between loss, rl and kd holds to the last bit
+    rl = reduce(terms.rl.loss)
+    kd = reduce(terms.kd)
+    weighted_kd = reduce(terms.weighted_kd) if isinstance(distill_loss_weight, Tensor) else distill_loss_weight * kd
+    return _output(rl_loss_weight * rl + weighted_kd, rl, kd, reduce(terms.reverse_kl), terms.rl)
+
+
+def kdrl_token_loss(
+    logp: Tensor,  # (T,)
+    old_logp: Tensor | None,  # (T,)
+    teacher_logp: Tensor | None,  # (T,)
+    advantages: Tensor | None,  # (T,)
+    *,
+    loss_mask: Tensor | None = None,  # (T,) bool
+    rl_loss_weight: float = 1.0,
+    distill_loss_weight: float | Tensor = 0.005,
+    prox_logp: Tensor | None = None,  # (T,)
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,  # (T,)
+    kd_mask: Tensor | None = None,  # (T,) bool
+    kd_reward_clip: float | None = None,
+    kd_max_ratio: float | None = None,
+    direct_penalty: bool = False,
+) -> Tensor:  # (T,)
+    """`kdrl_loss` before its reduction: rl_loss_weight * rl_t + distill_loss_weight * kd_t, elementwise.
+
+    For code that reduces by itself, and for losses that are fused into the head. Arguments, errors and the expected
+    gradient are those of `kdrl_loss` with kd_discount 0; `token_mean` of this is its `loss`.
+
+    Args:
+        loss_mask: None: every token is trained.
+
+    Returns:
+        The shape of `logp`, differentiable in it, 0 at untrained positions.
+    """
+    if loss_mask is None:
+        loss_mask = torch.ones_like(logp, dtype=torch.bool)
+    terms = _kdrl_terms(
+        logp,
+        old_logp,
+        teacher_logp,
+        advantages,
+        loss_mask=loss_mask,
+        rl_loss_weight=rl_loss_weight,
+        distill_loss_weight=distill_loss_weight,
+        prox_logp=prox_logp,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        weights=weights,
+        kd_mask=kd_mask,
+        kd_discount=0.0,
+        kd_reward_clip=kd_reward_clip,
+        kd_max_ratio=kd_max_ratio,
+        cu_seqlens=None,
+        direct_penalty=direct_penalty,
+    )
+    if direct_penalty:
+        _checks.warn(_DIRECT_PENALTY_WARNING)
+    return rl_loss_weight * terms.rl.loss + terms.weighted_kd
+
+
+class _Terms(NamedTuple):
+    rl: Surrogate
+    kd: Tensor  # (T,) attached where the weight is a number
+    weighted_kd: Tensor  # (T,) attached
+    reverse_kl: Tensor  # (T,)
+
+
+def _kdrl_terms(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    teacher_logp: Tensor | None,
+    advantages: Tensor | None,
+    *,
+    loss_mask: Tensor,
+    rl_loss_weight: float,
+    distill_loss_weight: float | Tensor,
+    prox_logp: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    weights: Tensor | None,
+    kd_mask: Tensor | None,
+    kd_discount: float,
+    kd_reward_clip: float | None,
+    kd_max_ratio: float | None,
+    cu_seqlens: Tensor | None,
+    direct_penalty: bool,
+) -> _Terms:
+    """The per-token terms of KDRL; a term of weight 0 is an attached zero that has read nothing."""
+    _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, prox_logp=prox_logp)
+    _checks.finite(rl_loss_weight=rl_loss_weight)
+    _checks.weight("logp", logp, distill_loss_weight=distill_loss_weight)
+    if direct_penalty:
+        _checks.no_reward_options(kd_discount, kd_reward_clip, kd_max_ratio)
+
+    nothing = _attached_zeros(logp)
+    if rl_loss_weight == 0:
+        rl = _no_surrogate(logp)._replace(loss=nothing)
+    elif advantages is None:
+        raise ValueError(f"advantages must be given where rl_loss_weight is not 0 (it is {rl_loss_weight})")
+    else:
+        rl = clipped_surrogate(
+            logp,
+            old_logp if prox_logp is None else prox_logp,
+            advantages,
+            loss_mask=loss_mask,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            weights=weights,
+        )
+
+    scalar_weight = None if isinstance(distill_loss_weight, Tensor) else distill_loss_weight
+    if scalar_weight == 0:
+        return _Terms(rl, nothing, nothing, nothing.detach())
+    if teacher_logp is None:
+        raise ValueError(f"teacher_logp must be given where distill_loss_weight is not 0 (it is {distill_loss_weight})")
+    teacher_mask = _teacher_mask(logp, old_logp, teacher_logp, loss_mask, kd_mask)
+    penalty = kl_k1(logp, teacher_logp, loss_mask=teacher_mask)
+    reverse_kl = penalty.detach()
+    if direct_penalty:
+        if isinstance(distill_loss_weight, Tensor):
+            weight = distill_loss_weight.detach().to(penalty.dtype)
+            return _Terms(rl, reverse_kl, weight * torch.where(weight == 0, 0, penalty), reverse_kl)
+        return _Terms(rl, penalty, distill_loss_weight * penalty, reverse_kl)
+
+    returns = _kd_returns(
+        logp,
+        teacher_logp,
+        loss_mask=loss_mask,
+        teacher_mask=teacher_mask,
+        kd_discount=kd_discount,
+        kd_reward_clip=kd_reward_clip,
+        cu_seqlens=cu_seqlens,
+    )
+    kd = importance_sampled_surrogate(logp, old_logp, returns, loss_mask=loss_mask, max_ratio=kd_max_ratio).loss
+    if isinstance(distill_loss_weight, Tensor):
+        # as weights of the surrogate, a weight of 0 silences an infinite reward as well
+        weighted_kd = importance_sampled_surrogate(
+            logp,
+            old_logp,
+            returns,
+            loss_mask=loss_mask,
+            max_ratio=kd_max_ratio,
+            weights=distill_loss_weight.expand_as(logp),
+        ).loss
+        return _Terms(rl, kd.detach(), weighted_kd, reverse_kl)
+    return _Terms(rl, kd, distill_loss_weight * kd, reverse_kl)
+
+
+def _kd_returns(
+    logp: Tensor,
+    teacher_logp: Tensor,
+    *,
+    loss_mask: Tensor,
+    teacher_mask: Tensor,
+    kd_discount: float,
+    kd_reward_clip: float | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """(T,) detached: the reverse-KL reward, or its discounted return-to-go."""
+    reward = reverse_kl_reward(logp, teacher_logp, loss_mask=teacher_mask, clip=kd_reward_clip)
+    _checks.non_negative(kd_discount=kd_discount)
+    if kd_discount > 1:
+        raise ValueError(f"kd_discount must be in 0 .. 1, got {kd_discount}")
+    if kd_discount == 0:
+        return reward
+    if cu_seqlens is None:
+        raise ValueError(f"cu_seqlens must be given where kd_discount is not 0 (it is {kd_discount})")
+    return discounted_returns(reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, discount=kd_discount)
+
+
+def _teacher_mask(
+    logp: Tensor, old_logp: Tensor | None, teacher_logp: Tensor, loss_mask: Tensor, kd_mask: Tensor | None
+) -> Tensor:
+    """Trained tokens at which the teacher is listened to."""
+    _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, teacher_logp=teacher_logp)
+    if kd_mask is None:
+        return loss_mask
+    _checks.boolean(kd_mask=kd_mask)
+    _checks.same_shape("logp", logp, kd_mask=kd_mask)
+    return loss_mask & kd_mask
+
+
+class _Reduction:
+    """`reduction` with its mask, sequences and denominator bound: per-token tensor -> scalar."""
+
+    def __init__(
+        self, reduction: str, loss_mask: Tensor, cu_seqlens: Tensor | None, normalizer: float | Tensor | None
+    ) -> None:
+        _checks.one_of("reduction", reduction, ("token_mean", "sequence_mean"))
+        if reduction == "sequence_mean" and cu_seqlens is None:
+            raise ValueError('cu_seqlens must be given where reduction="sequence_mean"')
+        self.reduction, self.loss_mask, self.cu_seqlens, self.normalizer = reduction, loss_mask, cu_seqlens, normalizer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.reduction == "token_mean":
+            return token_mean(x, loss_mask=self.loss_mask, normalizer=self.normalizer)
+        assert self.cu_seqlens is not None
+        return sequence_mean(x, loss_mask=self.loss_mask, cu_seqlens=self.cu_seqlens, normalizer=self.normalizer)
+
+
+def _output(loss: Tensor, rl: Tensor, kd: Tensor, reverse_kl: Tensor, surrogate: Surrogate) -> LossOutput:
+    return LossOutput(
+        loss,
+        rl.detach(),
+        kd.detach(),
+        reverse_kl.detach(),
+        surrogate.ratio,
+        surrogate.clipped,
+        surrogate.dual_clipped,
+    )
+
+
+def _no_surrogate(logp: Tensor) -> Surrogate:
+    zeros = torch.zeros_like(logp, dtype=_checks.promoted_dtype(logp), requires_grad=False)
+    never = torch.zeros_like(logp, dtype=torch.bool)
+    return Surrogate(zeros, zeros, never, never)
+
+
+def _attached_zeros(logp: Tensor) -> Tensor:
+    """Zeros that hang on `logp` without having read it, so that backward runs and nothing leaks."""
+    return torch.where(torch.zeros_like(logp, dtype=torch.bool), logp.to(_checks.promoted_dtype(logp)), 0)

@@ -1,0 +1,94 @@
+"""`KDRLConfig`: the hyperparameters of `kdrl_loss` as one frozen value, read from a YAML block."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from . import _checks
+
+# What a `teacher:` block holds beside the loss: keys of the engine that serves the teacher, in AReaL's names.
+_ENGINE_KEYS = frozenset(
+    """
+    archon attn_impl backend disable_dropout dtype enable_tree_training engine_type experiment_name fsdp
+    grad_reduce_dtype gradient_checkpointing init_from_scratch is_critic log_level lora_alpha lora_rank mb_spec
+    megatron offload optimizer optimizer_dtype pad_to_maximum path peft_type request_timeout rollout
+    scheduling_spec scheduling_strategy setup_timeout target_modules temperature train trial_name use_kernels
+    use_lora weight_update_mode
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class KDRLConfig:
+    """Keywords of `kdrl_loss` that are hyperparameters, with its defaults; tensors are passed beside it.
+
+        config = KDRLConfig.from_mapping(yaml_block["teacher"])
+        kdrl_loss(logp, old_logp, teacher_logp, advantages, loss_mask=loss_mask, **config.as_kwargs())
+
+    Every value is checked when the config is made, so a typo fails before the first rollout.
+
+    Raises:
+        TypeError: a value is not of its field's type (YAML reads `5e-3` as text: write `5.0e-3` or `0.005`).
+        ValueError: a value is out of range, or `direct_penalty` is combined with an option that it has no use for.
+    """
+
+    rl_loss_weight: float = 1.0
+    distill_loss_weight: float = 0.005
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kd_discount: float = 0.0
+    kd_reward_clip: float | None = None
+    kd_max_ratio: float | None = None
+    reduction: str = "token_mean"
+    direct_penalty: bool = False
+    ignored: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
+    """Keys of the block that belong to the engine that serves the teacher, as they were."""
+
+    def __post_init__(self) -> None:
+        _checks.finite(rl_loss_weight=self.rl_loss_weight, distill_loss_weight=self.distill_loss_weight)
+        _checks.non_negative(clip_low=self.clip_low, clip_high=self.clip_high, kd_discount=self.kd_discount)
+        _checks.positive(dual_clip=self.dual_clip, kd_reward_clip=self.kd_reward_clip, kd_max_ratio=self.kd_max_ratio)
+        if self.kd_discount > 1:
+            raise ValueError(f"kd_discount must be in 0 .. 1, got {self.kd_discount}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be > 1, got {self.dual_clip}")
+        _checks.one_of("reduction", self.reduction, ("token_mean", "sequence_mean"))
+        if not isinstance(self.direct_penalty, bool):
+            raise TypeError(f"direct_penalty must be true or false, got {self.direct_penalty!r}")
+        if self.direct_penalty:
+            _checks.no_reward_options(self.kd_discount, self.kd_reward_clip, self.kd_max_ratio)
+
+    @classmethod
+    def from_mapping(cls, block: Mapping[str, Any]) -> KDRLConfig:
+        """Read the inside of a `teacher:` block as it stands.
+
+        Args:
+            block: field names of this class, taken; engine keys (`backend`, `path`, `mb_spec`, ...), kept in
+                `ignored`.
+
+        Raises:
+            TypeError: `block` is not a mapping.
+            ValueError: a key is neither; the message names the nearest valid one.
+        """
+        if not isinstance(block, Mapping):
+            raise TypeError(f"block must be a mapping (the inside of `teacher:`), got {type(block).__name__}")
+        names = cls._hyperparameters()
+        for key in block:
+            if key in names or key in _ENGINE_KEYS:
+                continue
+            nearest = difflib.get_close_matches(str(key), [*names, *sorted(_ENGINE_KEYS)], n=1, cutoff=0.0)
+            raise ValueError(f"unknown key {key!r}; the nearest valid key is {nearest[0]!r}")
+        taken = {key: block[key] for key in block if key in names}
+        return cls(**taken, ignored={key: block[key] for key in block if key in _ENGINE_KEYS})
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of `kdrl_loss`, `ignored` left out."""
+        return {name: getattr(self, name) for name in self._hyperparameters()}
+
+    @classmethod
+    def _hyperparameters(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.name != "ignored"]

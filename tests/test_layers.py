@@ -1,0 +1,229 @@
+"""Holds the layers of `kdloss`: who may import whom, what `import kdloss` may load, and what is public."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kdloss
+
+PACKAGE = Path(kdloss.__file__).parent
+
+# A file imports only from files above it. A layer is a file or a folder; one that is not written yet is no error.
+LAYERS = (
+    "_checks",
+    "_distributed",
+    "_packing",
+    "_reductions",
+    "_triton",
+    "_logprobs",
+    "_linear",
+    "_divergences",
+    "_estimators",
+    "_advantages",
+    "_weights",
+    "_surrogates",
+    "_objectives",
+    "_diagnostics",
+    "schedules",
+    "config",
+    "testing",
+    "integrations",
+)
+
+# Users import these by name; `import kdloss` does not load them, and they may use the public names of `kdloss`.
+ON_REQUEST = ("testing", "integrations")
+
+# What may be imported at the top of a file; all else is imported where it is used, so that a trainer without a GPU,
+# without other trainers and without test tools can import the library.
+RUNTIME = {"kdloss", "torch", "numpy", "einops", *sys.stdlib_module_names}
+ALSO = {"kdloss._triton": {"triton"}, "kdloss.testing.strategies": {"hypothesis"}}
+
+LAZY_PACKAGES = ("triton", "transformers", "hypothesis", "pytest")
+
+
+def module_name(path: Path, package: Path) -> str:
+    """`kdloss.testing.reference` for .../kdloss/testing/reference.py."""
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def exists(module: str, package: Path) -> bool:
+    path = package.parent.joinpath(*module.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def top_level_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs on import: all but the bodies of functions and of `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            continue
+        yield node
+        yield from top_level_nodes(node)
+
+
+def imports(path: Path, package: Path, *, on_import_only: bool = False) -> set[str]:
+    """Absolute names of the modules that a file imports, wherever in the file the import stands."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    base = module_name(path, package).split(".")
+    if path.name != "__init__.py":
+        base = base[:-1]
+    found = set()
+    for node in top_level_nodes(tree) if on_import_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = base[: len(base) - node.level + 1] if node.level else []
+            module = ".".join(parent + (node.module.split(".") if node.module else []))
+            # `from . import _checks` names a module, `from ._checks import floating` what is in one.
+            for alias in node.names:
+                name = f"{module}.{alias.name}"
+                found.add(name if name.startswith("kdloss.") and exists(name, package) else module)
+    return found
+
+
+def layer(module: str) -> str:
+    """`_packing` for `kdloss._packing`, `testing` for `kdloss.testing.reference`, '' for `kdloss` itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def faults(package: Path) -> list[str]:
+    """Everything in a package that breaks the order of the layers, one sentence each."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        module = module_name(path, package)
+        here = layer(module)
+        if here == "":
+            found += [
+                f"kdloss/__init__.py imports {name}, which is loaded on request only"
+                for name in sorted(imports(path, package))
+                if layer(name) in (*ON_REQUEST, "_triton") and name.startswith("kdloss.")
+            ]
+            continue
+        if here not in LAYERS:
+            found.append(f"{module} is in no layer")
+            continue
+        also = set().union(*(names for prefix, names in ALSO.items() if module.startswith(prefix)))
+        for name in sorted(imports(path, package, on_import_only=True)):
+            if name.split(".")[0] not in RUNTIME | also or (layer(name) == "_triton" and here != "_triton"):
+                found.append(f"{module} imports {name} at its top, not where it is used")
+        for name in sorted(imports(path, package)):
+            if name.split(".")[0] != "kdloss":
+                continue
+            there = layer(name)
+            if there == "":
+                if here not in ON_REQUEST:
+                    found.append(f"{module} imports kdloss itself, which imports it")
+            elif there == here:
+                adapter = here == "integrations" and name.count(".") > 1
+                if adapter and not name.split(".")[2].startswith("_") and name != module:
+                    found.append(f"{module} imports {name}: adapters are leaves")
+            elif there not in LAYERS:
+                found.append(f"{module} imports {name}, which is in no layer")
+            elif LAYERS.index(there) > LAYERS.index(here):
+                found.append(f"{module} imports {name} from below")
+    return found
+
+
+def test_a_file_imports_only_from_files_above_it():
+    assert faults(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        ("_checks.py", "from ._packing import pack", "kdloss._checks imports kdloss._packing from below"),
+        ("_checks.py", "from . import _packing", "kdloss._checks imports kdloss._packing from below"),
+        ("_checks.py", "def f():\n    import kdloss._packing", "kdloss._checks imports kdloss._packing from below"),
+        ("_packing.py", "from kdloss import pack", "kdloss._packing imports kdloss itself, which imports it"),
+        ("_packing.py", "from ._unknown import x", "kdloss._packing imports kdloss._unknown, which is in no layer"),
+        ("_unknown.py", "", "kdloss._unknown is in no layer"),
+        (
+            "_logprobs.py",
+            "from ._triton import rows",
+            "kdloss._logprobs imports kdloss._triton.rows at its top, not where it is used",
+        ),
+        ("_linear.py", "import triton", "kdloss._linear imports triton at its top, not where it is used"),
+        (
+            "config.py",
+            "try:\n    import omegaconf\nexcept ImportError:\n    pass",
+            "kdloss.config imports omegaconf at its top, not where it is used",
+        ),
+        (
+            "integrations/trl.py",
+            "from .verl import f",
+            "kdloss.integrations.trl imports kdloss.integrations.verl: adapters are leaves",
+        ),
+        (
+            "__init__.py",
+            "from . import testing",
+            "kdloss/__init__.py imports kdloss.testing, which is loaded on request only",
+        ),
+    ],
+)
+def test_an_injected_fault_is_found(tmp_path, file, line, fault):
+    package = tmp_path / "kdloss"
+    for name in ("__init__.py", "_packing.py", "_triton/rows.py", "integrations/verl.py", "testing/__init__.py", file):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).touch()
+    (package / file).write_text(line)
+    assert faults(package) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("_logprobs.py", "def f():\n    from ._triton import rows"),
+        ("_reductions.py", "from . import _checks\nfrom ._packing import pack"),
+        ("testing/tree.py", "import kdloss\nfrom ..schedules import cosine\nfrom .reference import pack"),
+        ("integrations/trl.py", "from kdloss import kdrl_loss\nfrom ._layout import rows"),
+        ("_triton/rows.py", "import triton"),
+        ("_checks.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import triton"),
+    ],
+)
+def test_an_allowed_import_is_no_fault(tmp_path, file, line):
+    package = tmp_path / "kdloss"
+    for name in ("__init__.py", "_checks.py", "_packing.py", "_triton/rows.py", "integrations/_layout.py", file):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).touch()
+    (package / file).write_text(line)
+    assert faults(package) == []
+
+
+def test_the_oracles_know_neither_torch_nor_the_code_that_they_judge():
+    for path in (PACKAGE / "testing").glob("*reference*.py"):
+        for name in imports(path, PACKAGE):
+            assert name.split(".")[0] != "torch", f"{path.name} imports torch"
+            assert not name.startswith("kdloss") or "reference" in name, f"{path.name} imports {name}"
+
+
+def test_import_loads_no_optional_package():
+    # A user's `import kdloss` is silent, too.
+    strict = r"import warnings; warnings.filterwarnings('error', module=r'kdloss(\.|$)')"
+    code = f"{strict}; import sys, kdloss; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+    modules = loaded.stdout.split()
+    assert "kdloss" in modules
+    assert [name for name in modules if name.split(".")[0] in LAZY_PACKAGES] == []
+    assert [name for name in modules if name.startswith(tuple(f"kdloss.{x}" for x in (*ON_REQUEST, "_triton")))] == []
+
+
+def test_all_lists_exactly_the_reexported_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    reexports = []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "kdloss"):
+            for alias in node.names:
+                assert alias.asname == alias.name, f"line {node.lineno}: write `{alias.name} as {alias.name}`"
+                reexports.append(alias.name)
+    assert sorted(reexports) == sorted(kdloss.__all__)
+    assert len(set(kdloss.__all__)) == len(kdloss.__all__)
+    assert [name for name in kdloss.__all__ if name.startswith("_") or not hasattr(kdloss, name)] == []
