@@ -72,7 +72,7 @@ def leave_one_out_advantages(
         That of the expected reward, exactly: the baseline does not depend on the response that it is taken from.
 
     Source:
-        RLOO (arXiv 2402.14740), eq. 6.
+        RLOO (arXiv 2402.14740).
     """
     groups = _Groups(rewards, group_size, group_ids)
     # r_i - (S - r_i)/(n - 1) = (r_i - S/n) * n/(n - 1)

@@ -118,7 +118,7 @@ def reverse_kl_reward(
         ValueError: shapes or devices differ, or `clip` is not > 0.
 
     Source:
-        KDRL (arXiv 2506.02208), eq. 5: R_{i,t} = log pi_T(o_{i,t}) - log pi_theta(o_{i,t}).
+        KDRL (arXiv 2506.02208), the reward of J_RKL: R_{i,t} = log pi_T(o_{i,t}) - log pi_theta(o_{i,t}).
     """
     _checks.positive(clip=clip)
     reward = -_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp).detach()

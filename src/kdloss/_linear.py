@@ -111,13 +111,11 @@ def linear_token_logprobs_and_entropy(
         `LogprobsAndEntropy(logp, entropy)`; `entropy` is (T,), nats, differentiable, 0 at untrained tokens.
     """
     check_options(shard=shard, impl=impl, softcap=softcap)
-    vocab_size = _check_head(hidden, weight, labels, bias, logit_scale, vocab_size)
     shape = hidden.shape[:-1]
-    if loss_mask is not None:
-        _checks.boolean(loss_mask=loss_mask)
-        if loss_mask.shape != shape:
-            raise ValueError(f"loss_mask must match the rows of hidden {tuple(shape)}, got {tuple(loss_mask.shape)}")
-        _checks.same_device("hidden", hidden, loss_mask=loss_mask)
+    _checks.boolean(loss_mask=loss_mask)
+    if loss_mask is not None and loss_mask.shape != shape:
+        raise ValueError(f"loss_mask must match the rows of hidden {tuple(shape)}, got {tuple(loss_mask.shape)}")
+    vocab_size = _check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         if temperature.shape != shape:
             raise ValueError(f"temperature must be a number, 0-dim or {tuple(shape)}, got {tuple(temperature.shape)}")
@@ -125,7 +123,7 @@ def linear_token_logprobs_and_entropy(
 
     hidden = hidden.flatten(0, -2) if hidden.ndim != 2 else hidden
     total = hidden.shape[0]
-    columns = labels.reshape(total, -1)  # (T, K)
+    columns = labels.reshape(total, labels.shape[-1] if labels.ndim > len(shape) else 1)  # (T, K)
     labelled = (columns != IGNORE_INDEX).any(-1)
     trained = labelled if loss_mask is None else labelled & loss_mask.flatten()
 
@@ -183,7 +181,13 @@ def _select_rows(trained: Tensor, max_trained_tokens: int | None) -> _Rows:
 
 
 def _check_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float, vocab_size: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float,
+    vocab_size: int | None,
 ) -> int:
     _checks.floating(hidden=hidden, weight=weight, bias=bias)
     _checks.finite(logit_scale=logit_scale)
@@ -194,6 +198,6 @@ def _check_head(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must match the rows of weight ({weight.shape[0]},), got {tuple(bias.shape)}")
     vocab_size = check_vocab_size(vocab_size, weight.shape[0])
-    check_labels(labels, hidden.shape[:-1], vocab_size)
-    _checks.same_device("hidden", hidden, weight=weight, bias=bias, labels=labels)
+    check_labels(labels, hidden.shape[:-1], vocab_size, loss_mask=loss_mask)
+    _checks.same_device("hidden", hidden, weight=weight, bias=bias, labels=labels, loss_mask=loss_mask)
     return vocab_size

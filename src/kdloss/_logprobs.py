@@ -129,8 +129,8 @@ def check_options(*, shard: object, impl: str, softcap: float | None) -> None:
         raise NotImplementedError("shard: vocabulary-sharded heads are not supported yet; gather the logits, pass None")
 
 
-def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int) -> None:
-    """Labels are int64, (*rows,) or (*rows, K), and -100 or inside the vocabulary."""
+def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask: Tensor | None = None) -> None:
+    """Labels are int64, (*rows,) or (*rows, K), and -100 or inside the vocabulary wherever they are trained on."""
     _checks.integral(labels=labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
@@ -138,6 +138,8 @@ def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int) -> None:
         raise ValueError(f"labels must be {tuple(rows)} or {(*rows, 'K')}, got {tuple(labels.shape)}")
     if _checks.value_checks_allowed(labels):
         bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+        if loss_mask is not None:
+            bad &= loss_mask.reshape(loss_mask.shape + (1,) * (labels.ndim - loss_mask.ndim))
         if bad.any():
             raise ValueError(
                 f"labels must be {IGNORE_INDEX} (ignored) or in 0 .. {vocab_size - 1}, got {int(labels[bad][0])}"

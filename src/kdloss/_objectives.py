@@ -61,7 +61,7 @@ def sft_loss(
         ValueError: shapes differ, or `normalizer` is negative, not finite or not 0-dim.
 
     Source:
-        KDRL (arXiv 2506.02208), eq. 2.
+        KDRL (arXiv 2506.02208), the SFT objective.
     """
     loss = -token_mean(logp, loss_mask=loss_mask, normalizer=normalizer)
     zero = torch.zeros_like(loss)
@@ -177,7 +177,7 @@ def distillation_loss(
             fit.
 
     Source:
-        KDRL (arXiv 2506.02208), eqs. 4 and 5.
+        KDRL (arXiv 2506.02208), J_RKL.
     """
     reduce = _Reduction(reduction, loss_mask, cu_seqlens, normalizer)
     teacher_mask = _teacher_mask(logp, old_logp, teacher_logp, loss_mask, kd_mask)

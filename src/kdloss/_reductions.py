@@ -57,7 +57,7 @@ def sequence_mean(
     normalizer: float | Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:  # ()
-    """Mean over sequences of the mean over their trained tokens (the 1/G sum 1/|o| sum of GRPO and of KDRL's eq. 5).
+    """Mean over sequences of the mean over their trained tokens (the 1/G sum 1/|o| sum of GRPO and of KDRL's J_RKL).
 
     (1 / normalizer) * sum over b of (1 / |o_b|) * sum over trained t of sequence b of x_t
 

@@ -68,7 +68,7 @@ def importance_sampled_surrogate(
         ValueError: shapes or devices differ, or `max_ratio` is not > 0.
 
     Source:
-        KDRL (arXiv 2506.02208), eq. 5, with A = R; the bound: CISPO (arXiv 2506.13585), eq. 4.
+        KDRL (arXiv 2506.02208), J_RKL, with A = R; the bound: CISPO (arXiv 2506.13585).
     """
     _checks.positive(max_ratio=max_ratio)
     log_ratio, ratio, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
@@ -115,7 +115,7 @@ def clipped_surrogate(
 
     Source:
         PPO (arXiv 1707.06347), eq. 7; asymmetric bounds: DAPO (arXiv 2503.14476), eq. 10; dual clip: Ye et al.
-        (arXiv 1912.09729), eq. 5.
+        (arXiv 1912.09729).
     """
     _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
     if dual_clip is not None:
@@ -212,7 +212,7 @@ def cispo_surrogate(
         TypeError, ValueError: as `clipped_surrogate`.
 
     Source:
-        MiniMax-M1 (arXiv 2506.13585), eqs. 4 and 5.
+        MiniMax-M1 (arXiv 2506.13585), eq. 4.
     """
     _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
     _, ratio, _, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
@@ -252,7 +252,7 @@ def sapo_surrogate(
         TypeError, ValueError: as `importance_sampled_surrogate`; also where a tau is not > 0.
 
     Source:
-        SAPO (arXiv 2511.20347), eqs. 5 and 6.
+        SAPO (arXiv 2511.20347).
     """
     _checks.positive(tau_positive=tau_positive, tau_negative=tau_negative)
     log_ratio, ratio, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
