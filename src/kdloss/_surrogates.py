@@ -1,7 +1,7 @@
 """Per-token policy-gradient losses: what is descended so that log-probs rise where advantages are positive.
 
-With the ratio rho_t = exp(logp_t - old_logp_t), a detached advantage A_t and a detached weight w_t, each function is the
-equation in its docstring, token by token. Reduce with `token_mean` or `sequence_mean`.
+With the ratio rho_t = exp(logp_t - old_logp_t), a detached advantage A_t and a detached weight w_t, each function is
+the equation in its docstring, token by token. Reduce with `token_mean` or `sequence_mean`.
 
 An infinite ratio at a token whose w_t * A_t is 0, or whose gradient the clip stops, leaves 0 and the bound, not NaN.
 """

@@ -11,7 +11,44 @@ from . import _checks
 
 # What a `teacher:` block holds beside the loss: keys of the engine that serves the teacher, in AReaL's names.
 _ENGINE_KEYS = frozenset(
-    ["archon", "attn_impl", "backend", "disable_dropout", "dtype", "enable_tree_training", "engine_type", "experiment_name", "fsdp", "grad_reduce_dtype", "gradient_checkpointing", "init_from_scratch", "is_critic", "log_level", "lora_alpha", "lora_rank", "mb_spec", "megatron", "offload", "optimizer", "optimizer_dtype", "pad_to_maximum", "path", "peft_type", "request_timeout", "rollout", "scheduling_spec", "scheduling_strategy", "setup_timeout", "target_modules", "temperature", "train", "trial_name", "use_kernels", "use_lora", "weight_update_mode"]
+    {
+        "archon",
+        "attn_impl",
+        "backend",
+        "disable_dropout",
+        "dtype",
+        "enable_tree_training",
+        "engine_type",
+        "experiment_name",
+        "fsdp",
+        "grad_reduce_dtype",
+        "gradient_checkpointing",
+        "init_from_scratch",
+        "is_critic",
+        "log_level",
+        "lora_alpha",
+        "lora_rank",
+        "mb_spec",
+        "megatron",
+        "offload",
+        "optimizer",
+        "optimizer_dtype",
+        "pad_to_maximum",
+        "path",
+        "peft_type",
+        "request_timeout",
+        "rollout",
+        "scheduling_spec",
+        "scheduling_strategy",
+        "setup_timeout",
+        "target_modules",
+        "temperature",
+        "train",
+        "trial_name",
+        "use_kernels",
+        "use_lora",
+        "weight_update_mode",
+    }
 )
 
 

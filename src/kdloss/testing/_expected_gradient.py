@@ -96,5 +96,5 @@ def call_by_name(loss: Callable[..., Any], batch: TokenBatch, normalizer: float 
 def _gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
     if not scalar.requires_grad:  # a loss that holds nothing of the student has no gradient
         return torch.zeros_like(tree.student)
-    (gradient,) = torch.autograd.grad(scalar, tree.student, allow_unused=True)
-    return torch.zeros_like(tree.student) if gradient is None else gradient
+    (gradient,) = torch.autograd.grad(scalar, tree.student, allow_unused=True, materialize_grads=True)
+    return gradient

@@ -19,7 +19,7 @@ from kdloss._packing import broadcast_to_tokens, cu_seqlens_from_lengths
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences of a tree packed into one stream, at prediction positions. Field names are the library's argument names."""
+    """Sequences of a tree packed into one stream; fields are named as the library's arguments are."""
 
     logits: Tensor  # (T, V) of the student, attached to its parameters
     labels: Tensor  # (T,) int64, -100 where nothing is trained
