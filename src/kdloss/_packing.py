@@ -350,7 +350,8 @@ def _like(mask: Tensor, x: Tensor) -> Tensor:
 
 def _poison(x: Tensor, fits: Tensor) -> Tensor:
     """NaN throughout where `fits` is False; integers and booleans, which have no NaN, become 0."""
-    return torch.where(fits, x, torch.nan if x.dtype.is_floating_point else 0)
+    # a 0-dim tensor of the same dtype: beside a bare number, booleans would become integers
+    return torch.where(fits, x, x.new_full((), torch.nan if x.dtype.is_floating_point else 0))
 
 
 def _poison_floating(x: Tensor, fits: Tensor) -> Tensor:

@@ -117,7 +117,9 @@ class Audit:
             if any(name in _LENGTHS for name in fit.coefficients):
                 said.append(f"{where} it pushes for {'longer' if fit.length_drift > 0 else 'shorter'} responses")
             if fit.ambiguous:
-                said.append(f"{where} this is one reading of several: on this tree {', '.join(fit.ambiguous)} are dependent")
+                said.append(
+                    f"{where} this is one reading of several: on this tree {', '.join(fit.ambiguous)} are dependent"
+                )
         return tuple(said)
 
     def __str__(self) -> str:

@@ -90,8 +90,10 @@ class SequenceTree:
         shape = (len(self.prefixes), vocab_size)
 
         def policy(name: str, given: Tensor | None) -> Tensor:
+            # drawn even where it is given, so that giving one policy leaves the others as they were
+            drawn = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
             if given is None:
-                return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+                return drawn
             if given.shape != shape:
                 raise ValueError(f"{name} must be one row of logits per prefix {shape}, got {tuple(given.shape)}")
             return given.detach().to(torch.float64).clone()
@@ -99,8 +101,8 @@ class SequenceTree:
         self.student = policy("student", student).requires_grad_()
         self.teacher = policy("teacher", teacher)
         self.behaviour = policy("behaviour", behaviour)
-        if rewards is None:
-            rewards = torch.randn(len(self.sequences), generator=generator, dtype=torch.float64)
+        drawn_rewards = torch.randn(len(self.sequences), generator=generator, dtype=torch.float64)
+        rewards = drawn_rewards if rewards is None else rewards
         if rewards.shape != (len(self.sequences),):
             raise ValueError(f"rewards must be one a sequence ({len(self.sequences)},), got {tuple(rewards.shape)}")
         self.rewards = rewards.to(torch.float64)
