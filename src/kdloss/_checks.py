@@ -25,6 +25,13 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+def required(**tensors: Tensor | None) -> None:
+    """Arguments that have no default meaning: a None that slipped in must not pass for one that has."""
+    for name, x in tensors.items():
+        if x is None:
+            raise TypeError(f"{name} must be a tensor, got None")
+
+
 def floating(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None:
@@ -71,6 +78,7 @@ def same_device(name: str, reference: Tensor, **others: Tensor | None) -> None:
 
 def per_token(name: str, reference: Tensor, *, loss_mask: Tensor, **others: Tensor | None) -> None:
     """The usual set: floating per-token tensors of one shape, and a boolean mask of that shape."""
+    required(**{name: reference}, loss_mask=loss_mask)
     floating(**{name: reference}, **others)
     boolean(loss_mask=loss_mask)
     same_shape(name, reference, loss_mask=loss_mask, **others)

@@ -46,7 +46,7 @@ def kl_k1(
     Source:
         Schulman, "Approximating KL Divergence" (2020), k1.
     """
-    return _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
+    return _teacher_log_ratio(logp, teacher_logp, loss_mask)
 
 
 def kl_k2(
@@ -66,7 +66,7 @@ def kl_k2(
     Source:
         Schulman, "Approximating KL Divergence" (2020), k2.
     """
-    return 0.5 * _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp).square()
+    return 0.5 * _teacher_log_ratio(logp, teacher_logp, loss_mask).square()
 
 
 def kl_k3(
@@ -85,7 +85,7 @@ def kl_k3(
     Source:
         Schulman, "Approximating KL Divergence" (2020), k3; GRPO (arXiv 2402.03300), eq. 4.
     """
-    log_ratio = _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
+    log_ratio = _teacher_log_ratio(logp, teacher_logp, loss_mask)
     # expm1 keeps the digits where p and q nearly agree
     return torch.expm1(-log_ratio) + log_ratio
 
@@ -121,7 +121,7 @@ def reverse_kl_reward(
         KDRL (arXiv 2506.02208), the reward of J_RKL: R_{i,t} = log pi_T(o_{i,t}) - log pi_theta(o_{i,t}).
     """
     _checks.positive(clip=clip)
-    reward = -_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp).detach()
+    reward = -_teacher_log_ratio(logp, teacher_logp, loss_mask).detach()
     return reward if clip is None else reward.clamp(-clip, clip)
 
 
@@ -179,6 +179,11 @@ def discounted_returns(
         decay = torch.cat([decay[:-step] * decay[step:], decay[-step:]])
         step *= 2
     return torch.where(loss_mask, returns, 0)
+
+
+def _teacher_log_ratio(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
+    _checks.required(teacher_logp=teacher_logp)
+    return _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
 
 
 def _log_ratio(

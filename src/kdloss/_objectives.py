@@ -63,6 +63,7 @@ def sft_loss(
     Source:
         KDRL (arXiv 2506.02208), the SFT objective.
     """
+    _checks.per_token("logp", logp, loss_mask=loss_mask)
     loss = -token_mean(logp, loss_mask=loss_mask, normalizer=normalizer)
     zero = torch.zeros_like(loss)
     return _output(loss, zero, loss, zero, _no_surrogate(logp))

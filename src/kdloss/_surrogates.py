@@ -268,6 +268,7 @@ def _prepare(
     logp: Tensor, old_logp: Tensor | None, advantages: Tensor, loss_mask: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-ratio (attached), ratio, A and w * A (detached), all of the compute dtype; untrained: 0, 1, 0, 0."""
+    _checks.required(advantages=advantages)
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, advantages=advantages, weights=weights)
     dtype = _checks.promoted_dtype(logp, old_logp, advantages, weights)
     log_ratio = _log_ratio("logp", logp, loss_mask, old_logp=old_logp).to(dtype)

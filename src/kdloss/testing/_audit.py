@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,11 +31,12 @@ _ON_POLICY_NAME = {
 }
 _RAISED = ("expected reward", "entropy", "expected length")  # a coefficient of +1 raises these and lowers the others
 _LENGTHS = ("expected length", "expected 1/length", "expected 1/tokens of the batch")
+_TIMES = "\N{MULTIPLICATION SIGN}"
 _LARGEST_COMBINATION = 4  # terms; beyond it all known objectives are tried together
 
 
 class Nearest(NamedTuple):
-    """The one known objective that comes nearest to a gradient, its coefficient, and the relative norm that it leaves."""
+    """The one known objective that comes nearest, its coefficient, and the norm that it leaves, relative to the gradient."""
 
     objective: str
     coefficient: float
@@ -72,13 +74,13 @@ class Fit:
             assert self.nearest is not None
             name, coefficient, residual = self.nearest
             return (
-                f"none of the known objectives; residual {self.residual:.0e} "
-                f"(nearest: {_number(coefficient)} × {name}, residual {residual:.2f})"
+                f"none of the known objectives; all together leave a residual of {_residual(self.residual)}, "
+                f"the nearest, {_number(coefficient)} {_TIMES} {name}, {_residual(residual)}"
             )
         text = ""
         for name, coefficient in self.coefficients.items():
             sign = "-" if coefficient < 0 else "+"
-            text += (f" {sign} " if text else sign.strip("+")) + f"{_number(abs(coefficient))} × {name}"
+            text += (f" {sign} " if text else sign.strip("+")) + f"{_number(abs(coefficient))} {_TIMES} {name}"
         return text
 
 
@@ -102,13 +104,14 @@ class Audit:
     def verdicts(self) -> tuple[str, ...]:
         """What a person should know, in sentences."""
         on, off = self.on_policy, self.off_policy
-        said = [f"your loss descends {on}" + (f"; residual {on.residual:.0e}" if on.coefficients else "")]
+        said = [f"your loss descends {on}" + (f"; residual {_residual(on.residual)}" if on.coefficients else "")]
+        right = "this holds" if set(on.coefficients) <= set(_LENGTHS) else "right"  # nobody asks for a length
         if self.scope == "any behaviour policy":
-            said.append("right for any behaviour policy" + (", token by token" if "token by token" in str(off) else ""))
+            said.append(f"{right} for any behaviour policy" + (", token by token" if "token by" in str(off) else ""))
         elif self.scope == "on-policy only":
             # on a tree whose behaviour policy is the student, or near it, only the second policy tells
             same = "" if on.coefficients == off.coefficients else f"; from another policy's samples it descends {off}"
-            said.append(f"right on-policy only{same}")
+            said.append(f"{right} on-policy only{same}")
         elif self.scope == "off-policy only":
             said.append(f"from another policy's samples it descends {off}")
         if not self.teacher_in_gradient:
@@ -130,7 +133,7 @@ class Audit:
                 raised = name.startswith(_RAISED) == (coefficient > 0)
                 rows.append((f"{_number(coefficient):>11}", name, "raises it" if raised else "lowers it"))
             rows = rows or [("", "zero gradient" if fit.is_zero else "none of the known", "")]
-            rows.append(("", f"residual {fit.residual:.0e}, variance {fit.variance:.3g}", ""))
+            rows.append(("", f"residual {_residual(fit.residual)}, variance {fit.variance:.3g}", ""))
             table += [(source if row is rows[0] else "", *row) for row in rows]
         widths = [max(len(row[column]) for row in table) for column in range(4)]
         table.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
@@ -148,13 +151,18 @@ def audit(
 ) -> Audit:
     """Which known objectives the expected gradient of a loss is made of, on-policy and off-policy.
 
-    The expected gradient g is exact. It is fitted with the gradients of: the reverse KL, the forward KL and the entropy,
-    token by token at the visited prefixes (how often a prefix is visited is then a constant) and over whole sequences;
-    the expected reward, also divided by each response's length; the expected length, 1/length and, for batches,
-    1/tokens; off-policy also the imitation of the behaviour policy, E_mu[-log q], and the reward with one token at a
-    time from the student, which is what a ratio per token gives. The smallest combination that leaves less than `rtol`
-    of g is taken. A coefficient is per sequence: the token-level reverse KL sums over the tokens of a response, and
-    averages over responses.
+    The expected gradient g is exact. It is fitted with the gradients of
+
+    - the reverse KL, the forward KL and the entropy: token by token at the visited prefixes, where the probability of
+      visiting one is a constant, and over whole sequences;
+    - the expected reward, and the reward divided by each response's own length;
+    - the expected length, 1/length and, for a batch, 1/tokens;
+    - off-policy also KL(mu || q), which pulls the student to the policy mu that sampled, and the reward with one token
+      at a time from the student and the rest as sampled, which is what a ratio per token gives.
+
+    The smallest combination that leaves less than `rtol` of g is taken. Coefficients are per sequence: the token-level
+    reverse KL sums over the tokens of a response and averages over responses. A combination is not tried where the
+    tree has no more free logits than it has terms: it would explain anything.
 
     Args:
         loss: as for `expected_gradient`: called with the fields of `TokenBatch` that it names (`logp`, `old_logp`,
@@ -177,82 +185,238 @@ def audit(
         raise ValueError(f"batch_size must be >= 1 and rtol in 0 .. 1, got {batch_size} and {rtol}")
     tree = SequenceTree(max_length=3, eos=0, prompt_lengths=(1, 2)) if tree is None else tree
 
-    def fit(tree: SequenceTree, under: str) -> Fit:
-        return _fit(_moments(loss, tree, under, batch_size, normalizer), tree, under, batch_size, rtol)
+    def moments(tree: SequenceTree, under: str) -> _Moments:
+        return _moments(loss, tree, under, batch_size, normalizer)
 
-    on, off = fit(tree, "student"), fit(tree, "behaviour")
-    further = copy.copy(tree)
-    further.behaviour = _elsewhere(tree.behaviour)
+    samples = {under: moments(tree, under) for under in ("student", "behaviour")}
+    on, off = (_fit(of, tree, under, batch_size, rtol) for under, of in samples.items())
 
     other_teacher = copy.copy(tree)
     other_teacher.teacher = _elsewhere(tree.teacher)
     teacher_in_gradient = teacher_in_value = False
-    for one, under in ((on, "student"), (off, "behaviour")):
-        other = _moments(loss, other_teacher, under, batch_size, normalizer)
-        change = float((other.mean - one.gradient).norm())
-        teacher_in_gradient |= change > rtol * max(float(one.gradient.norm()), other.scale)
-        value = _moments(loss, tree, under, batch_size, normalizer, gradients=False).values
-        teacher_in_value |= not torch.allclose(value, other.values, rtol=rtol, atol=0, equal_nan=True)
+    for under, one in samples.items():
+        other = moments(other_teacher, under)
+        teacher_in_gradient |= float((other.mean - one.mean).norm()) > rtol * one.scale
+        teacher_in_value |= not torch.allclose(one.values, other.values, rtol=rtol, atol=0, equal_nan=True)
 
     if on.coefficients:
-        everywhere = all(_same(on, other, rtol) for other in (off, fit(further, "behaviour")))
-        scope = "any behaviour policy" if everywhere else "on-policy only"
+        # a behaviour policy near the student would pass a clip that acts on others
+        far = copy.copy(tree)
+        far.behaviour = _elsewhere(tree.behaviour)
+        far_off = _fit(moments(far, "behaviour"), far, "behaviour", batch_size, rtol)
+        scope = "any behaviour policy" if _same(on, off, rtol) and _same(on, far_off, rtol) else "on-policy only"
     else:
         scope = "off-policy only" if off.coefficients else "none"
     return Audit(on, off, scope, teacher_in_gradient, teacher_in_value)
 
 
 class _Moments(NamedTuple):
-    mean: Tensor  # (N, V) E[g]
+    mean: Tensor  # (N, V) E[g], g the gradient that one batch gives
     variance: float  # trace of the covariance of g
-    scale: float  # sqrt(E[|g|^2]): what a rounding error is compared with
-    values: Tensor  # the loss of every outcome
+    scale: float  # the root mean square of g, which says what a rounding error is
+    values: Tensor  # (outcomes,) of the loss
 
 
 def _moments(
-    loss: Callable[..., Any],
-    tree: SequenceTree,
-    under: str,
-    batch_size: int,
-    normalizer: float | None,
-    *,
-    gradients: bool = True,
+    loss: Callable[..., Any], tree: SequenceTree, under: str, batch_size: int, normalizer: float | None
 ) -> _Moments:
-    """Mean and variance of the gradient that one batch gives, over every batch."""
     probability = tree.probabilities(tree.student if under == "student" else tree.behaviour).detach()
-
-    def gradient(scalar: Tensor) -> Tensor:
-        if not gradients or not scalar.requires_grad:
-            return torch.zeros_like(tree.student)
-        (g,) = torch.autograd.grad(scalar, tree.student, allow_unused=True, materialize_grads=True, retain_graph=True)
-        return g
-
     whole = tree.batch(range(len(tree.sequences)), under=under)
     value = call_by_name(loss, whole, normalizer)
+    scalars: Iterator[Tensor]
     if value.ndim == 1 and value.shape == whole.logp.shape:
-        # linear in the sequences: one sequence tells all, and a batch has batch_size independent ones
-        bounds = whole.cu_seqlens.tolist()
-        parts = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-        values = torch.stack([value[part][whole.loss_mask[part]].sum() for part in parts])
-        outcomes = probability
-        copies, denominator = batch_size, batch_size if normalizer is None else normalizer
+        # linear in the sequences: one at a time tells all, and a batch is `copies` independent ones
+        copies, factor = batch_size, 1 if normalizer is None else batch_size / normalizer
+        weights = list(probability)
+        bounds = itertools.pairwise(whole.cu_seqlens.tolist())
+        # by selection: a product with 0 would let NaN through
+        scalars = (factor * value[start:stop][whole.loss_mask[start:stop]].sum() for start, stop in bounds)
     elif value.ndim == 0:
-        batches = [list(b) for b in itertools.product(range(len(tree.sequences)), repeat=batch_size)]
-        values = torch.stack([call_by_name(loss, tree.batch(b, under=under), normalizer) for b in batches])
-        outcomes = torch.stack([probability[b].prod() for b in batches])
-        copies, denominator = 1, 1
+        copies = 1
+        batches = list(itertools.product(range(len(tree.sequences)), repeat=batch_size))
+        weights = [probability[list(batch)].prod() for batch in batches]
+        scalars = (call_by_name(loss, tree.batch(batch, under=under), normalizer) for batch in batches)
     else:
         raise ValueError(f"the loss must return (T,) = {tuple(whole.logp.shape)} or (), got {tuple(value.shape)}")
 
-    each = torch.stack([gradient(v) for v in values.unbind()]).double() * copies / denominator
-    if not bool(each.isfinite().all()):
+    values, gradients = [], []
+    for scalar in scalars:
+        values.append(scalar.detach())
+        gradients.append(_gradient(scalar, tree))
+    weight, gradient = torch.stack(weights), torch.stack(gradients)
+    if not bool(gradient.isfinite().all()):
         raise ValueError(
-            "the gradient of the loss is not finite: it lets untrained positions through, which hold NaN "
-            "(use torch.where(loss_mask, x, 0) before anything else, or a tree with garbage=0.0), "
-            "or it is infinite on this tree's policies"
+            "the gradient of the loss is not finite. If the loss lets untrained positions through, which hold NaN: "
+            "torch.where(loss_mask, x, 0) before anything else, or audit it on a tree with garbage=0.0. If not, it is "
+            "infinite at this tree's policies"
         )
-    mean = torch.einsum("s,snv->nv", outcomes, each)
-    deviation = (each - mean).square().sum((1, 2))
-    power = each.square().sum((1, 2))
-    variance = float((outcomes * deviation).sum()) / copies
-    return _Moments(mean, variance, float((outcomes * power).sum().sqrt()), values.detach())
+    mean = torch.einsum("s,snv->nv", weight, gradient)
+    variance = float((weight * (gradient - mean).square().sum((1, 2))).sum()) / copies
+    scale = float((weight * gradient.square().sum((1, 2))).sum().sqrt())
+    return _Moments(mean, variance, scale, torch.stack(values))
+
+
+def _gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
+    if not scalar.requires_grad:
+        return torch.zeros_like(tree.student)
+    (gradient,) = torch.autograd.grad(
+        scalar, tree.student, allow_unused=True, materialize_grads=True, retain_graph=True
+    )
+    return gradient
+
+
+def _fit(sample: _Moments, tree: SequenceTree, under: str, batch_size: int, rtol: float) -> Fit:
+    target = sample.mean.flatten().numpy()
+    known = {name: _gradient(f, tree).flatten().numpy() for name, f in _known(tree, under, batch_size).items()}
+    size = max(float(np.linalg.norm(g)) for g in known.values() if np.isfinite(g).all())
+    # what is constant on this tree (a length without eos) or infinite (a KL outside the support) cannot be told
+    known = {name: g for name, g in known.items() if np.isfinite(g).all() and np.linalg.norm(g) > 1e-12 * size}
+    drift = -float(target @ _gradient(_length(tree), tree).flatten().numpy())
+
+    def result(
+        coefficients: Mapping[str, float], residual: float, nearest: Nearest | None, *, is_zero: bool = False
+    ) -> Fit:
+        dependent = _dependent(known)
+        ambiguous = dependent if any(name in dependent for name in coefficients) else ()
+        return Fit(coefficients, residual, nearest, is_zero, ambiguous, sample.variance, drift, sample.mean)
+
+    if np.linalg.norm(target) <= rtol * sample.scale:
+        return result({}, 0.0, None, is_zero=True)
+
+    names = list(known)
+    columns = np.stack([known[name] / np.linalg.norm(known[name]) for name in names], axis=1)
+    unit = target / np.linalg.norm(target)
+    singles = [_least_squares(columns[:, [i]], unit) for i in range(len(names))]
+    best = min(range(len(names)), key=lambda i: singles[i][1])
+    in_units = np.linalg.norm(target) / np.array([np.linalg.norm(known[name]) for name in names])
+    nearest = Nearest(names[best], float(singles[best][0][0] * in_units[best]), singles[best][1])
+
+    # as many terms as the gradient has dimensions would explain anything
+    dimensions = target.size - tree.student.shape[0]
+    sizes = [n for n in (*range(1, _LARGEST_COMBINATION + 1), len(names)) if n <= len(names) and n < dimensions]
+    residual = nearest.residual
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(len(names)), size) for size in sizes):
+        solution, residual = _least_squares(columns[:, chosen], unit)
+        if residual <= rtol:
+            found = {names[i]: float(c * in_units[i]) for i, c in zip(chosen, solution, strict=True) if abs(c) > rtol}
+            return result(found, residual, nearest)
+    return result({}, residual, nearest)  # the last combination was all of them
+
+
+def _least_squares(columns: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> tuple[Any, float]:
+    solution = np.linalg.lstsq(columns, target, rcond=1e-10)[0]
+    return solution, float(np.linalg.norm(columns @ solution - target))
+
+
+def _dependent(known: Mapping[str, npt.NDArray[np.float64]]) -> tuple[str, ...]:
+    """The names that others can be written with: leaving one of them out does not lower the rank."""
+    columns = np.stack([g / np.linalg.norm(g) for g in known.values()], axis=1)
+    rank = int(np.linalg.matrix_rank(columns, tol=1e-8))
+    if rank == columns.shape[1]:
+        return ()
+    without = (np.linalg.matrix_rank(np.delete(columns, i, axis=1), tol=1e-8) for i in range(columns.shape[1]))
+    return tuple(name for name, smaller in zip(known, without, strict=True) if smaller == rank)
+
+
+def _known(tree: SequenceTree, under: str, batch_size: int) -> dict[str, Tensor]:
+    """The closed forms, in the sign in which +1 of each is descended. In order: of equally small fits the first counts.
+
+    q student, p teacher, mu the policy that samples; d_n is the probability of visiting prefix n under mu.
+    """
+    log_q, log_p = tree.student.log_softmax(-1), tree.teacher.log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    mu = tree.student if under == "student" else tree.behaviour
+    visits = _visits(tree, mu).detach()
+    reverse, entropy = (q * (log_q - log_p)).sum(-1), -(q * log_q).sum(-1)
+
+    of_q, of_p, of_mu = (tree.probabilities(policy) for policy in (tree.student, tree.teacher, mu.detach()))
+    log_of_q, log_of_p = tree.log_probabilities(tree.student), tree.log_probabilities(tree.teacher)
+    length = _lengths(tree)
+
+    known = {
+        "reverse KL (token)": (visits * reverse).sum(),
+        "reverse KL (sequence)": (of_q * (log_of_q - log_of_p)).sum(),
+        "forward KL (token)": (visits[:, None] * p * (log_p - log_q)).sum(),
+        "forward KL (sequence)": (of_p * (log_of_p - log_of_q)).sum(),
+        "expected reward": -(of_q * tree.rewards).sum(),
+        "expected reward / length": -(of_q * tree.rewards / length).sum(),
+        "entropy (token)": -(visits * entropy).sum(),
+        "entropy (sequence)": (of_q * log_of_q).sum(),
+        "expected length": -(of_q * length).sum(),
+        "expected 1/length": (of_q / length).sum(),
+    }
+    if batch_size > 1:
+        known["expected 1/tokens of the batch"] = _inverse_batch_tokens(tree, batch_size)
+    if under == "behaviour":
+        ratios = _summed_ratios(tree)  # differentiable in one token at a time
+        known |= {
+            "KL (behaviour || student)": -(of_mu * log_of_q).sum(),
+            "reverse KL (token, student's prefixes)": (_visits(tree, tree.student).detach() * reverse).sum(),
+            "expected reward (token by token)": -(of_mu * tree.rewards * ratios).sum(),
+            "expected reward / length (token by token)": -(of_mu * tree.rewards / length * ratios).sum(),
+        }
+    return known
+
+
+def _visits(tree: SequenceTree, policy: Tensor) -> Tensor:
+    """(N,) the probability that a response passes through each prefix."""
+    log_policy = policy.detach().log_softmax(-1)
+    reached: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    row = {prefix: n for n, prefix in enumerate(tree.prefixes)}
+    for prompt, tokens in tree.prefixes:  # parents come first
+        parent = (prompt, tokens[:-1])
+        reached[prompt, tokens] = (
+            reached[parent] + log_policy[row[parent], tokens[-1]] if tokens else log_policy.new_zeros(())
+        )
+    return torch.stack(list(reached.values())).exp() / len(tree.prompt_lengths)
+
+
+def _summed_ratios(tree: SequenceTree) -> Tensor:
+    """(S,) the sum over a response's tokens of q(token | prefix) / mu(token | prefix)."""
+    batch = tree.batch(range(len(tree.sequences)), under="behaviour")
+    log_ratio = torch.where(batch.loss_mask, batch.logp - batch.old_logp, -math.inf)
+    bounds = itertools.pairwise(batch.cu_seqlens.tolist())
+    return torch.stack([log_ratio[start:stop].exp().sum() for start, stop in bounds])
+
+
+def _lengths(tree: SequenceTree) -> Tensor:
+    return torch.tensor([len(tokens) for _, tokens in tree.sequences], dtype=torch.float64)
+
+
+def _length(tree: SequenceTree) -> Tensor:
+    return (tree.probabilities(tree.student) * _lengths(tree)).sum()
+
+
+def _inverse_batch_tokens(tree: SequenceTree, batch_size: int) -> Tensor:
+    """E[1 / tokens of a batch], by convolving the distribution of the length."""
+    of_one = torch.zeros(tree.max_length + 1, dtype=torch.float64)
+    of_one = of_one.index_add(0, _lengths(tree).long(), tree.probabilities(tree.student))
+    of_batch = of_one
+    for _ in range(batch_size - 1):
+        shifted = [
+            torch.nn.functional.pad(of_batch * share, (n, tree.max_length - n)) for n, share in enumerate(of_one)
+        ]
+        of_batch = torch.stack(shifted).sum(0)
+    return (of_batch[1:] / torch.arange(1, of_batch.shape[0])).sum()
+
+
+def _elsewhere(policy: Tensor) -> Tensor:
+    """Another policy on the same support, far from `policy`."""
+    generator = torch.Generator().manual_seed(2506)
+    return policy + 1.5 * torch.randn(policy.shape, generator=generator, dtype=torch.float64)
+
+
+def _same(on_policy: Fit, off_policy: Fit, rtol: float) -> bool:
+    """Whether both fits name the same objectives, read on-policy, with the same coefficients."""
+    off = {_ON_POLICY_NAME.get(name, name): c for name, c in off_policy.coefficients.items()}
+    on = on_policy.coefficients
+    return on.keys() == off.keys() and all(math.isclose(on[name], off[name], rel_tol=1e3 * rtol) for name in on)
+
+
+def _residual(x: float) -> str:
+    return f"{x:.2f}" if x >= 0.005 else f"{x:.0e}" if x > 0 else "0"
+
+
+def _number(x: float) -> str:
+    """Two decimals where they are exact, else four digits."""
+    return f"{x:.2f}" if math.isclose(x, round(x, 2), rel_tol=1e-6) else f"{x:.4g}"

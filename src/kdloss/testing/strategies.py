@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class PackedBatch:
     def trained(self) -> list[int]:
         """The trained tokens of each sequence."""
         bounds = self.cu_seqlens.tolist()
-        return [int(self.loss_mask[a:b].sum()) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [int(self.loss_mask[a:b].sum()) for a, b in pairwise(bounds)]
 
     def take(self, sequences: int | Sequence[int]) -> PackedBatch:
         """The given sequences, packed in the given order: one of them, a micro-batch, or a permutation."""
@@ -211,14 +212,14 @@ class LogitsBatch:
     @property
     def ignored(self) -> Tensor:
         """(T,) bool: rows without a label."""
-        return (self.labels.reshape(self.labels.shape[0], -1) == -100).all(-1)
+        return ~_labelled(self.labels)
 
 
 @st.composite
 def logits_batches(
     draw: st.DrawFn, *, dtypes: Sequence[torch.dtype] = DTYPES, max_rows: int = 6, max_vocab: int = 9
 ) -> LogitsBatch:
-    """Logits of scales 1 to 1e3, some rows with an offset of 1e4, some logits -inf, NaN and inf in rows without a label.
+    """Logits of scales 1 to 1e3, some rows with an offset of 1e4, some logits -inf; garbage in rows without a label.
 
     Args:
         draw: given by hypothesis.
@@ -259,7 +260,7 @@ class HeadBatch:
     @property
     def used(self) -> Tensor:
         """(T,) bool: trained rows with a label."""
-        return self.loss_mask & (self.labels.reshape(self.labels.shape[0], -1) != -100).any(-1)
+        return self.loss_mask & _labelled(self.labels)
 
     def named(self) -> dict[str, Any]:
         """The fields as keyword arguments."""
@@ -339,6 +340,11 @@ def grouped_rewards(
     if binary:
         rewards = (rewards > 0).to(torch.float64) * 0.1
     return GroupedRewards(rewards.to(dtype), torch.tensor(groups, dtype=torch.int64))
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    valid = labels != -100
+    return valid.any(-1) if labels.ndim > 1 else valid
 
 
 def _cumulative(lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
