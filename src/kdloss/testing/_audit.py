@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ _LARGEST_COMBINATION = 4  # terms; beyond it all known objectives are tried toge
 
 
 class Nearest(NamedTuple):
-    """The one known objective that comes nearest, its coefficient, and the norm that it leaves, relative to the gradient."""
+    """The one known objective that comes nearest, its coefficient, and what it leaves of the gradient."""
 
     objective: str
     coefficient: float
@@ -51,10 +51,10 @@ class Fit:
     """Known objective -> coefficient. Divergences and 1/length count as lowered, rewards, entropies and lengths as
     raised, so a loss that ascends the reward has +1. Empty where nothing fits, or the gradient is zero."""
     residual: float
-    """Norm of what the coefficients leave, relative to the gradient; where nothing fits, of what all known objectives
-    together leave. 0 for a zero gradient."""
+    """Norm of what the coefficients leave, relative to the gradient; where nothing fits, the least that any
+    combination leaves. 0 for a zero gradient."""
     nearest: Nearest | None
-    """None for a zero gradient."""
+    """None for a zero gradient, and on a tree at which every known gradient is zero."""
     is_zero: bool
     """Whether the expected gradient is zero to rounding, compared with the gradient of single batches."""
     ambiguous: tuple[str, ...]
@@ -71,11 +71,12 @@ class Fit:
         if self.is_zero:
             return "nothing: its expected gradient is zero"
         if not self.coefficients:
-            assert self.nearest is not None
+            if self.nearest is None:
+                return "none of the known objectives"
             name, coefficient, residual = self.nearest
             return (
-                f"none of the known objectives; all together leave a residual of {_residual(self.residual)}, "
-                f"the nearest, {_number(coefficient)} {_TIMES} {name}, {_residual(residual)}"
+                f"none of the known objectives; the nearest, {_number(coefficient)} {_TIMES} {name}, "
+                f"leaves a residual of {_residual(residual)}, all together {_residual(self.residual)}"
             )
         text = ""
         for name, coefficient in self.coefficients.items():
@@ -156,11 +157,12 @@ def audit(
     - the reverse KL, the forward KL and the entropy: token by token at the visited prefixes, where the probability of
       visiting one is a constant, and over whole sequences;
     - the expected reward, and the reward divided by each response's own length;
-    - the expected length, 1/length and, for a batch, 1/tokens;
+    - the expected length and 1/length, and for batches the expected 1/tokens and reward / tokens;
     - off-policy also KL(mu || q), which pulls the student to the policy mu that sampled, and the reward with one token
       at a time from the student and the rest as sampled, which is what a ratio per token gives.
 
-    The smallest combination that leaves less than `rtol` of g is taken. Coefficients are per sequence: the token-level
+    The smallest combination that leaves less than `rtol` of g is taken; one of several terms must have the same
+    coefficients at another student and another behaviour policy. Coefficients are per sequence: the token-level
     reverse KL sums over the tokens of a response and averages over responses. A combination is not tried where the
     tree has no more free logits than it has terms: it would explain anything.
 
@@ -191,8 +193,13 @@ def audit(
     samples = {under: moments(tree, under) for under in ("student", "behaviour")}
     on, off = (_fit(of, tree, under, batch_size, rtol) for under, of in samples.items())
 
-    other_teacher = copy.copy(tree)
-    other_teacher.teacher = _elsewhere(tree.teacher)
+    moved = _with(tree, student=_elsewhere(tree.student), behaviour=_elsewhere(tree.behaviour))
+    if len(on.coefficients) > 1:
+        on = _confirmed(on, _fit(moments(moved, "student"), moved, "student", batch_size, rtol), rtol)
+    if len(off.coefficients) > 1:
+        off = _confirmed(off, _fit(moments(moved, "behaviour"), moved, "behaviour", batch_size, rtol), rtol)
+
+    other_teacher = _with(tree, teacher=_elsewhere(tree.teacher))
     teacher_in_gradient = teacher_in_value = False
     for under, one in samples.items():
         other = moments(other_teacher, under)
@@ -201,8 +208,7 @@ def audit(
 
     if on.coefficients:
         # a behaviour policy near the student would pass a clip that acts on others
-        far = copy.copy(tree)
-        far.behaviour = _elsewhere(tree.behaviour)
+        far = _with(tree, behaviour=moved.behaviour)
         far_off = _fit(moments(far, "behaviour"), far, "behaviour", batch_size, rtol)
         scope = "any behaviour policy" if _same(on, off, rtol) and _same(on, far_off, rtol) else "on-policy only"
     else:
@@ -268,7 +274,7 @@ def _gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
 def _fit(sample: _Moments, tree: SequenceTree, under: str, batch_size: int, rtol: float) -> Fit:
     target = sample.mean.flatten().numpy()
     known = {name: _gradient(f, tree).flatten().numpy() for name, f in _known(tree, under, batch_size).items()}
-    size = max(float(np.linalg.norm(g)) for g in known.values() if np.isfinite(g).all())
+    size = max((float(np.linalg.norm(g)) for g in known.values() if np.isfinite(g).all()), default=0.0)
     # what is constant on this tree (a length without eos) or infinite (a KL outside the support) cannot be told
     known = {name: g for name, g in known.items() if np.isfinite(g).all() and np.linalg.norm(g) > 1e-12 * size}
     drift = -float(target @ _gradient(_length(tree), tree).flatten().numpy())
@@ -282,6 +288,8 @@ def _fit(sample: _Moments, tree: SequenceTree, under: str, batch_size: int, rtol
 
     if np.linalg.norm(target) <= rtol * sample.scale:
         return result({}, 0.0, None, is_zero=True)
+    if not known:
+        return result({}, 1.0, None)
 
     names = list(known)
     columns = np.stack([known[name] / np.linalg.norm(known[name]) for name in names], axis=1)
@@ -294,13 +302,14 @@ def _fit(sample: _Moments, tree: SequenceTree, under: str, batch_size: int, rtol
     # as many terms as the gradient has dimensions would explain anything
     dimensions = target.size - tree.student.shape[0]
     sizes = [n for n in (*range(1, _LARGEST_COMBINATION + 1), len(names)) if n <= len(names) and n < dimensions]
-    residual = nearest.residual
+    least = nearest.residual
     for chosen in itertools.chain.from_iterable(itertools.combinations(range(len(names)), size) for size in sizes):
         solution, residual = _least_squares(columns[:, chosen], unit)
         if residual <= rtol:
             found = {names[i]: float(c * in_units[i]) for i, c in zip(chosen, solution, strict=True) if abs(c) > rtol}
             return result(found, residual, nearest)
-    return result({}, residual, nearest)  # the last combination was all of them
+        least = min(least, residual)
+    return result({}, least, nearest)
 
 
 def _least_squares(columns: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> tuple[Any, float]:
@@ -310,6 +319,8 @@ def _least_squares(columns: npt.NDArray[np.float64], target: npt.NDArray[np.floa
 
 def _dependent(known: Mapping[str, npt.NDArray[np.float64]]) -> tuple[str, ...]:
     """The names that others can be written with: leaving one of them out does not lower the rank."""
+    if not known:
+        return ()
     columns = np.stack([g / np.linalg.norm(g) for g in known.values()], axis=1)
     rank = int(np.linalg.matrix_rank(columns, tol=1e-8))
     if rank == columns.shape[1]:
@@ -346,7 +357,13 @@ def _known(tree: SequenceTree, under: str, batch_size: int) -> dict[str, Tensor]
         "expected 1/length": (of_q / length).sum(),
     }
     if batch_size > 1:
-        known["expected 1/tokens of the batch"] = _inverse_batch_tokens(tree, batch_size)
+        tokens = _batch_tokens(tree, batch_size)
+        inverse = 1 / torch.arange(tokens.shape[0])
+        known["expected 1/tokens of the batch"] = (tokens[1:] * inverse[1:]).sum()
+        # what each response adds to the batch's tokens moves with it, what the others add does not
+        others = _batch_tokens(tree, batch_size - 1).detach()
+        share = torch.stack([(others * inverse[n : n + others.shape[0]]).sum() for n in length.long().tolist()])
+        known["expected reward / tokens of the batch"] = -batch_size * (of_q * tree.rewards * share).sum()
     if under == "behaviour":
         ratios = _summed_ratios(tree)  # differentiable in one token at a time
         known |= {
@@ -387,30 +404,47 @@ def _length(tree: SequenceTree) -> Tensor:
     return (tree.probabilities(tree.student) * _lengths(tree)).sum()
 
 
-def _inverse_batch_tokens(tree: SequenceTree, batch_size: int) -> Tensor:
-    """E[1 / tokens of a batch], by convolving the distribution of the length."""
+def _batch_tokens(tree: SequenceTree, batch_size: int) -> Tensor:
+    """(n,) the distribution of the number of response tokens of a batch."""
     of_one = torch.zeros(tree.max_length + 1, dtype=torch.float64)
     of_one = of_one.index_add(0, _lengths(tree).long(), tree.probabilities(tree.student))
-    of_batch = of_one
-    for _ in range(batch_size - 1):
-        shifted = [
-            torch.nn.functional.pad(of_batch * share, (n, tree.max_length - n)) for n, share in enumerate(of_one)
-        ]
-        of_batch = torch.stack(shifted).sum(0)
-    return (of_batch[1:] / torch.arange(1, of_batch.shape[0])).sum()
+    of_batch = torch.ones(1, dtype=torch.float64)
+    for _ in range(batch_size):
+        parts = [torch.nn.functional.pad(of_batch * p, (n, tree.max_length - n)) for n, p in enumerate(of_one)]
+        of_batch = torch.stack(parts).sum(0)
+    return of_batch
+
+
+def _with(tree: SequenceTree, **policies: Tensor) -> SequenceTree:
+    """The same tree with some policies replaced."""
+    other = copy.copy(tree)
+    for name, policy in policies.items():
+        setattr(other, name, policy.requires_grad_(name == "student"))
+    return other
 
 
 def _elsewhere(policy: Tensor) -> Tensor:
     """Another policy on the same support, far from `policy`."""
     generator = torch.Generator().manual_seed(2506)
-    return policy + 1.5 * torch.randn(policy.shape, generator=generator, dtype=torch.float64)
+    return policy.detach() + 1.5 * torch.randn(policy.shape, generator=generator, dtype=torch.float64)
+
+
+def _confirmed(fit: Fit, elsewhere: Fit, rtol: float) -> Fit:
+    """The fit, unless other policies give other coefficients: then it is what a small tree allows, and no objective."""
+    assert fit.nearest is not None
+    same = _close(fit.coefficients, elsewhere.coefficients, rtol)
+    return fit if same else replace(fit, coefficients={}, residual=fit.nearest.residual, ambiguous=())
 
 
 def _same(on_policy: Fit, off_policy: Fit, rtol: float) -> bool:
     """Whether both fits name the same objectives, read on-policy, with the same coefficients."""
     off = {_ON_POLICY_NAME.get(name, name): c for name, c in off_policy.coefficients.items()}
-    on = on_policy.coefficients
-    return on.keys() == off.keys() and all(math.isclose(on[name], off[name], rel_tol=1e3 * rtol) for name in on)
+    return _close(on_policy.coefficients, off, rtol)
+
+
+def _close(a: Mapping[str, float], b: Mapping[str, float], rtol: float) -> bool:
+    # objectives that nearly coincide on a tree magnify what a fit leaves
+    return a.keys() == b.keys() and all(math.isclose(a[name], b[name], rel_tol=1e3 * rtol) for name in a)
 
 
 def _residual(x: float) -> str:

@@ -117,11 +117,8 @@ class PackedBatch:
         return PackedBatch(**tensors, cu_seqlens=_cumulative(lengths, self.cu_seqlens.dtype), rewards=self.rewards)
 
     def _filled(self, where: Tensor, value: float) -> PackedBatch:
-        return replace(self, **{name: getattr(self, name).masked_fill(where, value) for name in _PER_TOKEN})
-
-    def __repr__(self) -> str:
-        lines = [f"    {f.name}={getattr(self, f.name).tolist()}," for f in fields(self)]
-        return "\n".join([f"PackedBatch(  # {self.logp.dtype}, lengths {self.lengths}", *lines, ")"])
+        fill = torch.tensor(value, dtype=torch.float64).to(self.logp.dtype)  # 1e30 becomes inf in fp16
+        return replace(self, **{name: getattr(self, name).masked_fill(where, fill) for name in _PER_TOKEN})
 
 
 @st.composite
