@@ -673,3 +673,16 @@ def test_32_bit_offsets_in_unpack():
     start, column = torch.tensor([2**31 - 5], dtype=torch.int32), torch.arange(8, dtype=torch.int32)
     assert (start + column).min() < 0
     catches(check, kdloss.unpack, narrow_index)
+
+
+def test_int32_lengths_that_sum_past_their_dtype_raise() -> None:
+    """Cumulative lengths that wrap silently into negative offsets."""
+    lengths = torch.tensor([2**30] * 3, dtype=torch.int32)
+    assert (lengths.cumsum(0, dtype=torch.int32) < 0).any()  # the faulty variant
+    with pytest.raises(ValueError, match=r"lengths must sum to at most 2147483647 as int32, got 3221225472; use int64"):
+        kdloss.cu_seqlens_from_lengths(lengths)
+    assert kdloss.cu_seqlens_from_lengths(lengths.long())[-1] == 3 * 2**30
+
+    wrapped = torch.tensor([0, 2**30, -(2**31), -(2**30), 0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens must not decrease"):
+        kdloss.segment_ids(wrapped, total_tokens=5)

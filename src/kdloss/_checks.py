@@ -106,7 +106,7 @@ def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int) -> None:
         raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
     if cu_seqlens[-1] != total_tokens:
         raise ValueError(f"cu_seqlens must end at the number of tokens {total_tokens}, got {int(cu_seqlens[-1])}")
-    if (cu_seqlens.diff() < 0).any():
+    if (cu_seqlens[1:] < cu_seqlens[:-1]).any():  # compared, as a difference may wrap in int32
         raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
 
 

@@ -36,13 +36,17 @@ def cu_seqlens_from_lengths(
 
     Raises:
         TypeError: `lengths` is not int32 or int64.
-        ValueError: `lengths` is not one-dimensional, or (on the CPU) negative somewhere.
+        ValueError: `lengths` is not one-dimensional, or (on the CPU) is negative somewhere or sums past its dtype.
     """
     _checks.integral(lengths=lengths)
     if lengths.ndim != 1:
         raise ValueError(f"lengths must be (B,), got {tuple(lengths.shape)}")
     if _checks.value_checks_allowed(lengths) and (lengths < 0).any():
         raise ValueError(f"lengths must be >= 0, got {lengths.tolist()}")
+    if _checks.value_checks_allowed(lengths) and (total := int(lengths.sum())) > torch.iinfo(lengths.dtype).max:
+        raise ValueError(
+            f"lengths must sum to at most {torch.iinfo(lengths.dtype).max} as int32, got {total}; use int64"
+        )
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
 
 
@@ -332,7 +336,7 @@ def _layout(cu_seqlens: Tensor, total_tokens: int) -> _Layout:
     ids = ids.clamp(0, max(cu_seqlens.shape[0] - 2, 0))
     start = cu_seqlens.index_select(0, ids)
     stop = cu_seqlens[1:].index_select(0, ids)
-    fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total_tokens) & (cu_seqlens.diff() >= 0).all()
+    fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total_tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
     return _Layout(ids, position - start, stop - start, fits)
 
 

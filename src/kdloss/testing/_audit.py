@@ -170,7 +170,8 @@ def audit(
         loss: as for `expected_gradient`: called with the fields of `TokenBatch` that it names (`logp`, `old_logp`,
             `teacher_logp`, `advantages`, `rewards`, `loss_mask`, `cu_seqlens`, `labels`, `logits`, `entropy`,
             `lengths`); returns a (T,) tensor, a 0-dim tensor, or a tuple with a field `loss` that is one. A loss per
-            token is summed over the trained tokens and divided by `batch_size`.
+            token is summed over the trained tokens and divided by `batch_size`. It is run with other policies, too, so
+            what it uses of them must come through its arguments.
         tree: None: three tokens, responses of one to three tokens, two prompts, random policies.
         batch_size: sequences a batch. A scalar loss is called for each of the S ** batch_size batches, several times.
         normalizer: passed on to a scalar loss that names it; the denominator of a per-token one.
@@ -181,7 +182,8 @@ def audit(
 
     Raises:
         TypeError: the loss needs an argument that a batch does not have.
-        ValueError: the loss returns another shape, its gradient is not finite, or `batch_size` or `rtol` is not > 0.
+        ValueError: the loss returns another shape, is NaN or has a gradient that is not finite; `batch_size` or `rtol`
+            is out of range.
     """
     if batch_size < 1 or not 0 < rtol < 1:
         raise ValueError(f"batch_size must be >= 1 and rtol in 0 .. 1, got {batch_size} and {rtol}")
@@ -249,17 +251,17 @@ def _moments(
     for scalar in scalars:
         values.append(scalar.detach())
         gradients.append(_gradient(scalar, tree))
-    weight, gradient = torch.stack(weights), torch.stack(gradients)
-    if not bool(gradient.isfinite().all()):
+    weight, gradient, value = torch.stack(weights), torch.stack(gradients), torch.stack(values)
+    if not bool(gradient.isfinite().all() & ~value.isnan().any()):
         raise ValueError(
-            "the gradient of the loss is not finite. If the loss lets untrained positions through, which hold NaN: "
+            "the loss or its gradient is not finite. If the loss lets untrained positions through, which hold NaN: "
             "torch.where(loss_mask, x, 0) before anything else, or audit it on a tree with garbage=0.0. If not, it is "
             "infinite at this tree's policies"
         )
     mean = torch.einsum("s,snv->nv", weight, gradient)
     variance = float((weight * (gradient - mean).square().sum((1, 2))).sum()) / copies
     scale = float((weight * gradient.square().sum((1, 2))).sum().sqrt())
-    return _Moments(mean, variance, scale, torch.stack(values))
+    return _Moments(mean, variance, scale, value)
 
 
 def _gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
@@ -358,7 +360,7 @@ def _known(tree: SequenceTree, under: str, batch_size: int) -> dict[str, Tensor]
     }
     if batch_size > 1:
         tokens = _batch_tokens(tree, batch_size)
-        inverse = 1 / torch.arange(tokens.shape[0])
+        inverse = 1 / torch.arange(tokens.shape[0], dtype=torch.float64)
         known["expected 1/tokens of the batch"] = (tokens[1:] * inverse[1:]).sum()
         # what each response adds to the batch's tokens moves with it, what the others add does not
         others = _batch_tokens(tree, batch_size - 1).detach()

@@ -30,7 +30,7 @@ def expected_gradient(
     The loss is called with the fields of `TokenBatch` that its parameters name (`logp`, `old_logp`, `teacher_logp`,
     `advantages`, `rewards`, `loss_mask`, `cu_seqlens`, `labels`, `logits`, `entropy`, `lengths`), and with
     `normalizer` where it is given and named; so the library's functions go in as they are, or through
-    `functools.partial`, and a loss of yours names what it needs.
+    `functools.partial`, and a loss of yours names what it needs. One with `**kwargs` is passed every field.
 
     A loss that returns one value per token is summed over tokens, divided by `normalizer` (default: `batch_size`), and
     needs one stream: the expectation is linear. A scalar loss may couple the sequences of a batch (a token count, a

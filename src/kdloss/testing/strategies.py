@@ -23,7 +23,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PER_TOKEN = ("logp", "old_logp", "prox_logp", "teacher_logp", "advantages", "weights", "entropy")
 _GRID = 64
 _HUGE_LOG_RATIO = 200.0
+_SEEDS = st.integers(0, 2**32 - 1)
 _GARBAGE = (math.nan, math.inf, -math.inf, 1e30, -1e30)
 
 
@@ -145,13 +147,18 @@ def packed_batches(
         garbage: untrained positions hold NaN, inf, -inf and 1e30. Else what they would hold if trained.
     """
     lengths = draw(st.lists(st.integers(0, max_length), min_size=min_sequences, max_size=max_sequences))
-    dtype = draw(st.sampled_from(dtypes))
-    cu_dtype = draw(st.sampled_from((torch.int32, torch.int64)))
-    keep = draw(st.sampled_from((0.6, 1.0, 0.0)))  # of tokens: some, all, none
-    drop_sequences = draw(st.booleans())
-    huge = huge_ratios and draw(st.booleans())
-    teacher = draw(st.sampled_from((None, -math.inf, math.inf))) if infinite_teacher else None
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    # one draw for all flags: a draw is what an example spends its time on
+    dtype, keep, huge, teacher, drop_sequences, cu_dtype = draw(
+        _combinations(
+            tuple(dtypes),
+            (0.6, 1.0, 0.0),  # of tokens are trained
+            (False, True) if huge_ratios else (False,),
+            (None, -math.inf, math.inf) if infinite_teacher else (None,),
+            (False, True),
+            (torch.int64, torch.int32),
+        )
+    )
+    generator = torch.Generator().manual_seed(draw(_SEEDS))
 
     total, size = sum(lengths), len(lengths)
     normal = torch.randn(7, total, generator=generator, dtype=torch.float64)
@@ -225,11 +232,10 @@ def logits_batches(
         max_vocab: bound of V, from 1.
     """
     rows, vocab = draw(st.integers(0, max_rows)), draw(st.integers(1, max_vocab))
-    dtype = draw(st.sampled_from(dtypes))
-    scale, offset = draw(st.sampled_from(((1.0, 0.0), (1.0, -1e4), (30.0, 0.0), (1e3, 1e3))))
-    excluded = draw(st.booleans())
-    labels_per_row = draw(st.sampled_from((None, 1, 3)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    (scale, offset), excluded, labels_per_row, dtype = draw(
+        _combinations(((1.0, 0.0), (1.0, -1e4), (30.0, 0.0), (1e3, 1e3)), (False, True), (None, 1, 3), tuple(dtypes))
+    )
+    generator = torch.Generator().manual_seed(draw(_SEEDS))
 
     logits = scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64) + offset
     shape = (rows,) if labels_per_row is None else (rows, labels_per_row)
@@ -287,11 +293,10 @@ def head_batches(
         draw(st.integers(1, max_vocab)),
         draw(st.integers(1, max_width)),
     )
-    dtype = draw(st.sampled_from(dtypes))
-    keep = draw(st.sampled_from((0.6, 1.0, 0.0)))
-    labels_per_row = draw(st.sampled_from((None, 1, 3)))
-    with_bias = draw(st.booleans())
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    keep, labels_per_row, with_bias, dtype = draw(
+        _combinations((0.6, 1.0, 0.0), (None, 1, 3), (False, True), tuple(dtypes))
+    )
+    generator = torch.Generator().manual_seed(draw(_SEEDS))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -332,11 +337,16 @@ def grouped_rewards(
     groups = draw(st.lists(st.sampled_from((-(2**62), -1, 0, 7, 2**62)), min_size=size, max_size=size))
     dtype = draw(st.sampled_from(dtypes))
     binary = draw(st.booleans())
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    generator = torch.Generator().manual_seed(draw(_SEEDS))
     rewards = torch.randn(size, generator=generator, dtype=torch.float64)
     if binary:
         rewards = (rewards > 0).to(torch.float64) * 0.1
     return GroupedRewards(rewards.to(dtype), torch.tensor(groups, dtype=torch.int64))
+
+
+@cache
+def _combinations(*choices: tuple[Any, ...]) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.sampled_from([*product(*choices)])
 
 
 def _labelled(labels: Tensor) -> Tensor:
