@@ -401,7 +401,7 @@ def _kdrl_terms(
     reverse_kl = penalty.detach()
     if direct_penalty:
         if isinstance(distill_loss_weight, Tensor):
-            weight = distill_loss_weight.detach().to(penalty.dtype)
+            weight = torch.where(teacher_mask, distill_loss_weight.detach().to(penalty.dtype), 0)
             return _Terms(rl, reverse_kl, weight * torch.where(weight == 0, 0, penalty), reverse_kl)
         return _Terms(rl, penalty, distill_loss_weight * penalty, reverse_kl)
 
