@@ -105,6 +105,7 @@ def fold_kd_reward(
         TypeError: a tensor is not floating-point, or a weight is not a number.
         ValueError: shapes or devices differ, or a weight is not finite.
     """
+    _checks.tensors(advantages=advantages, kd_reward=kd_reward)
     _checks.floating(advantages=advantages, kd_reward=kd_reward)
     _checks.same_shape("advantages", advantages, kd_reward=kd_reward)
     _checks.finite(rl_loss_weight=rl_loss_weight)
@@ -123,6 +124,7 @@ class _Groups:
     """Group sums without a device sync: at most B groups exist, so B buckets are a static shape."""
 
     def __init__(self, rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
+        _checks.tensors(rewards=rewards)
         _checks.floating(rewards=rewards)
         if rewards.ndim != 1:
             raise ValueError(f"rewards must be (B,), got {tuple(rewards.shape)}")

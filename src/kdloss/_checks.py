@@ -25,37 +25,36 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def required(**tensors: Tensor | None) -> None:
-    """Arguments that have no default meaning: a None that slipped in must not pass for one that has."""
-    for name, x in tensors.items():
-        if x is None:
-            raise TypeError(f"{name} must be a tensor, got None")
+def tensors(**arguments: object) -> None:
+    """Arguments that must be there: a None that slipped in must not pass for a default."""
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}")
 
 
-def floating(**tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
+def floating(**arguments: Tensor | None) -> None:
+    """Floating-point tensors; None is passed over."""
+    for name, x in arguments.items():
         if x is None:
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        tensors(**{name: x})
         if not x.dtype.is_floating_point:
             raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
 
 
-def integral(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+def integral(**arguments: Tensor) -> None:
+    for name, x in arguments.items():
+        tensors(**{name: x})
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
 
 
 def boolean(**masks: Tensor | None) -> None:
+    """Boolean tensors; None is passed over."""
     for name, mask in masks.items():
         if mask is None:
             continue
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"{name} must be a torch.bool tensor, got {type(mask).__name__}")
+        tensors(**{name: mask})
         if mask.dtype != torch.bool:
             raise TypeError(f"{name} must be torch.bool, got {mask.dtype}; convert it with {name}.bool()")
 
@@ -78,19 +77,21 @@ def same_device(name: str, reference: Tensor, **others: Tensor | None) -> None:
 
 def per_token(name: str, reference: Tensor, *, loss_mask: Tensor, **others: Tensor | None) -> None:
     """The usual set: floating per-token tensors of one shape, and a boolean mask of that shape."""
-    required(**{name: reference}, loss_mask=loss_mask)
+    tensors(**{name: reference}, loss_mask=loss_mask)
     floating(**{name: reference}, **others)
     boolean(loss_mask=loss_mask)
     same_shape(name, reference, loss_mask=loss_mask, **others)
 
 
-def flat_stream(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if x.ndim != 1:
-            raise ValueError(
-                f"{name} must be a flat (T,) stream beside cu_seqlens, got {tuple(x.shape)}; "
-                "flatten a padded (B, L) tensor and pass cu_seqlens = arange(0, B*L + 1, L)"
-            )
+def packed_stream(name: str, x: Tensor, cu_seqlens: Tensor) -> None:
+    """`x` is flat, and `cu_seqlens` is a tensor on its device."""
+    tensors(**{name: x}, cu_seqlens=cu_seqlens)
+    if x.ndim != 1:
+        raise ValueError(
+            f"{name} must be a flat (T,) stream beside cu_seqlens, got {tuple(x.shape)}; "
+            "flatten a padded (B, L) tensor and pass cu_seqlens = arange(0, B*L + 1, L)"
+        )
+    same_device(name, x, cu_seqlens=cu_seqlens)
 
 
 def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int) -> None:

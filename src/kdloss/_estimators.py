@@ -157,11 +157,10 @@ def discounted_returns(
         ValueError: shapes differ, the stream is not flat, `cu_seqlens` does not fit or `discount` is outside 0 .. 1.
     """
     _checks.per_token("rewards", rewards, loss_mask=loss_mask)
-    _checks.flat_stream(rewards=rewards)
+    _checks.packed_stream("rewards", rewards, cu_seqlens)
     _checks.non_negative(discount=discount)
     if discount > 1:
         raise ValueError(f"discount must be in 0 .. 1, got {discount}")
-    _checks.same_device("rewards", rewards, cu_seqlens=cu_seqlens)
 
     total = rewards.shape[0]
     ids = segment_ids(cu_seqlens, total_tokens=total)
@@ -182,7 +181,7 @@ def discounted_returns(
 
 
 def _teacher_log_ratio(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
-    _checks.required(teacher_logp=teacher_logp)
+    _checks.tensors(teacher_logp=teacher_logp)
     return _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
 
 

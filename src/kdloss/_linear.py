@@ -111,6 +111,7 @@ def linear_token_logprobs_and_entropy(
         `LogprobsAndEntropy(logp, entropy)`; `entropy` is (T,), nats, differentiable, 0 at untrained tokens.
     """
     check_options(shard=shard, impl=impl, softcap=softcap)
+    _checks.tensors(hidden=hidden, weight=weight)
     shape = hidden.shape[:-1]
     _checks.boolean(loss_mask=loss_mask)
     if loss_mask is not None and loss_mask.shape != shape:
@@ -198,6 +199,7 @@ def _check_head(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must match the rows of weight ({weight.shape[0]},), got {tuple(bias.shape)}")
     vocab_size = check_vocab_size(vocab_size, weight.shape[0])
-    check_labels(labels, hidden.shape[:-1], vocab_size, loss_mask=loss_mask)
+    _checks.tensors(labels=labels)
     _checks.same_device("hidden", hidden, weight=weight, bias=bias, labels=labels, loss_mask=loss_mask)
+    check_labels(labels, hidden.shape[:-1], vocab_size, loss_mask=loss_mask)
     return vocab_size

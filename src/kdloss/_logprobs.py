@@ -158,6 +158,7 @@ def check_vocab_size(vocab_size: int | None, rows: int) -> int:
 
 
 def _check_logits(logits: Tensor, labels: Tensor, vocab_size: int | None) -> int:
+    _checks.tensors(logits=logits)
     _checks.floating(logits=logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")

@@ -115,7 +115,7 @@ def grpo_loss(
         GRPO (arXiv 2402.03300), eq. 3; token mean: DAPO (arXiv 2503.14476), eq. 8; the decoupled ratio: Hilton et al.
         (arXiv 2110.00641).
     """
-    reduce = _Reduction(reduction, loss_mask, cu_seqlens, normalizer)
+    reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer)
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, prox_logp=prox_logp)
     surrogate = clipped_surrogate(
         logp,
@@ -180,7 +180,8 @@ def distillation_loss(
     Source:
         KDRL (arXiv 2506.02208), J_RKL.
     """
-    reduce = _Reduction(reduction, loss_mask, cu_seqlens, normalizer)
+    reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer)
+    _checks.positive(kd_max_ratio=kd_max_ratio)
     teacher_mask = _teacher_mask(logp, old_logp, teacher_logp, loss_mask, kd_mask)
     returns = _kd_returns(
         logp,
@@ -252,7 +253,7 @@ def kdrl_loss(
     Source:
         KDRL (arXiv 2506.02208), eq. 8.
     """
-    reduce = _Reduction(reduction, loss_mask, cu_seqlens, normalizer)
+    reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer)
     terms = _kdrl_terms(
         logp,
         old_logp,
@@ -312,6 +313,7 @@ def kdrl_token_loss(
     Returns:
         The shape of `logp`, differentiable in it, 0 at untrained positions.
     """
+    _checks.tensors(logp=logp)
     if loss_mask is None:
         loss_mask = torch.ones_like(logp, dtype=torch.bool)
     terms = _kdrl_terms(
@@ -370,6 +372,7 @@ def _kdrl_terms(
     """The per-token terms of KDRL; a term of weight 0 is an attached zero that has read nothing."""
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, prox_logp=prox_logp)
     _checks.finite(rl_loss_weight=rl_loss_weight)
+    _checks.positive(kd_reward_clip=kd_reward_clip, kd_max_ratio=kd_max_ratio)
     _checks.weight("logp", logp, distill_loss_weight=distill_loss_weight)
     if direct_penalty:
         _checks.no_reward_options(kd_discount, kd_reward_clip, kd_max_ratio)
@@ -440,6 +443,7 @@ def _kd_returns(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """(T,) detached: the reverse-KL reward, or its discounted return-to-go."""
+    _checks.positive(kd_reward_clip=kd_reward_clip)
     reward = reverse_kl_reward(logp, teacher_logp, loss_mask=teacher_mask, clip=kd_reward_clip)
     _checks.non_negative(kd_discount=kd_discount)
     if kd_discount > 1:
@@ -448,6 +452,7 @@ def _kd_returns(
         return reward
     if cu_seqlens is None:
         raise ValueError(f"cu_seqlens must be given where kd_discount is not 0 (it is {kd_discount})")
+    _checks.packed_stream("logp", logp, cu_seqlens)
     return discounted_returns(reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, discount=kd_discount)
 
 
@@ -455,6 +460,7 @@ def _teacher_mask(
     logp: Tensor, old_logp: Tensor | None, teacher_logp: Tensor, loss_mask: Tensor, kd_mask: Tensor | None
 ) -> Tensor:
     """Trained tokens at which the teacher is listened to."""
+    _checks.tensors(teacher_logp=teacher_logp)
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, teacher_logp=teacher_logp)
     if kd_mask is None:
         return loss_mask
@@ -467,11 +473,19 @@ class _Reduction:
     """`reduction` with its mask, sequences and denominator bound: per-token tensor -> scalar."""
 
     def __init__(
-        self, reduction: str, loss_mask: Tensor, cu_seqlens: Tensor | None, normalizer: float | Tensor | None
+        self,
+        reduction: str,
+        logp: Tensor,
+        loss_mask: Tensor,
+        cu_seqlens: Tensor | None,
+        normalizer: float | Tensor | None,
     ) -> None:
+        _checks.per_token("logp", logp, loss_mask=loss_mask)
         _checks.one_of("reduction", reduction, ("token_mean", "sequence_mean"))
-        if reduction == "sequence_mean" and cu_seqlens is None:
-            raise ValueError('cu_seqlens must be given where reduction="sequence_mean"')
+        if reduction == "sequence_mean":
+            if cu_seqlens is None:
+                raise ValueError('cu_seqlens must be given where reduction="sequence_mean", got None')
+            _checks.packed_stream("logp", logp, cu_seqlens)
         self.reduction, self.loss_mask, self.cu_seqlens, self.normalizer = reduction, loss_mask, cu_seqlens, normalizer
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -97,9 +97,8 @@ def segment_sum(
         NotImplementedError: `group` is given.
     """
     _checks.per_token("x", x, loss_mask=loss_mask)
-    _checks.flat_stream(x=x)
+    _checks.packed_stream("x", x, cu_seqlens)
     _checks.no_group(group)
-    _checks.same_device("x", x, cu_seqlens=cu_seqlens)
     layout = _layout(cu_seqlens, x.shape[0])
     kept = torch.where(loss_mask, x, 0).to(_checks.accumulator_dtype(x))
     sums = kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, layout.ids, kept)
@@ -141,6 +140,7 @@ def broadcast_to_tokens(
     Raises:
         ValueError: `x` is not (B,), or `cu_seqlens` does not fit.
     """
+    _checks.tensors(x=x, cu_seqlens=cu_seqlens)
     _checks.same_device("cu_seqlens", cu_seqlens, x=x)
     layout = _layout(cu_seqlens, total_tokens)
     if x.shape != (cu_seqlens.shape[0] - 1,):
@@ -169,7 +169,9 @@ def next_token_labels(
         ValueError: the stream is not flat, or `cu_seqlens` does not fit.
     """
     _checks.integral(input_ids=input_ids)
-    _checks.flat_stream(input_ids=input_ids)
+    _checks.tensors(cu_seqlens=cu_seqlens)
+    _checks.same_device("cu_seqlens", cu_seqlens, input_ids=input_ids)
+    _checks.packed_stream("input_ids", input_ids, cu_seqlens)
     return to_prediction_positions(input_ids.to(torch.int64), cu_seqlens=cu_seqlens, fill=ignore_index)
 
 
@@ -194,7 +196,7 @@ def response_mask(
         TypeError: `prompt_lengths` is not int32 or int64.
         ValueError: `prompt_lengths` is not (B,), (on the CPU) is negative, or `cu_seqlens` does not fit.
     """
-    _checks.integral(prompt_lengths=prompt_lengths)
+    _checks.integral(prompt_lengths=prompt_lengths, cu_seqlens=cu_seqlens)
     _checks.same_device("cu_seqlens", cu_seqlens, prompt_lengths=prompt_lengths)
     layout = _layout(cu_seqlens, total_tokens)
     if prompt_lengths.shape != (cu_seqlens.shape[0] - 1,):
@@ -231,7 +233,7 @@ def to_prediction_positions(
     Raises:
         ValueError: `cu_seqlens` does not fit.
     """
-    layout = _layout_of(x, cu_seqlens)
+    layout = _layout_of("x", x, cu_seqlens)
     has_next = (layout.offset + 1 < layout.length) & layout.fits
     return _poison_floating(torch.where(_like(has_next, x), x.roll(-1, 0), fill), layout.fits)
 
@@ -246,7 +248,7 @@ def to_token_positions(
 
     The inverse of `to_prediction_positions` but for the entry that each drops. Arguments and errors are the same.
     """
-    layout = _layout_of(x, cu_seqlens)
+    layout = _layout_of("x", x, cu_seqlens)
     has_previous = (layout.offset > 0) & layout.fits
     return _poison_floating(torch.where(_like(has_previous, x), x.roll(1, 0), fill), layout.fits)
 
@@ -271,6 +273,8 @@ def pack(
         TypeError: `lengths` is not int32 or int64.
         ValueError: shapes disagree, or (on the CPU) a length exceeds L or the lengths do not sum to T.
     """
+    _checks.tensors(padded=padded)
+    _checks.integral(lengths=lengths)
     if padded.ndim < 2:
         raise ValueError(f"padded must be (B, L, ...), got {tuple(padded.shape)}")
     if lengths.shape != padded.shape[:1]:
@@ -279,7 +283,10 @@ def pack(
     length = padded.shape[1]
     if _checks.value_checks_allowed(lengths) and (lengths > length).any():
         raise ValueError(f"lengths must not exceed the padded length {length}, got {lengths.tolist()}")
-    layout = _layout(cu_seqlens_from_lengths(lengths), total_tokens)
+    cu_seqlens = cu_seqlens_from_lengths(lengths)
+    if _checks.value_checks_allowed(cu_seqlens) and cu_seqlens[-1] != total_tokens:
+        raise ValueError(f"lengths must sum to total_tokens = {total_tokens}, got {int(cu_seqlens[-1])}")
+    layout = _layout(cu_seqlens, total_tokens)
     fits = layout.fits & (lengths <= length).all()
     index = layout.ids * length + layout.offset.clamp(0, max(length - 1, 0))
     if padded.shape[0] * length == 0:  # nothing to select from; a T > 0 has raised, or cannot be read here
@@ -308,7 +315,7 @@ def unpack(
     Raises:
         ValueError: `cu_seqlens` does not fit, or (on the CPU) a sequence is longer than `length`: nothing is cut off.
     """
-    layout = _layout_of(packed, cu_seqlens)
+    layout = _layout_of("packed", packed, cu_seqlens)
     lengths = cu_seqlens.diff()
     if _checks.value_checks_allowed(lengths) and (lengths > length).any():
         raise ValueError(f"length must hold the longest sequence {int(lengths.max())}, got {length}")
@@ -340,10 +347,11 @@ def _layout(cu_seqlens: Tensor, total_tokens: int) -> _Layout:
     return _Layout(ids, position - start, stop - start, fits)
 
 
-def _layout_of(x: Tensor, cu_seqlens: Tensor) -> _Layout:
+def _layout_of(name: str, x: Tensor, cu_seqlens: Tensor) -> _Layout:
+    _checks.tensors(**{name: x}, cu_seqlens=cu_seqlens)
     if x.ndim < 1:
-        raise ValueError(f"a packed stream must be (T, ...), got {tuple(x.shape)}")
-    _checks.same_device("cu_seqlens", cu_seqlens, x=x)
+        raise ValueError(f"{name} must be (T, ...), got {tuple(x.shape)}")
+    _checks.same_device("cu_seqlens", cu_seqlens, **{name: x})
     return _layout(cu_seqlens, x.shape[0])
 
 

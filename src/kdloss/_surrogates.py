@@ -172,6 +172,7 @@ def sequence_clipped_surrogate(
         GSPO (arXiv 2507.18071), eqs. 5, 7 and 13.
     """
     _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
+    _checks.packed_stream("logp", logp, cu_seqlens)
     log_ratio, _, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
     mean = segment_mean(log_ratio.detach(), loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
     mean = broadcast_to_tokens(mean, cu_seqlens=cu_seqlens, total_tokens=logp.shape[0])
@@ -268,7 +269,7 @@ def _prepare(
     logp: Tensor, old_logp: Tensor | None, advantages: Tensor, loss_mask: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-ratio (attached), ratio, A and w * A (detached), all of the compute dtype; untrained: 0, 1, 0, 0."""
-    _checks.required(advantages=advantages)
+    _checks.tensors(advantages=advantages)
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, advantages=advantages, weights=weights)
     dtype = _checks.promoted_dtype(logp, old_logp, advantages, weights)
     log_ratio = _log_ratio("logp", logp, loss_mask, old_logp=old_logp).to(dtype)

@@ -112,6 +112,7 @@ def sequence_importance_weights(
     _checks.one_of("aggregate", aggregate, ("sum", "mean"))
     _checks.one_of("action", action, ("truncate", "mask"))
     _checks.interval(("min_weight", min_weight), ("max_weight", max_weight))
+    _checks.packed_stream("prox_logp", prox_logp, cu_seqlens)
     log_ratio = _detached_log_ratio(prox_logp, old_logp, loss_mask)
     reduce = segment_sum if aggregate == "sum" else segment_mean
     weight = reduce(log_ratio, loss_mask=loss_mask, cu_seqlens=cu_seqlens).exp()
@@ -127,7 +128,7 @@ def _weight(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
 
 
 def _detached_log_ratio(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
-    _checks.required(old_logp=old_logp)
+    _checks.tensors(old_logp=old_logp)
     return _log_ratio("prox_logp", prox_logp, loss_mask, old_logp=old_logp).detach()
 
 

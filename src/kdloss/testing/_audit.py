@@ -8,10 +8,12 @@ combination of known gradients that is the gradient of the loss. Nothing is samp
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +54,7 @@ class Fit:
     raised, so a loss that ascends the reward has +1. Empty where nothing fits, or the gradient is zero."""
     residual: float
     """Norm of what the coefficients leave, relative to the gradient; where nothing fits, the least that any
-    combination leaves. 0 for a zero gradient."""
+    combination leaves, here and at other policies. 0 for a zero gradient."""
     nearest: Nearest | None
     """None for a zero gradient, and on a tree at which every known gradient is zero."""
     is_zero: bool
@@ -163,8 +165,7 @@ def audit(
 
     The smallest combination that leaves less than `rtol` of g is taken; one of several terms must have the same
     coefficients at another student and another behaviour policy. Coefficients are per sequence: the token-level
-    reverse KL sums over the tokens of a response and averages over responses. A combination is not tried where the
-    tree has no more free logits than it has terms: it would explain anything.
+    reverse KL sums over the tokens of a response and averages over responses.
 
     Args:
         loss: as for `expected_gradient`: called with the fields of `TokenBatch` that it names (`logp`, `old_logp`,
@@ -189,32 +190,33 @@ def audit(
         raise ValueError(f"batch_size must be >= 1 and rtol in 0 .. 1, got {batch_size} and {rtol}")
     tree = SequenceTree(max_length=3, eos=0, prompt_lengths=(1, 2)) if tree is None else tree
 
+    @cache
     def moments(tree: SequenceTree, under: str) -> _Moments:
         return _moments(loss, tree, under, batch_size, normalizer)
 
-    samples = {under: moments(tree, under) for under in ("student", "behaviour")}
-    on, off = (_fit(of, tree, under, batch_size, rtol) for under, of in samples.items())
+    def fit(tree: SequenceTree, under: str) -> Fit:
+        return _fit(moments(tree, under), tree, partial(moments, moved, under), moved, under, batch_size, rtol)
 
     moved = _with(tree, student=_elsewhere(tree.student), behaviour=_elsewhere(tree.behaviour))
-    if len(on.coefficients) > 1:
-        on = _confirmed(on, _fit(moments(moved, "student"), moved, "student", batch_size, rtol), rtol)
-    if len(off.coefficients) > 1:
-        off = _confirmed(off, _fit(moments(moved, "behaviour"), moved, "behaviour", batch_size, rtol), rtol)
+    on, off = fit(tree, "student"), fit(tree, "behaviour")
 
-    other_teacher = _with(tree, teacher=_elsewhere(tree.teacher))
     teacher_in_gradient = teacher_in_value = False
-    for under, one in samples.items():
-        other = moments(other_teacher, under)
-        teacher_in_gradient |= float((other.mean - one.mean).norm()) > rtol * one.scale
-        teacher_in_value |= not torch.allclose(one.values, other.values, rtol=rtol, atol=0, equal_nan=True)
+    parameters = inspect.signature(loss).parameters.values()
+    if any(p.name == "teacher_logp" or p.kind is p.VAR_KEYWORD for p in parameters):
+        other_teacher = _with(tree, teacher=_elsewhere(tree.teacher))
+        for under in ("student", "behaviour"):
+            one, other = moments(tree, under), moments(other_teacher, under)
+            teacher_in_gradient |= float((other.mean - one.mean).norm()) > rtol * one.scale
+            teacher_in_value |= not torch.allclose(one.values, other.values, rtol=rtol, atol=0, equal_nan=True)
 
-    if on.coefficients:
-        # a behaviour policy near the student would pass a clip that acts on others
-        far = _with(tree, behaviour=moved.behaviour)
-        far_off = _fit(moments(far, "behaviour"), far, "behaviour", batch_size, rtol)
-        scope = "any behaviour policy" if _same(on, off, rtol) and _same(on, far_off, rtol) else "on-policy only"
-    else:
+    # a behaviour policy near the student would pass a clip that acts on others
+    far = _with(tree, behaviour=moved.behaviour)
+    if not on.coefficients:
         scope = "off-policy only" if off.coefficients else "none"
+    elif _same(on, off, rtol) and _same(on, fit(far, "behaviour"), rtol):
+        scope = "any behaviour policy"
+    else:
+        scope = "on-policy only"
     return Audit(on, off, scope, teacher_in_gradient, teacher_in_value)
 
 
@@ -273,62 +275,84 @@ def _gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
     return gradient
 
 
-def _fit(sample: _Moments, tree: SequenceTree, under: str, batch_size: int, rtol: float) -> Fit:
+def _fit(
+    sample: _Moments,
+    tree: SequenceTree,
+    sample_moved: Callable[[], _Moments],
+    moved: SequenceTree,
+    under: str,
+    batch_size: int,
+    rtol: float,
+) -> Fit:
+    """The smallest combination of known gradients; one of several terms must hold at the moved policies, too."""
+    here, there = (_known_gradients(t, under, batch_size) for t in (tree, moved))
+    names = [name for name in here if name in there]
+    columns, columns_moved = (np.array([known[name] for name in names]).T for known in (here, there))
     target = sample.mean.flatten().numpy()
-    known = {name: _gradient(f, tree).flatten().numpy() for name, f in _known(tree, under, batch_size).items()}
-    size = max((float(np.linalg.norm(g)) for g in known.values() if np.isfinite(g).all()), default=0.0)
-    # what is constant on this tree (a length without eos) or infinite (a KL outside the support) cannot be told
-    known = {name: g for name, g in known.items() if np.isfinite(g).all() and np.linalg.norm(g) > 1e-12 * size}
+    size = float(np.linalg.norm(target))
     drift = -float(target @ _gradient(_length(tree), tree).flatten().numpy())
 
     def result(
         coefficients: Mapping[str, float], residual: float, nearest: Nearest | None, *, is_zero: bool = False
     ) -> Fit:
-        dependent = _dependent(known)
+        dependent = _dependent(names, np.concatenate([columns, columns_moved])) if coefficients else ()
         ambiguous = dependent if any(name in dependent for name in coefficients) else ()
         return Fit(coefficients, residual, nearest, is_zero, ambiguous, sample.variance, drift, sample.mean)
 
-    if np.linalg.norm(target) <= rtol * sample.scale:
+    if size <= rtol * sample.scale:
         return result({}, 0.0, None, is_zero=True)
-    if not known:
+    if not names:
         return result({}, 1.0, None)
 
-    names = list(known)
-    columns = np.stack([known[name] / np.linalg.norm(known[name]) for name in names], axis=1)
-    unit = target / np.linalg.norm(target)
-    singles = [_least_squares(columns[:, [i]], unit) for i in range(len(names))]
+    singles = [_least_squares(columns[:, [i]], target) for i in range(len(names))]
     best = min(range(len(names)), key=lambda i: singles[i][1])
-    in_units = np.linalg.norm(target) / np.array([np.linalg.norm(known[name]) for name in names])
-    nearest = Nearest(names[best], float(singles[best][0][0] * in_units[best]), singles[best][1])
-
-    # as many terms as the gradient has dimensions would explain anything
-    dimensions = target.size - tree.student.shape[0]
-    sizes = [n for n in (*range(1, _LARGEST_COMBINATION + 1), len(names)) if n <= len(names) and n < dimensions]
-    least = nearest.residual
-    for chosen in itertools.chain.from_iterable(itertools.combinations(range(len(names)), size) for size in sizes):
-        solution, residual = _least_squares(columns[:, chosen], unit)
+    nearest = Nearest(names[best], float(singles[best][0][0]), singles[best][1])
+    for name, (solution, residual) in zip(names, singles, strict=True):
         if residual <= rtol:
-            found = {names[i]: float(c * in_units[i]) for i, c in zip(chosen, solution, strict=True) if abs(c) > rtol}
-            return result(found, residual, nearest)
+            return result({name: float(solution[0])}, residual, nearest)
+
+    # a small tree has few free logits, and several terms may explain them by chance: not at two students at once,
+    # as long as there are fewer terms than logits
+    both = np.concatenate([columns, columns_moved])
+    target_both = np.concatenate([target, sample_moved().mean.flatten().numpy()])
+    triangle = np.linalg.qr(np.column_stack([both, target_both])).R  # the same norms in fewer rows
+    logits = 2 * (tree.student.numel() - len(tree.student))
+    sizes = [n for n in (*range(2, _LARGEST_COMBINATION + 1), len(names)) if n <= len(names) and n < logits]
+    least = nearest.residual
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(len(names)), n) for n in sizes):
+        solution, residual = _least_squares(triangle[:, chosen], triangle[:, -1])
+        if residual <= rtol:
+            weights = np.abs(solution) * np.linalg.norm(both[:, chosen], axis=0) / np.linalg.norm(target_both)
+            found = {names[i]: float(c) for i, c, w in zip(chosen, solution, weights, strict=True) if w > rtol}
+            left = float(np.linalg.norm(columns[:, chosen] @ solution - target)) / size
+            return result(found, left, nearest)
         least = min(least, residual)
     return result({}, least, nearest)
 
 
+def _known_gradients(tree: SequenceTree, under: str, batch_size: int) -> dict[str, npt.NDArray[np.float64]]:
+    known = {name: _gradient(f, tree).flatten().numpy() for name, f in _known(tree, under, batch_size).items()}
+    # what is infinite on this tree (a KL outside the support) or constant (a length without eos) cannot be told
+    known = {name: g for name, g in known.items() if np.isfinite(g).all()}
+    size = max((float(np.linalg.norm(g)) for g in known.values()), default=0.0)
+    return {name: g for name, g in known.items() if np.linalg.norm(g) > 1e-12 * size}
+
+
 def _least_squares(columns: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> tuple[Any, float]:
-    solution = np.linalg.lstsq(columns, target, rcond=1e-10)[0]
-    return solution, float(np.linalg.norm(columns @ solution - target))
+    """The coefficients, and what they leave relative to the target."""
+    sizes = np.linalg.norm(columns, axis=0)
+    solution = np.linalg.lstsq(columns / sizes, target, rcond=1e-10)[0] / sizes
+    return solution, float(np.linalg.norm(columns @ solution - target) / np.linalg.norm(target))
 
 
-def _dependent(known: Mapping[str, npt.NDArray[np.float64]]) -> tuple[str, ...]:
+def _dependent(names: list[str], columns: npt.NDArray[np.float64]) -> tuple[str, ...]:
     """The names that others can be written with: leaving one of them out does not lower the rank."""
-    if not known:
-        return ()
-    columns = np.stack([g / np.linalg.norm(g) for g in known.values()], axis=1)
+    columns = columns / np.linalg.norm(columns, axis=0)
     rank = int(np.linalg.matrix_rank(columns, tol=1e-8))
     if rank == columns.shape[1]:
         return ()
     without = (np.linalg.matrix_rank(np.delete(columns, i, axis=1), tol=1e-8) for i in range(columns.shape[1]))
-    return tuple(name for name, smaller in zip(known, without, strict=True) if smaller == rank)
+    return tuple(name for name, smaller in zip(names, without, strict=True) if smaller == rank)
 
 
 def _known(tree: SequenceTree, under: str, batch_size: int) -> dict[str, Tensor]:
@@ -429,13 +453,6 @@ def _elsewhere(policy: Tensor) -> Tensor:
     """Another policy on the same support, far from `policy`."""
     generator = torch.Generator().manual_seed(2506)
     return policy.detach() + 1.5 * torch.randn(policy.shape, generator=generator, dtype=torch.float64)
-
-
-def _confirmed(fit: Fit, elsewhere: Fit, rtol: float) -> Fit:
-    """The fit, unless other policies give other coefficients: then it is what a small tree allows, and no objective."""
-    assert fit.nearest is not None
-    same = _close(fit.coefficients, elsewhere.coefficients, rtol)
-    return fit if same else replace(fit, coefficients={}, residual=fit.nearest.residual, ambiguous=())
 
 
 def _same(on_policy: Fit, off_policy: Fit, rtol: float) -> bool:
