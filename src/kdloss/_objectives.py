@@ -377,6 +377,8 @@ def _kdrl_terms(
     if direct_penalty:
         _checks.no_reward_options(kd_discount, kd_reward_clip, kd_max_ratio)
 
+    # widened once: the gradients of both terms meet in float32 and are rounded to the dtype of logp together
+    logp = logp.to(_checks.promoted_dtype(logp))
     nothing = _attached_zeros(logp)
     if rl_loss_weight == 0:
         rl = _no_surrogate(logp)._replace(loss=nothing)
@@ -515,4 +517,4 @@ def _no_surrogate(logp: Tensor) -> Surrogate:
 
 def _attached_zeros(logp: Tensor) -> Tensor:
     """Zeros that hang on `logp` without having read it, so that backward runs and nothing leaks."""
-    return torch.where(torch.zeros_like(logp, dtype=torch.bool), logp.to(_checks.promoted_dtype(logp)), 0)
+    return torch.where(torch.zeros_like(logp, dtype=torch.bool), logp, 0)

@@ -1,0 +1,525 @@
+"""Holds calls that must raise, for every public function: what is wrong, the exception, and what its message says.
+
+Each starts from the "base" call of `cases.TABLE`. Every message names the argument, what was expected and what came.
+That whatever should be a tensor and is none raises a TypeError with its name is checked in `test_contract_errors.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cases import CU, LENGTHS, MASK, TABLE, Arguments, T
+
+
+class Bad(NamedTuple):
+    """A call that must raise: the good one with `changes`. In `message`, "..." stands for anything."""
+
+    what: str
+    changes: Arguments
+    error: type[Exception]
+    message: str
+
+
+SHORT = torch.zeros(T - 1, dtype=torch.float64)
+INTEGERS = torch.ones(T, dtype=torch.int64)
+ELSEWHERE = torch.zeros(T, dtype=torch.float64, device="meta")
+
+
+BAD: dict[str, list[Bad]] = {}
+
+
+def base(name: str) -> Arguments:
+    return TABLE[name].variants["base"]
+
+
+def bad_floats(first: str, *others: str) -> Iterator[Bad]:
+    """`first` gives the others their shape and device."""
+    for name in (first, *others):
+        came = f"{name} must have a floating-point dtype, got torch.int64"
+        yield Bad(f"{name} holds integers", {name: INTEGERS}, TypeError, came)
+    for name in others:
+        yield Bad(f"{name} is short", {name: SHORT}, ValueError, f"{name} must match {first} (17,), got (16,)")
+        came = f"{name} must be on {first}'s device cpu, got meta"
+        yield Bad(f"{name} is elsewhere", {name: ELSEWHERE}, ValueError, came)
+
+
+def bad_mask(first: str, name: str = "loss_mask") -> Iterator[Bad]:
+    came = f"{name} must be torch.bool, got torch.float64; convert it with {name}.bool()"
+    yield Bad(f"{name} is float", {name: MASK.double()}, TypeError, came)
+    came = f"{name} must be torch.bool, got torch.int64; convert it with {name}.bool()"
+    yield Bad(f"{name} is integer", {name: MASK.long()}, TypeError, came)
+    yield Bad(f"{name} is short", {name: MASK[1:]}, ValueError, f"{name} must match {first} (17,), got (16,)")
+    came = f"{name} must be on {first}'s device cpu, got meta"
+    yield Bad(f"{name} is elsewhere", {name: MASK.to("meta")}, ValueError, came)
+
+
+def bad_per_token(first: str, *others: str) -> list[Bad]:
+    return [*bad_floats(first, *others), *bad_mask(first)]
+
+
+def bad_cu_seqlens(**switch: Any) -> Iterator[Bad]:
+    """`switch` is what makes the function read `cu_seqlens` at all."""
+    only = [f" for {key}" for key in switch if key != "cu_seqlens"]
+
+    def bad(what: str, cu_seqlens: Any, error: type[Exception], message: str) -> Bad:
+        return Bad(
+            "".join([f"cu_seqlens {what}", *only]), switch | {"cu_seqlens": cu_seqlens}, error, f"cu_seqlens {message}"
+        )
+
+    yield bad("is float", CU.double(), TypeError, "must be int32 or int64, got torch.float64")
+    yield bad("is two-dimensional", CU.reshape(2, 3), ValueError, "must be (B + 1,) with B >= 0, got (2, 3)")
+    yield bad("starts late", CU.clamp(min=1), ValueError, "must start at 0, got 1")
+    yield bad("ends early", CU.clamp(max=16), ValueError, "must end at the number of tokens 17, got 16")
+    yield bad("decreases", CU[[0, 3, 2, 5]], ValueError, "must not decrease, got [0, 6, 5, 17]")
+    yield bad("is of no sequence", CU[:1], ValueError, "has no sequence, but there are 17 tokens")
+
+
+def bad_stream(name: str, *, of: str, **switch: Any) -> list[Bad]:
+    """As `bad_cu_seqlens`, and a stream that is not flat or lies elsewhere."""
+    padded = {k: x[None] for k, x in base(of).items() if isinstance(x, Tensor) and x.shape == (T,)}
+    came = f"{name} must be a flat (T,) stream beside cu_seqlens, got (1, 17); ...arange(0, B*L + 1, L)"
+    only = "".join(f" for {key}" for key in switch if key != "cu_seqlens")
+    elsewhere = f"cu_seqlens must be on {name}'s device cpu, got meta"
+    return [
+        *bad_cu_seqlens(**switch),
+        Bad(f"{name} is not flat{only}", padded | switch, ValueError, came),
+        Bad(f"cu_seqlens is elsewhere{only}", switch | {"cu_seqlens": CU.to("meta")}, ValueError, elsewhere),
+    ]
+
+
+def bad_numbers(name: str, *, bound: str, wrong: tuple[float, ...], **switch: Any) -> Iterator[Bad]:
+    """Numbers that are out of range, and what is no number at all: text (from YAML), bool, tensor."""
+    for x in wrong:
+        yield Bad(f"{name} is {x}", switch | {name: x}, ValueError, f"{name} must be {bound}, got {x}")
+    yaml = f"{name} must be a Python number, got str '5e-3' (YAML reads 5e-3 as text: write 5.0e-3)"
+    yield Bad(f"{name} is text", switch | {name: "5e-3"}, TypeError, yaml)
+    yield Bad(f"{name} is bool", switch | {name: True}, TypeError, f"{name} must be a Python number, got bool True")
+
+
+def positive(name: str, **switch: Any) -> list[Bad]:
+    return list(bad_numbers(name, bound="> 0", wrong=(0.0, -1.0, math.nan), **switch))
+
+
+def non_negative(name: str, **switch: Any) -> list[Bad]:
+    return list(bad_numbers(name, bound=">= 0", wrong=(-0.1, math.nan), **switch))
+
+
+def finite(name: str, **switch: Any) -> list[Bad]:
+    return list(bad_numbers(name, bound="finite", wrong=(math.inf, -math.inf, math.nan), **switch))
+
+
+def unit_interval(name: str, **switch: Any) -> list[Bad]:
+    above = Bad(f"{name} is 1.5", switch | {name: 1.5}, ValueError, f"{name} must be in 0 .. 1, got 1.5")
+    return [*non_negative(name, **switch), above]
+
+
+def bad_normalizer() -> list[Bad]:
+    came = "normalizer must be a number or a 0-dim tensor, got shape (1,)"
+    return [
+        *non_negative("normalizer")[:1],
+        *finite("normalizer"),
+        Bad("normalizer has an axis", {"normalizer": torch.ones(1)}, ValueError, came),
+    ]
+
+
+def bad_distill_weights(first: str) -> Iterator[Bad]:
+    name = "distill_loss_weight"
+    came = f"{name} must have a floating-point dtype, got torch.int64"
+    yield Bad("weights are integers", {name: INTEGERS}, TypeError, came)
+    yield Bad("weights are short", {name: SHORT}, ValueError, f"{name} must match {first} (17,), got (16,)")
+    came = f"{name} must be on {first}'s device cpu, got meta"
+    yield Bad("weights are elsewhere", {name: ELSEWHERE}, ValueError, came)
+
+
+GROUP = Bad("group is given", {"group": object()}, NotImplementedError, "group: ...not supported yet")
+
+BAD["cu_seqlens_from_lengths"] = [
+    Bad("float", {"lengths": LENGTHS.double()}, TypeError, "lengths must be int32 or int64, got torch.float64"),
+    Bad("two-dimensional", {"lengths": LENGTHS[None]}, ValueError, "lengths must be (B,), got (1, 5)"),
+    Bad("negative", {"lengths": LENGTHS - 1}, ValueError, "lengths must be >= 0, got [4, -1, 0, 3, 6]"),
+]
+
+BAD["segment_ids"] = [
+    *bad_cu_seqlens(),
+    Bad("total_tokens", {"total_tokens": 18}, ValueError, "cu_seqlens must end at the number of tokens 18, got 17"),
+]
+
+for _name in ("segment_sum", "segment_mean"):
+    BAD[_name] = [*bad_per_token("x"), *bad_stream("x", of=_name), GROUP]
+
+BAD["broadcast_to_tokens"] = [
+    *bad_cu_seqlens(),
+    Bad("short", {"x": SHORT[:4]}, ValueError, "x must have one entry per sequence (5,), got (4,)"),
+    Bad("elsewhere", {"x": ELSEWHERE[:5]}, ValueError, "x must be on cu_seqlens's device cpu, got meta"),
+]
+
+BAD["next_token_labels"] = [
+    Bad("float", {"input_ids": SHORT}, TypeError, "input_ids must be int32 or int64, got torch.float64"),
+    *bad_stream("input_ids", of="next_token_labels")[:-1],
+    Bad(
+        "elsewhere",
+        {"input_ids": INTEGERS.to("meta")},
+        ValueError,
+        "input_ids must be on cu_seqlens's device cpu, got meta",
+    ),
+]
+
+PROMPTS = base("response_mask")["prompt_lengths"]
+BAD["response_mask"] = [
+    *bad_cu_seqlens(),
+    Bad("float", {"prompt_lengths": PROMPTS.double()}, TypeError, "prompt_lengths must be int32 or int64, got ..."),
+    Bad(
+        "short",
+        {"prompt_lengths": PROMPTS[1:]},
+        ValueError,
+        "prompt_lengths must have one entry per sequence (5,), got (4,)",
+    ),
+    Bad("negative", {"prompt_lengths": PROMPTS - 1}, ValueError, "prompt_lengths must be >= 0, got [1, -1, 0, ..."),
+    Bad(
+        "elsewhere",
+        {"prompt_lengths": PROMPTS.to("meta")},
+        ValueError,
+        "prompt_lengths must be on cu_seqlens's device cpu, got meta",
+    ),
+]
+
+for _name in ("to_prediction_positions", "to_token_positions"):
+    BAD[_name] = [
+        *bad_cu_seqlens(),
+        Bad("0-dim", {"x": torch.tensor(1.0)}, ValueError, "x must be (T, ...), got ()"),
+        Bad("elsewhere", {"x": ELSEWHERE}, ValueError, "x must be on cu_seqlens's device cpu, got meta"),
+    ]
+
+BAD["pack"] = [
+    Bad("float", {"lengths": LENGTHS.double()}, TypeError, "lengths must be int32 or int64, got torch.float64"),
+    Bad("one axis", {"padded": SHORT}, ValueError, "padded must be (B, L, ...), got (16,)"),
+    Bad("short", {"lengths": LENGTHS[1:]}, ValueError, "lengths must match the rows of padded (5,), got (4,)"),
+    Bad(
+        "too long",
+        {"padded": torch.zeros(5, 6)},
+        ValueError,
+        "lengths must not exceed the padded length 6, got [...",
+    ),
+    Bad("negative", {"lengths": LENGTHS - 1}, ValueError, "lengths must be >= 0, got [4, -1, 0, 3, 6]"),
+    Bad("another sum", {"total_tokens": 18}, ValueError, "lengths must sum to total_tokens = 18, got 17"),
+    Bad("elsewhere", {"lengths": LENGTHS.to("meta")}, ValueError, "lengths must be on padded's device cpu, got meta"),
+]
+
+BAD["unpack"] = [
+    *bad_cu_seqlens(),
+    Bad("0-dim", {"packed": torch.tensor(1.0)}, ValueError, "packed must be (T, ...), got ()"),
+    Bad("too short", {"length": 6}, ValueError, "length must hold the longest sequence 7, got 6"),
+    Bad("elsewhere", {"packed": ELSEWHERE}, ValueError, "packed must be on cu_seqlens's device cpu, got meta"),
+]
+
+
+LABELS = base("token_logprobs")["labels"]
+HEAD = base("linear_token_logprobs")["weight"]
+BIAS = TABLE["linear_token_logprobs"].variants["bias"]["bias"]
+
+
+def bad_head(head: str) -> list[Bad]:
+    """Labels, options and what is not there yet; `head` gives the rows, and the device."""
+    outside = LABELS.clone()
+    outside[2] = 7
+    below = LABELS.clone()
+    below[2] = -1
+    return [
+        Bad("labels are int32", {"labels": LABELS.int()}, TypeError, "labels must be torch.int64, got torch.int32"),
+        Bad("labels are float", {"labels": LABELS.double()}, TypeError, "labels must be ...int64, got torch.float64"),
+        Bad("labels are short", {"labels": LABELS[1:]}, ValueError, "labels must be (17,) or (17, 'K'), got (16,)"),
+        Bad(
+            "labels are (1, T)", {"labels": LABELS[None]}, ValueError, "labels must be (17,) or (17, 'K'), got (1, 17)"
+        ),
+        Bad(
+            "labels are elsewhere",
+            {"labels": LABELS.to("meta")},
+            ValueError,
+            f"labels must be on {head}'s device cpu, got meta",
+        ),
+        Bad("a label is V", {"labels": outside}, ValueError, "labels must be -100 (ignored) or in 0 .. 6, got 7"),
+        Bad("a label is -1", {"labels": below}, ValueError, "labels must be -100 (ignored) or in 0 .. 6, got -1"),
+        Bad(
+            "a label is padding",
+            {"labels": outside - (outside == 7).long(), "vocab_size": 6},
+            ValueError,
+            "labels must be -100 (ignored) or in 0 .. 5, got 6",
+        ),
+        *positive("temperature"),
+        Bad("temperature is inf", {"temperature": math.inf}, ValueError, "temperature must be finite, got inf"),
+        Bad(
+            "temperatures are short",
+            {"temperature": SHORT},
+            ValueError,
+            "temperature must be a number, 0-dim or (17,), got (16,)",
+        ),
+        Bad(
+            "temperatures are integers",
+            {"temperature": INTEGERS},
+            TypeError,
+            "temperature must have a floating-point dtype, got torch.int64",
+        ),
+        Bad(
+            "temperatures are elsewhere",
+            {"temperature": ELSEWHERE},
+            ValueError,
+            "temperature must be on ...'s device cpu, got meta",
+        ),
+        *positive("softcap"),
+        Bad("vocab_size is 0", {"vocab_size": 0}, ValueError, "vocab_size must be in 1 .. 7, ..., got 0"),
+        Bad("vocab_size is 8", {"vocab_size": 8}, ValueError, "vocab_size must be in 1 .. 7, ..., got 8"),
+        Bad("vocab_size is float", {"vocab_size": 5.0}, TypeError, "vocab_size must be an int, got float"),
+        Bad("vocab_size is bool", {"vocab_size": True}, TypeError, "vocab_size must be an int, got bool"),
+        Bad("shard is given", {"shard": object()}, NotImplementedError, "shard: ...not supported yet; ...pass None"),
+        Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
+        Bad("impl is wrong", {"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'torch', 'triton', got 'cuda'"),
+    ]
+
+
+_BAD_HEAD = [
+    *bad_head("hidden"),
+    Bad("hidden holds integers", {"hidden": INTEGERS}, TypeError, "hidden must have a floating-point dtype, got ..."),
+    Bad("hidden is flat", {"hidden": torch.zeros(T)}, ValueError, "hidden must be (T, D), got (17,)"),
+    Bad("weight holds integers", {"weight": INTEGERS}, TypeError, "weight must have a floating-point dtype, got ..."),
+    Bad(
+        "weight is transposed",
+        {"weight": HEAD.T},
+        ValueError,
+        "weight must be (V, D) with D = 5 of hidden, got (5, 7)",
+    ),
+    Bad("weight is empty", {"weight": HEAD[:0]}, ValueError, "weight must be (V, D) ..., got (0, 5)"),
+    Bad(
+        "weight is elsewhere",
+        {"weight": HEAD.to("meta")},
+        ValueError,
+        "weight must be on hidden's device cpu, got meta",
+    ),
+    Bad("bias holds integers", {"bias": INTEGERS}, TypeError, "bias must have a floating-point dtype, got torch.int64"),
+    Bad("bias is short", {"bias": BIAS[1:]}, ValueError, "bias must match the rows of weight (7,), got (6,)"),
+    Bad("bias is elsewhere", {"bias": BIAS.to("meta")}, ValueError, "bias must be on hidden's device cpu, got meta"),
+    *(bad for bad in bad_mask("hidden") if "short" not in bad.what),
+    Bad("loss_mask is short", {"loss_mask": MASK[1:]}, ValueError, "loss_mask must match ...hidden (17,), got (16,)"),
+    *finite("logit_scale"),
+    Bad("bound is low", {"max_trained_tokens": 8}, ValueError, "max_trained_tokens must hold the 9 ...tokens, got 8"),
+    Bad("bound is negative", {"max_trained_tokens": -1}, ValueError, "max_trained_tokens must be >= 0, got -1"),
+    Bad("bound is float", {"max_trained_tokens": 9.0}, TypeError, "max_trained_tokens must be an int, got float"),
+]
+
+_BAD_LOGITS = [
+    *bad_head("logits"),
+    Bad("logits hold integers", {"logits": INTEGERS}, TypeError, "logits must have a floating-point dtype, got ..."),
+    Bad(
+        "no vocabulary",
+        {"logits": base("token_logprobs")["logits"][:, :0]},
+        ValueError,
+        "logits must be (..., V) with V >= 1, got (17, 0)",
+    ),
+]
+
+for _suffix in ("", "_and_entropy"):
+    BAD[f"token_logprobs{_suffix}"] = _BAD_LOGITS
+    BAD[f"linear_token_logprobs{_suffix}"] = _BAD_HEAD
+
+
+for _name in ("kl_k1", "kl_k2", "kl_k3"):
+    BAD[_name] = bad_per_token("logp", "teacher_logp")
+BAD["reverse_kl_reward"] = [*bad_per_token("logp", "teacher_logp"), *positive("clip")]
+BAD["discounted_returns"] = [
+    *bad_per_token("rewards"),
+    *bad_stream("rewards", of="discounted_returns"),
+    *unit_interval("discount"),
+]
+
+GROUPED = base("leave_one_out_advantages")["rewards"]
+IDS = TABLE["leave_one_out_advantages"].variants["ids"]["group_ids"]
+_BAD_GROUPS = [
+    Bad("integers", {"rewards": IDS}, TypeError, "rewards must have a floating-point dtype, got torch.int64"),
+    Bad("two axes", {"rewards": GROUPED[None]}, ValueError, "rewards must be (B,), got (1, 12)"),
+    Bad("no group", {"group_size": None}, ValueError, "exactly one of group_size and group_ids ..., got neither"),
+    Bad("two groups", {"group_ids": IDS}, ValueError, "exactly one of group_size and group_ids ..., got both"),
+    Bad("size is float", {"group_size": 4.0}, TypeError, "group_size must be an int, got float"),
+    Bad("size is bool", {"group_size": True}, TypeError, "group_size must be an int, got bool"),
+    Bad("size is 5", {"group_size": 5}, ValueError, "group_size must be >= 1 and divide the 12 rewards, got 5"),
+    Bad("size is 0", {"group_size": 0}, ValueError, "group_size must be >= 1 and divide the 12 rewards, got 0"),
+    Bad(
+        "float ids", {"group_size": None, "group_ids": GROUPED}, TypeError, "group_ids must be int32 or int64, got ..."
+    ),
+    Bad(
+        "few ids",
+        {"group_size": None, "group_ids": IDS[1:]},
+        ValueError,
+        "group_ids must match rewards (12,), got (11,)",
+    ),
+    Bad(
+        "ids elsewhere",
+        {"group_size": None, "group_ids": IDS.to("meta")},
+        ValueError,
+        "group_ids must be on rewards's device cpu, got meta",
+    ),
+]
+
+BAD["leave_one_out_advantages"] = _BAD_GROUPS
+BAD["group_relative_advantages"] = [*_BAD_GROUPS, *non_negative("eps")]
+
+BAD["fold_kd_reward"] = [
+    *bad_floats("advantages", "kd_reward"),
+    *finite("rl_loss_weight"),
+    *finite("distill_loss_weight"),
+    *bad_distill_weights("advantages"),
+]
+BAD["truncated_importance_weights"] = [*bad_per_token("prox_logp", "old_logp"), *positive("max_weight")]
+BAD["masked_importance_weights"] = [
+    *bad_per_token("prox_logp", "old_logp"),
+    *positive("max_weight"),
+    *non_negative("min_weight"),
+    Bad("crossed", {"min_weight": 6}, ValueError, "min_weight must not exceed max_weight = 5.0, got 6"),
+]
+BAD["sequence_importance_weights"] = [
+    *bad_per_token("prox_logp", "old_logp"),
+    *bad_stream("prox_logp", of="sequence_importance_weights"),
+    *positive("max_weight"),
+    *non_negative("min_weight"),
+    Bad("crossed", {"min_weight": 2}, ValueError, "min_weight must not exceed max_weight = 1.5, got 2"),
+    Bad("aggregate", {"aggregate": "max"}, ValueError, "aggregate must be one of 'sum', 'mean', got 'max'"),
+    Bad("action", {"action": "clip"}, ValueError, "action must be one of 'truncate', 'mask', got 'clip'"),
+]
+
+_BAD_PG = bad_per_token("logp", "old_logp", "advantages", "weights")
+
+_BAD_CLIPS = [*non_negative("clip_low"), *non_negative("clip_high")]
+
+_BAD_DUAL_CLIP = [
+    *positive("dual_clip"),
+    Bad("dual_clip is 1", {"dual_clip": 1}, ValueError, "dual_clip must be > 1, got 1"),
+]
+
+BAD["importance_sampled_surrogate"] = [*_BAD_PG, *positive("max_ratio")]
+
+BAD["clipped_surrogate"] = [*_BAD_PG, *_BAD_CLIPS, *_BAD_DUAL_CLIP]
+BAD["sequence_clipped_surrogate"] = [*_BAD_PG, *bad_stream("logp", of="sequence_clipped_surrogate"), *_BAD_CLIPS, GROUP]
+BAD["cispo_surrogate"] = [*_BAD_PG, *_BAD_CLIPS]
+BAD["sapo_surrogate"] = [*_BAD_PG, *positive("tau_positive"), *positive("tau_negative")]
+BAD["token_mean"] = [*bad_per_token("x"), *bad_normalizer()]
+BAD["sequence_mean"] = [*bad_per_token("x"), *bad_stream("x", of="sequence_mean"), *bad_normalizer(), GROUP]
+
+BAD["sft_loss"] = [*bad_per_token("logp"), *bad_normalizer()]
+
+_BAD_REDUCTION = [
+    Bad(
+        "reduction is wrong",
+        {"reduction": "mean"},
+        ValueError,
+        "reduction must be one of 'token_mean', 'sequence_mean', got 'mean'",
+    ),
+    Bad(
+        "cu_seqlens is missing",
+        {"reduction": "sequence_mean"},
+        ValueError,
+        'cu_seqlens must be given where reduction="sequence_mean"',
+    ),
+    *bad_normalizer(),
+]
+
+_BAD_RL = [*_BAD_CLIPS, *_BAD_DUAL_CLIP]
+
+_BAD_KD = [*bad_mask("logp", "kd_mask"), *positive("kd_reward_clip"), *positive("kd_max_ratio")]
+
+_BAD_DISCOUNT = [
+    *unit_interval("kd_discount", cu_seqlens=CU),
+    Bad(
+        "kd_discount needs cu_seqlens",
+        {"kd_discount": 0.5},
+        ValueError,
+        "cu_seqlens must be given where kd_discount is not 0 (it is 0.5)",
+    ),
+]
+
+BAD["grpo_loss"] = [
+    *bad_per_token("logp", "old_logp", "advantages", "prox_logp", "weights"),
+    *bad_stream("logp", of="grpo_loss", reduction="sequence_mean", cu_seqlens=CU),
+    *_BAD_RL,
+    *_BAD_REDUCTION,
+]
+
+BAD["distillation_loss"] = [
+    *bad_per_token("logp", "old_logp", "teacher_logp"),
+    *bad_stream("logp", of="distillation_loss", reduction="sequence_mean", cu_seqlens=CU),
+    *bad_stream("logp", of="distillation_loss", kd_discount=0.5, cu_seqlens=CU),
+    *_BAD_KD,
+    *_BAD_DISCOUNT,
+    *_BAD_REDUCTION,
+]
+
+_BAD_TERMS = [
+    *_BAD_RL,
+    *_BAD_KD,
+    *finite("rl_loss_weight"),
+    *finite("distill_loss_weight"),
+    *bad_distill_weights("logp"),
+    Bad(
+        "rl_loss_weight is a tensor",
+        {"rl_loss_weight": torch.tensor(1.0)},
+        TypeError,
+        "rl_loss_weight must be a Python number, got Tensor ...",
+    ),
+    Bad(
+        "advantages are missing",
+        {"advantages": None},
+        ValueError,
+        "advantages must be given where rl_loss_weight is not 0 (it is 1.0)",
+    ),
+    Bad(
+        "the teacher is missing",
+        {"teacher_logp": None},
+        ValueError,
+        "teacher_logp must be given where distill_loss_weight is not 0 (it is 0.005)",
+    ),
+    *(
+        Bad(
+            f"direct_penalty with {name}",
+            {"direct_penalty": True, name: 0.5},
+            ValueError,
+            f"{name} must be {off} with direct_penalty=True, which has no reward, got 0.5",
+        )
+        for name, off in (("kd_reward_clip", None), ("kd_max_ratio", None))
+    ),
+]
+
+BAD["kdrl_loss"] = [
+    *bad_per_token("logp", "old_logp", "teacher_logp", "advantages", "prox_logp", "weights"),
+    *bad_stream("logp", of="kdrl_loss", reduction="sequence_mean", cu_seqlens=CU),
+    *bad_stream("logp", of="kdrl_loss", kd_discount=0.5, cu_seqlens=CU),
+    *_BAD_TERMS,
+    *_BAD_DISCOUNT,
+    *_BAD_REDUCTION,
+    Bad(
+        "direct_penalty with kd_discount",
+        {"direct_penalty": True, "kd_discount": 0.5, "cu_seqlens": CU},
+        ValueError,
+        "kd_discount must be 0 with direct_penalty=True, which has no reward, got 0.5",
+    ),
+]
+
+BAD["kdrl_token_loss"] = [
+    *bad_per_token("logp", "old_logp", "teacher_logp", "advantages", "prox_logp", "weights"),
+    *_BAD_TERMS,
+]
+
+BAD["diagnostics"] = bad_per_token("logp", "old_logp", "teacher_logp", "entropy")
+
+_BAD_STEP = non_negative("step")
+BAD["schedules.constant"] = [*_BAD_STEP, *finite("value")]
+BAD["schedules.linear_floor"] = [
+    *_BAD_STEP,
+    *non_negative("slope"),
+    *finite("start"),
+    *finite("slope")[:1],
+    *finite("floor"),
+]
+BAD["schedules.cosine"] = [*_BAD_STEP, *positive("total_steps"), *finite("start"), *finite("end")]
+BAD["schedules.switch"] = [*_BAD_STEP, *non_negative("at"), *finite("before"), *finite("after")]

@@ -1,0 +1,377 @@
+"""Holds `kdloss.testing.audit`: every known objective is recognised, and what is none of them is not taken for one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+
+import pytest
+import torch
+
+import kdloss
+from kdloss.testing import SequenceTree, audit, expected_gradient
+
+# float64: sums over 30 sequences of numbers of order 1, divided by a gradient norm of order 0.1
+EXACT = 1e-12
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return SequenceTree(max_length=3, eos=0, prompt_lengths=(1, 2), seed=3)
+
+
+def coefficients(fit):
+    return {name: pytest.approx(value, rel=1e-9) for name, value in fit.coefficients.items()}
+
+
+def per_sequence(f):
+    """A loss with the gradient -E[f(o) grad log q(o)], by the score function, for f of the whole response, detached.
+
+    From another policy's samples the ratio of the whole response keeps it exact.
+    """
+
+    def loss(logp, old_logp, teacher_logp, loss_mask, rewards):  # one sequence a batch
+        q, mu, p = (x[loss_mask].sum() for x in (logp, old_logp, teacher_logp))
+        value = f(reward=rewards[0], length=loss_mask.sum(), log_q=q, log_mu=mu, log_p=p)
+        return -((q - mu).exp() * value).detach() * q
+
+    return loss
+
+
+# Every objective over whole sequences, estimated in a way that the auditor's closed forms do not use.
+# f is what is raised: minus the divergence, or the reward.
+SEQUENCE_OBJECTIVES = {
+    "reverse KL (sequence)": lambda *, log_q, log_p, **_: log_p - log_q,
+    "forward KL (sequence)": lambda *, log_q, log_p, **_: (log_p - log_q).exp(),
+    "expected reward": lambda *, reward, **_: reward,
+    "expected reward / length": lambda *, reward, length, **_: reward / length.double(),
+    "entropy (sequence)": lambda *, log_q, **_: -log_q,
+    "expected length": lambda *, length, **_: length,
+    "expected 1/length": lambda *, length, **_: -1 / length.double(),
+}
+
+
+@pytest.mark.parametrize("objective", SEQUENCE_OBJECTIVES)
+def test_an_objective_over_sequences_is_recognised_whoever_samples(tree, objective):
+    report = audit(per_sequence(SEQUENCE_OBJECTIVES[objective]), tree)
+    assert coefficients(report.on_policy) == {objective: 1}
+    assert coefficients(report.off_policy) == {objective: 1}
+    assert max(report.on_policy.residual, report.off_policy.residual) < EXACT
+    assert report.scope == "any behaviour policy"
+    assert report.teacher_in_gradient == ("KL" in objective)
+
+
+def ratio_times(advantage):
+    """-rho * sg(advantage), per token."""
+    return lambda logp, old_logp, teacher_logp: -(logp - old_logp).exp() * advantage(logp, teacher_logp).detach()
+
+
+# the same for objectives of each next-token distribution, at the prefixes that are visited
+TOKEN_OBJECTIVES = {
+    "reverse KL (token)": ratio_times(lambda q, p: p - q),
+    "forward KL (token)": ratio_times(lambda q, p: (p - q).exp()),
+    "entropy (token)": ratio_times(lambda q, p: -q),
+}
+
+
+@pytest.mark.parametrize("objective", TOKEN_OBJECTIVES)
+def test_an_objective_over_tokens_is_recognised_whoever_samples(tree, objective):
+    report = audit(TOKEN_OBJECTIVES[objective], tree)
+    assert coefficients(report.on_policy) == coefficients(report.off_policy) == {objective: 1}
+    assert report.scope == "any behaviour policy"
+    assert max(report.on_policy.residual, report.off_policy.residual) < EXACT
+
+
+# [loss, on-policy, off-policy], for a policy far from the student; None: none of the known objectives
+def surrogate(logp, old_logp, advantages):
+    return -(logp - old_logp).exp() * advantages
+
+
+def surrogate_per_sequence_mean(logp, old_logp, advantages, loss_mask, cu_seqlens):
+    return kdloss.sequence_mean(surrogate(logp, old_logp, advantages), loss_mask=loss_mask, cu_seqlens=cu_seqlens)
+
+
+def tokens_of_the_students_prefixes(logp, old_logp, teacher_logp, loss_mask):  # one sequence a batch
+    log_ratio = (logp - old_logp)[loss_mask].cumsum(0)  # up to and with the token
+    return -(log_ratio.exp() * (teacher_logp - logp)[loss_mask]).detach() @ logp[loss_mask]
+
+
+OFF_POLICY = [
+    (lambda logp: logp, {}, {"KL (behaviour || student)": -1}),
+    (lambda logp: -logp, {}, {"KL (behaviour || student)": 1}),
+    (surrogate, {"expected reward": 1}, {"expected reward (token by token)": 1}),
+    (
+        surrogate_per_sequence_mean,
+        {"expected reward / length": 1},
+        {"expected reward / length (token by token)": 1},
+    ),
+    (
+        tokens_of_the_students_prefixes,
+        {"reverse KL (token)": 1},
+        {"reverse KL (token, student's prefixes)": 1},
+    ),
+    (kdloss.kl_k2, {"reverse KL (token)": 1}, None),
+    (kdloss.kl_k3, {"forward KL (token)": 1}, None),
+    (
+        lambda logp, old_logp, teacher_logp, advantages, entropy: (
+            (surrogate(logp, old_logp, advantages) + 0.3 * surrogate(logp, old_logp, (teacher_logp - logp).detach()))
+            - 0.01 * entropy
+        ),
+        {"reverse KL (token)": 0.3, "expected reward": 1, "entropy (token)": 0.01},
+        {"reverse KL (token)": 0.3, "expected reward (token by token)": 1, "entropy (token)": 0.01},
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "on_policy", "off_policy"), OFF_POLICY)
+def test_combinations_and_what_another_policys_samples_make_of_them(tree, loss, on_policy, off_policy):
+    report = audit(loss, tree)
+    assert coefficients(report.on_policy) == on_policy
+    assert report.on_policy.is_zero == (on_policy == {})
+    assert coefficients(report.off_policy) == (off_policy or {})
+    if off_policy is None:
+        assert report.off_policy.residual > 0.05  # all known objectives together do not explain it
+        assert report.off_policy.nearest.residual >= report.off_policy.residual
+        assert not report.off_policy.is_zero
+    expected = "any behaviour policy" if off_policy else "on-policy only"
+    assert report.scope == (expected if on_policy else "off-policy only")
+
+
+def test_the_joint_mode_of_a_trainer_has_no_teacher(tree):
+    def joint(logp, old_logp, teacher_logp, advantages):
+        return surrogate(logp, old_logp, advantages) + 0.3 * (logp - teacher_logp)
+
+    report = audit(joint, tree)
+    assert coefficients(report.on_policy) == {"expected reward": 1}
+    assert report.teacher_in_value
+    assert not report.teacher_in_gradient
+    assert "the teacher does not enter this gradient" in report.verdicts
+
+
+def test_a_teacher_in_the_gradient_off_policy_only_is_noticed():
+    report = audit(lambda logp, old_logp, teacher_logp: (logp.detach() - old_logp) * teacher_logp * logp)
+    assert report.on_policy.is_zero
+    assert report.teacher_in_gradient
+
+
+def test_a_teacher_in_the_gradient_on_policy_only_is_noticed():
+    report = audit(
+        lambda logp, old_logp, teacher_logp: torch.where(
+            (logp - old_logp).abs() < 1e-9, (logp - teacher_logp) ** 2 / 2, logp
+        )
+    )
+    assert coefficients(report.on_policy) == {"reverse KL (token)": 1}
+    assert coefficients(report.off_policy) == {"KL (behaviour || student)": -1}
+    assert report.teacher_in_gradient
+
+
+def test_a_loss_without_the_teacher_says_so(tree):
+    report = audit(surrogate, tree)
+    assert not report.teacher_in_value
+    assert "the teacher does not enter this loss" in report.verdicts
+
+
+def test_a_per_sequence_mean_of_the_literal_penalty_pushes_length(tree):
+    literal = partial(kdloss.kdrl_loss, advantages=None, rl_loss_weight=0, direct_penalty=True)
+    with pytest.warns(UserWarning, match="direct_penalty"):
+        report = audit(partial(literal, distill_loss_weight=1.0, reduction="sequence_mean"), tree)
+    assert coefficients(report.on_policy) == {"expected 1/length": 1}
+    assert report.on_policy.length_drift > 0
+    assert "on-policy it pushes for longer responses" in report.verdicts
+
+
+def test_a_local_count_of_the_literal_penalty_pushes_length():
+    # one prompt: 225 pairs
+    report = audit(
+        lambda logp, teacher_logp, loss_mask: kdloss.token_mean(
+            kdloss.kl_k1(logp, teacher_logp, loss_mask=loss_mask), loss_mask=loss_mask
+        ),
+        SequenceTree(max_length=3, eos=0),
+        batch_size=2,
+    )
+    assert coefficients(report.on_policy) == {"expected 1/tokens of the batch": 1}
+    # with three lengths, a sum of the other two length objectives is the same at this student, and at no other
+    assert report.on_policy.ambiguous == ()
+
+
+def test_the_drift_of_the_length_is_its_directional_derivative(tree):
+    gradient = audit(surrogate, tree).on_policy
+    lengths = torch.tensor([len(tokens) for _, tokens in tree.sequences], dtype=torch.float64)
+
+    def length(step):
+        return tree.probabilities(tree.student.detach() - step * gradient.gradient) @ lengths
+
+    step = 1e-5
+    assert gradient.length_drift == pytest.approx(float((length(step) - length(-step)) / (2 * step)), rel=1e-6)
+
+
+def unclipped_kdrl(logp, old_logp, teacher_logp, advantages, loss_mask):
+    return kdloss.kdrl_loss(
+        logp,
+        old_logp,
+        teacher_logp,
+        advantages,
+        loss_mask=loss_mask,
+        distill_loss_weight=0.3,
+        clip_low=1.0,
+        clip_high=1e9,
+        normalizer=1.0,
+    )
+
+
+def test_the_gradient_is_expected_gradients(tree):
+    for loss, sequences, small in ((kdloss.kl_k2, 3, tree), (unclipped_kdrl, 1, tree)):
+        report = audit(loss, small, batch_size=sequences)
+        for fit, under in ((report.on_policy, "student"), (report.off_policy, "behaviour")):
+            expected = expected_gradient(loss, small, under=under, batch_size=sequences)
+            torch.testing.assert_close(fit.gradient, expected, rtol=EXACT, atol=1e-14)
+
+
+def test_the_variance_is_that_of_one_batch():
+    tree = SequenceTree(max_length=2, eos=0)
+    gradients, probability = [], tree.probabilities(tree.student).detach()
+    for i in range(len(tree.sequences)):
+        batch = tree.batch([i])
+        token_loss = kdloss.kl_k2(batch.logp, batch.teacher_logp, loss_mask=batch.loss_mask)
+        gradients.append(torch.autograd.grad(token_loss.sum(), tree.student)[0].flatten())
+    each = torch.stack(gradients)
+    covariance = torch.cov(each.T, aweights=probability, correction=0)
+    one = audit(kdloss.kl_k2, tree).on_policy
+    assert one.variance == pytest.approx(float(covariance.trace()), rel=1e-12)
+
+    def scalar(logp, teacher_logp, loss_mask, normalizer):
+        per_token = kdloss.kl_k2(logp, teacher_logp, loss_mask=loss_mask)
+        return kdloss.token_mean(per_token, loss_mask=loss_mask, normalizer=normalizer)
+
+    # a mean of two independent sequences, as a loss per token and as a scalar that sees whole batches
+    for loss, normalizer in ((kdloss.kl_k2, None), (scalar, 2.0)):
+        two = audit(loss, tree, batch_size=2, normalizer=normalizer).on_policy
+        assert two.variance == pytest.approx(one.variance / 2, rel=1e-12)
+        assert coefficients(two) == {"reverse KL (token)": 1}
+    # and a denominator scales the gradient by its inverse
+    fifth = audit(kdloss.kl_k2, tree, normalizer=5.0).on_policy
+    assert coefficients(fifth) == {"reverse KL (token)": 0.2}
+    assert fifth.variance == pytest.approx(one.variance / 25, rel=1e-12)
+
+
+def test_a_clip_out_of_reach_on_this_tree_is_not_right_for_any_behaviour_policy(tree):
+    noise = torch.randn(tree.student.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    near = SequenceTree(
+        max_length=3,
+        eos=0,
+        prompt_lengths=(1, 2),
+        student=tree.student,
+        teacher=tree.teacher,
+        behaviour=tree.student.detach() + 1e-3 * noise,
+        rewards=tree.rewards,
+    )
+    clipped = audit(partial(kdloss.grpo_loss, normalizer=1.0), near)
+    assert coefficients(clipped.off_policy) == {"expected reward (token by token)": 1}
+    assert clipped.scope == "on-policy only"
+    assert "right on-policy only" in clipped.verdicts[1]
+    assert audit(unclipped_kdrl, near).scope == "any behaviour policy"
+
+
+def test_a_small_tree_does_not_explain_everything():
+    """One prefix of three tokens has a gradient of two dimensions: any two known gradients span it."""
+    tree = SequenceTree(max_length=1)
+    clipped = partial(kdloss.distillation_loss, kd_reward_clip=0.1, normalizer=1.0)
+    assert audit(clipped, tree).on_policy.coefficients == {}
+    assert coefficients(audit(unclipped_kdrl, tree).on_policy) == {"reverse KL (token)": 0.3, "expected reward": 1}
+    # where tokens are sequences, there is more than one reading of a fit, and it says so
+    report = audit(kdloss.kl_k2, tree)
+    assert coefficients(report.on_policy) == {"reverse KL (token)": 1}
+    assert "reverse KL (sequence)" in report.on_policy.ambiguous
+    assert "one reading of several" in str(report)
+
+
+def test_a_tree_of_one_length_leaves_lengths_out():
+    report = audit(kdloss.kl_k2, SequenceTree(max_length=2, prompt_lengths=(1, 1)))
+    assert coefficients(report.on_policy) == {"reverse KL (token)": 1}
+    assert abs(report.on_policy.length_drift) < 1e-12
+
+
+def test_coefficients_that_depend_on_the_student_are_no_objective():
+    """A mixture whose weight moves with the student is explained at one student, and differently at the next."""
+
+    def mixture(logp, teacher_logp, advantages, loss_mask, logits):
+        weight = logits[loss_mask][0].softmax(-1)[0].detach()  # of a token at the root, for all
+        return -weight * advantages * logp + (1 - weight) * (logp - teacher_logp) ** 2 / 2
+
+    report = audit(mixture, SequenceTree(max_length=3, eos=0))
+    assert not report.on_policy.coefficients
+    assert not report.on_policy.is_zero
+    assert report.scope == "none"
+    assert "none of the known objectives" in report.verdicts[0]
+
+
+def test_a_teacher_that_excludes_a_token_leaves_infinite_objectives_out():
+    tree = SequenceTree(max_length=2, eos=0)
+    tree.teacher[0, 1] = -math.inf
+    report = audit(surrogate, tree)
+    assert coefficients(report.on_policy) == {"expected reward": 1}
+
+
+def test_float32_losses_are_recognised(tree):
+    report = audit(lambda logp, teacher_logp: (logp.float() - teacher_logp.float()) ** 2 / 2, tree)
+    assert report.on_policy.coefficients == {"reverse KL (token)": pytest.approx(1, rel=1e-5)}
+    assert 1e-10 < report.on_policy.residual < 1e-6  # float32 rounds at 6e-8
+
+
+def test_no_gradient_at_all(tree):
+    report = audit(lambda teacher_logp: teacher_logp, tree)
+    assert report.on_policy.is_zero
+    assert report.on_policy.variance == 0
+    assert report.scope == "none"
+    assert "zero gradient" in str(report)
+
+
+def test_a_person_can_read_it(tree):
+    text = str(audit(unclipped_kdrl, tree))
+    verdict, scope, *_ = text.splitlines()
+    residual = verdict.split()[-1]
+    assert verdict == f"your loss descends 0.30 × reverse KL (token) + 1.00 × expected reward; residual {residual}"  # noqa: RUF001
+    assert float(residual) < EXACT
+    assert scope == "right for any behaviour policy, token by token"
+    assert [" ".join(line.split()) for line in text.splitlines() if line.endswith("it")] == [
+        "the student 0.30 reverse KL (token) lowers it",
+        "1.00 expected reward raises it",
+        "another policy 0.30 reverse KL (token) lowers it",
+        "1.00 expected reward (token by token) raises it",
+    ]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_negative_coefficient_reads_as_minus(tree):
+    report = audit(lambda logp, old_logp, advantages: -surrogate(logp, old_logp, advantages), tree)
+    assert str(report.on_policy) == "-1.00 × expected reward"  # noqa: RUF001
+    assert sum(line.endswith("lowers it") for line in str(report).splitlines()) == 2
+
+
+def test_the_report_is_frozen_and_the_tree_is_left_as_it_was(tree):
+    before = [x.detach().clone() for x in (tree.student, tree.teacher, tree.behaviour)]
+    report = audit(kdloss.kl_k2, tree)
+    for x, was in zip((tree.student, tree.teacher, tree.behaviour), before, strict=True):
+        assert torch.equal(x, was)
+    assert tree.student.grad is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.scope = "none"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.on_policy.residual = 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "keywords", "error", "match"),
+    [
+        (lambda logp, loss_mask: (logp * loss_mask).sum(), {}, ValueError, "not finite.*garbage=0.0"),
+        (lambda logp, loss_mask: torch.where(loss_mask, logp, 0.0).sum() * math.inf, {}, ValueError, "not finite"),
+        (lambda logp: logp[:-1], {}, ValueError, r"must return \(T,\)"),
+        (lambda logp, labels_of_mine: logp, {}, TypeError, "labels_of_mine"),
+        (lambda logp: logp, {"batch_size": 0}, ValueError, "batch_size must be >= 1"),
+        (lambda logp: logp, {"rtol": 0.0}, ValueError, "rtol in 0 .. 1"),
+    ],
+)
+def test_errors(tree, loss, keywords, error, match):
+    with pytest.raises(error, match=match):
+        audit(loss, tree, **keywords)

@@ -1,0 +1,60 @@
+"""Holds the errors: every bad call of `bad_calls.py` raises as stated, and no tensor argument takes anything else."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+from torch import Tensor
+
+from bad_calls import BAD
+from cases import TABLE
+from contract import call, public_function
+
+
+def raises(name, arguments, error, message):
+    """`message` is all of what is said, but for its "..."."""
+    pattern = ".*".join(re.escape(part) for part in message.split("..."))
+    with pytest.raises(error, match=pattern) as caught:
+        call(public_function(name), arguments)
+    # the exact type: IndexError or a NotImplementedError in place of a ValueError is an accident, not a check
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [pytest.param(name, bad, id=f"{name}-{bad.what}") for name, calls in BAD.items() for bad in calls],
+)
+def test_a_bad_call_says_what_is_wrong(name, bad):
+    raises(name, TABLE[name].variants["base"] | bad.changes, bad.error, bad.message)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_stated_messages_name_the_argument_and_what_came(name):
+    """The table itself: a message that leaves out either would pass the test above."""
+    for bad in BAD[name]:
+        arguments = inspect.signature(public_function(name)).parameters
+        assert any(re.search(rf"\b{argument}\b", bad.message) for argument in arguments), bad.what
+        came = r"\bgot\b|it is |there are |must be given|not supported yet|has no kernel yet"
+        assert re.search(came, bad.message), bad.what
+
+
+def tensor_arguments():
+    """(function, argument, may it be None) for every argument that takes tensors and no number."""
+    for name in TABLE:
+        for parameter in inspect.signature(public_function(name)).parameters.values():
+            kinds = set(str(parameter.annotation).split(" | "))
+            if "Tensor" in kinds <= {"Tensor", "None"}:
+                yield name, parameter.name, "None" in kinds
+
+
+@pytest.mark.parametrize("value", [[0.0] * 17, 1.0, None], ids=["a list", "a number", "None"])
+@pytest.mark.parametrize(("name", "argument", "optional"), list(tensor_arguments()))
+def test_what_is_no_tensor_is_a_type_error_with_a_name(name, argument, optional, value):
+    if value is None and optional:
+        pytest.skip("None is allowed")
+    # the first variant that uses it: an argument that nothing reads is not checked
+    used = next(v for v in TABLE[name].variants.values() if isinstance(v.get(argument), Tensor))
+    kind = "None" if value is None else type(value).__name__
+    raises(name, used | {argument: value}, TypeError, f"{argument} must be a ...tensor, got {kind}")
