@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._packing import segment_ids
+from ._packing import segment_ids_and_fit
 
 
 def kl_k1(
@@ -163,10 +163,10 @@ def discounted_returns(
         raise ValueError(f"discount must be in 0 .. 1, got {discount}")
 
     total = rewards.shape[0]
-    ids = segment_ids(cu_seqlens, total_tokens=total)
+    ids, fits = segment_ids_and_fit(cu_seqlens, total_tokens=total)
     returns = torch.where(loss_mask, rewards.detach().to(_checks.promoted_dtype(rewards)), 0)
     if discount == 0:
-        return returns
+        return torch.where(fits, returns, torch.nan)
     # After k rounds returns[t] covers the 2^k positions from t on, and decay[t] is the discount across them.
     decay = torch.where(loss_mask, torch.full_like(returns, discount), 1)
     step = 1
@@ -177,7 +177,7 @@ def discounted_returns(
         returns = torch.cat([returns[:-step] + ahead, returns[-step:]])
         decay = torch.cat([decay[:-step] * decay[step:], decay[-step:]])
         step *= 2
-    return torch.where(loss_mask, returns, 0)
+    return torch.where(fits, torch.where(loss_mask, returns, 0), torch.nan)
 
 
 def _teacher_log_ratio(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:

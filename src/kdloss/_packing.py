@@ -71,6 +71,12 @@ def segment_ids(
     return _layout(cu_seqlens, total_tokens).ids
 
 
+def segment_ids_and_fit(cu_seqlens: Tensor, *, total_tokens: int) -> tuple[Tensor, Tensor]:
+    """`segment_ids`, and () bool: whether `cu_seqlens` fits the stream. For functions that poison by themselves."""
+    layout = _layout(cu_seqlens, total_tokens)
+    return layout.ids, layout.fits
+
+
 def segment_sum(
     x: Tensor,  # (T,)
     *,
@@ -235,7 +241,7 @@ def to_prediction_positions(
     """
     layout = _layout_of("x", x, cu_seqlens)
     has_next = (layout.offset + 1 < layout.length) & layout.fits
-    return _poison_floating(torch.where(_like(has_next, x), x.roll(-1, 0), fill), layout.fits)
+    return _poison_floating(torch.where(_like(has_next, x), x.roll(-1, 0), x.new_full((), fill)), layout.fits)
 
 
 def to_token_positions(
@@ -250,7 +256,7 @@ def to_token_positions(
     """
     layout = _layout_of("x", x, cu_seqlens)
     has_previous = (layout.offset > 0) & layout.fits
-    return _poison_floating(torch.where(_like(has_previous, x), x.roll(1, 0), fill), layout.fits)
+    return _poison_floating(torch.where(_like(has_previous, x), x.roll(1, 0), x.new_full((), fill)), layout.fits)
 
 
 def pack(
@@ -324,7 +330,7 @@ def unpack(
     column = torch.arange(length, device=packed.device)
     index = (cu_seqlens[:-1, None] + column).clamp(0, packed.shape[0] - 1)
     rows = packed.index_select(0, index.flatten()).unflatten(0, index.shape)
-    rows = torch.where(_like(column < lengths[:, None], rows), rows, fill)
+    rows = torch.where(_like(column < lengths[:, None], rows), rows, rows.new_full((), fill))
     return _poison(rows, layout.fits & (lengths <= length).all())
 
 

@@ -83,7 +83,7 @@ def sequence_mean(
     means = segment_mean(x, loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
     if normalizer is None:
         trained = segment_sum(torch.ones_like(x), loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
-        normalizer = (trained > 0).sum()
+        normalizer = (trained != 0).sum()  # of NaN too, where cu_seqlens does not fit: the mean must show it
     return _divide(means.sum(), normalizer)
 
 
