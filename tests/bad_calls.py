@@ -142,6 +142,12 @@ BAD["cu_seqlens_from_lengths"] = [
     Bad("float", {"lengths": LENGTHS.double()}, TypeError, "lengths must be int32 or int64, got torch.float64"),
     Bad("two-dimensional", {"lengths": LENGTHS[None]}, ValueError, "lengths must be (B,), got (1, 5)"),
     Bad("negative", {"lengths": LENGTHS - 1}, ValueError, "lengths must be >= 0, got [4, -1, 0, 3, 6]"),
+    Bad(
+        "past int32",
+        {"lengths": torch.tensor([2**30, 2**30], dtype=torch.int32)},
+        ValueError,
+        "lengths must sum to at most 2147483647 as int32, got 2147483648; use int64",
+    ),
 ]
 
 BAD["segment_ids"] = [

@@ -1,7 +1,8 @@
 """Holds compilation: every function in one graph under aot_eager, three under Inductor, value and gradient.
 
-Under aot_eager everything but code generation runs: a graph break, a host sync or an operation that functionalization
-does not know fails here. Inductor also compiles C++, seconds a function, so it has the widest only.
+Under aot_eager everything but code generation runs: a graph break or an operation that functionalization does not know
+fails here. A host sync would not, so every function also runs on tensors without values. Inductor compiles C++, seconds
+a function, so it has three wide ones only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from cases import TABLE
 from contract import assert_matches, call, cast, expected_warnings, fields, gradients, public_function, random_upstreams
@@ -31,10 +33,10 @@ def check_compiled(name, variant, *, backend, dtype, tolerance):
     assert type(result) is type(eager)
     assert list(fields(result)) == list(fields(eager))
     for part, x in fields(eager).items():
-        compiled = fields(result)[part]
-        assert compiled.dtype == x.dtype, part
-        assert compiled.requires_grad == x.requires_grad, part
-        assert_matches(compiled, x.detach().numpy(), tolerance, part)
+        actual = fields(result)[part]
+        assert actual.dtype == x.dtype, part
+        assert actual.requires_grad == x.requires_grad, part
+        assert_matches(actual, x.detach().numpy(), tolerance, part)
     if entry.gradient != "attached" or not fields(eager)[entry.attached[0]].requires_grad:
         return
     upstreams = random_upstreams(entry, eager)
@@ -63,3 +65,52 @@ def test_compiles_to_one_graph(name, variant):
 )
 def test_inductor_agrees_with_eager(name, variant):
     check_compiled(name, variant, backend="inductor", dtype=torch.float32, tolerance=(4e-6, 4e-6))
+
+
+# `fullgraph=True` alone captures `.item()` and a boolean index as they are. A fake tensor has no values, so reading one
+# raises. `linear_*` select the trained rows, which is one sync, unless `max_trained_tokens` bounds them.
+VALUELESS = [
+    (name, variant)
+    for name, entry in TABLE.items()
+    for variant, arguments in entry.variants.items()
+    if entry.gradient != "number" and ("linear" not in name or "max_trained_tokens" in arguments)
+]
+
+
+def without_values(function, arguments, entry=None):
+    """Forward, and backward where the table says that there is one."""
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+        result = call(function, fake)
+        if entry is not None and entry.gradient == "attached" and fields(result)[entry.attached[0]].requires_grad:
+            gradients(entry, fake, result, random_upstreams(entry, result))
+
+
+@pytest.mark.parametrize(("name", "variant"), VALUELESS)
+def test_nothing_waits_for_the_device(name, variant):
+    arguments = cast(TABLE[name].variants[variant], torch.float32, requires_grad=True)
+    with expected_warnings(arguments):
+        without_values(public_function(name), arguments, TABLE[name])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, mask: x.sum() / max(mask.sum().item(), 1),
+        lambda x, mask: x.sum() / mask.sum() if mask.any() else x.sum(),
+        lambda x, mask: x[mask].mean(),
+        lambda x, mask: x * float(mask.sum()),
+    ],
+    ids=["item", "branch on a value", "boolean index", "float"],
+)
+def test_what_waits_for_the_device_is_found(body):
+    """The check above can fail."""
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        without_values(body, {"x": torch.ones(3), "mask": torch.tensor([True, False, True])})
+
+
+def test_a_head_without_a_bound_waits_once():
+    """Documented: without `max_trained_tokens` the rows are selected by value."""
+    arguments = TABLE["linear_token_logprobs"].variants["base"]
+    with pytest.raises(DynamicOutputShapeException):
+        without_values(public_function("linear_token_logprobs"), arguments)
