@@ -375,3 +375,16 @@ def test_the_report_is_frozen_and_the_tree_is_left_as_it_was(tree):
 def test_errors(tree, loss, keywords, error, match):
     with pytest.raises(error, match=match):
         audit(loss, tree, **keywords)
+
+
+def test_a_loss_that_takes_everything_is_asked_about_the_teacher(tree):
+    report = audit(
+        lambda **batch: kdloss.kl_k1(batch["logp"], batch["teacher_logp"], loss_mask=batch["loss_mask"]), tree
+    )
+    assert report.teacher_in_value
+    assert not report.teacher_in_gradient
+
+
+def test_a_local_count_of_grpo_is_the_reward_per_token_of_the_batch():
+    report = audit(kdloss.grpo_loss, SequenceTree(max_length=3, eos=0), batch_size=2)
+    assert coefficients(report.on_policy) == {"expected reward / tokens of the batch": 1}

@@ -295,8 +295,8 @@ def pack(
     layout = _layout(cu_seqlens, total_tokens)
     fits = layout.fits & (lengths <= length).all()
     index = layout.ids * length + layout.offset.clamp(0, max(length - 1, 0))
-    if padded.shape[0] * length == 0:  # nothing to select from; a T > 0 has raised, or cannot be read here
-        return padded.new_full((total_tokens, *padded.shape[2:]), 0)
+    if padded.shape[0] * length == 0:  # nothing to select from; the sum of nothing is a 0 on the graph
+        return padded.flatten(0, 1).sum(0, keepdim=True, dtype=padded.dtype).expand(total_tokens, *padded.shape[2:])
     return _poison(padded.flatten(0, 1).index_select(0, index), fits)
 
 
@@ -326,7 +326,8 @@ def unpack(
     if _checks.value_checks_allowed(lengths) and (lengths > length).any():
         raise ValueError(f"length must hold the longest sequence {int(lengths.max())}, got {length}")
     if packed.shape[0] == 0:
-        return packed.new_full((lengths.shape[0], length, *packed.shape[1:]), fill)
+        empty = packed.new_full((lengths.shape[0], length, *packed.shape[1:]), fill)
+        return empty + packed.sum(0, dtype=packed.dtype)  # the sum of nothing is a 0 on the graph
     column = torch.arange(length, device=packed.device)
     index = (cu_seqlens[:-1, None] + column).clamp(0, packed.shape[0] - 1)
     rows = packed.index_select(0, index.flatten()).unflatten(0, index.shape)
