@@ -32,8 +32,9 @@ format: $(VENV)/test.stamp  ## Mend what the linter and the formatter can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A file stays in one process: the code blocks of a document share their names.
 test: $(VENV)/test.stamp  ## The tests, and the code blocks of README.md and docs/
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --durations 5 $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5 $(ARGS)
 
 # torch comes first and alone, so that no other package's requirement chooses its build.
 $(VENV)/torch.stamp: constraints.txt

@@ -9,7 +9,6 @@ import hypothesis
 import pytest
 import torch
 from sybil import Sybil
-from sybil.integration.pytest import SybilItem
 from sybil.parsers.myst import PythonCodeBlockParser
 
 ROOT = Path(__file__).parent
@@ -33,10 +32,8 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests where there is no GPU, and keeps the code blocks of one document in one xdist worker."""
+    """Skips `gpu` tests where there is no GPU."""
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if isinstance(item, SybilItem):
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
