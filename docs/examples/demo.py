@@ -1,0 +1,93 @@
+"""`make demo`: three ways to train the same student, two runs at a time, then one picture and one table.
+
+  python docs/examples/demo.py [--modes distill grpo kdrl] [dotted.key=value ...]
+
+Stopped half-way and started again it goes on; finished runs are not repeated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from opd.config import MODES, ConfigError, load_config
+from opd.plots import draw, table
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the modes and shows what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=HERE / "kdrl.yaml")
+    parser.add_argument("--modes", nargs="+", default=["kdrl", "distill", "grpo"], choices=list(MODES))
+    parser.add_argument("--at-a-time", type=int, default=2, help="runs side by side, one thread each (default 2)")
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        configs = {mode: load_config(options.config, [*overrides, f"mode={mode}"]) for mode in options.modes}
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    begin = time.monotonic()
+    waiting, running, bars = list(configs), {}, {}
+    while waiting or running:
+        while waiting and len(running) < options.at_a_time:
+            mode = waiting.pop(0)
+            running[mode] = start(options.config, mode, overrides, configs[mode].run_dir)
+            steps = configs[mode].total_train_steps
+            bars[mode] = tqdm(total=steps, desc=f"{mode:12}", position=len(bars), unit="update")
+        time.sleep(0.5)
+        for mode, process in list(running.items()):
+            ended = process.poll() is not None  # asked before the file is read, so that the last line is seen
+            follow(bars[mode], configs[mode].run_dir / "metrics.jsonl")
+            if ended:
+                del running[mode]
+            if ended and process.returncode:
+                for other in running.values():
+                    other.terminate()
+                print(f"\n{mode} failed:\n{log_path(configs[mode].run_dir).read_text()[-3000:]}", file=sys.stderr)
+                return 1
+    for bar in bars.values():
+        bar.close()
+    experiment = configs[options.modes[0]].run_dir.parent
+    print(f"\n{table(experiment)}\n\n{os.path.relpath(draw(experiment))}, after {time.monotonic() - begin:.0f} s")
+    return 0
+
+
+def start(config: Path, mode: str, overrides: list[str], run_dir: Path) -> subprocess.Popen:
+    """One run in a process of its own, with one thread: more are slower on models this small."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "on_policy_distillation.py"), "--config", str(config), "--quiet"]
+    with log_path(run_dir).open("w") as log:
+        return subprocess.Popen(
+            [*command, *overrides, f"mode={mode}"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def follow(bar: tqdm, metrics: Path) -> None:
+    """Moves a bar to the last whole line of a metrics file."""
+    text = metrics.read_text() if metrics.exists() else ""
+    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if not records:
+        return
+    shown = {name: f"{records[-1][name]:.3f}" for name in ("reward", "reverse_kl") if name in records[-1]}
+    scores = [f"{r['accuracy']:.3f}±{r['accuracy_se']:.3f}" for r in records if "accuracy" in r]
+    bar.n = records[-1]["step"]
+    bar.set_postfix(shown | {"held_out": scores[-1]})
+
+
+def log_path(run_dir: Path) -> Path:
+    """Where a run's own output goes."""
+    return run_dir / "log.txt"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What the student is asked and how an answer is judged: procedural word problems, or JSON lines in GSM8K's format.
+
+A source of problems is addressed by position, so that "where was I in the data" is one integer in a checkpoint.
+"""
+
+import json
+import random
+import re
+import zlib
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+NAMES = ("tom", "ann", "sam", "lea", "max", "eva", "kim")
+THINGS = ("cards", "coins", "pens", "shells", "stamps", "apples", "books", "stones")
+GAINS = ("finds", "wins", "gets", "buys")
+LOSSES = ("loses", "gives", "sells", "drops")
+WORDS = (*NAMES, *THINGS, *GAINS, *LOSSES, "has", "then", "how", "many")
+SYMBOLS = tuple("0123456789+-=;#.?")
+
+ANSWER = re.compile(r"(?:#+|\\boxed\{)\s*\$?(-?[\d,]*\.?\d+)")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, the text that solves it, and the number that counts as right."""
+
+    prompt: str
+    solution: str
+    answer: Decimal
+
+
+def extract_answer(text: str) -> Decimal | None:
+    r"""The last number after `#`, `####` or `\boxed{` in `text`, or None."""
+    found = ANSWER.findall(text)
+    try:
+        return Decimal(found[-1].replace(",", "")) if found else None
+    except InvalidOperation:
+        return None
+
+
+def reward(response: str, problem: Problem) -> float:
+    """1.0 where the response ends in the right number, else 0.0: exact, no partial credit."""
+    return float(extract_answer(response) == problem.answer)
+
+
+class WordProblems:
+    """An endless source of two-step sums and differences below one hundred.
+
+    "tom has 53 cards . then finds 33 . then finds 13 . how many cards ?" -> "53+33=86;86+13=99;#99".
+    Problem i is a function of (seed, i) alone. A tenth of all problems, chosen by a hash of the question, is held out.
+    """
+
+    def __init__(self, *, seed: int, held_out: bool, steps: int = 2, error_rate: float = 0.0):
+        self.seed, self.held_out, self.steps, self.error_rate = seed, held_out, steps, error_rate
+
+    def __getitem__(self, index: int) -> Problem:
+        rng = random.Random(f"{self.seed}/{index}")
+        while True:
+            problem = self._draw(rng)
+            if (zlib.crc32(problem.prompt.encode()) % 10 == 0) == self.held_out:
+                return problem
+
+    def _draw(self, rng: random.Random) -> Problem:
+        name, thing = rng.choice(NAMES), rng.choice(THINGS)
+        start = total = written = rng.randint(10, 99)
+        story, sums = [f"{name} has {start} {thing} ."], []
+        for _ in range(self.steps):
+            target = rng.randint(10, 99)
+            while target == total:
+                target = rng.randint(10, 99)
+            verb, sign = (rng.choice(GAINS), "+") if target > total else (rng.choice(LOSSES), "-")
+            amount = abs(target - total)
+            story.append(f"then {verb} {amount} .")
+            line, written = write_sum(written, sign, amount, rng, error_rate=self.error_rate)
+            sums.append(line)
+            total = target
+        story.append(f"how many {thing} ?")
+        return Problem(" ".join(story), ";".join([*sums, f"#{written}"]), Decimal(total))
+
+
+def write_sum(left: int, sign: str, right: int, rng: random.Random, *, error_rate: float) -> tuple[str, int]:
+    """`53+38=91` and 91; with probability `error_rate` without the carry (or borrow), as a weak student has it: 81."""
+    result = abs(left + right if sign == "+" else left - right)
+    if rng.random() < error_rate:
+        result = without_carry(left, sign, right)
+    return f"{left}{sign}{right}={result}", result
+
+
+def without_carry(left: int, sign: str, right: int) -> int:
+    """The sum or difference digit by digit, each for itself."""
+    result, place = 0, 1
+    while left or right:
+        digit = left % 10 + right % 10 if sign == "+" else left % 10 - right % 10
+        result += digit % 10 * place
+        left, right, place = left // 10, right // 10, place * 10
+    return result
+
+
+class JsonLines:
+    """Problems from lines of `{"question": ..., "answer": "... #### 42"}`, GSM8K's own format, shuffled every epoch."""
+
+    def __init__(self, path: str | Path, *, seed: int, shuffle: bool = True):
+        self.path, self.seed, self.shuffle = Path(path), seed, shuffle
+        with self.path.open(encoding="utf-8") as file:
+            self.problems = [self._read(number, line) for number, line in enumerate(file, 1) if line.strip()]
+        if not self.problems:
+            raise ValueError(f"{path} holds no problems")
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def __getitem__(self, index: int) -> Problem:
+        epoch, position = divmod(index, len(self.problems))
+        if not self.shuffle:
+            return self.problems[position]
+        order = list(range(len(self.problems)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return self.problems[order[position]]
+
+    def _read(self, number: int, line: str) -> Problem:
+        try:
+            row = json.loads(line)
+            question, solution = row["question"], row["answer"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            expected = '{"question": ..., "answer": ...}'
+            raise ValueError(f"{self.path}:{number}: expected {expected}, got {line[:80]!r}") from error
+        answer = extract_answer(solution)
+        if answer is None:
+            raise ValueError(f"{self.path}:{number}: no number after '####' in the answer {solution[-80:]!r}")
+        return Problem(question, solution, answer)

@@ -1,0 +1,120 @@
+"""Holds whole runs of a few updates: every mode, what a person sees, the picture, GSM8K files, and the demo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+import demo
+import matplotlib.image
+import on_policy_distillation
+from opd.config import MODES
+from opd.plots import draw, read_trials, table
+from opd.task import WordProblems
+
+pytestmark = pytest.mark.filterwarnings("ignore:direct_penalty")
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a picture holds more than a blank page: several colours, on a fair part of it."""
+    pixels = matplotlib.image.imread(path)[..., :3]
+    inked = (pixels < 0.98).any(-1)
+    return 0.01 < inked.mean() < 0.9 and len({tuple(p) for p in (pixels[inked][::97] * 15).astype(int)}) > 5
+
+
+def test_every_mode_runs_and_all_are_compared(small, tmp_path, capsys):
+    for mode in MODES:
+        assert on_policy_distillation.main(small(f"mode={mode}")) == 0
+    told = capsys.readouterr().out
+    experiment = tmp_path / "test"
+    assert is_drawn(experiment / "reward_curve.png")
+    assert {trial.mode for trial in read_trials(experiment)} == set(MODES)
+    for line in ("student before", "teacher", *MODES):
+        assert f"\n{line} " in told
+    assert "±" in told
+    for mode in MODES:
+        first, *rest = records(experiment / mode)
+        assert first["step"] == 0
+        assert 0 <= first["accuracy"] <= 1
+        assert first["teacher_accuracy"] == 1.0
+        assert [r["step"] for r in rest] == [1, 2, 3, 4]
+        assert ["accuracy" in r for r in rest] == [False, True, False, True]
+        assert all(0 <= r["reward"] <= 1 and r["entropy"] > 0 for r in rest)
+        assert all(("reverse_kl" in r) == (mode != "sft") for r in rest)
+        assert all((r["distill_loss_weight"] == 0) == (mode == "grpo") for r in rest)
+        assert (experiment / mode / "student" / "model.safetensors").exists()
+
+
+def test_equal_runs_write_equal_bytes_and_seeds_differ(small, tmp_path):
+    for trial, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert on_policy_distillation.main(small(f"trial_name={trial}", f"seed={seed}", "total_train_steps=2")) == 0
+    a, b, c = ((tmp_path / "test" / trial / "metrics.jsonl").read_bytes() for trial in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_stale_rollouts_mini_batches_and_schedules(small, tmp_path):
+    more = [
+        "rollout.max_head_offpolicyness=2",
+        "actor.ppo_n_minibatches=2",
+        "actor.mb_spec.n_mbs=2",
+        "actor.optimizer.lr=3e-3",
+        "schedule.name=switch",
+        "schedule.before=1.0",
+        "schedule.after=0.0",
+        "schedule.at=2",
+    ]
+    assert on_policy_distillation.main(small(*more)) == 0
+    rest = records(tmp_path / "test" / "kdrl")[1:]
+    assert [r["distill_loss_weight"] for r in rest] == [1, 1, 0, 0]
+    assert rest[3]["behaviour_kl"] > rest[0]["behaviour_kl"]
+
+
+def test_a_gsm8k_file_is_trained_and_evaluated_on(small, tmp_path):
+    for name, held_out in (("train", False), ("test", True)):
+        rows = [WordProblems(seed=1, held_out=held_out)[i] for i in range(10)]
+        lines = [json.dumps({"question": p.prompt, "answer": p.solution.replace("#", "\n#### ")}) for p in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = [f"data.path={tmp_path}/train.jsonl", f"data.eval_path={tmp_path}/test.jsonl", "total_train_steps=2"]
+    assert on_policy_distillation.main(small(*data)) == 0
+    assert len(records(tmp_path / "test" / "kdrl")) == 3
+
+
+def test_mistakes_end_with_one_line_and_status_2(small, capsys):
+    assert on_policy_distillation.main(small("actor.optimizer.lrr=1")) == 2
+    assert capsys.readouterr().err == "error: actor.optimizer: unknown 'lrr'; did you mean 'lr'?\n"
+
+
+def test_help_explains_modes_and_restarts():
+    script = Path(on_policy_distillation.__file__)
+    told = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True).stdout
+    assert "goes\non from its newest checkpoint" in told
+    assert all(f"  {mode} " in told for mode in MODES)
+
+
+def test_the_demo_runs_modes_side_by_side_and_does_not_repeat_them(small, tmp_path, capfd):
+    arguments = [*small("total_train_steps=2")[3:], "--modes", "distill", "grpo"]
+    assert demo.main(arguments) == 0
+    told = capfd.readouterr()
+    assert "reward_curve.png, after" in told.out
+    assert "distill" in told.err
+    experiment = tmp_path / "test"
+    assert is_drawn(experiment / "reward_curve.png")
+    assert table(experiment) in told.out
+    assert is_drawn(draw(experiment))
+
+
+def test_the_demo_shows_why_a_run_failed(small, capfd):
+    arguments = [*small("actor.path=./nowhere")[3:], "--modes", "grpo"]
+    assert demo.main(arguments) == 1
+    told = capfd.readouterr().err
+    assert "grpo failed:" in told
+    assert "nowhere" in told

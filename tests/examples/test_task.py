@@ -1,0 +1,100 @@
+"""Holds the task: problems are functions of their number, answers are judged exactly, GSM8K lines read the same way."""
+
+import json
+from decimal import Decimal
+from random import Random
+
+import pytest
+from opd.task import JsonLines, WordProblems, extract_answer, reward, without_carry, write_sum
+
+GSM8K = [
+    {"question": "Two dozen eggs, half of them break?", "answer": "2*12 = <<2*12=24>>24.\nHalf is 12.\n#### 12"},
+    {"question": "A house costs 1,250,000 dollars ...?", "answer": "It is given.\n#### 1,250,000"},
+    {"question": "Below zero?", "answer": "3 - 10 = -7\n#### -7"},
+    {"question": "Half a dollar?", "answer": "#### $0.50"},
+]
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text("\n".join(map(json.dumps, GSM8K)) + "\n\n")
+    return path
+
+
+def test_solutions_are_right_and_steps_follow_from_the_question():
+    problems = WordProblems(seed=3, held_out=False)
+    for i in range(500):
+        problem = problems[i]
+        assert reward(problem.solution, problem) == 1.0
+        total = 0
+        for line in problem.solution.split(";")[:-1]:
+            sum_, result = line.split("=")
+            total = eval(sum_)  # digits and one sign, written by the code under test
+            assert total == int(result)
+        assert total == problem.answer
+
+
+def test_a_problem_is_a_function_of_seed_and_number():
+    one, same, other = (WordProblems(seed=s, held_out=False) for s in (1, 1, 2))
+    assert [one[i] for i in (5, 0, 9)] == [same[i] for i in (5, 0, 9)]
+    assert one[0] != other[0]
+
+
+def test_held_out_questions_are_never_trained_on():
+    train = {WordProblems(seed=1, held_out=False)[i].prompt for i in range(3000)}
+    held_out = {WordProblems(seed=1, held_out=True)[i].prompt for i in range(3000)}
+    assert not train & held_out
+
+
+@pytest.mark.parametrize(
+    ("left", "sign", "right", "wrong"), [(53, "+", 38, 81), (20, "+", 37, 57), (86, "-", 58, 38), (90, "-", 30, 60)]
+)
+def test_a_forgotten_carry(left, sign, right, wrong):
+    assert without_carry(left, sign, right) == wrong
+    assert write_sum(left, sign, right, Random(0), error_rate=1.0) == (f"{left}{sign}{right}={wrong}", wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("53+33=86;86+13=99;#99", "99"),
+        ("so it is 4.\n#### 4", "4"),
+        ("#### 1,250,000 dollars", "1250000"),
+        ("#### $18.00", "18"),
+        ("#### -7", "-7"),
+        (r"thus \boxed{42}.", "42"),
+        ("#### 3, no: #### 5", "5"),
+    ],
+)
+def test_answers_that_are_read(text, answer):
+    assert extract_answer(text) == Decimal(answer)
+
+
+@pytest.mark.parametrize("text", ["", "99", "#", "#### none", "####", "#-", "# ,"])
+def test_texts_without_an_answer(text):
+    assert extract_answer(text) is None
+
+
+def test_gsm8k_lines_are_read_and_judged_like_the_word_problems(gsm8k):
+    problems = JsonLines(gsm8k, seed=0, shuffle=False)
+    assert len(problems) == 4
+    assert [problems[i].answer for i in range(4)] == [Decimal(x) for x in ("12", "1250000", "-7", "0.50")]
+    assert all(reward(problems[i].solution, problems[i]) == 1.0 for i in range(4))
+    assert reward("#### 12.0", problems[0]) == 1.0
+    assert reward("#### 13", problems[0]) == 0.0
+
+
+def test_every_epoch_is_a_permutation_and_positions_are_stable(gsm8k):
+    problems = JsonLines(gsm8k, seed=0)
+    epochs = [[problems[4 * epoch + i].prompt for i in range(4)] for epoch in range(20)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    assert problems[37] == JsonLines(gsm8k, seed=0)[37]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"question": "q"}', '{"question": "q", "answer": "no number"}'])
+def test_a_bad_line_is_named(gsm8k, line):
+    gsm8k.write_text(json.dumps(GSM8K[0]) + "\n" + line)
+    with pytest.raises(ValueError, match=r"gsm8k\.jsonl:2: "):
+        JsonLines(gsm8k, seed=0)
