@@ -164,9 +164,11 @@ def discounted_returns(
 
     total = rewards.shape[0]
     ids, fits = segment_ids_and_fit(cu_seqlens, total_tokens=total)
-    returns = torch.where(loss_mask, rewards.detach().to(_checks.promoted_dtype(rewards)), 0)
+    dtype = _checks.promoted_dtype(rewards)
+    # in float64 where there is one: a discount rounded to float32 is off by a factor of its own at every step
+    returns = torch.where(loss_mask, rewards.detach().to(_checks.accumulator_dtype(rewards)), 0)
     if discount == 0:
-        return torch.where(fits, returns, torch.nan)
+        return torch.where(fits, returns, torch.nan).to(dtype)
     # After k rounds returns[t] covers the 2^k positions from t on, and decay[t] is the discount across them.
     decay = torch.where(loss_mask, torch.full_like(returns, discount), 1)
     step = 1
@@ -177,7 +179,7 @@ def discounted_returns(
         returns = torch.cat([returns[:-step] + ahead, returns[-step:]])
         decay = torch.cat([decay[:-step] * decay[step:], decay[-step:]])
         step *= 2
-    return torch.where(fits, torch.where(loss_mask, returns, 0), torch.nan)
+    return torch.where(fits, torch.where(loss_mask, returns, 0), torch.nan).to(dtype)
 
 
 def _teacher_log_ratio(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
