@@ -296,7 +296,8 @@ def pack(
     fits = layout.fits & (lengths <= length).all()
     index = layout.ids * length + layout.offset.clamp(0, max(length - 1, 0))
     if padded.shape[0] * length == 0:  # nothing to select from; the sum of nothing is a 0 on the graph
-        return padded.new_zeros(total_tokens, *padded.shape[2:]) + padded.flatten(0, 1).sum(0, dtype=padded.dtype)
+        nothing = padded.flatten(0, 1).sum(0, dtype=padded.dtype)
+        return _poison(padded.new_zeros(total_tokens, *padded.shape[2:]) + nothing, fits)
     return _poison(padded.flatten(0, 1).index_select(0, index), fits)
 
 
