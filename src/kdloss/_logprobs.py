@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._compiled_logprobs import compiled_logprobs
+from ._logits_operator import logprobs
 
 IGNORE_INDEX = -100
 
@@ -62,7 +64,7 @@ def token_logprobs(
             vocabulary.
         NotImplementedError: `shard` is given, or `impl` is "triton".
     """
-    return token_logprobs_and_entropy(
+    logp, _ = _evaluate(
         logits,
         labels,
         temperature=temperature,
@@ -70,7 +72,9 @@ def token_logprobs(
         vocab_size=vocab_size,
         shard=shard,
         impl=impl,
-    ).logp
+        with_entropy=False,
+    )
+    return logp
 
 
 def token_logprobs_and_entropy(
@@ -94,30 +98,46 @@ def token_logprobs_and_entropy(
     Expected gradient:
         Those of log q(label) and of the entropy, exactly: the entropy is not an estimate.
     """
+    logp, entropy = _evaluate(
+        logits,
+        labels,
+        temperature=temperature,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        shard=shard,
+        impl=impl,
+        with_entropy=True,
+    )
+    return LogprobsAndEntropy(logp, entropy)
+
+
+def _evaluate(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    shard: object,
+    impl: str,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy), the latter empty unless it is asked for."""
     check_options(shard=shard, impl=impl, softcap=softcap)
     vocab_size = _check_logits(logits, labels, vocab_size)
-    temperature = _row_temperature(temperature, logits.shape[:-1], logits)
-    columns = labels.unsqueeze(-1) if labels.ndim < logits.ndim else labels  # (..., K)
-    ignored = columns == IGNORE_INDEX
-    unused = ignored.all(-1, keepdim=True)
+    shape = logits.shape[:-1]
+    temperature, row_temperature = row_temperatures(temperature, shape, "logits", logits)
+    columns, outside = label_columns(labels, shape, vocab_size)
+    run = compiled_logprobs if torch.compiler.is_compiling() else logprobs
+    logp, entropy, *_ = run(logits, columns, row_temperature, temperature, softcap, vocab_size, with_entropy)
+    return logp.masked_fill(outside, torch.nan).reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
 
-    z = logits[..., :vocab_size].to(_checks.promoted_dtype(logits))
-    z = z.masked_fill(unused, 0)  # before anything non-linear: an ignored row may hold NaN
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    if isinstance(temperature, Tensor):
-        z = z / torch.where(unused, 1, temperature.detach().to(z.dtype).unsqueeze(-1))
-    elif temperature != 1:
-        z = z / temperature
-    all_logp = torch.log_softmax(z, -1)
 
-    out_of_range = ~ignored & ((columns < 0) | (columns >= vocab_size))
-    logp = all_logp.gather(-1, columns.clamp(0, vocab_size - 1))
-    logp = torch.where(ignored, 0, logp).masked_fill(out_of_range, torch.nan)
-    # a mass of 0 adds 0 to the entropy: 0 * -inf would be NaN, in value and in gradient
-    entropy = -(all_logp.exp() * all_logp.masked_fill(all_logp == -torch.inf, 0)).sum(-1)
-    entropy = torch.where(unused.squeeze(-1), 0, entropy)
-    return LogprobsAndEntropy(logp.reshape(labels.shape), entropy)
+def label_columns(labels: Tensor, rows: torch.Size, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Labels as (T, K) columns inside the vocabulary or -100, and where they were neither: there logp is NaN."""
+    columns = labels.reshape(rows.numel(), labels.shape[-1] if labels.ndim > len(rows) else 1)
+    outside = (columns != IGNORE_INDEX) & ((columns < 0) | (columns >= vocab_size))
+    return columns.masked_fill(outside, 0), outside
 
 
 def check_options(*, shard: object, impl: str, softcap: float | None) -> None:
@@ -168,13 +188,16 @@ def _check_logits(logits: Tensor, labels: Tensor, vocab_size: int | None) -> int
     return vocab_size
 
 
-def _row_temperature(temperature: float | Tensor, rows: torch.Size, reference: Tensor) -> float | Tensor:
+def row_temperatures(
+    temperature: float | Tensor, rows: torch.Size, reference_name: str, reference: Tensor
+) -> tuple[float, Tensor | None]:
+    """A number for all rows, or (1.0, one value a row (T,)), detached."""
     if not isinstance(temperature, Tensor):
         _checks.positive(temperature=temperature)
         _checks.finite(temperature=temperature)
-        return temperature
+        return float(temperature), None
     _checks.floating(temperature=temperature)
     if temperature.ndim > 0 and temperature.shape != rows:
         raise ValueError(f"temperature must be a number, 0-dim or {tuple(rows)}, got {tuple(temperature.shape)}")
-    _checks.same_device("logits", reference, temperature=temperature)
-    return temperature.expand(rows)
+    _checks.same_device(reference_name, reference, temperature=temperature)
+    return 1.0, temperature.detach().expand(rows).flatten()
