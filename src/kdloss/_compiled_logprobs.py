@@ -33,7 +33,12 @@ def compiled_logprobs(
 
 
 def _scaled(
-    logits: Tensor, columns: Tensor, row_temperature: Tensor | None, temperature: float, softcap: float | None, vocab: int
+    logits: Tensor,
+    columns: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    vocab: int,
 ) -> tuple[Tensor, Tensor | float]:
     """z (T, V) and its temperature (T, 1); 0 in rows without a label, which may hold NaN."""
     unused = (columns < 0).all(-1, keepdim=True)

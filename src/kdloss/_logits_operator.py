@@ -1,113 +1,33 @@
-"""The operator `kdloss::logprobs`: from a matrix of logits to log-probs and entropies, and back.
+"""The operator `kdloss::logprobs`: from logits to log-probs and entropies, and back.
 
 It walks over blocks of rows that fit the cache, widens each to float32 in a scratch block and reads everything off it
 there (`_rows.py`). Saved for the backward are the logits, which the caller holds anyway, and three numbers a row; the
 backward recomputes e^(z - m) block by block straight into the gradient. Beyond the gradient itself, both directions
 need the scratch and nothing else, however many rows there are.
 
-    forward    reads V logits a row, writes K + 3 numbers
+    forward    reads V logits a row, writes K + 4 numbers
     backward   reads V logits a row, writes V numbers
 
 Registered with `torch.library`, so that `torch.compile`, activation checkpointing and export see one operation. Under
-`torch.compile` the same mathematics is offered as a formula instead (`compiled_logprobs`), since a compiler fuses its
-passes into one; it saves the same.
+`torch.compile` the same mathematics is offered as a formula instead (`_compiled_logprobs.py`), since a compiler fuses
+its passes into one; it saves the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._rows import RowState, Scaling, Upstream, gradient_of, state_of
+from ._rows import RowState, Scaling, Sums, Upstream, gradient_of
 
 # Elements of a scratch block for each thread. On a CPU: 2 MiB of float32, of which three or four fit the last level of
 # cache. On an accelerator a block must fill the device.
 _CPU_BLOCK = 1 << 19
 _DEVICE_BLOCK = 1 << 26
-
-
-def _block_rows(logits: Tensor) -> int:
-    elements = _CPU_BLOCK * torch.get_num_threads() if logits.device.type == "cpu" else _DEVICE_BLOCK
-    return max(1, elements // logits.shape[-1])
-
-
-def _matrices(x: Tensor) -> Iterator[Tensor]:
-    """(..., V) as (rows, V) views in order, never as a copy: `logits[:, :-1]` of (B, L, V) is B of them."""
-    if x.ndim < 2:
-        yield x.reshape(1, -1)
-        return
-    try:
-        yield x.view(-1, x.shape[-1])
-    except RuntimeError:
-        for part in x.unbind():
-            yield from _matrices(part)
-
-
-def _blocks(logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, slice | Tensor, slice | Tensor]]:
-    """(matrix, rows of it, the same rows of the whole) for blocks of the `wanted` rows, (T,) bool.
-
-    Only on a CPU are unwanted rows passed over: elsewhere finding them would wait for the device.
-    """
-    size, start = _block_rows(logits), 0
-    skip = wanted.device.type == "cpu" and not bool(wanted.all())
-    for matrix in _matrices(logits):
-        rows = matrix.shape[0]
-        if skip:
-            for index in wanted[start : start + rows].nonzero().squeeze(-1).split(size):
-                if index.numel():
-                    yield matrix, index, index + start
-        else:
-            for first in range(0, rows, size):
-                last = min(first + size, rows)
-                yield matrix, slice(first, last), slice(start + first, start + last)
-        start += rows
-
-
-class _Scratch:
-    """Blocks of one shape, made when first asked for."""
-
-    def __init__(self, logits: Tensor, vocab_size: int) -> None:
-        rows = min(_block_rows(logits), logits.numel() // logits.shape[-1])
-        self._shape = (rows, vocab_size)
-        self._options: dict[str, Any] = {"dtype": _checks.promoted_dtype(logits), "device": logits.device}
-        self._made: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, rows: int, *, zero: bool = False) -> Tensor:
-        if name not in self._made:
-            make = torch.zeros if zero else torch.empty
-            self._made[name] = make(self._shape, **self._options)
-        return self._made[name][:rows]
-
-
-def _load(matrix: Tensor, rows: slice | Tensor, wanted: Tensor, scaling: Scaling, scratch: _Scratch) -> Tensor:
-    """z of a block: a view of the logits where nothing has to be done to them, else in the block `z`."""
-    vocab_size = scratch("z", 0).shape[-1]
-    x = matrix[rows][:, :vocab_size]
-    plain = x.dtype == scratch("z", 0).dtype and x.stride(-1) == 1 and scaling.is_identity
-    if plain and x.device.type == "cpu":
-        return x
-    z = scratch("z", x.shape[0]).copy_(x)
-    if x.device.type != "cpu":
-        z.masked_fill_(~wanted[:, None], 0)  # what a CPU passes over: an unwanted row may hold NaN
-    return scaling.apply_(z)
-
-
-def row_scaling(
-    softcap: float | None,
-    temperature: float,
-    row_temperature: Tensor | None,  # (T,), anything where a row is not wanted
-    wanted: Tensor,  # (T,) bool
-    dtype: torch.dtype,
-    *,
-    logit_scale: float = 1.0,
-) -> Scaling:
-    if row_temperature is None:
-        return Scaling(softcap, logit_scale, temperature)
-    return Scaling(softcap, logit_scale, torch.where(wanted, row_temperature.to(dtype), 1).unsqueeze(-1))
 
 
 @torch.library.custom_op("kdloss::logprobs", mutates_args=())
@@ -120,28 +40,26 @@ def logprobs(
     vocab_size: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp (T, K), entropy (T,) or (0,), maximum (T,), peak (T,), mean (T,) or (0,)); 0 where all labels are ignored."""
-    wide = _checks.promoted_dtype(logits)
-    used = (columns >= 0).any(-1)
-    logp = torch.zeros(columns.shape, dtype=wide, device=logits.device)
-    maximum, peak = logp.new_zeros(columns.shape[:1]), logp.new_ones(columns.shape[:1])
-    entropy = logp.new_zeros(columns.shape[0] if with_entropy else 0)
-    mean = torch.zeros_like(entropy)
-    all_scaling = row_scaling(softcap, temperature, row_temperature, used, wide)
-    scratch = _Scratch(logits, vocab_size)
-    for matrix, rows, places in _blocks(logits, used):
-        block_columns, block_used = columns[places], used[places]
-        z = _load(matrix, rows, block_used, all_scaling.of(places), scratch)
-        count = z.shape[0]
-        picked = z.gather(-1, block_columns.clamp(min=0))
-        state = state_of(z, scratch("p", count), scratch("shifted", count) if with_entropy else None)
-        logp[places] = ((picked - state.maximum) + state.peak.log()).masked_fill(block_columns < 0, 0)
-        maximum[places] = state.maximum.squeeze(-1)
-        peak[places] = state.peak.squeeze(-1)
-        if state.mean is not None:
-            entropy[places] = state.entropy.squeeze(-1).masked_fill(~block_used, 0)
-            mean[places] = state.mean.squeeze(-1)
-    return logp, entropy, maximum, peak, mean
+    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean (T,) or (0,)), anything in rows without a label."""
+    rows = _Rows(logits, (columns >= 0).any(-1), vocab_size)
+    columns = rows.take(columns)
+    scaling = rows.scaling(softcap, temperature, row_temperature)
+    z, p, shifted = rows.scratch(), rows.scratch(), rows.scratch() if with_entropy else None
+    sums = Sums.empty(columns.shape[0], like=z, with_entropy=with_entropy)
+    picked = z.new_empty(columns.shape)
+    parts = zip(columns.clamp(min=0).split(rows.sizes), picked.split(rows.sizes), strict=True)
+    for block, part, (places, target) in zip(rows.blocks(scaling), sums.split(rows.sizes), parts, strict=True):
+        n = places.shape[0]
+        loaded = block.load(z[:n])
+        part.read_(loaded, p[:n], None if shifted is None else shifted[:n])
+        torch.gather(loaded, -1, places, out=target)
+    state = RowState.of(sums)
+    logp = rows.put_back(state.logp(picked).masked_fill(columns < 0, 0))
+    maximum, peak = rows.put_back(state.maximum).squeeze(-1), rows.put_back(state.peak).squeeze(-1)
+    if state.mean is None:
+        return logp, z.new_empty(0), maximum, peak, z.new_empty(0)
+    entropy = state.entropy().masked_fill((columns < 0).all(-1, keepdim=True), 0)
+    return logp, rows.put_back(entropy).squeeze(-1), maximum, peak, rows.put_back(state.mean).squeeze(-1)
 
 
 @logprobs.register_fake
@@ -176,36 +94,44 @@ def logprobs_backward(
 ) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype; rows without an incoming gradient cost their zeros."""
     wide = _checks.promoted_dtype(logits)
-    if logp_gradient is None:
-        logp_gradient = torch.zeros(columns.shape, dtype=wide, device=logits.device)
-    logp_gradient = logp_gradient.masked_fill(columns < 0, 0)
-    wanted = (logp_gradient != 0).any(-1)
-    if entropy_gradient is not None:
-        entropy_gradient = entropy_gradient.masked_fill((columns < 0).all(-1), 0)
-        wanted |= entropy_gradient != 0
-    complete = vocab_size == logits.shape[-1] and (logits.device.type != "cpu" or bool(wanted.all()))
-    make = torch.empty if complete else torch.zeros
-    gradient = make(logits.shape, dtype=logits.dtype, device=logits.device)
-    flat_gradient = gradient.view(columns.shape[0], logits.shape[-1])
-    all_scaling = row_scaling(softcap, temperature, row_temperature, wanted, wide)
-    # where a row is not wanted its logits are read as 0, or not at all
-    maximum, peak = maximum.masked_fill(~wanted, 0), peak.masked_fill(~wanted, 1)
-    scratch = _Scratch(logits, vocab_size)
-    for matrix, rows, places in _blocks(logits, wanted):
-        scaling = all_scaling.of(places)
-        z = _load(matrix, rows, wanted[places], scaling, scratch)
-        count = z.shape[0]
-        state = RowState(maximum[places, None], peak[places, None], None)
-        upstream = Upstream.of(columns[places], logp_gradient[places])
-        if entropy_gradient is not None:
-            state = state._replace(mean=mean[places, None])
-            upstream = upstream._replace(entropy=entropy_gradient[places, None])
-        in_place = complete and gradient.dtype == wide and isinstance(places, slice)
-        dz = flat_gradient[places] if in_place else scratch("dz", count)
-        gradient_of(z, state, upstream, out=dz, seeds=scratch("seeds", count, zero=True))
-        scaling.backward_(dz, z)
-        if not in_place:
-            flat_gradient[places, :vocab_size] = dz.to(gradient.dtype) if isinstance(places, Tensor) else dz
+    ignored = columns < 0
+    g = torch.zeros(columns.shape, dtype=wide, device=logits.device) if logp_gradient is None else logp_gradient
+    g = g.masked_fill(ignored, 0)
+    h = None if entropy_gradient is None else entropy_gradient.masked_fill(ignored.all(-1), 0)
+    wanted = (g != 0).any(-1)
+    if h is not None:
+        wanted |= h != 0
+    rows = _Rows(logits, wanted, vocab_size)
+    scaling = rows.scaling(softcap, temperature, row_temperature)
+    upstream = Upstream.of(
+        # of a row that is not wanted the logits are read as 0, if at all
+        RowState(
+            rows.take(maximum.masked_fill(~wanted, 0)[:, None]),
+            rows.take(peak.masked_fill(~wanted, 1)[:, None]),
+            None if h is None else rows.take(mean.masked_fill(~wanted, 0)[:, None]),
+        ),
+        rows.take(columns),
+        rows.take(g),
+        None if h is None else rows.take(h[:, None]),
+    )
+    z, seeds = rows.scratch(), rows.scratch().zero_()
+    dz = rows.scratch() if softcap is not None else z
+    scratch = None if h is None else rows.scratch()
+    gradient = torch.empty if rows.cover_all else torch.zeros
+    gradient = gradient(logits.shape, dtype=logits.dtype, device=logits.device)
+    matrix = gradient.view(columns.shape[0], logits.shape[-1])
+    for block, part in zip(rows.blocks(scaling), upstream.split(rows.sizes), strict=True):
+        n = part.scale.shape[0]
+        loaded = block.load(z[:n])
+        place = block.place if isinstance(block.place, slice) else None
+        in_place = rows.cover_all and gradient.dtype == wide and place is not None
+        out = matrix[place] if in_place else dz[:n]
+        gradient_of(loaded, part, out=out, seeds=seeds[:n], scratch=None if scratch is None else scratch[:n])
+        block.scaling.backward_(out, loaded)
+        if place is None:
+            matrix[block.place, :vocab_size] = out.to(gradient.dtype)
+        elif not in_place:
+            matrix[place, :vocab_size] = out
     return gradient
 
 
@@ -243,3 +169,100 @@ def _differentiate(
 
 
 logprobs.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Block(NamedTuple):
+    """Some rows of one matrix of logits."""
+
+    x: Tensor  # (n, V): a view, or a copy of picked rows
+    place: slice | Tensor  # which of the T rows they are
+    unwanted: Tensor | None  # (n, 1) bool: rows to read as 0
+    scaling: Scaling
+
+    def load(self, scratch: Tensor) -> Tensor:
+        """z: the logits themselves where nothing has to be done to them, else in `scratch`."""
+        as_it_is = self.x.dtype == scratch.dtype and self.x.stride(-1) == 1 and self.scaling.is_identity
+        if as_it_is and self.unwanted is None:
+            return self.x
+        z = scratch.copy_(self.x)
+        if self.unwanted is not None:
+            z.masked_fill_(self.unwanted, 0)
+        return self.scaling.apply_(z)
+
+
+class _Rows:
+    """The wanted rows of logits, block after block.
+
+    Only on a CPU are unwanted rows passed over: elsewhere finding them would wait for the device, so there all rows are
+    walked over and the unwanted ones, which may hold NaN, are read as 0.
+    """
+
+    def __init__(self, logits: Tensor, wanted: Tensor, vocab_size: int) -> None:
+        self._logits, self._wanted, self._vocab_size = logits, wanted, vocab_size
+        on_cpu = logits.device.type == "cpu"
+        self._walk_all = not on_cpu or bool(wanted.all())
+        self._index = torch.empty(0) if self._walk_all else wanted.nonzero().squeeze(-1)
+        elements = _CPU_BLOCK * torch.get_num_threads() if on_cpu else _DEVICE_BLOCK
+        self._size = max(1, elements // vocab_size)
+        self._pieces = list(self._cut())
+        self.sizes = [
+            place.stop - place.start if isinstance(place, slice) else len(place) for *_, place in self._pieces
+        ]
+        # whether the blocks together are all of the logits
+        self.cover_all = self._walk_all and vocab_size == logits.shape[-1]
+
+    def _cut(self) -> Iterator[tuple[Tensor, slice | Tensor, slice | Tensor]]:
+        """(matrix, rows of it, which of the T rows they are)"""
+        start = 0
+        for matrix in _matrices(self._logits):
+            rows = matrix.shape[0]
+            if self._walk_all:
+                for first in range(0, rows, self._size):
+                    last = min(first + self._size, rows)
+                    yield matrix, slice(first, last), slice(start + first, start + last)
+            else:
+                index = self._wanted[start : start + rows].nonzero().squeeze(-1)
+                for part in index.split(self._size) if index.numel() else ():
+                    yield matrix, part, part + start
+            start += rows
+
+    def blocks(self, scaling: Scaling) -> Iterator[_Block]:
+        unwanted = ~self._wanted[:, None]
+        for (matrix, rows, place), part in zip(self._pieces, scaling.split(self.sizes), strict=True):
+            x = matrix[rows]
+            if self._vocab_size != x.shape[-1]:
+                x = x[:, : self._vocab_size]
+            yield _Block(x, place, None if self._logits.device.type == "cpu" else unwanted[place], part)
+
+    def scaling(self, softcap: float | None, temperature: float, row_temperature: Tensor | None) -> Scaling:
+        if row_temperature is None:
+            return Scaling(softcap, 1.0, temperature)
+        divisor = torch.where(self._wanted, row_temperature.to(_checks.promoted_dtype(self._logits)), 1)
+        return Scaling(softcap, 1.0, self.take(divisor[:, None]))
+
+    def scratch(self) -> Tensor:
+        rows = max(self.sizes, default=0)
+        dtype = _checks.promoted_dtype(self._logits)
+        return torch.empty(rows, self._vocab_size, dtype=dtype, device=self._logits.device)
+
+    def take(self, x: Tensor) -> Tensor:
+        """(T, ...) -> (N, ...), the rows of the blocks in their order."""
+        return x if self._walk_all else x[self._index]
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (T, ...), 0 elsewhere."""
+        if self._walk_all:
+            return x
+        return x.new_zeros(self._wanted.shape[0], *x.shape[1:]).index_copy_(0, self._index, x)
+
+
+def _matrices(x: Tensor) -> Iterator[Tensor]:
+    """(..., V) as (rows, V) views in order, never as a copy: `logits[:, :-1]` of (B, L, V) is B of them."""
+    if x.ndim < 2:
+        yield x.reshape(1, -1)
+        return
+    try:
+        yield x.view(-1, x.shape[-1])
+    except RuntimeError:
+        for part in x.unbind():
+            yield from _matrices(part)

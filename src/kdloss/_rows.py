@@ -35,15 +35,17 @@ class Scaling(NamedTuple):
 
     @property
     def is_identity(self) -> bool:
-        return self.softcap is None and self.logit_scale == 1 and not isinstance(self.temperature, Tensor) and (
-            self.temperature == 1
+        return (
+            self.softcap is None
+            and self.logit_scale == 1
+            and not isinstance(self.temperature, Tensor)
+            and (self.temperature == 1)
         )
 
-    def of(self, index: slice | Tensor) -> Scaling:
-        """For some of the rows."""
+    def split(self, sizes: list[int]) -> list[Scaling]:
         if not isinstance(self.temperature, Tensor):
-            return self
-        return self._replace(temperature=self.temperature[index])
+            return [self] * len(sizes)
+        return [self._replace(temperature=part) for part in self.temperature.split(sizes)]
 
     def apply_(self, x: Tensor) -> Tensor:
         """x (n, V) -> z, in place."""
@@ -67,6 +69,36 @@ class Scaling(NamedTuple):
         return dz
 
 
+class Sums(NamedTuple):
+    """What is read off blocks of rows, (n, 1): one reduction each, in terms of torch's softmax p of the block."""
+
+    maximum: Tensor  # max z
+    largest: Tensor  # max p
+    mass: Tensor  # sum p: 1 but for rounding
+    weighted: Tensor | None  # sum p (z - max z); None where no entropy is wanted
+
+    @classmethod
+    def empty(cls, rows: int, *, like: Tensor, with_entropy: bool) -> Sums:
+        columns = [like.new_empty(rows, 1) for _ in range(4 if with_entropy else 3)]
+        return cls(*columns, *[None] * (4 - len(columns)))
+
+    def split(self, sizes: list[int]) -> list[Sums]:
+        weighted = [None] * len(sizes) if self.weighted is None else self.weighted.split(sizes)
+        parts = zip(self.maximum.split(sizes), self.largest.split(sizes), self.mass.split(sizes), weighted, strict=True)
+        return [Sums(*part) for part in parts]
+
+    def read_(self, z: Tensor, p: Tensor, shifted: Tensor | None) -> None:
+        """Fill in the sums of a block z (n, V). p and, for the entropy, shifted are scratch; shifted may be z."""
+        torch.amax(z, -1, keepdim=True, out=self.maximum)
+        torch.softmax(z, -1, out=p)
+        torch.amax(p, -1, keepdim=True, out=self.largest)
+        torch.sum(p, -1, keepdim=True, out=self.mass)
+        if self.weighted is not None:
+            # a logit of -inf has no mass: 0 * the lowest number is 0, where 0 * -inf would be NaN
+            torch.sub(z, self.maximum, out=shifted).clamp_(min=torch.finfo(z.dtype).min)
+            torch.sum(p.mul_(shifted), -1, keepdim=True, out=self.weighted)
+
+
 class RowState(NamedTuple):
     """(m, 1 / s, u / s) of each row, (n, 1). Of no mass at all, where every z is -inf: (-inf, inf, 0)."""
 
@@ -74,7 +106,24 @@ class RowState(NamedTuple):
     peak: Tensor  # 1 / s, the probability of the largest logit: p = peak * e^(z - maximum)
     mean: Tensor | None  # u / s, the mean of z - m under p; None where no entropy is wanted
 
-    @property
+    @classmethod
+    def of(cls, sums: Sums) -> RowState:
+        """torch divides by a sum whose rounding grows with V. All of p shares it: dividing by `mass` removes it."""
+        empty = sums.maximum == -torch.inf
+        peak = (sums.largest / sums.mass).masked_fill(empty, torch.inf)
+        mean = None if sums.weighted is None else (sums.weighted / sums.mass).masked_fill(empty, 0)
+        return cls(sums.maximum, peak, mean)
+
+    @classmethod
+    def empty(cls, rows: int, *, like: Tensor, with_entropy: bool) -> RowState:
+        """Of no logits at all: what merging starts from."""
+        infinity = like.new_full((rows, 1), torch.inf)
+        return cls(-infinity, infinity, torch.zeros_like(infinity) if with_entropy else None)
+
+    def logp(self, z: Tensor) -> Tensor:
+        """Of logits z (n, K) of the rows."""
+        return (z - self.maximum) + self.peak.log()
+
     def entropy(self) -> Tensor:
         assert self.mean is not None
         return -self.peak.log() - self.mean
@@ -92,41 +141,31 @@ class RowState(NamedTuple):
         return RowState(maximum, total.reciprocal(), None if self.mean is None else weighted / total.clamp(min=1))
 
 
-def empty_state(rows: int, *, like: Tensor, with_entropy: bool) -> RowState:
-    """Of no logits at all: what merging starts from."""
-    infinity = like.new_full((rows, 1), torch.inf)
-    return RowState(-infinity, infinity, torch.zeros_like(infinity) if with_entropy else None)
-
-
-def state_of(z: Tensor, p: Tensor, shifted: Tensor | None = None) -> RowState:
-    """The state of z (n, V). p and shifted (n, V) are scratch; without `shifted`, which may be z, there is no u."""
-    maximum = z.amax(-1, keepdim=True)
-    empty = maximum == -torch.inf
-    torch.softmax(z, -1, out=p)
-    # torch divides by a sum whose rounding grows with V; all of p shares it, so dividing by their own sum removes it
-    mass = p.sum(-1, keepdim=True)
-    peak = (p.amax(-1, keepdim=True) / mass).masked_fill(empty, torch.inf)
-    if shifted is None:
-        return RowState(maximum, peak, None)
-    # a logit of -inf has no mass: 0 * the lowest number is 0, where 0 * -inf would be NaN
-    torch.sub(z, maximum, out=shifted).clamp_(min=torch.finfo(z.dtype).min)
-    return RowState(maximum, peak, (p.mul_(shifted).sum(-1, keepdim=True) / mass).masked_fill(empty, 0))
-
-
 class Upstream(NamedTuple):
-    """The incoming gradient of a block's rows, and the labels that it comes through."""
+    """The incoming gradient of some rows, ready for the pass over their logits."""
 
-    columns: Tensor  # (n, K) int64, each inside the block's columns; any column where logp is 0
-    logp: Tensor  # (n, K), 0 where the label is ignored or in another part of the row
-    total: Tensor  # (n, 1): the sum over all K labels of the row, those in other parts included
-    entropy: Tensor | None  # (n, 1)
+    maximum: Tensor  # (n, 1)
+    scale: Tensor  # (n, 1): sum_k g_k / s, or 1 / s beside an entropy
+    columns: Tensor  # (n, K) int64, each inside the block; any column where logp is 0
+    logp: Tensor  # (n, K) g, 0 where the label is ignored or in another part of the row
+    entropy: Tensor | None  # (n, 1) h
+    # h (log p + entropy) + sum_k g_k is h * (z - m) + this
+    offset: Tensor | None  # (n, 1)
 
     @classmethod
-    def of(cls, columns: Tensor, logp: Tensor) -> Upstream:
-        """From labels (n, K), -100 where ignored, of whole rows."""
+    def of(cls, state: RowState, columns: Tensor, logp: Tensor, entropy: Tensor | None) -> Upstream:
+        """From labels (n, K), -100 where ignored, of whole rows, and the gradients (n, K) and (n, 1)."""
         ignored = columns < 0
-        logp = logp.masked_fill(ignored, 0)
-        return cls(columns.masked_fill(ignored, 0), logp, logp.sum(-1, keepdim=True), None)
+        logp, columns = logp.masked_fill(ignored, 0), columns.masked_fill(ignored, 0)
+        total = logp.sum(-1, keepdim=True)
+        if entropy is None:
+            return cls(state.maximum, total * state.peak, columns, logp, None, None)
+        assert state.mean is not None
+        return cls(state.maximum, state.peak, columns, logp, entropy, total - entropy * state.mean)
+
+    def split(self, sizes: list[int]) -> list[Upstream]:
+        fields = [[None] * len(sizes) if x is None else x.split(sizes) for x in self]
+        return [Upstream(*part) for part in zip(*fields, strict=True)]
 
     def part(self, start: int, stop: int) -> Upstream:
         """Seen from columns start .. stop of the vocabulary."""
@@ -135,28 +174,30 @@ class Upstream(NamedTuple):
         return self._replace(columns=columns, logp=self.logp.masked_fill(outside, 0))
 
 
-def gradient_of(z: Tensor, row: RowState, upstream: Upstream, *, out: Tensor, seeds: Tensor) -> Tensor:
-    """dz (n, V) into `out`, which may be z. `seeds` (n, V) is 0 everywhere, and is left so.
+def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, seeds: Tensor, scratch: Tensor | None) -> Tensor:
+    """dz (n, V) into `out`, which may be z. `seeds` (n, V) is 0 and stays so; `scratch` is for the entropy.
 
     The backward of log-softmax is grad - e^output * sum(grad): a grad with one entry S a row gives -S e^output in one
-    pass over the block, and the entry itself is repaired after it.
+    pass over the block, and the entry itself, at the row's first label, is repaired after it.
     """
-    shifted = torch.sub(z, row.maximum, out=out)
-    probability = shifted[:, :1].exp() * row.peak
+    anchor = upstream.columns[:, :1]
+    shifted = torch.sub(z, upstream.maximum, out=out)
+    repaired = shifted.gather(-1, anchor).exp_().mul_(upstream.scale).neg_()
+    seeds.scatter_(-1, anchor, upstream.scale)
     if upstream.entropy is None:
-        factor = upstream.total
-        seeds[:, :1] = factor * row.peak
         _negative_exp(shifted, seeds, out)
+        if upstream.columns.shape[-1] == 1:
+            out.scatter_(-1, anchor, repaired.add_(upstream.logp))
+        else:
+            out.scatter_(-1, anchor, repaired).scatter_add_(-1, upstream.columns, upstream.logp)
     else:
-        seeds[:, :1] = row.peak
-        negative = _negative_exp(shifted, seeds, torch.empty_like(shifted))
-        # log p + entropy = (z - m) - u / s; e^-1e4 is 0 in any dtype, and -inf times that would be NaN
-        slope = shifted.clamp_(min=-1e4).sub_(row.mean).mul_(upstream.entropy).add_(upstream.total)
-        factor = slope[:, :1].clone()
-        torch.mul(negative, slope, out=out)
-    seeds[:, :1] = 0
-    out[:, :1] = -factor * probability
-    return out.scatter_add_(-1, upstream.columns, upstream.logp)
+        assert scratch is not None
+        _negative_exp(shifted, seeds, scratch).scatter_(-1, anchor, repaired)
+        # e^-1e4 is 0 in any dtype, and -inf times that would be NaN
+        slope = torch.clamp(shifted, min=-1e4, out=out).mul_(upstream.entropy).add_(upstream.offset)
+        torch.mul(scratch, slope, out=out).scatter_add_(-1, upstream.columns, upstream.logp)
+    seeds.scatter_(-1, anchor, 0)
+    return out
 
 
 def _negative_exp(x: Tensor, seeds: Tensor, out: Tensor) -> Tensor:
