@@ -2,28 +2,29 @@
 
     logits = softcap(logit_scale * (hidden @ weight.T + bias)),   then as from logits
 
-Hidden rows are compacted to the trained ones first, and results are scattered back, so time and memory go with the
-number of trained tokens. Which rows take part follows from the mask alone: the same mask gives the same bits.
+Only the rows with a label that is trained on meet the head, so time and memory go with their number. Which rows take
+part follows from the mask alone: the same mask gives the same bits. The backward leaves out those whose incoming
+gradient is 0 as well.
 
-Compaction has a data-dependent shape, so it waits for the device once. `max_trained_tokens` is a static bound that
-removes the wait (CUDA graphs). Under `torch.compile` without it, all rows are computed, the untrained ones masked.
+Finding the rows takes one wait for the device forward and one backward. `max_trained_tokens` is a static bound that
+removes both (CUDA graphs), and computes that many rows either way.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._linear_operator import KEPT_BYTES, linear_logprobs
 from ._logprobs import (
     IGNORE_INDEX,
     LogprobsAndEntropy,
     check_labels,
     check_options,
     check_vocab_size,
-    token_logprobs_and_entropy,
+    label_columns,
+    row_temperatures,
 )
 
 
@@ -72,7 +73,7 @@ def linear_token_logprobs(
             vocabulary or `max_trained_tokens` is exceeded.
         NotImplementedError: `shard` is given, or `impl` is "triton".
     """
-    return linear_token_logprobs_and_entropy(
+    logp, _ = _evaluate(
         hidden,
         weight,
         labels,
@@ -85,7 +86,9 @@ def linear_token_logprobs(
         shard=shard,
         max_trained_tokens=max_trained_tokens,
         impl=impl,
-    ).logp
+        with_entropy=False,
+    )
+    return logp
 
 
 def linear_token_logprobs_and_entropy(
@@ -110,64 +113,81 @@ def linear_token_logprobs_and_entropy(
     Returns:
         `LogprobsAndEntropy(logp, entropy)`; `entropy` is (T,), nats, differentiable, 0 at untrained tokens.
     """
-    check_options(shard=shard, impl=impl, softcap=softcap)
-    _checks.tensors(hidden=hidden, weight=weight)
-    shape = hidden.shape[:-1]
-    _checks.boolean(loss_mask=loss_mask)
-    if loss_mask is not None and loss_mask.shape != shape:
-        raise ValueError(f"loss_mask must match the rows of hidden {tuple(shape)}, got {tuple(loss_mask.shape)}")
-    vocab_size = _check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
-    if isinstance(temperature, Tensor) and temperature.ndim > 0:
-        if temperature.shape != shape:
-            raise ValueError(f"temperature must be a number, 0-dim or {tuple(shape)}, got {tuple(temperature.shape)}")
-        temperature = temperature.flatten()
-
-    hidden = hidden.flatten(0, -2) if hidden.ndim != 2 else hidden
-    total = hidden.shape[0]
-    columns = labels.reshape(total, labels.shape[-1] if labels.ndim > len(shape) else 1)  # (T, K)
-    labelled = (columns != IGNORE_INDEX).any(-1)
-    trained = labelled if loss_mask is None else labelled & loss_mask.flatten()
-
-    rows = _select_rows(trained, max_trained_tokens)
-    dtype = _checks.promoted_dtype(hidden, weight, bias)
-    # zeroed as well as ignored: 0 * NaN of an untrained row would reach the gradient of the weight
-    used_hidden = torch.where(rows.valid[:, None], hidden.index_select(0, rows.source).to(dtype), 0)
-    used_columns = torch.where(rows.valid[:, None], columns.index_select(0, rows.source), IGNORE_INDEX)
-    used_bias = None if bias is None else bias[:vocab_size].to(dtype)
-    logits = torch.nn.functional.linear(used_hidden, weight[:vocab_size].to(dtype), used_bias) * logit_scale
-    used = token_logprobs_and_entropy(
-        logits,
-        used_columns,
-        temperature=temperature.index_select(0, rows.source)
-        if isinstance(temperature, Tensor) and temperature.ndim
-        else temperature,
+    logp, entropy = _evaluate(
+        hidden,
+        weight,
+        labels,
+        loss_mask=loss_mask,
+        bias=bias,
+        temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        shard=shard,
+        max_trained_tokens=max_trained_tokens,
+        impl=impl,
+        with_entropy=True,
     )
-    logp = rows.scatter(used.logp, trained).reshape(labels.shape)
-    return LogprobsAndEntropy(logp, rows.scatter(used.entropy, trained).reshape(shape))
+    return LogprobsAndEntropy(logp, entropy)
 
 
-class _Rows(NamedTuple):
-    source: Tensor  # (N,) int64: distinct rows of hidden, the trained ones among them
-    valid: Tensor  # (N,) bool: which of them are trained
-    fits: Tensor | None  # () bool: all trained rows are among them; None: they are
+def _evaluate(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    loss_mask: Tensor | None,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_size: int | None,
+    shard: object,
+    max_trained_tokens: int | None,
+    impl: str,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy), the latter empty unless it is asked for."""
+    check_options(shard=shard, impl=impl, softcap=softcap)
+    vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
+    shape = hidden.shape[:-1]
+    temperature, row_temperature = row_temperatures(temperature, shape, "hidden", hidden)
+    columns, outside = label_columns(labels, shape, vocab_size)
+    if loss_mask is not None:
+        untrained = ~loss_mask.reshape(-1, 1)
+        columns, outside = columns.masked_fill(untrained, IGNORE_INDEX), outside & ~untrained
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
+    rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens)
+    logp, entropy, *_ = linear_logprobs(
+        hidden.flatten(0, -2),
+        weight,
+        bias,
+        columns,
+        rows,
+        row_temperature,
+        temperature,
+        softcap,
+        float(logit_scale),
+        vocab_size,
+        max_trained_tokens is None,
+        with_entropy,
+        rows is not None and _keeps_logits(rows.shape[0] * vocab_size, hidden, weight, bias),
+    )
+    logp = logp.masked_fill(outside, torch.nan)
+    if left_out is not None:
+        logp = logp.masked_fill(left_out[:, None] & (columns != IGNORE_INDEX), torch.nan)
+        entropy = entropy.masked_fill(left_out, torch.nan) if with_entropy else entropy
+    return logp.reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
 
-    def scatter(self, x: Tensor, trained: Tensor) -> Tensor:
-        """(N, ...) -> (T, ...): back to their places, 0 elsewhere, NaN where trained rows were left out."""
-        out = x.new_zeros(trained.shape[0], *x.shape[1:]).index_copy(0, self.source, x)
-        if self.fits is None:
-            return out
-        left_out = trained & ~self.fits
-        return out.masked_fill(left_out.reshape(-1, *[1] * (x.ndim - 1)), torch.nan)
 
+def select_rows(trained: Tensor, max_trained_tokens: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """(rows to compute (N,), the trained ones among them; trained rows that they have no room for (T,)).
 
-def _select_rows(trained: Tensor, max_trained_tokens: int | None) -> _Rows:
-    total = trained.shape[0]
+    Rows of None: whoever computes them finds them, as their number may not be known here (`torch.compile`). Nothing is
+    left out without a bound; with one that is too small every trained row is, so that none is right by luck.
+    """
     if max_trained_tokens is None:
-        if torch.compiler.is_compiling():
-            return _Rows(torch.arange(total, device=trained.device), trained, None)
-        index = trained.nonzero().squeeze(-1)
-        return _Rows(index, torch.ones_like(index, dtype=torch.bool), None)
+        return (None if torch.compiler.is_compiling() else trained.nonzero().squeeze(-1)), None
     if isinstance(max_trained_tokens, bool) or not isinstance(max_trained_tokens, int):
         raise TypeError(f"max_trained_tokens must be an int, got {type(max_trained_tokens).__name__}")
     if max_trained_tokens < 0:
@@ -177,11 +197,25 @@ def _select_rows(trained: Tensor, max_trained_tokens: int | None) -> _Rows:
             f"max_trained_tokens must hold the {int(trained.sum())} trained tokens, got {max_trained_tokens}"
         )
     # a stable sort brings the trained rows to the front, in order, at a static shape
-    index = torch.argsort((~trained).to(torch.uint8), stable=True)[:max_trained_tokens]
-    return _Rows(index, trained.index_select(0, index), trained.sum() <= max_trained_tokens)
+    rows = torch.argsort((~trained).to(torch.uint8), stable=True)[:max_trained_tokens]
+    return rows, trained & (trained.sum() > max_trained_tokens)
 
 
-def _check_head(
+def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a linear layer would multiply: inside `torch.autocast` its dtype, but the result stays in float32."""
+    device = next(x for x in tensors if x is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _keeps_logits(elements: int, *inputs: Tensor | None) -> bool:
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return needed and elements * _checks.promoted_dtype(*inputs).itemsize <= KEPT_BYTES
+
+
+def check_head(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -190,6 +224,12 @@ def _check_head(
     logit_scale: float,
     vocab_size: int | None,
 ) -> int:
+    _checks.tensors(hidden=hidden, weight=weight)
+    _checks.boolean(loss_mask=loss_mask)
+    if loss_mask is not None and loss_mask.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"loss_mask must match the rows of hidden {tuple(hidden.shape[:-1])}, got {tuple(loss_mask.shape)}"
+        )
     _checks.floating(hidden=hidden, weight=weight, bias=bias)
     _checks.finite(logit_scale=logit_scale)
     if hidden.ndim < 2:

@@ -212,7 +212,7 @@ class _Rows:
         self.cover_all = self._walk_all and vocab_size == logits.shape[-1]
 
     def _cut(self) -> Iterator[tuple[Tensor, slice | Tensor, slice | Tensor]]:
-        """(matrix, rows of it, which of the T rows they are)"""
+        """(matrix, rows of it, which of the T rows they are)."""
         start = 0
         for matrix in _matrices(self._logits):
             rows = matrix.shape[0]

@@ -47,6 +47,9 @@ class Scaling(NamedTuple):
             return [self] * len(sizes)
         return [self._replace(temperature=part) for part in self.temperature.split(sizes)]
 
+    def at(self, rows: slice) -> Scaling:
+        return self._replace(temperature=self.temperature[rows]) if isinstance(self.temperature, Tensor) else self
+
     def apply_(self, x: Tensor) -> Tensor:
         """x (n, V) -> z, in place."""
         if self.logit_scale != 1:
@@ -120,6 +123,9 @@ class RowState(NamedTuple):
         infinity = like.new_full((rows, 1), torch.inf)
         return cls(-infinity, infinity, torch.zeros_like(infinity) if with_entropy else None)
 
+    def at(self, rows: slice) -> RowState:
+        return RowState(*[None if x is None else x[rows] for x in self])
+
     def logp(self, z: Tensor) -> Tensor:
         """Of logits z (n, K) of the rows."""
         return (z - self.maximum) + self.peak.log()
@@ -166,6 +172,9 @@ class Upstream(NamedTuple):
     def split(self, sizes: list[int]) -> list[Upstream]:
         fields = [[None] * len(sizes) if x is None else x.split(sizes) for x in self]
         return [Upstream(*part) for part in zip(*fields, strict=True)]
+
+    def at(self, rows: slice) -> Upstream:
+        return Upstream(*[None if x is None else x[rows] for x in self])
 
     def part(self, start: int, stop: int) -> Upstream:
         """Seen from columns start .. stop of the vocabulary."""
