@@ -15,6 +15,8 @@ from ._estimators import kl_k1 as kl_k1
 from ._estimators import kl_k2 as kl_k2
 from ._estimators import kl_k3 as kl_k3
 from ._estimators import reverse_kl_reward as reverse_kl_reward
+from ._fused import FusedLoss as FusedLoss
+from ._fused import fused_linear_loss as fused_linear_loss
 from ._linear import linear_token_logprobs as linear_token_logprobs
 from ._linear import linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy
 from ._logprobs import LogprobsAndEntropy as LogprobsAndEntropy
@@ -53,6 +55,7 @@ from .config import KDRLConfig as KDRLConfig
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedLoss",
     "KDRLConfig",
     "LogprobsAndEntropy",
     "LossOutput",
@@ -66,6 +69,7 @@ __all__ = [
     "discounted_returns",
     "distillation_loss",
     "fold_kd_reward",
+    "fused_linear_loss",
     "group_relative_advantages",
     "grpo_loss",
     "importance_sampled_surrogate",

@@ -1,0 +1,326 @@
+"""A per-token loss of the user's from hidden states, with its gradients, in one pass over the head.
+
+The two-step path computes log-probs, hands them to a loss, and in the backward computes the logits again: four products
+with the head. Here the loss is known while a chunk of logits is there, so its gradient is taken on the spot: three.
+
+    for each chunk of trained rows:
+        z = head(h)                            logp, entropy from it
+        l = token_loss(logp, entropy, ...)     and dl / dlogp, dl / dentropy by torch.func.vjp
+        dz from those,   dh = dz @ w,   dw += dz.T @ h
+
+That takes chunks of rows with the whole vocabulary, as a token's loss needs its log-prob complete, so dw accumulates
+over chunks, in float32. The gradients wait for the backward in float32, are scaled by the gradient that comes in, and
+only then rounded to the dtypes of their inputs: scaling is exact whatever a gradient scaler does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._linear import as_autocast, check_head, linear_token_logprobs_and_entropy, select_rows
+from ._logprobs import IGNORE_INDEX, check_options, label_columns, row_temperatures
+from ._reductions import token_mean
+from ._rows import RowState, Scaling, Sums, Upstream, gradient_of
+
+TokenLoss = Callable[..., Tensor]
+
+# Bytes of a chunk of logits. Each chunk reads and writes all of dw once, so few and large ones.
+_CHUNK_BYTES = {"cpu": 1 << 28, "other": 1 << 30}
+
+# Rows of the head that are widened at a time.
+_SLICE_ROWS = 8192
+
+
+class FusedLoss(NamedTuple):
+    """The reduced loss, which is descended, and what it was computed from, for logging."""
+
+    loss: Tensor  # (), differentiable in hidden, weight and bias
+    logp: Tensor  # (T,), detached, 0 at untrained tokens
+    entropy: Tensor  # (T,), detached, 0 at untrained tokens
+
+
+def fused_linear_loss(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    token_loss: TokenLoss,
+    *token_inputs: Tensor | None,  # (T, ...) each
+    loss_mask: Tensor,  # (T,) bool
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # or (T,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    shard: object = None,
+    max_trained_tokens: int | None = None,
+    impl: str = "auto",
+) -> FusedLoss:
+    """The token mean of `token_loss(logp, entropy, *token_inputs)`, and its gradients, in one pass over the head.
+
+    loss = (1 / normalizer) * sum over trained t of token_loss(logp_t, entropy_t, ...)
+
+    Equal to `token_mean(token_loss(*linear_token_logprobs_and_entropy(...), ...), loss_mask=loss_mask)` in value and
+    gradient, with three products of the size of the head's instead of four.
+
+    Args:
+        hidden: (T, D) at prediction positions, any leading shape in place of T. Differentiable.
+        weight: (V, D) the output head, of any floating dtype. Differentiable.
+        labels: (T,) int64. -100 is ignored: logp and entropy are 0 there, without gradient.
+        token_loss: maps logp (t,), entropy (t,) and the same t rows of every token input to the losses (t,), by
+            operations that `torch.func` differentiates. Elementwise: the loss of a token hangs on that token alone.
+            It is called on some of the tokens at a time. Tensors that it captures get no gradient, and must not be
+            per token: those are `token_inputs`.
+        *token_inputs: detached per-token tensors of any dtype, (T,) or (T, ...); 0-dim tensors and None are handed on.
+        loss_mask: (T,) bool; the tokens that are trained on.
+        normalizer: the denominator, a number or a 0-dim tensor, detached. None: the count of `loss_mask`.
+        bias, temperature, softcap, logit_scale, vocab_size, shard, max_trained_tokens, impl: as in
+            `linear_token_logprobs`.
+
+    Returns:
+        `FusedLoss(loss, logp, entropy)`; only `loss` carries gradient, to hidden, weight and bias. Where the count or
+        the normalizer is 0, the loss is an attached 0.
+
+    Expected gradient:
+        That of `token_loss` under `token_mean`. With `kdrl_token_loss`: that of `kdrl_loss`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `linear_token_logprobs`; also where `token_loss` does not return
+            (t,), or, on the CPU, where the loss of one token moves with another (a sequence-level ratio, a discount):
+            such a loss needs `linear_token_logprobs` and a loss on whole sequences.
+    """
+    check_options(shard=shard, impl=impl, softcap=softcap)
+    _checks.tensors(loss_mask=loss_mask)
+    vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
+    _checks.normalizer(normalizer)
+    shape = hidden.shape[:-1]
+    if labels.shape != shape:
+        raise ValueError(f"labels must match the rows of hidden {tuple(shape)}, got {tuple(labels.shape)}")
+    inputs = [_token_input(number, x, shape, hidden) for number, x in enumerate(token_inputs)]
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if torch.compiler.is_compiling() or not needs_gradient:
+        # a compiler cannot trace the user's gradient inside a pass; without a gradient there is nothing to fuse
+        return _two_steps(
+            hidden,
+            weight,
+            labels,
+            token_loss,
+            inputs,
+            loss_mask=loss_mask,
+            normalizer=normalizer,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            vocab_size=vocab_size,
+            max_trained_tokens=max_trained_tokens,
+        )
+    value, row_temperature = row_temperatures(temperature, shape, "hidden", hidden)
+    columns, outside = label_columns(labels, shape, vocab_size)
+    mask = loss_mask.flatten()
+    columns = columns.masked_fill(~mask[:, None], IGNORE_INDEX)
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
+    rows, left_out = select_rows(mask, max_trained_tokens)
+    assert rows is not None
+    logp, entropy, total = _Fused.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, -2),
+        weight,
+        bias,
+        token_loss,
+        inputs,
+        mask,
+        normalizer,
+        columns,
+        outside & mask[:, None],
+        rows,
+        row_temperature,
+        Scaling(softcap, float(logit_scale), value),
+        vocab_size,
+    )
+    if left_out is not None:
+        total = total + torch.where(left_out.any(), torch.nan, 0.0).to(total)
+        logp, entropy = logp.masked_fill(left_out, torch.nan), entropy.masked_fill(left_out, torch.nan)
+    return FusedLoss(total, logp.detach().reshape(shape), entropy.detach().reshape(shape))
+
+
+def _two_steps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    inputs: list[Tensor | None],
+    *,
+    loss_mask: Tensor,
+    normalizer: float | Tensor | None,
+    **options: Any,
+) -> FusedLoss:
+    logp, entropy = linear_token_logprobs_and_entropy(hidden, weight, labels, loss_mask=loss_mask, **options)
+    losses = _call(token_loss, logp.flatten(), entropy.flatten(), inputs).reshape(logp.shape)
+    loss = token_mean(losses, loss_mask=loss_mask, normalizer=normalizer)
+    return FusedLoss(loss, logp.detach(), entropy.detach())
+
+
+def _token_input(number: int, x: Tensor | None, shape: torch.Size, hidden: Tensor) -> Tensor | None:
+    """(T, ...), detached."""
+    if x is None:
+        return None
+    name = f"token_inputs[{number}]"
+    _checks.tensors(**{name: x})
+    _checks.same_device("hidden", hidden, **{name: x})
+    if x.ndim == 0:
+        return x.detach()
+    if x.shape[: len(shape)] != shape:
+        raise ValueError(f"{name} must be {tuple(shape)} or {(*shape, '...')}, got {tuple(x.shape)}")
+    return x.detach().reshape(shape.numel(), *x.shape[len(shape) :])
+
+
+def _call(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> Tensor:
+    losses = token_loss(logp, entropy, *inputs)
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"token_loss must return a tensor, got {type(losses).__name__}")
+    if losses.shape != logp.shape:
+        raise ValueError(
+            f"token_loss must return the loss of each of its {logp.shape[0]} tokens, {tuple(logp.shape)}, "
+            f"got {tuple(losses.shape)}; the reduction is fused_linear_loss's own"
+        )
+    return losses
+
+
+def _check_elementwise(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> None:
+    """The first and the last token's loss must stand still where all other tokens move."""
+    losses = _call(token_loss, logp, entropy, inputs)
+    for row in (0, -1):
+        moved, moved_entropy = logp - 1, entropy + 1
+        moved[row], moved_entropy[row] = logp[row], entropy[row]
+        again = _call(token_loss, moved, moved_entropy, inputs)[row]
+        if not torch.allclose(again, losses[row], rtol=1e-5, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                "token_loss must be elementwise, but the loss of one token moved with the log-probs of others "
+                f"({float(losses[row]):.6g} became {float(again):.6g}). A loss on whole sequences (a sequence-level "
+                "ratio, a discount, a mean) needs linear_token_logprobs first, then the loss; or pass what is "
+                "sequence-level as a detached token input"
+            )
+
+
+class _Fused(torch.autograd.Function):
+    """(logp (T,), entropy (T,), loss ()), of which the loss carries gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (T, D)
+        weight: Tensor,
+        bias: Tensor | None,
+        token_loss: TokenLoss,
+        inputs: list[Tensor | None],
+        mask: Tensor,  # (T,)
+        normalizer: float | Tensor | None,
+        columns: Tensor,  # (T, 1) inside the vocabulary, or -100
+        outside: Tensor,  # (T, 1): trained tokens whose label was neither
+        rows: Tensor,  # (N,) the trained tokens, and others under a static bound
+        row_temperature: Tensor | None,
+        scaling: Scaling,
+        vocab_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = _checks.promoted_dtype(hidden, weight, bias)
+        count = mask.sum() if normalizer is None else normalizer
+        unit = token_mean(torch.ones_like(mask[:1], dtype=dtype), loss_mask=torch.ones_like(mask[:1]), normalizer=count)
+        logp = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        entropy, losses = torch.zeros_like(logp), torch.zeros_like(logp)
+        needs = ctx.needs_input_grad[:3]
+        dx = logp.new_empty(rows.shape[0] if needs[0] else 0, hidden.shape[1])
+        dweight = logp.new_zeros(weight.shape) if needs[1] else None
+        dbias = logp.new_zeros(weight.shape[0]) if needs[2] else None
+
+        head, head_bias = weight[:vocab_size], None if bias is None else bias[:vocab_size].to(dtype)
+        kind = "cpu" if mask.device.type == "cpu" else "other"
+        size = max(1, min(_CHUNK_BYTES[kind] // (vocab_size * dtype.itemsize), rows.shape[0]))
+        buffers = [logp.new_empty(size, vocab_size) for _ in range(3 if scaling.softcap is None else 4)]
+        for start in range(0, rows.shape[0], size):
+            chunk = rows[start : start + size]
+            n = chunk.shape[0]
+            z, other, seeds, *separate = [x[:n] for x in buffers]
+            place, trained = columns[chunk], mask[chunk]
+            labelled = place >= 0
+            x = hidden[chunk].to(dtype).masked_fill_(~labelled, 0)
+            part = scaling
+            if row_temperature is not None:
+                divisor = torch.where(labelled, row_temperature[chunk].to(dtype)[:, None], 1)
+                part = scaling._replace(temperature=divisor)
+            part.apply_(_logits_(z, x, head, head_bias))
+
+            sums = Sums.empty(n, like=z, with_entropy=True)
+            sums.read_(z, other, seeds)
+            state = RowState.of(sums)
+            chunk_logp = state.logp(z.gather(-1, place.clamp(min=0))).masked_fill(~labelled, 0)
+            chunk_logp = chunk_logp.masked_fill(outside[chunk], torch.nan).squeeze(-1)
+            chunk_entropy = state.entropy().masked_fill(~labelled, 0).squeeze(-1)
+            chosen = [x if x is None or x.ndim == 0 else x[chunk] for x in inputs]
+            if start == 0 and n > 1 and _checks.value_checks_allowed(mask):
+                _check_elementwise(token_loss, chunk_logp, chunk_entropy, chosen)
+
+            def losses_of(lp: Tensor, h: Tensor, chosen: list[Tensor | None] = chosen) -> Tensor:
+                return _call(token_loss, lp, h, chosen)
+
+            chunk_losses, pull = torch.func.vjp(losses_of, chunk_logp, chunk_entropy)
+            g, h = pull(torch.where(trained, unit, 0).to(chunk_losses.dtype).expand_as(chunk_losses))
+            logp[chunk], entropy[chunk] = chunk_logp, chunk_entropy
+            losses[chunk] = torch.where(trained, chunk_losses, 0).to(dtype)
+
+            live = labelled & trained[:, None]
+            g, h = g[:, None].to(dtype).masked_fill(~live, 0), h[:, None].to(dtype).masked_fill(~live, 0)
+            out = separate[0] if separate else z
+            upstream = Upstream.of(state, place, g, h)
+            gradient_of(z, upstream, out=out, seeds=seeds.zero_(), scratch=other)
+            part.backward_(out, z)
+            if needs[0]:
+                dx[start : start + n] = _backward_product(out, head)
+            if dweight is not None:
+                dweight[:vocab_size].addmm_(out.T, x)
+            if dbias is not None:
+                dbias[:vocab_size] += out.sum(0)
+        ctx.save_for_backward(rows, dx, dweight, dbias)
+        ctx.like = [(x.shape, x.dtype) if x is not None else None for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(logp, entropy)
+        return logp, entropy, token_mean(losses, loss_mask=mask, normalizer=count)
+
+    @staticmethod
+    def backward(ctx: Any, _logp: Tensor, _entropy: Tensor, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        rows, dx, dweight, dbias = ctx.saved_tensors
+        (shape, dtype), *_ = ctx.like
+        found: list[Tensor | None] = [None, None, None]
+        if ctx.needs_input_grad[0]:
+            scaled = (dx * incoming).to(dtype)
+            found[0] = scaled.new_zeros(shape).index_copy_(0, rows, scaled)
+        for place, x in ((1, dweight), (2, dbias)):
+            if x is not None:
+                found[place] = torch.mul(x, incoming, out=x.new_empty(x.shape, dtype=ctx.like[place][1]))
+        return *found, *(None,) * 10
+
+
+def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head (V, D) in slices widened one at a time: a float32 copy of it whole may be larger than the logits."""
+    width = _SLICE_ROWS if head.dtype != dtype else head.shape[0]
+    for start in range(0, head.shape[0], width):
+        columns = slice(start, min(start + width, head.shape[0]))
+        yield columns, head[columns].to(dtype)
+
+
+def _logits_(z: Tensor, x: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+    """z = x @ head.T + bias."""
+    for columns, weight in _slices(head, z.dtype):
+        torch.mm(x, weight.T, out=z[:, columns])
+    return z if bias is None else z.add_(bias)
+
+
+def _backward_product(dz: Tensor, head: Tensor) -> Tensor:
+    """dz @ head."""
+    dx = dz.new_zeros(dz.shape[0], head.shape[1])
+    for columns, weight in _slices(head, dz.dtype):
+        dx.addmm_(dz[:, columns], weight)
+    return dx
