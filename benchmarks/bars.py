@@ -39,7 +39,8 @@ def _cpu(result: dict[str, Any]) -> list[Bar]:
         ]
     hidden = _largest(result, lambda c: c["path"] == "hidden" and c["dtype"] == "bfloat16" and not c["entropy"])
     lines.append(_speed(result, hidden, "hidden, bf16, beside naive", "kdloss", "naive", 0.9))
-    lines.append(_memory_beside_naive(hidden, "hidden, bf16, extra memory beside naive", 0.5))
+    hidden = hidden if hidden and hidden["case"]["tokens"] >= 2048 else None
+    lines.append(_memory_beside_naive(hidden, "hidden, bf16, T ≥ 2048, extra memory beside naive", 0.5))
     return lines + _common(result, fraction=0.4, fused=1.1)
 
 
@@ -86,12 +87,12 @@ def _largest(result: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -
 
 
 def _speed(result: dict[str, Any], entry: Entry | None, what: str, ours: str, other: str, least: float) -> Bar:
-    found = entry and results.ratio(entry, other, ours, results.metric(result))
+    found = results.ratio(entry, other, ours, results.metric(result)) if entry else None
     return _line(what, f"≥ {least:g}× speed", entry, found, lambda x: f"{x:.2f}×", found and found.median >= least)
 
 
 def _at_most(result: dict[str, Any], entry: Entry | None, what: str, ours: str, other: str, most: float) -> Bar:
-    found = entry and results.ratio(entry, ours, other, results.metric(result))
+    found = results.ratio(entry, ours, other, results.metric(result)) if entry else None
     return _line(what, f"≤ {most:g}× time", entry, found, lambda x: f"{x:.3f}×", found and found.median <= most)
 
 
@@ -124,6 +125,6 @@ def _line(
     if found is None:
         return Bar(what, bar, "", "not measured", name)
     measured = text(found.median)
-    if found.count > 1:
-        measured += f" [{text(found.low)}, {text(found.high)}], {found.count} rounds"
+    if found.rounds > 1:
+        measured += f" [{text(found.low)}, {text(found.high)}], {found.rounds} rounds"
     return Bar(what, bar, measured, "yes" if met else "no", name)

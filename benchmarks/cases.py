@@ -106,10 +106,10 @@ QWEN, LLAMA, SMALL = 151936, 128256, 32000
 QUICK = [
     Case("logits", 256, QWEN),
     Case("logits", 512, SMALL, dtype="float32", compiled=False),
-    Case("hidden", 256, SMALL, 1024, compiled=False),
-    Case("fractions", 256, SMALL, 1024, compiled=False),
-    Case("fused", 256, SMALL, 1024, compiled=False),
-    Case("tail", 256, QWEN, compiled=False),
+    Case("tail", 256, QWEN),
+    Case("hidden", 512, SMALL, 256, compiled=False),
+    Case("fractions", 512, SMALL, 256, compiled=False),
+    Case("fused", 512, SMALL, 256, compiled=False),
 ]
 
 # Ten minutes on a GPU: every bar once, each path at the shape where it is hardest to be good.
@@ -166,7 +166,7 @@ class Grid:
 
 
 GRIDS = {
-    "quick": Grid(QUICK, 55, 1.5, 0.2, 7, peers_memory=False),
+    "quick": Grid(QUICK, 52, 1.0, 0.4, 7, peers_memory=False),
     "core": Grid(CORE, 570, 8, 1.0, 25, peers_memory=True),
     "full": Grid(FULL, math.inf, 30, 4.0, 41, peers_memory=True),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -23,12 +24,12 @@ def measure(device: str, *, quick: bool) -> dict[str, float]:
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     repeats = 3 if quick else 10
-    ceilings = {"copy": 2 * size / _best(lambda: target.copy_(source), gpu, repeats)}
+    ceilings = {"copy": 2 * size / _best(partial(target.copy_, source), gpu, repeats)}
     del source, target
     n = 8192 if gpu else (512 if quick else 1536)
     for dtype in DTYPES:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        seconds = _best(lambda a=a, b=b: a @ b, gpu, repeats)  # type: ignore[misc]
+        seconds = _best(partial(torch.mm, a, b), gpu, repeats)
         ceilings[f"matmul {str(dtype).removeprefix('torch.')}"] = 2 * n**3 / seconds
     return ceilings
 
@@ -49,4 +50,4 @@ def _best(call: Callable[[], object], gpu: bool, repeats: int) -> float:
             began = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    return float(min(seconds))

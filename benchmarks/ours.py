@@ -66,9 +66,7 @@ def fused() -> Function:
     """The same loss with its gradients taken in the forward."""
     fused_loss, token_loss = public("fused_linear_loss"), public("kdrl_token_loss")
 
-    def per_token(
-        logp: Tensor, entropy: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor
-    ) -> Tensor:
+    def per_token(logp: Tensor, entropy: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor) -> Tensor:
         out: Tensor = token_loss(logp, old_logp, teacher_logp, advantages, distill_loss_weight=DISTILL_WEIGHT)
         return out
 

@@ -59,8 +59,7 @@ def check(run: Run, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) 
     who = "ours" if run.contender.ours else "peer"
     value_error = max(_value_error(out, want) for out, want in zip(outputs, truth.values, strict=True))
     gradient_error = max(
-        _gradient_error(grad[want.rows], want.expected)
-        for grad, want in zip(gradients, truth.gradients, strict=True)
+        _gradient_error(grad[want.rows], want.expected) for grad, want in zip(gradients, truth.gradients, strict=True)
     )
     value_bound = max(VALUE_BOUND[who][half], 1.05 * truth.torch_error)
     return Parity(value_error, gradient_error, value_bound, GRADIENT_BOUND[who][half], truth.torch_error)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def torch_linear_ce_mean() -> Function:
 
 def _sequences(x: Tensor) -> Tensor:
     length = ROWS_A_SEQUENCE if x.shape[0] % ROWS_A_SEQUENCE == 0 else x.shape[0]
-    return x.unflatten(0, (-1, length))
+    return x.view(-1, length, *x.shape[1:])
 
 
 def trl_logits() -> Function:
@@ -188,12 +189,15 @@ def cce(device: str, *, per_token: bool) -> Function:
 # --- what takes part in a path -------------------------------------------------------------------------------------
 
 
-def collect(makers: dict[str, Any], absent: dict[str, str], **common: Any) -> list[Contender]:
+def collect(makers: dict[str, Callable[[], Function]], absent: dict[str, str], **common: Any) -> list[Contender]:
     """Contenders from {name: function that makes one}; those that cannot take part leave their reason in `absent`."""
-    found = []
-    for name, make in makers.items():
-        try:
-            found.append(Contender(name, make(), **common))
-        except AbsentError as reason:
-            absent[name] = str(reason)
-    return found
+    found = [_try(name, make, absent, common) for name, make in makers.items()]
+    return [contender for contender in found if contender]
+
+
+def _try(name: str, make: Callable[[], Function], absent: dict[str, str], common: dict[str, Any]) -> Contender | None:
+    try:
+        return Contender(name, make(), **common)
+    except AbsentError as reason:
+        absent[name] = str(reason)
+        return None

@@ -6,6 +6,8 @@ peak nor its tail is trivial. Every incoming gradient is random, so a peer that 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -105,9 +107,7 @@ def fractions_problem(case: Case, device: str, with_truth: bool) -> Problem:
     return {f"{fraction:g}": variant for fraction, variant in variants.items()}
 
 
-def _hidden_variants(
-    case: Case, device: str, with_truth: bool, fractions: tuple[float, ...]
-) -> dict[float, Variant]:
+def _hidden_variants(case: Case, device: str, with_truth: bool, fractions: tuple[float, ...]) -> dict[float, Variant]:
     hidden, weight = head(case, device)
     labels = random_labels(case, device)
     g = per_token(case.tokens, device, 4)
@@ -277,7 +277,7 @@ def tail_contenders(case: Case, device: str, absent: dict[str, str]) -> list[Con
 
 def _of_a_mean(known: truth.Forward) -> float:
     """The error of a mean over tokens whose own errors are independent: three standard deviations at the most."""
-    return 3 * known.torch_error / known.logp.shape[0] ** 0.5
+    return 3 * known.torch_error / math.sqrt(known.logp.shape[0])
 
 
 def _naive_units(case: Case) -> float:

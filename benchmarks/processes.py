@@ -1,4 +1,4 @@
-"""Starts the fresh processes and reads what they say. Needs no torch: a small parent leaves a child's peak memory its own."""
+"""Starts the fresh processes and reads what they say. Needs no torch: a small parent adds nothing to a child's peak."""
 
 from __future__ import annotations
 

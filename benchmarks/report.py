@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ def _facts(result: dict[str, Any]) -> str:
 
 
 def _bars(result: dict[str, Any]) -> str:
+    small = result["grid"] == "quick"
+    note = "The quick grid is small: it shows that the suite works, not whether a bar is met.\n\n" if small else ""
     rows = [(b.what, b.bar, b.measured, b.met, f"`{b.case}`" if b.case else "") for b in bars(result)]
-    return "## Bars\n\n" + table(("", "bar", "measured", "met", "case"), rows)
+    return "## Bars\n\n" + note + table(("", "bar", "measured", "met", "case"), rows)
 
 
 def _wrong(result: dict[str, Any]) -> str:
@@ -95,13 +98,11 @@ def _absent(result: dict[str, Any]) -> str:
     for entry in result["cases"]:
         for name, reason in entry["absent"].items():
             reasons.setdefault((name, reason), []).append(entry["case"]["path"])
-    lines += [
-        f"- {name} ({', '.join(dict.fromkeys(paths))}): {reason}" for (name, reason), paths in reasons.items()
-    ]
+    lines += [f"- {name} ({', '.join(dict.fromkeys(paths))}): {reason}" for (name, reason), paths in reasons.items()]
     return "## Not in this run\n\n" + "\n".join(lines) if lines else ""
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Figures out of a stored result: seconds, paired ratios, shares of the ceiling, memory. The report only lays them out."""
+"""Figures out of a stored result: seconds, paired ratios, shares of the ceiling, memory. The report lays them out."""
 
 from __future__ import annotations
 

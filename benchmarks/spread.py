@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 
 class Spread(NamedTuple):
-    """Median and quartiles of `count` samples."""
+    """Median and quartiles of the samples of `rounds` rounds."""
 
     median: float
     low: float  # first quartile
     high: float  # third quartile
-    count: int
+    rounds: int
 
 
 def spread(samples: Sequence[float]) -> Spread:

@@ -82,9 +82,7 @@ class Suite:
             limits = {"sample_seconds": self.grid.sample_seconds, "max_rounds": self.grid.max_rounds}
             job = self._job("case", case=asdict(case), exclude=died, **limits)
             try:
-                entry.update(
-                    run_job(job, timeout=self._timeout(), keep_memory=True, on_contender=self.progress.note)
-                )
+                entry.update(run_job(job, timeout=self._timeout(), keep_memory=True, on_contender=self.progress.note))
             except WorkerError as error:
                 # a peer that kills the process is left out of a second try
                 if error.timed_out or error.at is None or error.at.startswith("kdloss") or error.at in died:

@@ -47,7 +47,7 @@ class CaseRun:
         self.absent: dict[str, str] = {}
         self.rows: dict[str, dict[str, Any]] = {}
 
-    def __call__(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         path = PATHS[self.case.path]
         entrants = [c for c in path.contenders(self.case, self.device, self.absent) if c.name not in self.exclude]
         self.absent.update(dict.fromkeys(self.exclude, "the process died while it ran"))
@@ -143,7 +143,11 @@ def main() -> None:
         warnings.simplefilter("ignore")
         if job["device"] == "cpu":
             torch.set_num_threads(job["threads"])
-        work = {"machine": lambda: run_machine(job), "case": lambda: CaseRun(job, out)(), "memory": lambda: run_memory(job)}
+        work = {
+            "machine": lambda: run_machine(job),
+            "case": lambda: CaseRun(job, out).run(),
+            "memory": lambda: run_memory(job),
+        }
         say(out, {"result": work[job["kind"]]()})
 
 
