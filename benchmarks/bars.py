@@ -69,9 +69,9 @@ def _common(result: dict[str, Any], *, fraction: float, fused: float) -> list[Ba
     one_pass = _largest(result, lambda c: c["path"] == "fused")
     tail = _largest(result, lambda c: c["path"] == "tail")
     return [
-        _at_most(result, fractions, "30 % of tokens trained, beside all", "kdloss 0.3", "kdloss 1", fraction),
+        _at_most(result, fractions, "30 % of tokens trained, time of all", "kdloss 0.3", "kdloss 1", fraction),
         _speed(result, one_pass, "fused_linear_loss beside two steps", "kdloss fused", "kdloss two-step", fused),
-        _at_most(result, tail, "kdrl_loss, T=32768, eager, beside the gather", "kdrl_loss", "gather", 0.05),
+        _at_most(result, tail, "kdrl_loss, T=32768, eager, time of the gather", "kdrl_loss", "gather", 0.05),
         _at_most(result, tail, "the same under torch.compile", "kdrl_loss compiled", "gather", 0.05),
     ]
 
@@ -93,7 +93,7 @@ def _speed(result: dict[str, Any], entry: Entry | None, what: str, ours: str, ot
 
 def _at_most(result: dict[str, Any], entry: Entry | None, what: str, ours: str, other: str, most: float) -> Bar:
     found = results.ratio(entry, ours, other, results.metric(result)) if entry else None
-    return _line(what, f"≤ {most:g}× time", entry, found, lambda x: f"{x:.3f}×", found and found.median <= most)
+    return _line(what, f"≤ {most:.0%} of its time", entry, found, lambda x: f"{x:.2%}", found and found.median <= most)
 
 
 def _share(entry: Entry | None, what: str, key: str, least: float) -> Bar:

@@ -268,7 +268,8 @@ def tail_problem(case: Case, device: str, with_truth: bool) -> Problem:
 def tail_contenders(case: Case, device: str, absent: dict[str, str]) -> list[Contender]:
     tail = {"variant": "tail", "ours": True, "work": 0.0, "units": 0.0}
     found = peers.collect({"kdrl_loss": ours.tail}, absent, **tail)
-    found += peers.collect({"kdrl_loss compiled": ours.tail}, absent, compiled=True, **tail)
+    if case.compiled:
+        found += peers.collect({"kdrl_loss compiled": ours.tail}, absent, compiled=True, **tail)
     gather = {"gather": lambda: ours.logits(entropy=False)}
     return found + peers.collect(
         gather, absent, variant="gather", ours=True, units=1.2, work=0.0, scale=TAIL_TOKENS / case.tokens
