@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contenders import Contender, Function
+from .processes import without_paths
 
 ROWS_A_SEQUENCE = 256  # trainers call TRL's function on (B, L, V); a flat stream is cut into sequences of this length
 
@@ -35,7 +36,8 @@ def load(module: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         raise AbsentError(f"{error.name} is not installed") from None
     except Exception as error:  # an import that fails for any reason of the package's own
-        raise AbsentError(f"{module} does not import: {type(error).__name__}: {error}") from None
+        reason = without_paths(f"{type(error).__name__}: {error}".split("\n", 1)[0])[:300]
+        raise AbsentError(f"{module} does not import: {reason}") from None
 
 
 def need_gpu(device: str) -> None:

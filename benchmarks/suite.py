@@ -15,8 +15,11 @@ STARTUP_SECONDS = 5  # a case is not begun with less than this left
 Result = dict[str, Any]
 
 
+OURS = ("kdloss", "kdrl_loss", "gather")  # how names of ours begin
+
+
 class OursWrongError(Exception):
-    """kdloss itself failed its parity check."""
+    """kdloss itself failed its parity check, or died."""
 
 
 @dataclass
@@ -84,11 +87,14 @@ class Suite:
             try:
                 entry.update(run_job(job, timeout=self._timeout(), keep_memory=True, on_contender=self.progress.note))
             except WorkerError as error:
-                # a peer that kills the process is left out of a second try
-                if error.timed_out or error.at is None or error.at.startswith("kdloss") or error.at in died:
-                    entry["not_run"] = f"{error.at or 'the process'}: {error}"
+                if error.timed_out:
+                    entry["not_run"] = str(error)
                     return entry
-                died.append(error.at)
+                if error.at is None or error.at.startswith(OURS):
+                    entry["not_run"] = f"{error.at or 'the process'} died: {error}"
+                    entry["died"] = True
+                    return entry
+                died = [*died, error.at]  # a peer that kills the process is left out of another try
                 continue
             if not entry["rows"]:
                 entry["not_run"] = entry["absent"].get("kdloss", "no contender of ours")
@@ -123,5 +129,5 @@ def _raise_if_ours_is_wrong(entry: dict[str, Any]) -> None:
     for name, row in entry["rows"].items():
         if row["ours"] and row["error"]:
             raise OursWrongError(f"{entry['name']}: {name} fails parity: {row['error']}")
-    if entry["not_run"] and entry["not_run"].startswith("kdloss: ") and "stopped after" not in entry["not_run"]:
+    if entry.get("died"):
         raise OursWrongError(f"{entry['name']}: {entry['not_run']}")

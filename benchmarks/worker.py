@@ -22,6 +22,7 @@ from . import ceilings, machine, memory, parity, timing
 from .cases import Case
 from .contenders import Contender, Problem, Run
 from .paths import PATHS
+from .processes import without_paths
 
 
 def run_machine(job: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class CaseRun:
             row["parity"] = asdict(held)
             row["error"] = held.complaint
         except Exception as error:  # a peer may raise anything; it is reported, and the others go on
-            row["error"] = f"{type(error).__name__}: {error}".split("\n", 1)[0][:300]
+            row["error"] = without_paths(f"{type(error).__name__}: {error}".split("\n", 1)[0])[:300]
             self._die_if_broken()
         finally:
             arguments, leaves, outputs, gradients = (), (), (), ()

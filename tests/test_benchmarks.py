@@ -348,7 +348,9 @@ def test_without_tqdm_a_line_a_step(monkeypatch, capsys):
     assert "logits" in said
 
 
-def test_a_folder_name_holds_no_path():
+def test_a_folder_name_holds_no_path_and_no_message_does():
+    assert processes.without_paths("OSError: /home/me/a-b/lib.so: not found") == "OSError: lib.so: not found"
+    assert processes.without_paths("1/2 of the tokens, and/or more") == "1/2 of the tokens, and/or more"
     assert machine.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert machine.slug("../../etc") == "etc"
 
@@ -377,9 +379,21 @@ def test_a_peer_that_kills_the_process_is_left_out_of_a_second_try(monkeypatch):
 
     monkeypatch.setattr(suite, "run_job", run_job)
     result = a_suite([Case("logits", 64, 300)])()
-    assert [job.get("exclude") for job in jobs if job["kind"] == "case"] == [["TRL"], ["TRL"]]  # one list, grown
+    assert [job.get("exclude") for job in jobs if job["kind"] == "case"] == [[], ["TRL"]]
     assert result["cases"][0]["not_run"] == ""
     assert list(result["cases"][0]["rows"]) == ["kdloss"]
+
+
+@pytest.mark.parametrize("at", ["kdloss compiled", "gather", None])
+def test_a_death_that_is_no_peers_ends_the_run(monkeypatch, at):
+    def run_job(job, **options):
+        if job["kind"] == "machine":
+            return MACHINE
+        raise processes.WorkerError("ended with code -9", at=at)
+
+    monkeypatch.setattr(suite, "run_job", run_job)
+    with pytest.raises(suite.OursWrongError, match="died: ended with code -9"):
+        a_suite([Case("logits", 64, 300)])()
 
 
 def test_ours_failing_ends_the_run(monkeypatch, capsys, tmp_path):
