@@ -107,9 +107,9 @@ QUICK = [
     Case("logits", 256, QWEN),
     Case("logits", 512, SMALL, dtype="float32", compiled=False),
     Case("tail", 256, QWEN),
-    Case("hidden", 512, SMALL, 256, compiled=False),
-    Case("fractions", 512, SMALL, 256, compiled=False),
-    Case("fused", 512, SMALL, 256, compiled=False),
+    Case("hidden", 256, SMALL, 256, compiled=False),
+    Case("fractions", 256, SMALL, 256, compiled=False),
+    Case("fused", 256, SMALL, 256, compiled=False),
 ]
 
 # Ten minutes on a GPU: every bar once, each path at the shape where it is hardest to be good.

@@ -32,14 +32,15 @@ def run_job(
     *,
     timeout: float,
     keep_memory: bool = False,
+    cold: bool = False,
     on_contender: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """The result of a job in a new process.
+    """The result of a job in a new process, with `cold` one that finds nothing compiled by an earlier one.
 
     Raises:
         WorkerError: it died, or was stopped after `timeout` seconds.
     """
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, tempfile.TemporaryDirectory() as compiled:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
             stdin=subprocess.PIPE,
@@ -47,7 +48,7 @@ def run_job(
             stderr=errors,
             text=True,
             cwd=ROOT,
-            env=_environment(keep_memory=keep_memory),
+            env=_environment(keep_memory=keep_memory, compiled=compiled if cold else None),
         )
         timed_out = threading.Event()
 
@@ -99,8 +100,10 @@ def _converse(
     return result, at
 
 
-def _environment(*, keep_memory: bool) -> dict[str, str]:
+def _environment(*, keep_memory: bool, compiled: str | None) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in KEEP_MEMORY}
     paths = [str(ROOT), *(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
     environment["PYTHONPATH"] = os.pathsep.join(paths)  # the process starts elsewhere: relative entries would be lost
+    if compiled:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = compiled
     return {**environment, **(KEEP_MEMORY if keep_memory else {})}

@@ -115,7 +115,10 @@ def _ms(x: Spread | None) -> str:
 
 
 def _quartiles(x: Spread | None) -> str:
-    return "" if x is None else f"{x.median:.2f} [{x.low:.2f}, {x.high:.2f}]"
+    if x is None:
+        return ""
+    digits = 2 if x.median < 100 else 0
+    return f"{x.median:.{digits}f} [{x.low:.{digits}f}, {x.high:.{digits}f}]"
 
 
 def _percent(x: float | None) -> str:

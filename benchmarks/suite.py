@@ -85,7 +85,9 @@ class Suite:
             limits = {"sample_seconds": self.grid.sample_seconds, "max_rounds": self.grid.max_rounds}
             job = self._job("case", case=asdict(case), exclude=died, **limits)
             try:
-                entry.update(run_job(job, timeout=self._timeout(), keep_memory=True, on_contender=self.progress.note))
+                entry.update(
+                    run_job(job, timeout=self._timeout(), keep_memory=True, cold=True, on_contender=self.progress.note)
+                )
             except WorkerError as error:
                 if error.timed_out:
                     entry["not_run"] = str(error)

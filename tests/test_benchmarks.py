@@ -126,6 +126,17 @@ class TestWrongPeers:
         assert not as_ours.passed
 
 
+def test_ours_may_err_as_much_as_plain_torch_and_no_more():
+    run = runs_of(Case("hidden", 40, 300, 32))["kdloss"]
+    outputs = run.forward(run.variant.arguments)
+    gradients = run.backward(outputs, run.variant.leaves)
+    off = tuple(1.02 * g.float() for g in gradients)
+    assert not parity.check(run, outputs, off).passed
+    plain = parity.Parity(1e-3, 0.03, 0.15, 0.06, 0.0)
+    assert parity.check(run, outputs, off, plain=plain).passed
+    assert not parity.check(run, outputs, off, plain=replace(plain, gradient_error=0.07)).passed  # itself wrong
+
+
 def test_labels_and_mask_of_a_peer_say_the_same():
     for fraction, variant in PATHS["fractions"].problem(Case("fractions", 50, 300, 32), "cpu", False).items():
         _, _, labels, mask = variant.arguments
