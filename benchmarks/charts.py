@@ -54,6 +54,9 @@ def _figure(pyplot: Any, result: dict[str, Any], path: str, entries: list[Entry]
         right.barh(names, memory, color=colours)
         right.bar_label(right.containers[0], [f"{x:.2f}" if x else "" for x in memory], padding=3, fontsize=8)
         right.tick_params(labelleft=False)
+        if not any(memory):
+            right.set(xlim=(0, 1), xticks=[])
+            right.text(0.5, 0.5, "not measured", transform=right.transAxes, ha="center", fontsize=8, color="0.4")
         left.set_title(entry["name"], fontsize=9, loc="left")
         right.margins(x=0.15)
         for axes in (left, right):
