@@ -59,7 +59,7 @@ class CaseRun:
         problem = path.problem(self.case, self.device, True)
         _settle(self.device)
         runs = {}
-        # eager plain torch first, since ours is held to its errors; then ours, so that what it compiles is compiled cold
+        # eager plain torch first: ours is held to its errors; then ours, which so finds nothing that a peer compiled
         for contender in sorted(entrants, key=lambda c: c.compiled or not c.name.startswith("naive")):
             need = contender.units * self.case.logits_bytes
             if need > 0.9 * free:
