@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help check format test
+.PHONY: help bench check format test
 
 help:  ## List the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ format: $(VENV)/test.stamp  ## Mend what the linter and the formatter can mend
 # A file stays in one process: the code blocks of a document share their names.
 test: $(VENV)/test.stamp  ## The tests, and the code blocks of README.md and docs/
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5 $(ARGS)
+
+bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/results/; ARGS="--quick" takes a minute
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # torch comes first and alone, so that no other package's requirement chooses its build.
 $(VENV)/torch.stamp: constraints.txt
