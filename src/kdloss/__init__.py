@@ -10,6 +10,11 @@ from ._advantages import fold_kd_reward as fold_kd_reward
 from ._advantages import group_relative_advantages as group_relative_advantages
 from ._advantages import leave_one_out_advantages as leave_one_out_advantages
 from ._diagnostics import diagnostics as diagnostics
+from ._divergences import forward_kl as forward_kl
+from ._divergences import generalized_jsd as generalized_jsd
+from ._divergences import reverse_kl as reverse_kl
+from ._divergences import skewed_forward_kl as skewed_forward_kl
+from ._divergences import skewed_reverse_kl as skewed_reverse_kl
 from ._estimators import discounted_returns as discounted_returns
 from ._estimators import kl_k1 as kl_k1
 from ._estimators import kl_k2 as kl_k2
@@ -66,6 +71,8 @@ __all__ = [
     "discounted_returns",
     "distillation_loss",
     "fold_kd_reward",
+    "forward_kl",
+    "generalized_jsd",
     "group_relative_advantages",
     "grpo_loss",
     "importance_sampled_surrogate",
@@ -81,6 +88,7 @@ __all__ = [
     "next_token_labels",
     "pack",
     "response_mask",
+    "reverse_kl",
     "reverse_kl_reward",
     "sapo_surrogate",
     "schedules",
@@ -91,6 +99,8 @@ __all__ = [
     "sequence_importance_weights",
     "sequence_mean",
     "sft_loss",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
     "to_prediction_positions",
     "to_token_positions",
     "token_logprobs",
