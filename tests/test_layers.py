@@ -31,6 +31,7 @@ LAYERS = (
     "_divergence_rows",
     "_divergence_ops",
     "_divergences",
+    "_topk_ops",
     "_topk_divergences",
     "_linear_divergences",
     "_estimators",

@@ -50,6 +50,9 @@ from ._surrogates import clipped_surrogate as clipped_surrogate
 from ._surrogates import importance_sampled_surrogate as importance_sampled_surrogate
 from ._surrogates import sapo_surrogate as sapo_surrogate
 from ._surrogates import sequence_clipped_surrogate as sequence_clipped_surrogate
+from ._topk_divergences import topk_forward_kl as topk_forward_kl
+from ._topk_divergences import topk_generalized_jsd as topk_generalized_jsd
+from ._topk_divergences import topk_reverse_kl as topk_reverse_kl
 from ._weights import masked_importance_weights as masked_importance_weights
 from ._weights import sequence_importance_weights as sequence_importance_weights
 from ._weights import truncated_importance_weights as truncated_importance_weights
@@ -106,6 +109,9 @@ __all__ = [
     "token_logprobs",
     "token_logprobs_and_entropy",
     "token_mean",
+    "topk_forward_kl",
+    "topk_generalized_jsd",
+    "topk_reverse_kl",
     "truncated_importance_weights",
     "unpack",
 ]

@@ -80,8 +80,8 @@ def reverse_kl(
 
     Expected gradient:
         ∇KL(q || p) = q (log q/p - KL(q || p)) / temperature: what `distillation_loss` has in expectation over sampled
-        tokens, with no variance. NaN in a row whose value is +inf: exclude the same tokens on both sides, or take a
-        form that is bounded there (`generalized_jsd`, `skewed_reverse_kl`).
+        tokens, with no variance. Not finite in a row whose value is +inf: exclude the same tokens on both sides, or
+        take a form that is bounded there (`generalized_jsd`, `skewed_reverse_kl`).
 
     Source: MiniLLM, arXiv 2306.08543, for one token.
     """
