@@ -22,6 +22,11 @@ from ._estimators import kl_k3 as kl_k3
 from ._estimators import reverse_kl_reward as reverse_kl_reward
 from ._linear import linear_token_logprobs as linear_token_logprobs
 from ._linear import linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy
+from ._linear_divergences import linear_forward_kl as linear_forward_kl
+from ._linear_divergences import linear_generalized_jsd as linear_generalized_jsd
+from ._linear_divergences import linear_reverse_kl as linear_reverse_kl
+from ._linear_divergences import linear_skewed_forward_kl as linear_skewed_forward_kl
+from ._linear_divergences import linear_skewed_reverse_kl as linear_skewed_reverse_kl
 from ._logprobs import LogprobsAndEntropy as LogprobsAndEntropy
 from ._logprobs import token_logprobs as token_logprobs
 from ._logprobs import token_logprobs_and_entropy as token_logprobs_and_entropy
@@ -85,6 +90,11 @@ __all__ = [
     "kl_k2",
     "kl_k3",
     "leave_one_out_advantages",
+    "linear_forward_kl",
+    "linear_generalized_jsd",
+    "linear_reverse_kl",
+    "linear_skewed_forward_kl",
+    "linear_skewed_reverse_kl",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
     "masked_importance_weights",

@@ -53,13 +53,14 @@ class BlockResult(NamedTuple):
 class Scratch:
     """Room for blocks of rows; every row of every block is computed in it.
 
-    About half a million entries a thread and a buffer on a CPU, so that a block stays in the cache from pass to pass;
-    more on a GPU, where a pass costs a launch.
+    About half a million entries a thread on a CPU, so that a block stays in the cache from pass to pass, and a row a
+    thread at least; more on a GPU, where a pass costs a launch.
     """
 
     def __init__(self, total_rows: int, vocab_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        entries = 2**19 * torch.get_num_threads() if device.type == "cpu" else 2**24
-        self.rows = max(1, min(total_rows, entries // _BUFFERS // vocab_size))
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        entries = 2**19 * threads if device.type == "cpu" else 2**26
+        self.rows = max(1, min(total_rows, max(threads, entries // _BUFFERS // vocab_size)))
         self._buffers = torch.empty(_BUFFERS, self.rows, vocab_size, dtype=dtype, device=device)
 
     def blocks(self, total_rows: int) -> Iterator[slice]:
