@@ -5,6 +5,7 @@
 on either side, each with its own width, dtype, bias, softcap and scale. Logits exist for a few rows at a time, so
 memory does not grow with T * V, and tokens that `loss_mask` leaves out cost nothing. Finding them waits for the device
 once.
+
 Everything is computed in float32, or float64 where any input is; half-precision heads are widened slice by slice. The
 student's hidden states, weight and bias get gradients, in their dtypes; the teacher's get none. Logits that are masked
 out, or whose incoming gradient is 0, leave no trace, whatever their hidden states hold. What -inf logits (from a bias)
