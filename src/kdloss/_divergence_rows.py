@@ -117,8 +117,8 @@ def block(
 def _jsd(
     omega: float, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    weighted = _log_ratio(t, s, 1 - omega, out=room).mul_(q).mul_(1 - omega)
-    of_teacher = _log_ratio(t.neg_(), s, omega, out=t).mul_(p).sum(-1)
+    weighted = _log_ratio(t, s, math.log1p(-omega), out=room).mul_(q).mul_(1 - omega)
+    of_teacher = _log_ratio(t.neg_(), s, math.log(omega), out=t).mul_(p).sum(-1)
     return weighted.sum(-1).add_(of_teacher, alpha=omega), weighted
 
 
@@ -128,13 +128,13 @@ def _skewed_forward(
     weighted = torch.neg(t, out=room)
     if gradient:
         weighted.sigmoid_().mul_(p).neg_()
-    return _log_ratio(t.neg_(), s, omega, out=t).mul_(p).sum(-1), weighted
+    return _log_ratio(t.neg_(), s, math.log(omega), out=t).mul_(p).sum(-1), weighted
 
 
 def _skewed_reverse(
     omega: float, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    a = _log_ratio(t, s, 1 - omega, out=room)
+    a = _log_ratio(t, s, math.log1p(-omega), out=room)
     total = torch.mul(a, q, out=s).sum(-1)
     return total, a.sub_(t.neg_().sigmoid_()).mul_(q) if gradient else a
 
@@ -172,9 +172,9 @@ def _clean(products: Tensor) -> Tensor:
     return products.nan_to_num_(0.0, math.inf, -math.inf)
 
 
-def _log_ratio(t: Tensor, s: Tensor, share: float, *, out: Tensor) -> Tensor:
-    """`-log(share) - relu(t) - s`: a for t and 1-ω, b for -t and ω. `out` may be `t`, and not `s`."""
-    return torch.clamp(t, min=0, out=out).add_(s).add_(math.log(share)).neg_()
+def _log_ratio(t: Tensor, s: Tensor, log_share: float, *, out: Tensor) -> Tensor:
+    """`-log_share - relu(t) - s`: a for t and 1-ω, b for -t and ω. `out` may be `t`, and not `s`."""
+    return torch.clamp(t, min=0, out=out).add_(s).add_(log_share).neg_()
 
 
 def _through_softmax(weighted: Tensor, q: Tensor, total: Tensor, nothing: Tensor) -> Tensor:

@@ -27,6 +27,12 @@ from ._divergence_ops import scaled
 from ._divergence_rows import Scratch, block
 
 
+# Logits of a chunk, a side: on a CPU 64 MB in float32, rows enough for a matrix product to run at its speed.
+_CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
+# Entries of a half-precision head that are widened at a time.
+_SLICE_ENTRIES = 2**22
+
+
 class Head(NamedTuple):
     """One side: what makes logits of its hidden states."""
 
@@ -250,8 +256,7 @@ class _Work(NamedTuple):
         """The trained rows, as many at a time as the vocabulary allows, whatever their number is."""
         index = trained.nonzero().squeeze(-1)
         device = trained.device
-        # on a CPU 64 MB a side in float32: rows enough for a matrix product to run at its speed
-        rows = max(16, (2**24 if device.type == "cpu" else 2**27) // self.vocab_size)
+        rows = max(16, _CHUNK_ENTRIES["cpu" if device.type == "cpu" else "gpu"] // self.vocab_size)
         shape = (2, min(rows, index.shape[0]), self.vocab_size)
         room = torch.empty(shape, dtype=self.dtype, device=device)
         for start in range(0, index.shape[0], rows):
@@ -322,7 +327,7 @@ def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
     if weight.dtype == dtype:
         yield slice(None), weight
         return
-    step = max(256, 2**22 // weight.shape[1])
+    step = max(256, _SLICE_ENTRIES // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         columns = slice(start, start + step)
         yield columns, weight[columns].to(dtype)
