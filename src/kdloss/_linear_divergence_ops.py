@@ -26,7 +26,6 @@ from . import _checks
 from ._divergence_ops import scaled
 from ._divergence_rows import Scratch, block
 
-
 # Logits of a chunk, a side: on a CPU 64 MB in float32, rows enough for a matrix product to run at its speed.
 _CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
 # Entries of a half-precision head that are widened at a time.

@@ -12,12 +12,13 @@ The bucket is what to take. Its optimum has q = p on S and the right mass outsid
 or out of it. Truncating moves it without a bound: see the gradients of each function.
 
 Rows with fewer ids are padded with id -1, whatever their log-probs hold; a row of padding alone is 0 without gradient.
+What either side excludes altogether cannot be renormalised: such a row is NaN.
 S may be the teacher's top K or the student's: for `topk_reverse_kl` and student-owned support, pass the student's own
 top ids and the teacher's log-probs of those. How S was chosen carries no gradient.
 
 A teacher's log-probs are rounded, and may leave no room for a tail, or 1e-8 of it. A tail below 8 epsilons of the dtype
-of the computation counts as 0 where it is the numerator, as 8 epsilons where it is the denominator: finite, always.
-Keep the log-probs in float32: rounded to bf16 they are off by 1 %, which is then the tail's error.
+of the computation counts as 0 where it is the numerator, as 8 epsilons where it is the denominator, so that rounding
+alone makes nothing infinite. Keep the log-probs in float32: rounded to bf16 they are off by 1 %, and so is their tail.
 """
 
 from __future__ import annotations
@@ -195,7 +196,11 @@ def _topk(
     student = torch.where(empty, 0, torch.where(valid, student, -math.inf))
     teacher = torch.where(empty, 0, teacher)
     if tail == "truncate":
-        value = _truncated(kind, omega, student.log_softmax(-1)[..., :-1], log_p)
+        # no distribution, by NaN, +inf or nothing but -inf: kept out of log_softmax, whose gradient would be NaN even
+        # where nothing comes in
+        nothing = ~student.detach().amax(-1, keepdim=True).isfinite()
+        log_q = torch.where(nothing, 0, student).log_softmax(-1)[..., :-1]
+        value = _truncated(kind, omega, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
         value = torch.where(empty.squeeze(-1), 0, value)
     else:  # softmax of what stands here is the distribution over K + 1 outcomes, or over K
         value = divergence(student, teacher, kind=kind, omega=omega, temperature=1.0, vocab_size=student.shape[-1])
