@@ -185,8 +185,7 @@ def _topk(
     log_p = torch.where(valid, teacher_topk_logp.detach().to(dtype), -math.inf)
 
     if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed
-        z = logits.gather(-1, torch.where(valid, ids, 0)).to(dtype)
-        student = z / (tau.detach().to(dtype).unsqueeze(-1) if isinstance(tau, Tensor) else tau)
+        student = kept_and_rest(logits, ids, temperature=tau, vocab_size=vocab_size, with_rest=False)[0].to(dtype)
         teacher = log_p
     else:
         kept, rest = kept_and_rest(logits, ids, temperature=tau, vocab_size=vocab_size)

@@ -30,16 +30,25 @@ def kept_and_rest(
     *,
     temperature: float | Tensor,  # or (...,), detached here
     vocab_size: int,
+    with_rest: bool = True,
 ) -> tuple[Tensor, Tensor]:  # (..., K), (...,)
-    """Tempered logits at `ids`, -inf at padding, and the log-sum-exp of the rest, -inf where none is left."""
+    """Tempered logits at `ids`, -inf at padding, and the log-sum-exp of the rest, -inf where none is left.
+
+    Without the rest, which is then -inf, this is `gather`, whose own backward holds a float32 copy of the gradient.
+    """
     number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
-    kept, rest = _kept_and_rest(logits, ids, rows, number, vocab_size)
+    kept, rest = _kept_and_rest(logits, ids, rows, number, vocab_size, with_rest)
     return kept, rest
 
 
 @torch.library.custom_op("kdloss::kept_and_rest", mutates_args=())
 def _kept_and_rest(
-    logits: Tensor, ids: Tensor, row_temperature: Tensor | None, temperature: float, vocab_size: int
+    logits: Tensor,
+    ids: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    vocab_size: int,
+    with_rest: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = _checks.promoted_dtype(logits)
     kept = torch.empty(ids.shape, dtype=dtype, device=logits.device)
@@ -50,7 +59,13 @@ def _kept_and_rest(
     for z, index, z_kept, z_rest, tau in flat_rows(*tensors):
         for start in range(0, z.shape[0], scratch.shape[0]):
             rows = slice(start, start + scratch.shape[0])
-            x = _load(z[rows], scratch, temperature if row_temperature is None else tau[rows])
+            divisor = temperature if row_temperature is None else tau[rows].to(dtype)
+            if not with_rest:
+                z_kept[rows] = z[rows].gather(-1, index[rows].clamp(max=vocab_size - 1))
+                z_kept[rows] = (z_kept[rows] / divisor).masked_fill_(index[rows] == vocab_size, -math.inf)
+                z_rest[rows] = -math.inf
+                continue
+            x = _load(z[rows], scratch, divisor)
             torch.gather(x, -1, index[rows], out=z_kept[rows])
             z_rest[rows, 0] = x.scatter_(-1, index[rows], -math.inf).logsumexp(-1)
     return kept, rest
@@ -58,7 +73,12 @@ def _kept_and_rest(
 
 @_kept_and_rest.register_fake
 def _(
-    logits: Tensor, ids: Tensor, row_temperature: Tensor | None, temperature: float, vocab_size: int
+    logits: Tensor,
+    ids: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    vocab_size: int,
+    with_rest: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = _checks.promoted_dtype(logits)
     return logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(ids.shape[:-1], dtype=dtype)
@@ -74,6 +94,7 @@ def _kept_and_rest_backward(
     rest: Tensor,
     temperature: float,
     vocab_size: int,
+    with_rest: bool,
 ) -> Tensor:
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad[..., vocab_size:] = 0
@@ -89,8 +110,11 @@ def _kept_and_rest_backward(
                 result[rows] = 0
                 continue
             divisor = temperature if row_temperature is None else tau[rows].to(rest.dtype)
-            x = _load(z[rows], scratch, divisor)
-            x.scatter_(-1, index[rows], -math.inf).sub_(lse[rows]).exp_().mul_(upstream[rows, -1:])
+            if with_rest:
+                x = _load(z[rows], scratch, divisor).scatter_(-1, index[rows], -math.inf)
+                x.sub_(lse[rows]).exp_().mul_(upstream[rows, -1:])
+            else:
+                x = scratch[: index[rows].shape[0]].zero_()
             x.scatter_(-1, index[rows], upstream[rows, :-1]).div_(divisor)
             x.masked_fill_((upstream[rows] == 0).all(-1, keepdim=True), 0)
             result[rows] = x[:, :-1]
@@ -107,6 +131,7 @@ def _(
     rest: Tensor,
     temperature: float,
     vocab_size: int,
+    with_rest: bool,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -118,7 +143,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
     grad = _kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None, None
+    return grad, None, None, None, None, None
 
 
 _kept_and_rest.register_autograd(_backward, setup_context=_save)
