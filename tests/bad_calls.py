@@ -332,6 +332,154 @@ for _suffix in ("", "_and_entropy"):
     BAD[f"linear_token_logprobs{_suffix}"] = _BAD_HEAD
 
 
+def bad_divergence(head: str) -> list[Bad]:
+    """Options, and what is not there yet; `head` gives the rows, and the device."""
+    integers = "temperature must have a floating-point dtype, got torch.int64"
+    short = "temperature must be a number, 0-dim or (17,), got (16,)"
+    elsewhere = f"temperature must be on {head}'s device cpu, got meta"
+    return [
+        *positive("temperature"),
+        Bad("temperature is inf", {"temperature": math.inf}, ValueError, "temperature must be finite, got inf"),
+        Bad("temperatures are short", {"temperature": SHORT}, ValueError, short),
+        Bad("temperatures are integers", {"temperature": INTEGERS}, TypeError, integers),
+        Bad("temperatures are elsewhere", {"temperature": ELSEWHERE}, ValueError, elsewhere),
+        Bad("vocab_size is 8", {"vocab_size": 8}, ValueError, "vocab_size must be in 1 .. 7, ..., got 8"),
+        Bad("vocab_size is float", {"vocab_size": 5.0}, TypeError, "vocab_size must be an int, got float"),
+        Bad("shard is given", {"shard": object()}, NotImplementedError, "shard: ...not supported yet; ...pass None"),
+        Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
+        Bad("impl is wrong", {"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'torch', 'triton', got 'cuda'"),
+    ]
+
+
+def bad_share(name: str, at_0: str, at_1: str) -> list[Bad]:
+    """A share of a mixture; at 0 and 1 the message says what to use."""
+    bound = f"{name} must be in 0 < {name} < 1, got"
+    yaml = f"{name} must be a Python number, got str '5e-1'..."
+    return [
+        Bad(f"{name} is 0", {name: 0}, ValueError, f"{bound} 0; use {at_0}"),
+        Bad(f"{name} is 1", {name: 1.0}, ValueError, f"{bound} 1.0; {at_1}"),
+        Bad(f"{name} is -1", {name: -1}, ValueError, f"{bound} -1"),
+        Bad(f"{name} is NaN", {name: math.nan}, ValueError, f"{name} must be finite, got nan"),
+        Bad(f"{name} is text", {name: "5e-1"}, TypeError, yaml),
+    ]
+
+
+WIDE = torch.zeros(T, 9, dtype=torch.float64)
+_BAD_DIVERGENCE = [
+    *bad_divergence("logits"),
+    Bad("logits hold integers", {"logits": INTEGERS}, TypeError, "logits must have a floating-point dtype, got ..."),
+    Bad("no vocabulary", {"logits": WIDE[:, :0]}, ValueError, "logits must be (..., V) with V >= 1, got (17, 0)"),
+    Bad("teacher holds integers", {"teacher_logits": INTEGERS}, TypeError, "teacher_logits must ...got torch.int64"),
+    Bad("teacher is short", {"teacher_logits": WIDE[1:, :7]}, ValueError, "teacher_logits must match ..., got (16, 7)"),
+    Bad(
+        "teacher is elsewhere",
+        {"teacher_logits": WIDE[:, :7].to("meta")},
+        ValueError,
+        "teacher_logits must be on logits's device cpu, got meta",
+    ),
+    Bad(
+        "teacher is padded",
+        {"teacher_logits": WIDE},
+        ValueError,
+        "teacher_logits must have the student's vocabulary of 7, got 9; ...pass vocab_size, the true one",
+    ),
+]
+
+IDS_OF_K = base("topk_forward_kl")["teacher_topk_ids"]
+LOGP_OF_K = base("topk_forward_kl")["teacher_topk_logp"]
+_ID_HIGH, _ID_LOW, _ID_TWICE = IDS_OF_K.clone(), IDS_OF_K.clone(), IDS_OF_K.clone()
+_ID_HIGH[2, 1], _ID_LOW[2, 1], _ID_TWICE[2] = 7, -2, torch.tensor([3, -1, 3, -1])
+_BAD_TOPK = [
+    *bad_divergence("logits"),
+    Bad("logits hold integers", {"logits": INTEGERS}, TypeError, "logits must have a floating-point dtype, got ..."),
+    Bad("no vocabulary", {"logits": WIDE[:, :0]}, ValueError, "logits must be (..., V) with V >= 1, got (17, 0)"),
+    Bad("tail is wrong", {"tail": "drop"}, ValueError, "tail must be one of 'bucket', ..., got 'drop'"),
+    Bad("integers", {"teacher_topk_logp": IDS_OF_K}, TypeError, "teacher_topk_logp must ...got torch.int64"),
+    Bad(
+        "one row", {"teacher_topk_logp": LOGP_OF_K[0]}, ValueError, "teacher_topk_logp must be (17, 'K') ..., got (4,)"
+    ),
+    Bad("K is 0", {"teacher_topk_logp": WIDE[:, :0]}, ValueError, "teacher_topk_logp must ...K >= 1, got (17, 0)"),
+    Bad("float ids", {"teacher_topk_ids": WIDE}, TypeError, "teacher_topk_ids must be int32 or int64, got ...float64"),
+    Bad("few ids", {"teacher_topk_ids": IDS_OF_K[:, 1:]}, ValueError, "teacher_topk_ids must match ..., got (17, 3)"),
+    Bad("an id is V", {"teacher_topk_ids": _ID_HIGH}, ValueError, "teacher_topk_ids must be -1 ...in 0 .. 6, got 7"),
+    Bad("an id is -2", {"teacher_topk_ids": _ID_LOW}, ValueError, "teacher_topk_ids must be -1 ...in 0 .. 6, got -2"),
+    Bad(
+        "an id is twice",
+        {"teacher_topk_ids": _ID_TWICE},
+        ValueError,
+        "teacher_topk_ids must be distinct ...got 3 twice",
+    ),
+    Bad(
+        "log-probs elsewhere",
+        {"teacher_topk_logp": LOGP_OF_K.to("meta"), "teacher_topk_ids": IDS_OF_K.to("meta")},
+        ValueError,
+        "teacher_topk_logp must be on logits's device cpu, got meta",
+    ),
+]
+
+TEACHER_HIDDEN = base("linear_forward_kl")["teacher_hidden"]
+TEACHER_HEAD = base("linear_forward_kl")["teacher_weight"]
+
+
+def bad_side(side: str, head: Tensor) -> Iterator[Bad]:
+    """One of the two heads; `side` is "" or "teacher_"."""
+    width = head.shape[1]
+    for name in ("hidden", "weight", "bias"):
+        came = f"{side}{name} must have a floating-point dtype, got torch.int64"
+        yield Bad(f"{side}{name} holds integers", {f"{side}{name}": INTEGERS}, TypeError, came)
+    came = f"{side}hidden must be (T, D), got (17,)"
+    yield Bad(f"{side}hidden is flat", {f"{side}hidden": SHORT.new_zeros(T)}, ValueError, came)
+    came = f"{side}weight must be (V, D) with D = {width} of {side}hidden, got ({width}, 7)"
+    yield Bad(f"{side}weight is transposed", {f"{side}weight": head.T}, ValueError, came)
+    came = f"{side}bias must match the rows of {side}weight (7,), got (6,)"
+    yield Bad(f"{side}bias is short", {f"{side}bias": BIAS[1:]}, ValueError, came)
+    for name, x in (("weight", head), ("bias", BIAS)):
+        came = f"{side}{name} must be on hidden's device cpu, got meta"
+        yield Bad(f"{side}{name} is elsewhere", {f"{side}{name}": x.to("meta")}, ValueError, came)
+    yield from positive(f"{side}softcap")
+    yield from finite(f"{side}logit_scale")
+
+
+_BAD_LINEAR_DIVERGENCE = [
+    *bad_divergence("hidden"),
+    *bad_side("", HEAD),
+    *bad_side("teacher_", TEACHER_HEAD),
+    *(bad for bad in bad_mask("hidden") if "short" not in bad.what),
+    Bad("loss_mask is short", {"loss_mask": MASK[1:]}, ValueError, "loss_mask must match ...hidden (17,), got (16,)"),
+    Bad(
+        "teacher is short",
+        {"teacher_hidden": TEACHER_HIDDEN[1:]},
+        ValueError,
+        "teacher_hidden must match ..., got (16, 4)",
+    ),
+    Bad(
+        "teacher is elsewhere",
+        {"teacher_hidden": TEACHER_HIDDEN.to("meta")},
+        ValueError,
+        "teacher_hidden must be on hidden's device cpu, got meta",
+    ),
+    Bad(
+        "teacher is padded",
+        {"teacher_weight": torch.cat([TEACHER_HEAD, TEACHER_HEAD])},
+        ValueError,
+        "teacher_weight must have the student's vocabulary of 7, got 14; ...pass vocab_size, the true one",
+    ),
+]
+
+_SHARES = {
+    "forward_kl": [],
+    "reverse_kl": [],
+    "generalized_jsd": ("beta", "{}forward_kl", "use {}reverse_kl"),
+    "skewed_forward_kl": ("alpha", "{}forward_kl", "the divergence is 0 there for any student"),
+    "skewed_reverse_kl": ("alpha", "{}reverse_kl", "the divergence is 0 there for any student"),
+}
+for _prefix, _bad in (("", _BAD_DIVERGENCE), ("topk_", _BAD_TOPK), ("linear_", _BAD_LINEAR_DIVERGENCE)):
+    for _name, _share in _SHARES.items():
+        if f"{_prefix}{_name}" in TABLE:
+            _ends = bad_share(*(text.format(_prefix) for text in _share)) if _share else []
+            BAD[f"{_prefix}{_name}"] = [*_bad, *_ends]
+
+
 for _name in ("kl_k1", "kl_k2", "kl_k3"):
     BAD[_name] = bad_per_token("logp", "teacher_logp")
 BAD["reverse_kl_reward"] = [*bad_per_token("logp", "teacher_logp"), *positive("clip")]

@@ -292,6 +292,120 @@ for _suffix, _attached in (("", ("",)), ("_and_entropy", ("logp", "entropy"))):
         compiled=("base", "full"),
     )
 
+# --- divergences -----------------------------------------------------------------------------------------------------
+
+_STUDENT, _TEACHER_LOGITS = uniform(-3, 3, T, V), uniform(-3, 3, T, V)
+_TAUS = uniform(0.5, 2, T)
+_EXCLUDED = torch.arange(V) % 3 == 1
+_WIDE_TEACHER = torch.cat([_TEACHER_LOGITS[:, :5], uniform(5, 6, T, 4)], -1)
+_FORMS: dict[str, Arguments] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "generalized_jsd": {"beta": 0.3},
+    "skewed_forward_kl": {"alpha": 0.1},
+    "skewed_reverse_kl": {"alpha": 0.2},
+}
+
+
+def _on_rows(arguments: Arguments) -> Arguments:
+    """(17, ...) tensors as (4, 4, ...)."""
+    return {
+        k: x[:16].reshape(4, 4, *x.shape[1:]) if isinstance(x, Tensor) and x.shape[:1] == (T,) else x
+        for k, x in arguments.items()
+    }
+
+
+for _name, _share in _FORMS.items():
+    _student = {"logits": _STUDENT.masked_fill(_EXCLUDED, -math.inf)}
+    _teacher = {"teacher_logits": _TEACHER_LOGITS.masked_fill(_EXCLUDED, -math.inf)}
+    _base = {"logits": _STUDENT, "teacher_logits": _TEACHER_LOGITS, **_share}
+    TABLE[_name] = Entry(
+        gradient="attached",
+        differentiable=("logits",),
+        variants=variants(
+            _base,
+            temperature={"temperature": 0.7},
+            temperature_tensor={"temperature": _TAUS},
+            excluded_on_both_sides=_student | _teacher,
+            **({} if _name == "reverse_kl" else {"excluded_by_the_teacher": _teacher}),
+            **({} if _name == "forward_kl" else {"excluded_by_the_student": _student}),
+            full={
+                "logits": garbage(_STUDENT, torch.arange(V).expand(T, V) < 5),
+                "teacher_logits": _WIDE_TEACHER,
+                "vocab_size": 5,
+                "temperature": torch.tensor(1.5, dtype=torch.float64),
+                "impl": "torch",
+            },
+            rows=_on_rows(_base),
+        ),
+        compiled=("base", "full"),
+    )
+
+_IDS_OF_K = torch.rand(T, V, generator=_RANDOM).argsort(-1)[:, :4]
+_LOGP_OF_K = _TEACHER_LOGITS.log_softmax(-1).gather(-1, _IDS_OF_K)
+_IDS_PADDED = _IDS_OF_K.masked_fill(torch.arange(4) >= (torch.arange(T) % 5)[:, None], -1)
+for _name in ("forward_kl", "reverse_kl", "generalized_jsd"):
+    _base = {
+        "logits": _STUDENT,
+        "teacher_topk_logp": _LOGP_OF_K,
+        "teacher_topk_ids": _IDS_OF_K,
+        "tail": "bucket",
+        **_FORMS[_name],
+    }
+    _padded = {"teacher_topk_logp": garbage(_LOGP_OF_K, _IDS_PADDED >= 0), "teacher_topk_ids": _IDS_PADDED}
+    TABLE[f"topk_{_name}"] = Entry(
+        gradient="attached",
+        differentiable=("logits",),
+        variants=variants(
+            _base,
+            renormalize={"tail": "renormalize"},
+            truncate={"tail": "truncate"},
+            temperature={"temperature": 0.7},
+            **{f"padded, {tail}": _padded | {"tail": tail} for tail in ("bucket", "renormalize", "truncate")},
+            full={
+                "logits": torch.cat([_STUDENT, garbage(_STUDENT, NOTHING)], -1),
+                "vocab_size": V,
+                "teacher_topk_ids": _IDS_OF_K.int(),
+                "temperature": _TAUS,
+                "impl": "torch",
+            },
+            rows=_on_rows(_base),
+        ),
+        compiled=("base", "truncate", "full"),
+    )
+
+_TEACHER_HIDDEN, _TEACHER_HEAD = garbage(uniform(-1, 1, T, 4)), uniform(-1, 1, V, 4)
+for _name, _share in _FORMS.items():
+    TABLE[f"linear_{_name}"] = Entry(
+        gradient="attached",
+        differentiable=("hidden", "weight", "bias"),
+        variants=variants(
+            {
+                "hidden": _HIDDEN,
+                "weight": _HEAD,
+                "teacher_hidden": _TEACHER_HIDDEN,
+                "teacher_weight": _TEACHER_HEAD,
+                "loss_mask": MASK,
+                **_share,
+            },
+            bias={"bias": _BIAS},
+            full={
+                "bias": _BIAS,
+                "teacher_weight": torch.cat([_TEACHER_HEAD, uniform(5, 6, 2, 4)]),
+                "teacher_bias": uniform(-1, 1, V + 2),
+                "softcap": 1.5,
+                "teacher_softcap": 2.5,
+                "logit_scale": -0.6,
+                "teacher_logit_scale": 1.7,
+                "temperature": _TEMPERATURES,
+                "vocab_size": 5,
+                "impl": "torch",
+            },
+            nothing={"loss_mask": NOTHING},
+        ),
+        compiled=("base", "full"),
+    )
+
 # --- estimators, rewards, returns ------------------------------------------------------------------------------------
 
 _KL = {"logp": LOGP, "teacher_logp": TEACHER, "loss_mask": MASK}

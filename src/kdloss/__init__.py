@@ -10,6 +10,11 @@ from ._advantages import fold_kd_reward as fold_kd_reward
 from ._advantages import group_relative_advantages as group_relative_advantages
 from ._advantages import leave_one_out_advantages as leave_one_out_advantages
 from ._diagnostics import diagnostics as diagnostics
+from ._divergences import forward_kl as forward_kl
+from ._divergences import generalized_jsd as generalized_jsd
+from ._divergences import reverse_kl as reverse_kl
+from ._divergences import skewed_forward_kl as skewed_forward_kl
+from ._divergences import skewed_reverse_kl as skewed_reverse_kl
 from ._estimators import discounted_returns as discounted_returns
 from ._estimators import kl_k1 as kl_k1
 from ._estimators import kl_k2 as kl_k2
@@ -19,6 +24,11 @@ from ._fused import FusedLoss as FusedLoss
 from ._fused import fused_linear_loss as fused_linear_loss
 from ._linear import linear_token_logprobs as linear_token_logprobs
 from ._linear import linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy
+from ._linear_divergences import linear_forward_kl as linear_forward_kl
+from ._linear_divergences import linear_generalized_jsd as linear_generalized_jsd
+from ._linear_divergences import linear_reverse_kl as linear_reverse_kl
+from ._linear_divergences import linear_skewed_forward_kl as linear_skewed_forward_kl
+from ._linear_divergences import linear_skewed_reverse_kl as linear_skewed_reverse_kl
 from ._logprobs import LogprobsAndEntropy as LogprobsAndEntropy
 from ._logprobs import token_logprobs as token_logprobs
 from ._logprobs import token_logprobs_and_entropy as token_logprobs_and_entropy
@@ -47,6 +57,9 @@ from ._surrogates import clipped_surrogate as clipped_surrogate
 from ._surrogates import importance_sampled_surrogate as importance_sampled_surrogate
 from ._surrogates import sapo_surrogate as sapo_surrogate
 from ._surrogates import sequence_clipped_surrogate as sequence_clipped_surrogate
+from ._topk_divergences import topk_forward_kl as topk_forward_kl
+from ._topk_divergences import topk_generalized_jsd as topk_generalized_jsd
+from ._topk_divergences import topk_reverse_kl as topk_reverse_kl
 from ._weights import masked_importance_weights as masked_importance_weights
 from ._weights import sequence_importance_weights as sequence_importance_weights
 from ._weights import truncated_importance_weights as truncated_importance_weights
@@ -69,7 +82,9 @@ __all__ = [
     "discounted_returns",
     "distillation_loss",
     "fold_kd_reward",
+    "forward_kl",
     "fused_linear_loss",
+    "generalized_jsd",
     "group_relative_advantages",
     "grpo_loss",
     "importance_sampled_surrogate",
@@ -79,12 +94,18 @@ __all__ = [
     "kl_k2",
     "kl_k3",
     "leave_one_out_advantages",
+    "linear_forward_kl",
+    "linear_generalized_jsd",
+    "linear_reverse_kl",
+    "linear_skewed_forward_kl",
+    "linear_skewed_reverse_kl",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
     "masked_importance_weights",
     "next_token_labels",
     "pack",
     "response_mask",
+    "reverse_kl",
     "reverse_kl_reward",
     "sapo_surrogate",
     "schedules",
@@ -95,11 +116,16 @@ __all__ = [
     "sequence_importance_weights",
     "sequence_mean",
     "sft_loss",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
     "to_prediction_positions",
     "to_token_positions",
     "token_logprobs",
     "token_logprobs_and_entropy",
     "token_mean",
+    "topk_forward_kl",
+    "topk_generalized_jsd",
+    "topk_reverse_kl",
     "truncated_importance_weights",
     "unpack",
 ]

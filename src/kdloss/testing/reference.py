@@ -6,6 +6,66 @@ d(sum of loss) / d logp; of a scalar reduction, d out / d x; of an objective, d 
 vector-Jacobian product with `upstream`. A weight of the objectives is a tensor only where it is an `np.ndarray`.
 """
 
+from kdloss.testing._reference_divergences import (
+    forward_kl as forward_kl,
+)
+from kdloss.testing._reference_divergences import (
+    forward_kl_grad as forward_kl_grad,
+)
+from kdloss.testing._reference_divergences import (
+    generalized_jsd as generalized_jsd,
+)
+from kdloss.testing._reference_divergences import (
+    generalized_jsd_grad as generalized_jsd_grad,
+)
+from kdloss.testing._reference_divergences import (
+    linear_forward_kl as linear_forward_kl,
+)
+from kdloss.testing._reference_divergences import (
+    linear_forward_kl_grad as linear_forward_kl_grad,
+)
+from kdloss.testing._reference_divergences import (
+    linear_generalized_jsd as linear_generalized_jsd,
+)
+from kdloss.testing._reference_divergences import (
+    linear_generalized_jsd_grad as linear_generalized_jsd_grad,
+)
+from kdloss.testing._reference_divergences import (
+    linear_reverse_kl as linear_reverse_kl,
+)
+from kdloss.testing._reference_divergences import (
+    linear_reverse_kl_grad as linear_reverse_kl_grad,
+)
+from kdloss.testing._reference_divergences import (
+    linear_skewed_forward_kl as linear_skewed_forward_kl,
+)
+from kdloss.testing._reference_divergences import (
+    linear_skewed_forward_kl_grad as linear_skewed_forward_kl_grad,
+)
+from kdloss.testing._reference_divergences import (
+    linear_skewed_reverse_kl as linear_skewed_reverse_kl,
+)
+from kdloss.testing._reference_divergences import (
+    linear_skewed_reverse_kl_grad as linear_skewed_reverse_kl_grad,
+)
+from kdloss.testing._reference_divergences import (
+    reverse_kl as reverse_kl,
+)
+from kdloss.testing._reference_divergences import (
+    reverse_kl_grad as reverse_kl_grad,
+)
+from kdloss.testing._reference_divergences import (
+    skewed_forward_kl as skewed_forward_kl,
+)
+from kdloss.testing._reference_divergences import (
+    skewed_forward_kl_grad as skewed_forward_kl_grad,
+)
+from kdloss.testing._reference_divergences import (
+    skewed_reverse_kl as skewed_reverse_kl,
+)
+from kdloss.testing._reference_divergences import (
+    skewed_reverse_kl_grad as skewed_reverse_kl_grad,
+)
 from kdloss.testing._reference_kdrl import (
     kdrl_loss as kdrl_loss,
 )
@@ -213,6 +273,24 @@ from kdloss.testing._reference_surrogates import (
 from kdloss.testing._reference_surrogates import (
     sequence_clipped_surrogate_grad as sequence_clipped_surrogate_grad,
 )
+from kdloss.testing._reference_topk import (
+    topk_forward_kl as topk_forward_kl,
+)
+from kdloss.testing._reference_topk import (
+    topk_forward_kl_grad as topk_forward_kl_grad,
+)
+from kdloss.testing._reference_topk import (
+    topk_generalized_jsd as topk_generalized_jsd,
+)
+from kdloss.testing._reference_topk import (
+    topk_generalized_jsd_grad as topk_generalized_jsd_grad,
+)
+from kdloss.testing._reference_topk import (
+    topk_reverse_kl as topk_reverse_kl,
+)
+from kdloss.testing._reference_topk import (
+    topk_reverse_kl_grad as topk_reverse_kl_grad,
+)
 from kdloss.testing._reference_types import (
     LinearGradients as LinearGradients,
 )
@@ -245,6 +323,10 @@ __all__ = [
     "distillation_loss",
     "distillation_loss_grad",
     "fold_kd_reward",
+    "forward_kl",
+    "forward_kl_grad",
+    "generalized_jsd",
+    "generalized_jsd_grad",
     "group_relative_advantages",
     "grpo_loss",
     "grpo_loss_grad",
@@ -262,6 +344,16 @@ __all__ = [
     "kl_k3_grad",
     "leave_one_out_advantages",
     "linear_floor",
+    "linear_forward_kl",
+    "linear_forward_kl_grad",
+    "linear_generalized_jsd",
+    "linear_generalized_jsd_grad",
+    "linear_reverse_kl",
+    "linear_reverse_kl_grad",
+    "linear_skewed_forward_kl",
+    "linear_skewed_forward_kl_grad",
+    "linear_skewed_reverse_kl",
+    "linear_skewed_reverse_kl_grad",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
     "linear_token_logprobs_and_entropy_grad",
@@ -271,6 +363,8 @@ __all__ = [
     "pack",
     "pack_grad",
     "response_mask",
+    "reverse_kl",
+    "reverse_kl_grad",
     "reverse_kl_reward",
     "sapo_surrogate",
     "sapo_surrogate_grad",
@@ -286,6 +380,10 @@ __all__ = [
     "sequence_mean_grad",
     "sft_loss",
     "sft_loss_grad",
+    "skewed_forward_kl",
+    "skewed_forward_kl_grad",
+    "skewed_reverse_kl",
+    "skewed_reverse_kl_grad",
     "switch",
     "to_prediction_positions",
     "to_prediction_positions_grad",
@@ -297,6 +395,12 @@ __all__ = [
     "token_logprobs_grad",
     "token_mean",
     "token_mean_grad",
+    "topk_forward_kl",
+    "topk_forward_kl_grad",
+    "topk_generalized_jsd",
+    "topk_generalized_jsd_grad",
+    "topk_reverse_kl",
+    "topk_reverse_kl_grad",
     "truncated_importance_weights",
     "unpack",
     "unpack_grad",

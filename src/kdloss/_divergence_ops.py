@@ -1,0 +1,171 @@
+"""The divergence of every row of two sets of logits, as one operator with its gradient.
+
+Rows are taken a block at a time through `_divergence_rows`, forward and backward; between the two nothing is kept but
+the logits themselves. Peak extra memory is a scratch in the forward, and the gradient and a scratch in the backward. An
+operator of its own keeps autograd from slicing (each slice's backward would be a zero tensor of the size of all the
+logits) and `torch.compile` from looking inside. A gradient of the gradient is not defined, and raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._divergence_rows import Scratch, block
+
+
+def divergence(
+    logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V) detached here
+    *,
+    kind: str,
+    omega: float = 0.5,
+    temperature: float | Tensor,  # or (...,), detached here
+    vocab_size: int,
+) -> Tensor:  # (...,)
+    """`F(softmax(logits / τ), softmax(teacher_logits / τ))` of each row; differentiable in `logits` alone."""
+    number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
+    result: Tensor = _divergence(logits, teacher_logits.detach(), rows, kind, omega, number, vocab_size)
+    return result
+
+
+@torch.library.custom_op("kdloss::divergence", mutates_args=())
+def _divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+) -> Tensor:
+    dtype = _checks.promoted_dtype(logits, teacher_logits)
+    out = torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device)
+    scratch = Scratch(out.numel(), vocab_size, dtype=dtype, device=logits.device)
+    tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], out.unsqueeze(-1))
+    for student, teacher, result, tau in flat_rows(*tensors, column(row_temperature, out)):
+        for rows in scratch.blocks(student.shape[0]):
+            found = block(
+                kind,
+                omega,
+                student[rows],
+                teacher[rows],
+                scratch,
+                temperature=temperature,
+                row_temperature=None if row_temperature is None else tau[rows, 0],
+                value=True,
+                gradient=False,
+            )
+            assert found.value is not None
+            result[rows, 0] = found.value
+    return out
+
+
+@_divergence.register_fake
+def _(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=_checks.promoted_dtype(logits, teacher_logits))
+
+
+@torch.library.custom_op("kdloss::divergence_backward", mutates_args=())
+def _divergence_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+) -> Tensor:
+    dtype = _checks.promoted_dtype(logits, teacher_logits)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad[..., vocab_size:] = 0
+    scratch = Scratch(upstream.numel(), vocab_size, dtype=dtype, device=logits.device)
+    tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], grad[..., :vocab_size])
+    factors = upstream.contiguous().unsqueeze(-1)
+    for student, teacher, result, factor, tau in flat_rows(*tensors, factors, column(row_temperature, upstream)):
+        for rows in scratch.blocks(student.shape[0]):
+            if all_zero(factor[rows]):
+                result[rows] = 0
+                continue
+            found = block(
+                kind,
+                omega,
+                student[rows],
+                teacher[rows],
+                scratch,
+                temperature=temperature,
+                row_temperature=None if row_temperature is None else tau[rows, 0],
+                value=False,
+                gradient=True,
+            )
+            assert found.gradient is not None
+            divisor = temperature if row_temperature is None else tau[rows].to(dtype)
+            result[rows] = scaled(found.gradient, factor[rows].to(dtype), divisor)
+    return grad
+
+
+@_divergence_backward.register_fake
+def _(
+    upstream: Tensor,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    return (_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * (2 + len(ctx.options)))
+
+
+_divergence.register_autograd(_backward, setup_context=_save)
+
+
+def flat_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(..., n) tensors of one leading shape as (rows, n) views, all at once where their strides allow it."""
+    try:
+        flat = tuple(x.view(-1, x.shape[-1]) for x in tensors)
+    except RuntimeError:  # a copy would cost as much as the logits
+        for parts in zip(*(x.unbind(0) for x in tensors), strict=True):
+            yield from flat_rows(*parts)
+    else:
+        yield flat
+
+
+def column(rows: Tensor | None, like: Tensor) -> Tensor:
+    """(...,) as (..., 1) in memory of its own; where there is none, a stand-in that nothing reads."""
+    return (torch.empty_like(like) if rows is None else rows).contiguous().unsqueeze(-1)
+
+
+def all_zero(factors: Tensor) -> bool:
+    """Whether a block's gradient is 0 because nothing comes in; asked where reading a value waits for no device."""
+    return factors.device.type == "cpu" and not bool(factors.count_nonzero())
+
+
+def scaled(dz: Tensor, factor: Tensor, temperature: float | Tensor) -> Tensor:
+    """`factor * dz / τ` in place; exactly 0 where the factor is, whatever the row holds."""
+    silent = factor == 0
+    dz.mul_(torch.where(silent, 0, factor / temperature))
+    return dz.masked_fill_(silent, 0) if dz.device.type != "cpu" or bool(silent.any()) else dz

@@ -1,0 +1,336 @@
+"""The divergence of every trained token from hidden states and two heads, as one operator with its gradient.
+
+    y = softcap(logit_scale * (hidden @ weight.T + bias)) on each side,   F(softmax(y / τ), softmax(y' / τ))
+    dx = u dF/dz logit_scale (1 - (y / c)²) / τ,   dhidden = dx @ weight,   dweight = dx.T @ hidden,   dbias = sum dx
+
+The trained rows are taken in chunks whose two blocks of logits fit a budget; a chunk goes through `_divergence_rows` in
+a smaller scratch, and its gradient takes the place of its logits. A (T, V) tensor of either side never exists.
+
+With T trained tokens, the forward is 2 TV (D + D') multiplications and adds; the backward is that again, to have the
+logits back, and 4 TVD for the two products. Where the student's head is frozen, dhidden is linear in u, row by row: it
+is taken in the forward, in float32, and the backward is one multiplication.
+
+A half-precision head is widened a slice at a time, once a chunk: logits rounded to bf16 would be off by 3e-2 nats.
+dweight and dbias are summed over chunks in float32, and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._divergence_ops import scaled
+from ._divergence_rows import Scratch, block
+
+# Logits of a chunk, a side: on a CPU 64 MB in float32, rows enough for a matrix product to run at its speed.
+_CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
+# Entries of a half-precision head that are widened at a time.
+_SLICE_ENTRIES = 2**22
+
+
+class Head(NamedTuple):
+    """One side: what makes logits of its hidden states."""
+
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+
+
+def linear_divergence(
+    student: Head,
+    teacher: Head,  # detached here
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    kind: str,
+    omega: float = 0.5,
+    temperature: float | Tensor,  # or (T,), detached here
+    vocab_size: int,
+) -> Tensor:  # (T,)
+    """0 where `loss_mask` is False; differentiable in the student's hidden states, weight and bias."""
+    number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
+    trains_head = student.weight.requires_grad or (student.bias is not None and student.bias.requires_grad)
+    in_forward = torch.is_grad_enabled() and student.hidden.requires_grad and not trains_head
+    value: Tensor = _linear_divergence(
+        student.hidden,
+        student.weight,
+        student.bias,
+        teacher.hidden.detach(),
+        teacher.weight.detach(),
+        None if teacher.bias is None else teacher.bias.detach(),
+        loss_mask,
+        rows,
+        student.softcap,
+        teacher.softcap,
+        student.logit_scale,
+        teacher.logit_scale,
+        kind,
+        omega,
+        number,
+        vocab_size,
+        in_forward,
+    )[0]
+    return value
+
+
+@torch.library.custom_op("kdloss::linear_divergence", mutates_args=())
+def _linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
+    row_temperature: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    in_forward: bool,
+) -> tuple[Tensor, Tensor]:
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    dtype = _dtype(student, teacher)
+    out = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
+    d_hidden = torch.zeros(hidden.shape if in_forward else (0,), dtype=dtype, device=hidden.device)
+    work = _Work(student, teacher, kind, omega, temperature, row_temperature, vocab_size, dtype)
+    for chunk in work.chunks(loss_mask):
+        value = work.divergence(chunk, None, gradient=in_forward)
+        assert value is not None
+        out[chunk.places] = value
+        if in_forward:
+            d_hidden[chunk.places] = _times_weight(chunk.logits, weight[:vocab_size])
+    return out, d_hidden
+
+
+@_linear_divergence.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
+    row_temperature: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    in_forward: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = _checks.promoted_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    out = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    return out, hidden.new_empty(hidden.shape if in_forward else (0,), dtype=dtype)
+
+
+@torch.library.custom_op("kdloss::linear_divergence_backward", mutates_args=())
+def _linear_divergence_backward(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
+    row_temperature: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    dtype = _dtype(student, teacher)
+    d_hidden = torch.zeros(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
+    d_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=dtype, device=hidden.device)
+    d_bias = torch.zeros(weight.shape[:1] if needs_bias else (0,), dtype=dtype, device=hidden.device)
+    work = _Work(student, teacher, kind, omega, temperature, row_temperature, vocab_size, dtype)
+    # tokens whose loss was clipped, masked or weighted away cost nothing
+    for chunk in work.chunks(loss_mask & (upstream != 0)):
+        work.divergence(chunk, upstream.index_select(0, chunk.places), gradient=True)
+        if needs_hidden:
+            d_hidden[chunk.places] = _times_weight(chunk.logits, weight[:vocab_size]).to(hidden.dtype)
+        if needs_weight:
+            d_weight[:vocab_size].addmm_(chunk.logits.T, chunk.hidden)
+        if needs_bias:
+            d_bias[:vocab_size] += chunk.logits.sum(0)
+    return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype if bias is None else bias.dtype)
+
+
+@_linear_divergence_backward.register_fake
+def _(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
+    row_temperature: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        (weight if bias is None else bias).new_empty(weight.shape[:1] if needs_bias else (0,)),
+    )
+
+
+_TENSORS = 8  # the first arguments of the operator
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.options = inputs[_TENSORS:-1]
+    ctx.in_forward = inputs[-1]
+    ctx.hidden_dtype = inputs[0].dtype
+    ctx.save_for_backward(*((output[1],) if ctx.in_forward else inputs[:_TENSORS]))
+
+
+def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    nothing = [None] * (_TENSORS - 3 + len(ctx.options) + 1)
+    if ctx.in_forward:
+        (d_hidden,) = ctx.saved_tensors
+        factor = upstream.unsqueeze(-1)
+        return torch.where(factor == 0, 0, d_hidden * factor).to(ctx.hidden_dtype), None, None, *nothing
+    needs = ctx.needs_input_grad[:3]
+    found = _linear_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options, *needs)
+    return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *nothing
+
+
+_linear_divergence.register_autograd(_backward, setup_context=_save)
+
+
+class _Chunk(NamedTuple):
+    places: Tensor  # (R,) rows of hidden
+    hidden: Tensor  # (R, D) the student's, in the dtype of the computation
+    logits: Tensor  # (R, V) the student's y, and after `divergence` the gradient dx in its place
+    teacher_logits: Tensor  # (R, V)
+
+
+class _Work(NamedTuple):
+    student: Head
+    teacher: Head
+    kind: str
+    omega: float
+    temperature: float
+    row_temperature: Tensor | None
+    vocab_size: int
+    dtype: torch.dtype
+
+    def chunks(self, trained: Tensor) -> Iterator[_Chunk]:
+        """The trained rows, as many at a time as the vocabulary allows, whatever their number is."""
+        index = trained.nonzero().squeeze(-1)
+        device = trained.device
+        rows = max(16, _CHUNK_ENTRIES["cpu" if device.type == "cpu" else "gpu"] // self.vocab_size)
+        shape = (2, min(rows, index.shape[0]), self.vocab_size)
+        room = torch.empty(shape, dtype=self.dtype, device=device)
+        for start in range(0, index.shape[0], rows):
+            part = index[start : start + rows]
+            hidden = self.student.hidden.index_select(0, part).to(self.dtype)
+            y, y_teacher = room[0, : part.shape[0]], room[1, : part.shape[0]]
+            _logits(hidden, self.student, out=y)
+            _logits(self.teacher.hidden.index_select(0, part).to(self.dtype), self.teacher, out=y_teacher)
+            yield _Chunk(part, hidden, y, y_teacher)
+
+    def divergence(self, chunk: _Chunk, upstream: Tensor | None, *, gradient: bool) -> Tensor | None:
+        """The values of a chunk, unless they are not needed beside an upstream gradient; dx in place of its logits."""
+        total = chunk.places.shape[0]
+        scratch = Scratch(total, self.vocab_size, dtype=self.dtype, device=chunk.places.device)
+        taus = None if self.row_temperature is None else self.row_temperature.index_select(0, chunk.places)
+        values = []
+        for rows in scratch.blocks(total):
+            found = block(
+                self.kind,
+                self.omega,
+                chunk.logits[rows],
+                chunk.teacher_logits[rows],
+                scratch,
+                temperature=self.temperature,
+                row_temperature=None if taus is None else taus[rows],
+                value=upstream is None,
+                gradient=gradient,
+            )
+            if found.value is not None:
+                values.append(found.value)
+            if not gradient:
+                continue
+            assert found.gradient is not None
+            y = chunk.logits[rows]
+            factor = torch.ones_like(y[:, :1]) if upstream is None else upstream[rows].unsqueeze(-1)
+            tau = self.temperature if taus is None else taus[rows].unsqueeze(-1).to(self.dtype)
+            dz = scaled(found.gradient, factor * self.student.logit_scale, tau)
+            c = self.student.softcap
+            if c is None:
+                y.copy_(dz)
+            else:
+                y.div_(c).square_().neg_().add_(1).mul_(dz)
+        return None if upstream is not None else torch.cat(values)
+
+
+def _logits(hidden: Tensor, head: Head, *, out: Tensor) -> None:
+    """`softcap(logit_scale * (hidden @ weight.T + bias))`, over the columns of `out`."""
+    for columns, weight in _slices(head.weight[: out.shape[1]], out.dtype):
+        torch.mm(hidden, weight.T, out=out[:, columns])
+    if head.bias is not None:
+        out.add_(head.bias[: out.shape[1]].to(out.dtype))
+    if head.logit_scale != 1:
+        out.mul_(head.logit_scale)
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _times_weight(dx: Tensor, weight: Tensor) -> Tensor:
+    """`dx @ weight`, (R, D), in the dtype of dx."""
+    out = dx.new_zeros(dx.shape[0], weight.shape[1])
+    for columns, part in _slices(weight, dx.dtype):
+        out.addmm_(dx[:, columns], part)
+    return out
+
+
+def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the head in the dtype of the computation: all of it where it is, else 16 MB at a time."""
+    if weight.dtype == dtype:
+        yield slice(None), weight
+        return
+    step = max(256, _SLICE_ENTRIES // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        columns = slice(start, start + step)
+        yield columns, weight[columns].to(dtype)
+
+
+def _dtype(student: Head, teacher: Head) -> torch.dtype:
+    return _checks.promoted_dtype(*student[:3], *teacher[:3])

@@ -1,0 +1,259 @@
+"""Divergences between whole next-token distributions, from hidden states and output heads, for trained tokens only.
+
+    logits = softcap(logit_scale * (hidden @ weight.T + bias)),   then as from logits
+
+on either side, each with its own width, dtype, bias, softcap and scale. Logits exist for a few rows at a time, so
+memory does not grow with T * V, and tokens that `loss_mask` leaves out cost nothing. Finding them waits for the device
+once.
+
+Everything is computed in float32, or float64 where any input is; half-precision heads are widened slice by slice. The
+student's hidden states, weight and bias get gradients, in their dtypes; the teacher's get none. Logits that are masked
+out, or whose incoming gradient is 0, leave no trace, whatever their hidden states hold. What -inf logits (from a bias)
+do is in `_divergences`. A GPU runs the same torch operations for now.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _checks
+from ._divergence_rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL
+from ._divergences import check_share, check_temperature, check_unsupported, common_vocab_size
+from ._linear_divergence_ops import Head, linear_divergence
+
+
+def linear_forward_kl(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (T, D')
+    teacher_weight: Tensor,  # (V, D')
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or (T,)
+    vocab_size: int | None = None,
+    shard: object = None,
+    impl: str = "auto",
+) -> Tensor:  # (T,)
+    """`forward_kl`, KL(p || q), from hidden states, for the trained tokens only.
+
+    Args:
+        hidden: (T, D) of the student at prediction positions, any leading shape in place of T. Differentiable.
+        weight: (V, D) the student's head. Differentiable. Where neither it nor `bias` requires grad, the gradient is
+            taken in the forward, and the backward is one multiplication.
+        teacher_hidden: (T, D') of the teacher, at the same positions, of any width. Detached.
+        teacher_weight: (V, D') the teacher's head, of any dtype. Detached.
+        loss_mask: (T,) bool, the tokens that are trained on.
+        bias: (V,) of the student. Differentiable.
+        teacher_bias: (V,) of the teacher. Detached.
+        softcap: c > 0 of c * tanh(logits / c) for the student. None: none.
+        teacher_softcap: the same for the teacher.
+        logit_scale: finite factor of the student's logits, before the softcap.
+        teacher_logit_scale: the same for the teacher.
+        temperature: > 0, a number or (T,), for both sides, after all of these.
+        vocab_size: the true V, where the last rows of either head are padding; needed where the heads differ in rows.
+        shard: vocabulary-sharded heads. Not supported yet.
+        impl: "auto" | "torch" | "triton". The last is not supported yet.
+
+    Returns:
+        The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens.
+
+    Expected gradient:
+        That of `forward_kl` in the logits, (q - p) / temperature, carried through softcap, scale and head; gradients of
+        weight and bias are summed in float32 and rounded once.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: shapes, devices or vocabularies disagree, or an option is out of range.
+        NotImplementedError: `shard` is given, or `impl` is "triton".
+
+    Source: as `forward_kl`.
+    """
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    return _linear(FORWARD_KL, 0.5, student, teacher, loss_mask, temperature, vocab_size, shard, impl)
+
+
+def linear_reverse_kl(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (T, D')
+    teacher_weight: Tensor,  # (V, D')
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or (T,)
+    vocab_size: int | None = None,
+    shard: object = None,
+    impl: str = "auto",
+) -> Tensor:  # (T,)
+    """`reverse_kl`, KL(q || p), from hidden states, for the trained tokens only.
+
+    Args, results and errors as in `linear_forward_kl`; value and expected gradient in the logits as in `reverse_kl`.
+    """
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    return _linear(REVERSE_KL, 0.5, student, teacher, loss_mask, temperature, vocab_size, shard, impl)
+
+
+def linear_generalized_jsd(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (T, D')
+    teacher_weight: Tensor,  # (V, D')
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    beta: float,
+    bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or (T,)
+    vocab_size: int | None = None,
+    shard: object = None,
+    impl: str = "auto",
+) -> Tensor:  # (T,)
+    """`generalized_jsd`, β KL(p || m) + (1-β) KL(q || m), from hidden states, for the trained tokens only.
+
+    Args, results and errors as in `linear_forward_kl`; `beta`, value and expected gradient in the logits as in
+    `generalized_jsd`.
+    """
+    check_share("beta", beta, linear_forward_kl.__name__, linear_reverse_kl.__name__)
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    return _linear(GENERALIZED_JSD, beta, student, teacher, loss_mask, temperature, vocab_size, shard, impl)
+
+
+def linear_skewed_forward_kl(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (T, D')
+    teacher_weight: Tensor,  # (V, D')
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    alpha: float,
+    bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or (T,)
+    vocab_size: int | None = None,
+    shard: object = None,
+    impl: str = "auto",
+) -> Tensor:  # (T,)
+    """`skewed_forward_kl`, KL(p || α p + (1-α) q), from hidden states, for the trained tokens only.
+
+    Args, results and errors as in `linear_forward_kl`; `alpha`, value and expected gradient in the logits as in
+    `skewed_forward_kl`.
+    """
+    check_share("alpha", alpha, linear_forward_kl.__name__, None)
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    return _linear(SKEWED_FORWARD_KL, alpha, student, teacher, loss_mask, temperature, vocab_size, shard, impl)
+
+
+def linear_skewed_reverse_kl(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (T, D')
+    teacher_weight: Tensor,  # (V, D')
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    alpha: float,
+    bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or (T,)
+    vocab_size: int | None = None,
+    shard: object = None,
+    impl: str = "auto",
+) -> Tensor:  # (T,)
+    """`skewed_reverse_kl`, KL(q || (1-α) p + α q), from hidden states, for the trained tokens only.
+
+    Args, results and errors as in `linear_forward_kl`; `alpha`, value and expected gradient in the logits as in
+    `skewed_reverse_kl`.
+    """
+    check_share("alpha", alpha, linear_reverse_kl.__name__, None)
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    return _linear(SKEWED_REVERSE_KL, 1 - alpha, student, teacher, loss_mask, temperature, vocab_size, shard, impl)
+
+
+def _linear(
+    kind: str,
+    omega: float,
+    student: Head,
+    teacher: Head,
+    loss_mask: Tensor,
+    temperature: float | Tensor,
+    vocab_size: int | None,
+    shard: object,
+    impl: str,
+) -> Tensor:
+    check_unsupported(shard, impl)
+    _check_head("", student)
+    _check_head("teacher_", teacher)
+    _checks.tensors(loss_mask=loss_mask)
+    _checks.boolean(loss_mask=loss_mask)
+    rows = student.hidden.shape[:-1]
+    if loss_mask.shape != rows:
+        raise ValueError(f"loss_mask must match the rows of hidden {tuple(rows)}, got {tuple(loss_mask.shape)}")
+    if teacher.hidden.shape[:-1] != rows:
+        came = tuple(teacher.hidden.shape)
+        raise ValueError(f"teacher_hidden must match the rows of hidden {(*rows, 'D')}, got {came}")
+    _checks.same_device(
+        "hidden",
+        student.hidden,
+        weight=student.weight,
+        bias=student.bias,
+        teacher_hidden=teacher.hidden,
+        teacher_weight=teacher.weight,
+        teacher_bias=teacher.bias,
+        loss_mask=loss_mask,
+    )
+    vocab_size = common_vocab_size("teacher_weight", student.weight.shape[0], teacher.weight.shape[0], vocab_size)
+    tau = check_temperature("hidden", student.hidden, temperature)
+    value = linear_divergence(
+        student._replace(hidden=student.hidden.flatten(0, -2)),
+        teacher._replace(hidden=teacher.hidden.flatten(0, -2)),
+        loss_mask=loss_mask.flatten(),
+        kind=kind,
+        omega=omega,
+        temperature=tau.flatten() if isinstance(tau, Tensor) else tau,
+        vocab_size=vocab_size,
+    )
+    return value.reshape(rows)
+
+
+def _check_head(side: str, head: Head) -> None:
+    hidden, weight, bias, softcap, logit_scale = head
+    names = [f"{side}{name}" for name in ("hidden", "weight", "bias", "softcap", "logit_scale")]
+    _checks.tensors(**{names[0]: hidden, names[1]: weight})
+    _checks.floating(**dict(zip(names[:3], (hidden, weight, bias), strict=True)))
+    _checks.positive(**{names[3]: softcap})
+    _checks.finite(**{names[4]: logit_scale})
+    if hidden.ndim < 2:
+        raise ValueError(f"{names[0]} must be (T, D), got {tuple(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+        raise ValueError(
+            f"{names[1]} must be (V, D) with D = {hidden.shape[-1]} of {names[0]}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{names[2]} must match the rows of {names[1]} ({weight.shape[0]},), got {tuple(bias.shape)}")
