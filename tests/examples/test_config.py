@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("omegaconf")
 from opd.config import ConfigError, load_config, loss_config, weight_schedule
 
 KDRL = Path(__file__).parents[2] / "docs" / "examples" / "kdrl.yaml"

@@ -10,11 +10,9 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import on_policy_distillation
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-import on_policy_distillation
 from opd import checkpoint
 from opd.checkpoint import Checkpoints, MetricsFile
 from opd.loop import Run

@@ -5,13 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
 import demo
 import matplotlib.image
 import on_policy_distillation
+import pytest
 from opd.config import MODES
 from opd.plots import draw, read_trials, table
 from opd.task import WordProblems
@@ -101,7 +98,7 @@ def test_help_explains_modes_and_restarts():
 
 
 def test_the_demo_runs_modes_side_by_side_and_does_not_repeat_them(small, tmp_path, capfd):
-    arguments = [*small("total_train_steps=2")[3:], "--modes", "distill", "grpo"]
+    arguments = ["--modes", "distill,grpo", *small("total_train_steps=2")[3:]]
     assert demo.main(arguments) == 0
     told = capfd.readouterr()
     assert "reward_curve.png, after" in told.out
@@ -112,8 +109,13 @@ def test_the_demo_runs_modes_side_by_side_and_does_not_repeat_them(small, tmp_pa
     assert is_drawn(draw(experiment))
 
 
+def test_the_demo_names_a_mode_that_it_does_not_know(capsys):
+    assert demo.main(["--modes", "distill,kdlr"]) == 2
+    assert capsys.readouterr().err == "error: mode: unknown 'kdlr'; did you mean 'kdrl'?\n"
+
+
 def test_the_demo_shows_why_a_run_failed(small, capfd):
-    arguments = [*small("actor.path=./nowhere")[3:], "--modes", "grpo"]
+    arguments = [*small("actor.path=./nowhere")[3:], "--modes=grpo"]
     assert demo.main(arguments) == 1
     told = capfd.readouterr().err
     assert "grpo failed:" in told

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import on_policy_distillation
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-import on_policy_distillation
 from opd import models, ranks
 from opd.loop import update
 from opd.rollout import Batch, sample, score

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
 from opd.rollout import Batch, score
 from opd.teacher_client import TeacherEndpoint, TeacherError
 from torch.testing import assert_close
