@@ -6,13 +6,13 @@ Stopped half-way and started again it goes on; finished runs are not repeated.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from opd.checkpoint import read_records
 from opd.config import MODES, ConfigError, load_config
 from opd.plots import draw, table
 from tqdm import tqdm
@@ -76,8 +76,7 @@ def start(config: Path, mode: str, overrides: list[str], run_dir: Path) -> subpr
 
 def follow(bar: tqdm, metrics: Path) -> None:
     """Moves a bar to the last whole line of a metrics file."""
-    text = metrics.read_text() if metrics.exists() else ""
-    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    records = read_records(metrics)
     if not records:
         return
     shown = {name: f"{records[-1][name]:.3f}" for name in ("reward", "reverse_kl") if name in records[-1]}

@@ -1,6 +1,5 @@
 """What a person looks at when the runs are done: `reward_curve.png` and a table, both made from the metrics files."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from omegaconf import OmegaConf
+
+from opd.checkpoint import read_records
 
 COLOURS = {"sft": "#8c564b", "distill": "#1f77b4", "grpo": "#ff7f0e", "kdrl": "#2ca02c", "kdrl-direct": "#d62728"}
 
@@ -32,10 +33,10 @@ def read_trials(experiment: Path) -> list[Trial]:
     """The trials of an experiment that have begun, in the order of the modes' table."""
     trials = []
     for path in sorted(experiment.glob("*/metrics.jsonl")):
-        lines = path.read_text().splitlines()
-        if lines:
+        records = read_records(path)
+        if records:
             mode = OmegaConf.load(path.parent / "config.yaml").mode
-            trials.append(Trial(path.parent.name, mode, [json.loads(line) for line in lines]))
+            trials.append(Trial(path.parent.name, mode, records))
     return sorted(trials, key=lambda t: (list(COLOURS).index(t.mode), t.name))
 
 
