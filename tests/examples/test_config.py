@@ -86,7 +86,7 @@ def test_student_is_another_name_of_actor():
         ("gconfig.n_samples=many", "could not be converted to Integer (in gconfig.n_samples)"),
         ("gconfig.n_samples", "expected dotted.key=value, got 'gconfig.n_samples'"),
         ("data.path=some.jsonl", "data.path needs data.eval_path"),
-        ("actor.mb_spec.n_mbs=1000", "exceeds the 128 responses"),
+        ("actor.mb_spec.n_mbs=1000", "exceeds the 16 responses"),
         ("saver.keep=0", "saver.keep must be at least 1, got 0"),
         ("actor.optimizer.lr=-1", "actor.optimizer.lr must be above 0, got -1.0"),
         ("rollout.max_head_offpolicyness=-1", "rollout.max_head_offpolicyness must be at least 0, got -1"),
@@ -123,7 +123,7 @@ def test_what_cannot_go_together_says_so(monkeypatch):
     with pytest.raises(ConfigError, match="servers score prompts at temperature 1"):
         load_config(KDRL, ["endpoint.url=http://127.0.0.1:1", "gconfig.temperature=0.5"])
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match=r"data.batch_size \(16\) must be a multiple of the 3 processes"):
+    with pytest.raises(ConfigError, match=r"data.batch_size \(4\) must be a multiple of the 3 processes"):
         load_config(KDRL)
     with pytest.raises(ConfigError, match=r"device_map .* cannot be joined with torchrun"):
         load_config(KDRL, ["student.device_map=auto"])

@@ -9,9 +9,11 @@ import demo
 import matplotlib.image
 import on_policy_distillation
 import pytest
+import torch
 from opd.config import MODES
 from opd.plots import draw, read_trials, table
 from opd.task import WordProblems
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:direct_penalty")
 
@@ -73,6 +75,16 @@ def test_stale_rollouts_mini_batches_and_schedules(small, tmp_path):
     rest = records(tmp_path / "test" / "kdrl")[1:]
     assert [r["distill_loss_weight"] for r in rest] == [1, 1, 0, 0]
     assert rest[3]["behaviour_kl"] > rest[0]["behaviour_kl"]
+
+
+def test_bfloat16_computes_and_float32_weights_are_trained(small, tmp_path):
+    assert on_policy_distillation.main(small("actor.dtype=bfloat16", "total_train_steps=2")) == 0
+    assert all(r["behaviour_kl"] < 1e-2 for r in records(tmp_path / "test" / "kdrl")[1:])
+    weights = load_file(tmp_path / "test" / "kdrl" / "student" / "model.safetensors")
+    assert {x.dtype for x in weights.values()} == {torch.float32}
+    start = load_file(Path(on_policy_distillation.__file__).parent / "tiny" / "student" / "model.safetensors")
+    assert all((weights[name] - start[name].float()).abs().max() < 1e-3 for name in weights)
+    assert any((weights[name] != weights[name].bfloat16()).any() for name in weights)
 
 
 def test_a_gsm8k_file_is_trained_and_evaluated_on(small, tmp_path):
