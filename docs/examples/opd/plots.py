@@ -61,17 +61,16 @@ def draw(experiment: Path) -> Path:
             left.plot(steps, smooth(reward), linewidth=1, alpha=0.35, **style)
         steps, reverse_kl = trial.series("reverse_kl")
         if steps:
-            right.plot(steps, reverse_kl, linewidth=0.6, alpha=0.25, **style)
             right.plot(steps, smooth(reverse_kl), linewidth=1.6, label=trial.name, **style)
     teacher = [t.records[0]["teacher_accuracy"] for t in trials if "teacher_accuracy" in t.records[0]]
     if teacher:
         left.axhline(teacher[0], color="0.4", linewidth=1, linestyle=(0, (6, 3)), label="teacher")
     left.set(title="Accuracy on held-out questions", xlabel="update", ylabel="fraction right, one sampled answer")
     left.set_ylim(-0.02, 1.04)
-    right.set(title="Reverse KL to the teacher", xlabel="update", ylabel="nats a token")
+    right.set(title="Reverse KL to the teacher", xlabel="update", ylabel="nats a token, mean of 10 updates")
     if any(trial.series("reverse_kl")[0] for trial in trials):
         right.set_yscale("log")
-    note = "points: ± one standard error; faint: reward while training"
+    note = "points: ± one standard error; faint: reward while training, mean of 10"
     left.text(0.02, 0.02, note, transform=left.transAxes, fontsize=8, color="0.4")
     for axes in (left, right):
         axes.grid(alpha=0.25)
