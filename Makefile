@@ -19,6 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help bench check format test
+.PHONY: help check demo format test
 
 help:  ## List the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,12 +29,15 @@ check: $(VENV)/test.stamp  ## Lint, formatting and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+demo: $(VENV)/examples.stamp  ## Train a tiny student three ways and draw the reward curve (4 minutes)
+	$(BIN)/python docs/examples/demo.py $(ARGS)
+
 format: $(VENV)/test.stamp  ## Mend what the linter and the formatter can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # A file stays in one process: the code blocks of a document share their names.
-test: $(VENV)/test.stamp  ## The tests, and the code blocks of README.md and docs/
+test: $(VENV)/test.stamp $(VENV)/examples.stamp  ## The tests, and the code blocks of README.md and docs/
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5 $(ARGS)
 
 bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/results/; ARGS="--quick" takes a minute

@@ -1,18 +1,18 @@
 """`make demo`: three ways to train the same student, two runs at a time, then one picture and one table.
 
-  python docs/examples/demo.py [--modes distill grpo kdrl] [dotted.key=value ...]
+  python docs/examples/demo.py [--modes distill,grpo,kdrl] [dotted.key=value ...]
 
 Stopped half-way and started again it goes on; finished runs are not repeated.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from opd.checkpoint import read_records
 from opd.config import MODES, ConfigError, load_config
 from opd.plots import draw, table
 from tqdm import tqdm
@@ -24,11 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the modes and shows what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=HERE / "kdrl.yaml")
-    parser.add_argument("--modes", nargs="+", default=["kdrl", "distill", "grpo"], choices=list(MODES))
+    parser.add_argument("--modes", default="kdrl,distill,grpo", help=f"of {', '.join(MODES)} (default %(default)s)")
     parser.add_argument("--at-a-time", type=int, default=2, help="runs side by side, one thread each (default 2)")
-    options, overrides = parser.parse_known_args(arguments)
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for every run")
+    options = parser.parse_intermixed_args(arguments)
+    overrides, modes = options.overrides, options.modes.split(",")
     try:
-        configs = {mode: load_config(options.config, [*overrides, f"mode={mode}"]) for mode in options.modes}
+        configs = {mode: load_config(options.config, [*overrides, f"mode={mode}"]) for mode in modes}
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return 1
     for bar in bars.values():
         bar.close()
-    experiment = configs[options.modes[0]].run_dir.parent
+    experiment = configs[modes[0]].run_dir.parent
     print(f"\n{table(experiment)}\n\n{os.path.relpath(draw(experiment))}, after {time.monotonic() - begin:.0f} s")
     return 0
 
@@ -74,8 +76,7 @@ def start(config: Path, mode: str, overrides: list[str], run_dir: Path) -> subpr
 
 def follow(bar: tqdm, metrics: Path) -> None:
     """Moves a bar to the last whole line of a metrics file."""
-    text = metrics.read_text() if metrics.exists() else ""
-    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    records = read_records(metrics)
     if not records:
         return
     shown = {name: f"{records[-1][name]:.3f}" for name in ("reward", "reverse_kl") if name in records[-1]}

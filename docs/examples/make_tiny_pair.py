@@ -1,7 +1,7 @@
 """Train the tiny teacher and the tiny student of `tiny/`: python docs/examples/make_tiny_pair.py [--out FOLDER].
 
 The teacher (96 x 3) reads correct solutions. The student (64 x 2) reads correct solutions first and then solutions in
-which 35 % of the sums are wrong, and a wrong sum's result is carried on. Both see next-token cross-entropy on the
+which 35 % of the sums have a digit wrong, at random, and carry it on. Both see next-token cross-entropy on the
 solution alone. About half an hour on one core; the result is a function of the seeds below and of the torch version.
 """
 

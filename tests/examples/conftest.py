@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,6 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 sys.path.insert(0, str(EXAMPLES))
-
-# The example has no make target yet: its tests run where its extra is installed, `pip install -e '.[test,examples]'`.
-collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
 
 SMALL = (
     "experiment_name=test",
@@ -41,14 +37,15 @@ def small(tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    models = pytest.importorskip("opd.models")
+    from opd import models
+
     return models.load_tokenizer(str(EXAMPLES / "tiny" / "student"))
 
 
 @pytest.fixture
 def load(tokenizer):
     """Loads one of the tiny models afresh."""
-    models = pytest.importorskip("opd.models")
+    from opd import models
 
     def policy(name: str, *, temperature: float = 1.0, trained: bool = True):
         path = str(EXAMPLES / "tiny" / name)

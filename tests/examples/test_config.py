@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("omegaconf")
 from opd.config import ConfigError, load_config, loss_config, weight_schedule
 
 KDRL = Path(__file__).parents[2] / "docs" / "examples" / "kdrl.yaml"
@@ -88,7 +86,15 @@ def test_student_is_another_name_of_actor():
         ("gconfig.n_samples=many", "could not be converted to Integer (in gconfig.n_samples)"),
         ("gconfig.n_samples", "expected dotted.key=value, got 'gconfig.n_samples'"),
         ("data.path=some.jsonl", "data.path needs data.eval_path"),
-        ("actor.mb_spec.n_mbs=1000", "exceeds the 128 responses"),
+        ("actor.mb_spec.n_mbs=1000", "exceeds the 16 responses"),
+        ("saver.keep=0", "saver.keep must be at least 1, got 0"),
+        ("actor.optimizer.lr=-1", "actor.optimizer.lr must be above 0, got -1.0"),
+        ("rollout.max_head_offpolicyness=-1", "rollout.max_head_offpolicyness must be at least 0, got -1"),
+        ("gconfig.top_p=1.5", "gconfig.top_p must be at most 1, got 1.5"),
+        ("actor.dtype=bfloat", "actor.dtype: unknown 'bfloat'; did you mean 'bfloat16'?"),
+        ("teacher.dtype=half", "teacher.dtype: unknown 'half'; known: float32, bfloat16, float16"),
+        ("teacher.path=3", "teacher.path must be text, got 3"),
+        ("endpoint.url=127.0.0.1:8000", "endpoint.url must begin with http:// or https://, got '127.0.0.1:8000'"),
         ("experiment_name=${no.such}", "Interpolation key 'no.such' not found"),
     ],
 )
@@ -99,8 +105,34 @@ def test_a_mistake_is_told_in_one_line(override, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1,", r"not YAML: .*run\.yaml.*line \d"),
+        ("- a", "expected `key: value` lines, got a list"),
+        ("actor: {path: a}\nstudent: {path: b}", "student is another name of actor: give one of them"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_told_in_one_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_cannot_go_together_says_so(monkeypatch):
+    with pytest.raises(ConfigError, match="servers score prompts at temperature 1"):
+        load_config(KDRL, ["endpoint.url=http://127.0.0.1:1", "gconfig.temperature=0.5"])
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"data.batch_size \(4\) must be a multiple of the 3 processes"):
+        load_config(KDRL)
+    with pytest.raises(ConfigError, match=r"device_map .* cannot be joined with torchrun"):
+        load_config(KDRL, ["student.device_map=auto"])
+    with pytest.raises(ConfigError, match="at least the number of processes, 3"):
+        load_config(KDRL, ["evaluator.size=2", "data.batch_size=3"])
+
+
 def test_a_missing_file_or_value_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="experiment_name"):
         load_config(write(tmp_path, "actor: {path: x}\nteacher: {path: y}"))

@@ -3,6 +3,7 @@
 The kills are real: a forked process sends itself SIGKILL at a chosen point.
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -10,13 +11,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import on_policy_distillation
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-import on_policy_distillation
 from opd import checkpoint
-from opd.checkpoint import Checkpoints, MetricsFile
+from opd.checkpoint import Checkpoints, MetricsFile, read_records
 from opd.loop import Run
 from safetensors.torch import load_file
 
@@ -118,6 +117,23 @@ def test_another_configuration_is_refused(small, tmp_path, capfd):
     told = capfd.readouterr().err
     assert "another configuration" in told
     assert "+   temperature: 0.5" in told
+
+
+def test_two_processes_do_not_share_a_run(small, tmp_path, capfd):
+    folder = tmp_path / "test" / "kdrl"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(small()) == 2
+        assert capfd.readouterr().err == f"error: another process is at work in {folder}\n"
+        assert sorted(p.name for p in folder.iterdir()) == ["lock"]
+    assert run(small("total_train_steps=1")) == 0
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "rew')
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 0}]
+    assert read_records(tmp_path / "none.jsonl") == []
 
 
 def test_half_a_checkpoint_is_never_loaded_and_old_ones_go(tmp_path):

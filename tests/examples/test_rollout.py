@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
 from opd.models import BehaviourLogprobs, BoundVocabulary, layout
 from opd.rollout import Batch, sample, score, shift_left
 from opd.task import WordProblems, reward

@@ -5,16 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
 import demo
 import matplotlib.image
 import on_policy_distillation
+import pytest
+import torch
 from opd.config import MODES
 from opd.plots import draw, read_trials, table
 from opd.task import WordProblems
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:direct_penalty")
 
@@ -78,6 +77,16 @@ def test_stale_rollouts_mini_batches_and_schedules(small, tmp_path):
     assert rest[3]["behaviour_kl"] > rest[0]["behaviour_kl"]
 
 
+def test_bfloat16_computes_and_float32_weights_are_trained(small, tmp_path):
+    assert on_policy_distillation.main(small("actor.dtype=bfloat16", "total_train_steps=2")) == 0
+    assert all(r["behaviour_kl"] < 1e-2 for r in records(tmp_path / "test" / "kdrl")[1:])
+    weights = load_file(tmp_path / "test" / "kdrl" / "student" / "model.safetensors")
+    assert {x.dtype for x in weights.values()} == {torch.float32}
+    start = load_file(Path(on_policy_distillation.__file__).parent / "tiny" / "student" / "model.safetensors")
+    assert all((weights[name] - start[name].float()).abs().max() < 1e-3 for name in weights)
+    assert any((weights[name] != weights[name].bfloat16()).any() for name in weights)
+
+
 def test_a_gsm8k_file_is_trained_and_evaluated_on(small, tmp_path):
     for name, held_out in (("train", False), ("test", True)):
         rows = [WordProblems(seed=1, held_out=held_out)[i] for i in range(10)]
@@ -101,7 +110,7 @@ def test_help_explains_modes_and_restarts():
 
 
 def test_the_demo_runs_modes_side_by_side_and_does_not_repeat_them(small, tmp_path, capfd):
-    arguments = [*small("total_train_steps=2")[3:], "--modes", "distill", "grpo"]
+    arguments = ["--modes", "distill,grpo", *small("total_train_steps=2")[3:]]
     assert demo.main(arguments) == 0
     told = capfd.readouterr()
     assert "reward_curve.png, after" in told.out
@@ -112,8 +121,13 @@ def test_the_demo_runs_modes_side_by_side_and_does_not_repeat_them(small, tmp_pa
     assert is_drawn(draw(experiment))
 
 
+def test_the_demo_names_a_mode_that_it_does_not_know(capsys):
+    assert demo.main(["--modes", "distill,kdlr"]) == 2
+    assert capsys.readouterr().err == "error: mode: unknown 'kdlr'; did you mean 'kdrl'?\n"
+
+
 def test_the_demo_shows_why_a_run_failed(small, capfd):
-    arguments = [*small("actor.path=./nowhere")[3:], "--modes", "grpo"]
+    arguments = [*small("actor.path=./nowhere")[3:], "--modes=grpo"]
     assert demo.main(arguments) == 1
     told = capfd.readouterr().err
     assert "grpo failed:" in told

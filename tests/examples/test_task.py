@@ -5,7 +5,7 @@ from decimal import Decimal
 from random import Random
 
 import pytest
-from opd.task import JsonLines, WordProblems, extract_answer, reward, without_carry, write_sum
+from opd.task import JsonLines, WordProblems, extract_answer, reward, slip, write_sum
 
 GSM8K = [
     {"question": "Two dozen eggs, half of them break?", "answer": "2*12 = <<2*12=24>>24.\nHalf is 12.\n#### 12"},
@@ -47,12 +47,24 @@ def test_held_out_questions_are_never_trained_on():
     assert not train & held_out
 
 
-@pytest.mark.parametrize(
-    ("left", "sign", "right", "wrong"), [(53, "+", 38, 81), (20, "+", 37, 57), (86, "-", 58, 38), (90, "-", 30, 60)]
-)
-def test_a_forgotten_carry(left, sign, right, wrong):
-    assert without_carry(left, sign, right) == wrong
-    assert write_sum(left, sign, right, Random(0), error_rate=1.0) == (f"{left}{sign}{right}={wrong}", wrong)
+def test_a_slip_replaces_one_digit_and_reaches_every_other():
+    rng = Random(0)
+    assert {slip(53, rng) for _ in range(500)} == {n for n in range(100) if (n // 10 == 5) != (n % 10 == 3)}
+    assert {slip(7, rng) for _ in range(200)} == set(range(10)) - {7}
+    assert write_sum(53, "+", 38, rng, error_rate=0.0) == ("53+38=91", 91)
+    line, wrong = write_sum(53, "-", 38, rng, error_rate=1.0)
+    assert line == f"53-38={wrong}" != "53-38=15"
+
+
+def test_a_careless_solution_carries_its_slips_on():
+    careless = WordProblems(seed=3, held_out=False, error_rate=0.5)
+    wrong = 0
+    for problem in (careless[i] for i in range(200)):
+        first, second, last = problem.solution.split(";")
+        assert second.startswith(first.split("=")[1])
+        assert last == "#" + second.split("=")[1]
+        wrong += sum(abs(eval(sum_)) != int(result) for sum_, result in (x.split("=") for x in (first, second)))
+    assert 160 <= wrong <= 240  # 400 sums, half of them slips: mean 200, standard deviation 10
 
 
 @pytest.mark.parametrize(

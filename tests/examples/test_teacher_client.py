@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
 from opd.rollout import Batch, score
 from opd.teacher_client import TeacherEndpoint, TeacherError
 from torch.testing import assert_close
@@ -62,6 +60,10 @@ class Handler(BaseHTTPRequestHandler):
             fault(answer)
         body = json.dumps(answer).encode()
         self.send_response(200)
+        if fault == "cut inside a letter":  # and no length that would show it
+            self.end_headers()
+            self.wfile.write('{"text": "über'.encode()[:11])
+            return
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
@@ -106,7 +108,7 @@ def test_what_is_asked_for(server):
     assert server.rows[0]["tokens"] in sent.values()
 
 
-@pytest.mark.parametrize("faults", [[503, 429], ["cut"], ["hang up", "hang up", 500]], ids=str)
+@pytest.mark.parametrize("faults", [[503, 429], ["cut"], ["cut inside a letter"], ["hang up", "hang up", 500]], ids=str)
 def test_passing_troubles_are_retried(server, faults):
     expected = client(server)(server.batch())
     server.requests.clear()
@@ -117,7 +119,12 @@ def test_passing_troubles_are_retried(server, faults):
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [(503, "HTTP 503"), ("cut", "IncompleteRead|JSONDecodeError"), ("hang up", "Remote|Connection")],
+    [
+        (503, "HTTP 503"),
+        ("cut", "IncompleteRead|JSONDecodeError"),
+        ("cut inside a letter", "UnicodeDecodeError"),
+        ("hang up", "Remote|Connection"),
+    ],
 )
 def test_lasting_troubles_end_with_the_request_named(server, fault, reason):
     tokens = server.rows[1]["tokens"]

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
 from opd.loop import backward, update
 from opd.models import layout
 from opd.rollout import Batch, sample, score

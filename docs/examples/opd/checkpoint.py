@@ -5,8 +5,11 @@ holds how long the metrics file was, and a restart cuts the file there.
 """
 
 import difflib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +23,37 @@ from opd.config import Config, ConfigError
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def claim(config: Config) -> None:
-    """Writes the run's `config.yaml`, or says how the run that already lies there was configured otherwise."""
+@contextmanager
+def claim(config: Config) -> Iterator[None]:
+    """Holds the run's folder for this process alone, and its `config.yaml` to what the run began with."""
     if ranks.rank() != 0:
+        yield
         return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with (config.run_dir / "lock").open("w") as lock:  # the system lets go of it however the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is at work in {config.run_dir}") from error
+        _check_unchanged(config)
+        yield
+
+
+def _check_unchanged(config: Config) -> None:
     path = config.run_dir / "config.yaml"
     ours = OmegaConf.to_yaml(OmegaConf.structured(config))
-    if path.exists():
-        there = path.read_text()
-        differing = [line for line in difflib.ndiff(there.splitlines(), ours.splitlines()) if line[0] in "+-"]
-        if differing:
-            raise ConfigError(
-                f"{config.run_dir} holds a run with another configuration; take another trial_name or delete it. "
-                f"There (-) and here (+):\n" + "\n".join(differing)
-            )
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        partial.write_text(ours)
+        os.replace(partial, path)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(ours)
-    os.replace(partial, path)
+    there = path.read_text()
+    differing = [line for line in difflib.ndiff(there.splitlines(), ours.splitlines()) if line[0] in "+-"]
+    if differing:
+        raise ConfigError(
+            f"{config.run_dir} holds a run with another configuration; take another trial_name or delete it. "
+            f"There (-) and here (+):\n" + "\n".join(differing)
+        )
 
 
 class Checkpoints:
@@ -105,6 +120,12 @@ class MetricsFile:
             return 0
         os.fsync(self.file.fileno())
         return self.file.tell()
+
+
+def read_records(path: Path) -> list[dict]:
+    """The whole lines of a metrics file, which another process may be writing to; none if there is no file yet."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write_whole(path: Path, state: Any) -> None:

@@ -5,11 +5,13 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kdloss import schedules
 from kdloss.config import KDRLConfig
@@ -22,6 +24,32 @@ MODES = {
     "kdrl-direct": "the joint loss read literally, logp - teacher_logp as a penalty: no teacher in its gradient",
 }
 ALIASES = {"student": "actor"}
+DTYPES = ("float32", "bfloat16", "float16")
+AT_LEAST_ONE = (
+    "total_train_steps",
+    "actor.ppo_n_minibatches",
+    "actor.mb_spec.n_mbs",
+    "gconfig.n_samples",
+    "gconfig.max_new_tokens",
+    "data.batch_size",
+    "endpoint.attempts",
+    "endpoint.concurrency",
+    "evaluator.freq_steps",
+    "evaluator.size",
+    "evaluator.final_size",
+    "evaluator.batch_size",
+    "saver.freq_steps",
+    "saver.keep",
+)
+POSITIVE = (
+    "actor.optimizer.lr",
+    "actor.optimizer.gradient_clipping",
+    "actor.behave_imp_weight_cap",
+    "gconfig.temperature",
+    "gconfig.top_p",
+    "endpoint.timeout",
+)
+NOT_NEGATIVE = ("actor.optimizer.weight_decay", "actor.optimizer.warmup_steps", "rollout.max_head_offpolicyness")
 LOCAL_TEACHER = ("device_map",)  # keys of the `teacher:` block that are read here and not by the loss
 
 
@@ -157,17 +185,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         if "=" not in item:
             raise ConfigError(f"expected dotted.key=value, got {item!r}")
     try:
-        given = OmegaConf.merge(_renamed(OmegaConf.load(path)), _renamed(OmegaConf.from_dotlist(overrides)))
+        given = OmegaConf.merge(_renamed(_load(path)), _renamed(OmegaConf.from_dotlist(overrides)))
         _check_keys(OmegaConf.to_container(given), Config, "")
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
-    except FileNotFoundError as error:
-        raise ConfigError(f"no such file: {path}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0] + (f" (in {error.full_key})" if error.full_key else "")) from error
     _check_choice("mode", config.mode, MODES)
     _check_choice("endpoint.kind", config.endpoint.kind, ("vllm", "sglang", "openai"))
+    _check_choice("actor.dtype", config.actor.dtype, DTYPES)
+    _check_choice("teacher.dtype", config.teacher.get("dtype", config.actor.dtype), DTYPES)
+    _check_ranges(config)
     for block, key in ((config.actor, "path"), (config.data, "path"), (config.data, "eval_path")):
         setattr(block, key, _beside(path, getattr(block, key)))
+    if not isinstance(config.teacher.get("path"), str | None):
+        raise ConfigError(f"teacher.path must be text, got {config.teacher['path']!r}")
     config.teacher["path"] = _beside(path, config.teacher.get("path"))
     _check_together(config)
     return config
@@ -208,9 +239,36 @@ def weight_schedule(config: Config) -> Callable[[int], float]:
     return lambda step: float(function(step, **arguments))
 
 
+def _load(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {os.strerror(error.errno)}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected `key: value` lines, got a list")
+    return loaded
+
+
+def _check_ranges(config: Config) -> None:
+    bounds = [(AT_LEAST_ONE, "at least 1", lambda x: x >= 1), (POSITIVE, "above 0", lambda x: x > 0)]
+    for names, told, holds in [*bounds, (NOT_NEGATIVE, "at least 0", lambda x: x >= 0)]:
+        for name in names:
+            value = attrgetter(name)(config)
+            if not holds(value):
+                raise ConfigError(f"{name} must be {told}, got {value}")
+    if config.gconfig.top_p > 1:
+        raise ConfigError(f"gconfig.top_p must be at most 1, got {config.gconfig.top_p}")
+
+
 def _check_together(config: Config) -> None:
     loss_config(config)
     weight_schedule(config)
+    if config.endpoint.url and not config.endpoint.url.startswith(("http://", "https://")):
+        raise ConfigError(f"endpoint.url must begin with http:// or https://, got {config.endpoint.url!r}")
+    if config.endpoint.url and config.gconfig.temperature != 1:
+        raise ConfigError("endpoint.url needs gconfig.temperature=1: servers score prompts at temperature 1")
     local, remote = bool(config.teacher.get("path")), bool(config.endpoint.url)
     if config.mode == "sft" and (remote or not local):
         raise ConfigError("mode sft lets the teacher write: it needs teacher.path, and no endpoint.url")
@@ -218,7 +276,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"mode {config.mode} needs a teacher: set teacher.path or endpoint.url")
     if config.data.path and not config.data.eval_path:
         raise ConfigError("data.path needs data.eval_path, the held-out questions")
+    if "WORLD_SIZE" in os.environ and (config.actor.device_map or config.teacher.get("device_map")):
+        raise ConfigError("device_map spreads one process over devices; it cannot be joined with torchrun")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if min(config.evaluator.size, config.evaluator.final_size) < processes:
+        raise ConfigError(f"evaluator.size and final_size must be at least the number of processes, {processes}")
     if config.data.batch_size % processes:
         raise ConfigError(f"data.batch_size ({config.data.batch_size}) must be a multiple of the {processes} processes")
     rows = config.data.batch_size // processes * config.gconfig.n_samples
@@ -227,7 +289,10 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"actor.ppo_n_minibatches * actor.mb_spec.n_mbs ({parts}) exceeds the {rows} responses")
 
 
-def _renamed(config):
+def _renamed(config: DictConfig) -> DictConfig:
+    for alias, name in ALIASES.items():
+        if alias in config and name in config:
+            raise ConfigError(f"{alias} is another name of {name}: give one of them")
     return OmegaConf.create({ALIASES.get(key, key): value for key, value in config.items_ex(resolve=False)})
 
 

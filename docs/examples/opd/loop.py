@@ -147,8 +147,11 @@ class Run:
 
     def train(self, *, progress: bool = True) -> None:
         """Runs the updates that are left, from the newest checkpoint if there is one."""
+        with claim(self.config):
+            self._train(progress=progress)
+
+    def _train(self, *, progress: bool) -> None:
         config, folder = self.config, self.config.run_dir
-        claim(config)
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.saver.keep)
         torch.manual_seed(1000 * config.seed + ranks.rank())
         state = checkpoints.load(model=self.student, optimizer=self.optimizer) or {"step": 0, "metrics_length": 0}

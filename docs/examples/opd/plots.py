@@ -1,6 +1,5 @@
 """What a person looks at when the runs are done: `reward_curve.png` and a table, both made from the metrics files."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from omegaconf import OmegaConf
+
+from opd.checkpoint import read_records
 
 COLOURS = {"sft": "#8c564b", "distill": "#1f77b4", "grpo": "#ff7f0e", "kdrl": "#2ca02c", "kdrl-direct": "#d62728"}
 
@@ -32,10 +33,10 @@ def read_trials(experiment: Path) -> list[Trial]:
     """The trials of an experiment that have begun, in the order of the modes' table."""
     trials = []
     for path in sorted(experiment.glob("*/metrics.jsonl")):
-        lines = path.read_text().splitlines()
-        if lines:
+        records = read_records(path)
+        if records:
             mode = OmegaConf.load(path.parent / "config.yaml").mode
-            trials.append(Trial(path.parent.name, mode, [json.loads(line) for line in lines]))
+            trials.append(Trial(path.parent.name, mode, records))
     return sorted(trials, key=lambda t: (list(COLOURS).index(t.mode), t.name))
 
 
@@ -60,17 +61,16 @@ def draw(experiment: Path) -> Path:
             left.plot(steps, smooth(reward), linewidth=1, alpha=0.35, **style)
         steps, reverse_kl = trial.series("reverse_kl")
         if steps:
-            right.plot(steps, reverse_kl, linewidth=0.6, alpha=0.25, **style)
             right.plot(steps, smooth(reverse_kl), linewidth=1.6, label=trial.name, **style)
     teacher = [t.records[0]["teacher_accuracy"] for t in trials if "teacher_accuracy" in t.records[0]]
     if teacher:
         left.axhline(teacher[0], color="0.4", linewidth=1, linestyle=(0, (6, 3)), label="teacher")
     left.set(title="Accuracy on held-out questions", xlabel="update", ylabel="fraction right, one sampled answer")
     left.set_ylim(-0.02, 1.04)
-    right.set(title="Reverse KL to the teacher", xlabel="update", ylabel="nats a token")
+    right.set(title="Reverse KL to the teacher", xlabel="update", ylabel="nats a token, mean of 10 updates")
     if any(trial.series("reverse_kl")[0] for trial in trials):
         right.set_yscale("log")
-    note = "points: ± one standard error; faint: reward while training"
+    note = "points: ± one standard error; faint: reward while training, mean of 10"
     left.text(0.02, 0.02, note, transform=left.transAxes, fontsize=8, color="0.4")
     for axes in (left, right):
         axes.grid(alpha=0.25)

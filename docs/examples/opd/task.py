@@ -80,21 +80,19 @@ class WordProblems:
 
 
 def write_sum(left: int, sign: str, right: int, rng: random.Random, *, error_rate: float) -> tuple[str, int]:
-    """`53+38=91` and 91; with probability `error_rate` without the carry (or borrow), as a weak student has it: 81."""
+    """`53+38=91` and 91; with probability `error_rate` a slip, as a careless student makes it: `53+38=97` and 97."""
     result = abs(left + right if sign == "+" else left - right)
     if rng.random() < error_rate:
-        result = without_carry(left, sign, right)
+        result = slip(result, rng)
     return f"{left}{sign}{right}={result}", result
 
 
-def without_carry(left: int, sign: str, right: int) -> int:
-    """The sum or difference digit by digit, each for itself."""
-    result, place = 0, 1
-    while left or right:
-        digit = left % 10 + right % 10 if sign == "+" else left % 10 - right % 10
-        result += digit % 10 * place
-        left, right, place = left // 10, right // 10, place * 10
-    return result
+def slip(number: int, rng: random.Random) -> int:
+    """`number` with one of its digits replaced by another, all of them equally likely."""
+    digits = list(str(number))
+    place = rng.randrange(len(digits))
+    digits[place] = rng.choice([digit for digit in "0123456789" if digit != digits[place]])
+    return int("".join(digits))
 
 
 class JsonLines:

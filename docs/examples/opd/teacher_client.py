@@ -21,7 +21,7 @@ import kdloss
 from opd.rollout import Batch
 
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
-RETRIED_ERRORS = (OSError, http.client.HTTPException, json.JSONDecodeError)  # no connection, timeout, truncated answer
+RETRIED_ERRORS = (OSError, http.client.HTTPException, ValueError)  # no connection, timeout, truncated or garbled answer
 
 
 class TeacherError(RuntimeError):
@@ -79,13 +79,13 @@ class TeacherEndpoint:
         return [0.0, *logp]
 
     def _post(self, body: bytes, request: str) -> Any:
+        call = urllib.request.Request(self.url, body, self.headers)
         for attempt in range(1, self.attempts + 1):
             try:
-                call = urllib.request.Request(self.url, body, self.headers)
                 with urllib.request.urlopen(call, timeout=self.timeout) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
+                reason = f"HTTP {error.code}: {_beginning(error)}"
                 if error.code not in RETRIED_STATUS:
                     raise TeacherError(f"{request}: {reason}") from error
             except RETRIED_ERRORS as error:
@@ -95,13 +95,20 @@ class TeacherEndpoint:
         raise TeacherError(f"{request}: gave up after {self.attempts} attempts, the last one: {reason}")
 
 
+def _beginning(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(200).decode(errors="replace")
+    except RETRIED_ERRORS as broken:
+        return f"(its body did not come: {broken})"
+
+
 def _vllm_body(tokens: list[int], model: str | None) -> dict:
     return {"model": model, "prompt": tokens, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
 
 
 def _vllm_read(answer: dict, tokens: Sequence[int]) -> list[float]:
     entries = _of_length(answer["choices"][0]["prompt_logprobs"], tokens)
-    return [_finite(entry[str(token)]["logprob"]) for entry, token in zip(entries[1:], tokens[1:], strict=True)]
+    return [_number(entry[str(token)]["logprob"]) for entry, token in zip(entries[1:], tokens[1:], strict=True)]
 
 
 def _sglang_body(tokens: list[int], model: str | None) -> dict:
@@ -114,7 +121,7 @@ def _sglang_read(answer: dict, tokens: Sequence[int]) -> list[float]:
     scored = [entry[1] for entry in entries]
     if scored != list(tokens):
         raise ValueError(f"the server scored other tokens: {scored[:8]}... for {list(tokens)[:8]}...")
-    return [_finite(entry[0]) for entry in entries[1:]]
+    return [_number(entry[0]) for entry in entries[1:]]
 
 
 def _openai_body(tokens: list[int], model: str | None) -> dict:
@@ -122,7 +129,7 @@ def _openai_body(tokens: list[int], model: str | None) -> dict:
 
 
 def _openai_read(answer: dict, tokens: Sequence[int]) -> list[float]:
-    return [_finite(x) for x in _of_length(answer["choices"][0]["logprobs"]["token_logprobs"], tokens)[1:]]
+    return [_number(x) for x in _of_length(answer["choices"][0]["logprobs"]["token_logprobs"], tokens)[1:]]
 
 
 PROTOCOLS = {
@@ -138,7 +145,7 @@ def _of_length(entries: list, tokens: Sequence[int]) -> list:
     return entries
 
 
-def _finite(x: float | None) -> float:
+def _number(x: float | None) -> float:
     if x is None or x != x:
         raise ValueError(f"a log-prob is {x}")
     return float(x)
