@@ -34,6 +34,7 @@ LAYERS = (
     "_weights",
     "_surrogates",
     "_objectives",
+    "_kdrl",
     "_diagnostics",
     "schedules",
     "config",

@@ -15,6 +15,8 @@ from ._estimators import kl_k1 as kl_k1
 from ._estimators import kl_k2 as kl_k2
 from ._estimators import kl_k3 as kl_k3
 from ._estimators import reverse_kl_reward as reverse_kl_reward
+from ._kdrl import kdrl_loss as kdrl_loss
+from ._kdrl import kdrl_token_loss as kdrl_token_loss
 from ._linear import linear_token_logprobs as linear_token_logprobs
 from ._linear import linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy
 from ._logprobs import LogprobsAndEntropy as LogprobsAndEntropy
@@ -23,8 +25,6 @@ from ._logprobs import token_logprobs_and_entropy as token_logprobs_and_entropy
 from ._objectives import LossOutput as LossOutput
 from ._objectives import distillation_loss as distillation_loss
 from ._objectives import grpo_loss as grpo_loss
-from ._objectives import kdrl_loss as kdrl_loss
-from ._objectives import kdrl_token_loss as kdrl_token_loss
 from ._objectives import sft_loss as sft_loss
 from ._packing import broadcast_to_tokens as broadcast_to_tokens
 from ._packing import cu_seqlens_from_lengths as cu_seqlens_from_lengths

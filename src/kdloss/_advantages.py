@@ -39,13 +39,14 @@ def group_relative_advantages(
         std reweights prompts, and is a different objective.
 
     Raises:
-        TypeError: `rewards` is not floating-point or `group_ids` not integer.
+        TypeError: `rewards` is not floating-point, `group_ids` not integer or `scale_by_std` not bool.
         ValueError: shapes disagree, both or neither of `group_size` and `group_ids` are given.
 
     Source:
         GRPO (arXiv 2402.03300), section 4.1.2; without the std: Dr. GRPO (arXiv 2503.20783).
     """
     _checks.non_negative(eps=eps)
+    _checks.flag(scale_by_std=scale_by_std)
     groups = _Groups(rewards, group_size, group_ids)
     centred = groups.centred
     if scale_by_std:

@@ -7,7 +7,7 @@ Two alignments are in use. At *prediction positions* (this library's own) entry 
 at *token positions* (inference servers) it speaks of the token at t. They differ by a shift inside every sequence.
 
 A `cu_seqlens` that does not fit the stream raises on the CPU. On other devices, and under `torch.compile`, where
-looking would wait for the device, nothing is read out of bounds and floating results are NaN.
+looking would wait for the device, nothing is read out of bounds; floating results are NaN, and so are their gradients.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def segment_sum(
     layout = _layout(cu_seqlens, x.shape[0])
     kept = torch.where(loss_mask, x, 0).to(_checks.accumulator_dtype(x))
     sums = kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, layout.ids, kept)
-    return torch.where(layout.fits, sums, torch.nan).to(_checks.promoted_dtype(x))
+    return _poison(sums, layout.fits).to(_checks.promoted_dtype(x))
 
 
 def segment_mean(
@@ -370,8 +370,11 @@ def _like(mask: Tensor, x: Tensor) -> Tensor:
 
 def _poison(x: Tensor, fits: Tensor) -> Tensor:
     """NaN throughout where `fits` is False; integers and booleans, which have no NaN, become 0."""
+    if x.dtype.is_floating_point:
+        # a product and not `where`, so that the gradient is NaN as well: a 0 would pass for a step without data
+        return x * torch.where(fits, 1.0, torch.nan)
     # a 0-dim tensor of the same dtype: beside a bare number, booleans would become integers
-    return torch.where(fits, x, x.new_full((), torch.nan if x.dtype.is_floating_point else 0))
+    return torch.where(fits, x, x.new_zeros(()))
 
 
 def _poison_floating(x: Tensor, fits: Tensor) -> Tensor:
