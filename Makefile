@@ -6,10 +6,12 @@
 #     paper: $(VENV)/test.stamp $(VENV)/docs.stamp  ## Draw the figures
 #     	$(BIN)/python -m something
 #
-# Variables: PYTHON, the interpreter that .venv is made with; ARGS, handed on to the tool, as in `make test ARGS="-k kl_k3"`.
+# Variables: PYTHON, the interpreter that .venv is made with; ARGS, handed on to the tool, as in `make test ARGS="-k kl_k3"`;
+# EXAMPLES, of `make fuzz`.
 
 PYTHON ?= python3
 ARGS ?=
+EXAMPLES ?= 100000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help check format test
+.PHONY: help check format fuzz test
 
 help:  ## List the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +37,10 @@ format: $(VENV)/test.stamp  ## Mend what the linter and the formatter can mend
 # A file stays in one process: the code blocks of a document share their names.
 test: $(VENV)/test.stamp  ## The tests, and the code blocks of README.md and docs/
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5 $(ARGS)
+
+# 100,000 examples in all; the normal suite draws a hundred for each test.
+fuzz: $(VENV)/test.stamp  ## The hypothesis tests, with many more examples: make fuzz EXAMPLES=100000
+	$(BIN)/pytest tests --fuzz $(EXAMPLES) --numprocesses auto --maxprocesses 4 --durations 5 $(ARGS)
 
 # torch comes first and alone, so that no other package's requirement chooses its build.
 $(VENV)/torch.stamp: constraints.txt
