@@ -352,3 +352,23 @@ def test_a_linear_head_is_the_sum_of_its_rows(batch: HeadBatch):
     for name in gradients.keys() - {"hidden"}:
         summed = total([g[name] for _, g in parts], gradients[name]).to(gradients[name].dtype)
         close(gradients[name], summed, scale=30, what=name)
+
+
+@given(rows=logits_batches(), head=head_batches())
+def test_log_probs_alone_are_those_beside_the_entropy(rows: LogitsBatch, head: HeadBatch):
+    logits = rows.logits.clone().requires_grad_()
+    alone = kdloss.token_logprobs(logits, rows.labels)
+    beside = kdloss.token_logprobs_and_entropy(logits, rows.labels).logp
+    close(alone.detach(), beside.detach(), scale=1, what="logp")
+    # a log-prob of -inf is descended by no loss
+    slopes = [torch.autograd.grad(torch.where(x.isfinite(), x, 0).sum(), logits)[0] for x in (alone, beside)]
+    close(slopes[0], slopes[1], scale=1, what="logits")
+
+    named = head.named()
+    leaves = {name: named[name].clone().requires_grad_() for name in ("hidden", "weight")}
+    alone = kdloss.linear_token_logprobs(**(named | leaves))
+    beside = kdloss.linear_token_logprobs_and_entropy(**(named | leaves)).logp
+    close(alone.detach(), beside.detach(), scale=1, what="linear logp")
+    gradients = [torch.autograd.grad(x.sum(), list(leaves.values())) for x in (alone, beside)]
+    for name, x, y in zip(leaves, *gradients, strict=True):
+        close(x, y, scale=30, what=name)
