@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -164,8 +165,13 @@ def kd_mask_of(batch: dict[str, Any]) -> Tensor:
     )
 
 
-def reward_of(path: Path, *, mask: bool = False, clip: float = np.inf) -> np.ndarray:
-    heard = path.reward <= 0 if mask else True
+def kd_mask_by_token(batch: dict[str, Any]) -> Tensor:
+    """The teacher is listened to where it is sure. Elsewhere its reward is 0, and its step is still counted."""
+    return batch["teacher_logp"] > math.log(0.5)
+
+
+def reward_of(path: Path, *, mask: bool = False, sure: bool = False, clip: float = np.inf) -> np.ndarray:
+    heard = (path.reward <= 0 or not mask) & ((path.p > 0.5) | (not sure))
     return heard * np.clip(np.log(path.p / path.q), -clip, clip)
 
 
@@ -177,6 +183,7 @@ def to_go(rewards: np.ndarray, discount: float) -> np.ndarray:
 BOUNDS: dict[str, tuple[dict[str, Any], Callable[..., np.ndarray], Callable[[Path], np.ndarray]]] = {
     "": ({}, reward_of, lambda path: path.ratio),
     "kd_mask by outcome": ({"kd_mask": kd_mask_of}, partial(reward_of, mask=True), lambda path: path.ratio),
+    "kd_mask by token": ({"kd_mask": kd_mask_by_token}, partial(reward_of, sure=True), lambda path: path.ratio),
     "kd_reward_clip": ({"kd_reward_clip": 0.3}, partial(reward_of, clip=0.3), lambda path: path.ratio),
     "kd_max_ratio": ({"kd_max_ratio": 1.2}, reward_of, lambda path: np.minimum(path.ratio, 1.2)),
 }
@@ -186,7 +193,7 @@ def distillation(discount: float, bound: str) -> Loss:
     options, reward, ratio = BOUNDS[bound]
 
     def call(*, logp, old_logp, teacher_logp, loss_mask, cu_seqlens, reduction, normalizer, **rest):
-        batch = {"logp": logp, "cu_seqlens": cu_seqlens, **rest}
+        batch = {"logp": logp, "teacher_logp": teacher_logp, "cu_seqlens": cu_seqlens, **rest}
         given = {name: x(batch) if callable(x) else x for name, x in options.items()}
         return kdloss.distillation_loss(
             logp,

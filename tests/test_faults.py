@@ -22,8 +22,8 @@ import kdloss
 # float64 everywhere unless a test says otherwise: a dozen additions of numbers of order 1 round at 1e-15
 assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-13)
 
-# What well-known trainers got wrong, in the words that the tests' first lines begin with. The two of truncated teachers,
-# a renormalised top-1 KL that is identically 0 and a clamped one without gradient, belong to the top-k divergences.
+# What well-known trainers got wrong, in the words that the tests' first lines begin with. The two of truncated
+# teachers, a renormalised top-1 KL that is identically 0 and a clamped one without gradient, are of the top-k KLs.
 FAULTS = (
     "teacher log-probs shifted by one",
     "labels rolled across a packed boundary",
@@ -37,9 +37,9 @@ FAULTS = (
     "phantom vocabulary rows",
     "temperature on one side only",
     "discounting through tool or prompt tokens",
-    "γ^i in place of γ^(i-t)",
+    "γ^i in place of γ^(i-t)",  # noqa: RUF001
     "the entropy's gradient silently dropped",
-    "B×L grids past 65535",
+    "B×L grids past 65535",  # noqa: RUF001
     "32-bit offsets",
 )
 

@@ -8,6 +8,7 @@ cancel they are relative to the size of its terms. Gradients of half-precision i
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -244,6 +245,17 @@ def test_groups_do_not_see_each_other(function, batch: GroupedRewards, data: st.
     order = torch.tensor(data.draw(st.permutations(range(len(whole)))), dtype=torch.int64)
     shuffled = function(batch.rewards[order], group_ids=batch.group_ids[order])
     close(shuffled, whole[order], scale=1, what="shuffled")
+
+
+def test_advantages_of_rewards_that_lie_close_together_do_not_hang_on_their_order():
+    """Found by fuzzing: an error of the mean, 1e-16 of the rewards, is divided by a standard deviation of 1e-6."""
+    spread = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rewards = 0.8 + 1e-6 * spread
+    exact = rewards - rewards[0]  # without rounding: the numbers lie within a factor of two
+    exact = (exact - exact.mean()) / exact.std()
+    for order in itertools.permutations(range(5)):
+        advantages = kdloss.group_relative_advantages(rewards[list(order)], group_size=5, eps=0)
+        close(advantages, exact[list(order)], scale=1, what=str(order))
 
 
 def logits_outcome(batch: LogitsBatch, shape: tuple[int, ...] | None = None, **options: Any) -> Outcome:

@@ -147,7 +147,9 @@ class _Groups:
         self._bucket = torch.empty_like(order).index_copy(0, order, bucket)
 
         self.size = self.sum(torch.ones_like(rewards))
-        self.centred = rewards - self.sum(rewards) / self.size
+        centred = rewards - self.sum(rewards) / self.size
+        # once more: the mean is rounded to the size of the rewards, which shows where they lie close together
+        self.centred = centred - self.sum(centred) / self.size
         neighbour_differs = bucket.diff().eq(0) & rewards[order].diff().ne(0)
         differs = torch.cat([torch.zeros_like(rewards[:1]), neighbour_differs.to(rewards.dtype)])
         self.all_equal = self.sum(torch.empty_like(rewards).index_copy(0, order, differs)) == 0
