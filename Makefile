@@ -6,10 +6,12 @@
 #     paper: $(VENV)/test.stamp $(VENV)/docs.stamp  ## Draw the figures
 #     	$(BIN)/python -m something
 #
-# Variables: PYTHON, the interpreter that .venv is made with; ARGS, handed on to the tool, as in `make test ARGS="-k kl_k3"`.
+# Variables: PYTHON, the interpreter that .venv is made with; ARGS, handed on to the tool, as in `make test ARGS="-k kl_k3"`;
+# EXAMPLES, of `make fuzz`.
 
 PYTHON ?= python3
 ARGS ?=
+EXAMPLES ?= 100000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,6 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .NOTPARALLEL:
 .PHONY: help bench check format test
 .PHONY: help check demo format test
+.PHONY: help check format fuzz test
 
 help:  ## List the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +45,9 @@ test: $(VENV)/test.stamp $(VENV)/examples.stamp  ## The tests, and the code bloc
 
 bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/results/; ARGS="--quick" takes a minute
 	$(BIN)/python -m benchmarks $(ARGS)
+# 100,000 examples in all; the normal suite draws a hundred for each test.
+fuzz: $(VENV)/test.stamp  ## The hypothesis tests, with many more examples: make fuzz EXAMPLES=100000
+	$(BIN)/pytest tests --fuzz $(EXAMPLES) --numprocesses auto --maxprocesses 4 --durations 5 $(ARGS)
 
 # torch comes first and alone, so that no other package's requirement chooses its build.
 $(VENV)/torch.stamp: constraints.txt

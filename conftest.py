@@ -1,9 +1,16 @@
-"""What every test run shares: one thread, hypothesis profile, `gpu` marker, and the documents' code blocks as tests."""
+"""What every test run shares: one thread, hypothesis profiles, `gpu` marker, and the documents' code blocks as tests.
+
+`--fuzz EXAMPLES` (see `make fuzz`) runs the hypothesis tests alone, with that many examples among them.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -19,6 +26,8 @@ torch.set_num_threads(1)
 # In CI the same examples run every time; elsewhere each run looks at new ones, and a failure is kept and replayed.
 hypothesis.settings.register_profile("kdloss", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("kdloss")
+# New examples every time, and a failure prints what replays it anywhere.
+hypothesis.settings.register_profile("fuzz", deadline=None, derandomize=False, print_blob=True)
 
 _collect_document = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"]).pytest()
 
@@ -29,6 +38,55 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     if parts == ("README.md",) or (parts[:1] == ("docs",) and parts[:2] != ("docs", "examples")):
         return _collect_document(file_path, parent)
     return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--fuzz EXAMPLES`."""
+    parser.addoption("--fuzz", type=int, metavar="EXAMPLES", help="hypothesis tests alone, with EXAMPLES in all")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The profile has to be there before the test modules are read."""
+    if config.getoption("fuzz"):
+        hypothesis.settings.load_profile("fuzz")
+        config.pluginmanager.register(_Fuzz(config.getoption("fuzz")))
+
+
+class _Fuzz:
+    """Shares the examples out among the hypothesis tests, and counts those that were run."""
+
+    def __init__(self, examples: int) -> None:
+        self.examples, self.count, self.tests, self.run = examples, 0, 0, 0
+
+    @pytest.hookimpl(trylast=True)  # hypothesis marks its tests in this hook
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.get_closest_marker("hypothesis")]
+        share = hypothesis.settings(max_examples=math.ceil(self.examples / max(1, len(items))))
+        for function in {item.obj for item in items if isinstance(item, pytest.Function)}:
+            share(function)
+            function.hypothesis.inner_test = self.counted(function.hypothesis.inner_test)
+
+    def counted(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(test)
+        def counting(*args: Any, **keywords: Any) -> Any:
+            self.count += 1
+            return test(*args, **keywords)
+
+        return counting
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        before = self.count
+        yield
+        item.user_properties.append(("examples", self.count - before))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":  # where xdist runs, its workers' reports arrive here
+            self.tests += 1
+            self.run += sum(int(str(n)) for name, n in report.user_properties if name == "examples")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.write_line(f"fuzz: {self.run} examples in {self.tests} tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -118,6 +118,11 @@ def unit_interval(name: str, **switch: Any) -> list[Bad]:
     return [*non_negative(name, **switch), above]
 
 
+def flag(name: str) -> Iterator[Bad]:
+    for x in ("no", 1, None):
+        yield Bad(f"{name} is {x}", {name: x}, TypeError, f"{name} must be true or false, got {x!r}")
+
+
 def bad_normalizer() -> list[Bad]:
     came = "normalizer must be a number or a 0-dim tensor, got shape (1,)"
     return [
@@ -518,7 +523,7 @@ _BAD_GROUPS = [
 ]
 
 BAD["leave_one_out_advantages"] = _BAD_GROUPS
-BAD["group_relative_advantages"] = [*_BAD_GROUPS, *non_negative("eps")]
+BAD["group_relative_advantages"] = [*_BAD_GROUPS, *non_negative("eps"), *flag("scale_by_std")]
 
 BAD["fold_kd_reward"] = [
     *bad_floats("advantages", "kd_reward"),
@@ -614,6 +619,16 @@ _BAD_TERMS = [
     *_BAD_KD,
     *finite("rl_loss_weight"),
     *finite("distill_loss_weight"),
+    *flag("direct_penalty"),
+    # a term that is skipped keeps its hyperparameters checked: its weight may be scheduled to rise
+    *(
+        Bad(f"{bad.what}, the term skipped", bad.changes | {weight: 0}, bad.error, bad.message)
+        for weight, calls in (
+            ("rl_loss_weight", _BAD_RL),
+            ("distill_loss_weight", [*positive("kd_reward_clip"), *positive("kd_max_ratio")]),
+        )
+        for bad in calls
+    ),
     *bad_distill_weights("logp"),
     Bad(
         "rl_loss_weight is a tensor",
@@ -650,6 +665,10 @@ BAD["kdrl_loss"] = [
     *bad_stream("logp", of="kdrl_loss", kd_discount=0.5, cu_seqlens=CU),
     *_BAD_TERMS,
     *_BAD_DISCOUNT,
+    *(
+        Bad(f"{bad.what}, the term skipped", bad.changes | {"distill_loss_weight": 0}, bad.error, bad.message)
+        for bad in _BAD_DISCOUNT
+    ),
     *_BAD_REDUCTION,
     Bad(
         "direct_penalty with kd_discount",

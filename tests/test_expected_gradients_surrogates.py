@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,10 +18,20 @@ import torch
 from torch import Tensor
 
 import kdloss
+from enumeration import (
+    assert_differs,
+    assert_equal,
+    assert_not_parallel,
+    by_hand,
+    by_hand_of_batches,
+    gradient_of,
+    policy_gradient,
+    ppo,
+    responses,
+    returns_to_go,
+    token_level_gradient,
+)
 from kdloss.testing import SequenceTree, expected_gradient
-
-# float64; sums of at most 30 responses (343 groups of them), whose terms of order 1 round at 1e-16 each
-assert_equal = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
 
 # Responses of 1 to 2 and of 1 to 3 tokens, over 3 tokens of which one ends a response (the first and the last of the
 # vocabulary), after prompts of unequal lengths, one of them a single token. Masked positions hold NaN.
@@ -35,91 +43,6 @@ TREES = {
 GROUP_TREE = SequenceTree(max_length=2, eos=0, prompt_lengths=(2,), seed=3)
 
 every_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
-
-
-class Path(NamedTuple):
-    """What a coefficient may depend on: one response, token by token."""
-
-    q: np.ndarray  # (n,) probability of each token taken, under the student
-    mu: np.ndarray  # (n,) under the policy that sampled
-    p: np.ndarray  # (n,) under the teacher
-    reward: float
-
-    @property
-    def ratio(self) -> np.ndarray:
-        return self.q / self.mu
-
-
-def distributions(logits: Tensor) -> np.ndarray:
-    weights = np.exp(logits.detach().numpy())
-    return weights / weights.sum(-1, keepdims=True)
-
-
-def responses(tree: SequenceTree, under: str) -> list[tuple[float, Path, list[int], tuple[int, ...]]]:
-    """(probability, what it looks like, rows of the policies that it passes, its tokens) of every response."""
-    q, p = distributions(tree.student), distributions(tree.teacher)
-    mu = {"student": q, "behaviour": distributions(tree.behaviour)}[under]
-    listed = []
-    for (prompt, tokens), reward in zip(tree.sequences, tree.rewards.tolist(), strict=True):
-        rows = [tree.prefixes.index((prompt, tokens[:i])) for i in range(len(tokens))]
-        path = Path(q[rows, tokens], mu[rows, tokens], p[rows, tokens], reward)
-        listed.append((float(path.mu.prod()) / len(tree.prompt_lengths), path, rows, tokens))
-    return listed
-
-
-def by_hand(tree: SequenceTree, coefficient: Callable[[Path], np.ndarray], *, under: str = "student") -> Tensor:
-    """E of d loss / d logits, from d loss / d logp of every token of a response."""
-    q, total = distributions(tree.student), np.zeros(tree.student.shape)
-    for probability, path, rows, tokens in responses(tree, under):
-        for row, token, c in zip(rows, tokens, np.broadcast_to(coefficient(path), len(tokens)), strict=True):
-            total[row] += probability * c * (np.eye(tree.vocab_size)[token] - q[row])
-    return torch.from_numpy(total)
-
-
-def by_hand_of_batches(
-    tree: SequenceTree, coefficients: Callable[[list[Path]], list[np.ndarray]], *, size: int
-) -> Tensor:
-    """The same for a loss that couples the `size` responses of a batch; on-policy."""
-    q, total = distributions(tree.student), np.zeros(tree.student.shape)
-    for batch in itertools.product(responses(tree, "student"), repeat=size):
-        probability = math.prod(member[0] for member in batch)
-        for (_, _, rows, tokens), c in zip(batch, coefficients([member[1] for member in batch]), strict=True):
-            for row, token, c_t in zip(rows, tokens, np.broadcast_to(c, len(tokens)), strict=True):
-                total[row] += probability * c_t * (np.eye(tree.vocab_size)[token] - q[row])
-    return torch.from_numpy(total)
-
-
-def gradient_of(objective: Tensor, tree: SequenceTree) -> Tensor:
-    return torch.autograd.grad(objective, tree.student)[0]
-
-
-def policy_gradient(tree: SequenceTree) -> Tensor:
-    """The gradient of the expected reward: its enumerated expectation, differentiated."""
-    return gradient_of((tree.probabilities(tree.student) * tree.rewards).sum(), tree)
-
-
-def token_level_gradient(tree: SequenceTree) -> Tensor:
-    """The gradient of sum over prefixes h of mu(h) * sum over v of q(v | h) Q(h, v), Q = E_mu[reward | h, v]."""
-    visits = np.zeros(tree.student.shape)
-    rewarded = np.zeros(tree.student.shape)
-    for probability, path, rows, tokens in responses(tree, "behaviour"):
-        for row, token in zip(rows, tokens, strict=True):
-            visits[row, token] += probability
-            rewarded[row, token] += probability * path.reward
-    weight = torch.from_numpy(visits.sum(-1, keepdims=True) * rewarded / visits)
-    return gradient_of((weight * tree.student.softmax(-1)).sum(), tree)
-
-
-def assert_differs(gradient: Tensor, *others: Tensor):
-    """By a hundredth of its size at least: a bias that a test of equality could not miss."""
-    for other in others:
-        assert (gradient - other).norm() > 1e-2 * other.norm()
-
-
-def assert_not_parallel(gradient: Tensor, other: Tensor):
-    """Not any multiple either: a different objective, and not only another learning rate."""
-    scale = (gradient * other).sum() / other.square().sum()
-    assert_differs(gradient, scale * other)
 
 
 # At ratio 1: the surrogate, with bounds that would act elsewhere, and its value per token
@@ -271,12 +194,6 @@ def test_whole_sequence_importance_weights_are_unbiased_for_the_expected_reward(
     assert_differs(expected_gradient(kdloss.importance_sampled_surrogate, tree, under="behaviour"), exact)
 
 
-def returns_to_go(path, discount):
-    """Of log p - log q: a later token counts discount to the power of its distance."""
-    rewards = np.log(path.p / path.q)
-    return np.array([sum(discount**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))])
-
-
 def distilled(logp, old_logp, teacher_logp, loss_mask, cu_seqlens, *, discount, whole_sequence):
     reward = kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=loss_mask)
     returns = kdloss.discounted_returns(reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, discount=discount)
@@ -313,12 +230,6 @@ def test_what_importance_sampling_makes_of_the_reverse_kl_reward(tree, discount)
     else:
         assert_not_parallel(by_sequence, sequence_kl)
     assert_not_parallel(by_token, sequence_kl)
-
-
-def ppo(path, low, high, dual=math.inf):
-    a, rho = path.reward, path.ratio
-    stopped = (rho > 1 + high) if a > 0 else (rho < 1 - low) | (rho > dual)
-    return np.where(stopped, 0, -rho * a)
 
 
 def sapo(path):

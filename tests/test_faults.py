@@ -7,6 +7,7 @@ must also pass on that data: so it is the fault that is caught, and not a slip i
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,27 @@ import kdloss
 
 # float64 everywhere unless a test says otherwise: a dozen additions of numbers of order 1 round at 1e-15
 assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-13)
+
+# What well-known trainers got wrong, in the words that the tests' first lines begin with. The two of truncated
+# teachers, a renormalised top-1 KL that is identically 0 and a clamped one without gradient, are of the top-k KLs.
+FAULTS = (
+    "teacher log-probs shifted by one",
+    "labels rolled across a packed boundary",
+    "the first token of a packed sequence in the loss",
+    "a mask that shrinks its own denominator",
+    "count taken before filtering",
+    "micro-batch means averaged",
+    "double division under accumulation",
+    "a fully masked batch",
+    "-inf padding that gives NaN gradients",
+    "phantom vocabulary rows",
+    "temperature on one side only",
+    "discounting through tool or prompt tokens",
+    "γ^i in place of γ^(i-t)",  # noqa: RUF001
+    "the entropy's gradient silently dropped",
+    "B×L grids past 65535",  # noqa: RUF001
+    "32-bit offsets",
+)
 
 VOCAB = 5
 LENGTHS = torch.tensor([5, 0, 3, 4])  # one empty sequence: a boundary that is two boundaries
@@ -676,7 +698,7 @@ def test_32_bit_offsets_in_unpack():
 
 
 def test_int32_lengths_that_sum_past_their_dtype_raise() -> None:
-    """Cumulative lengths that wrap silently into negative offsets."""
+    """Fault: 32-bit offsets, here as cumulative lengths that wrap silently below 0."""
     lengths = torch.tensor([2**30] * 3, dtype=torch.int32)
     assert (lengths.cumsum(0, dtype=torch.int32) < 0).any()  # the faulty variant
     with pytest.raises(ValueError, match=r"lengths must sum to at most 2147483647 as int32, got 3221225472; use int64"):
@@ -686,3 +708,11 @@ def test_int32_lengths_that_sum_past_their_dtype_raise() -> None:
     wrapped = torch.tensor([0, 2**30, -(2**31), -(2**30), 0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens must not decrease"):
         kdloss.segment_ids(wrapped, total_tokens=5)
+
+
+def test_every_fault_of_the_list_has_a_test_that_an_injected_variant_fails():
+    named = {name: f for name, f in globals().items() if name.startswith("test_") and "Fault: " in str(f.__doc__)}
+    for fault in FAULTS:
+        tests = [f for f in named.values() if f.__doc__.startswith(f"Fault: {fault}")]
+        assert any("catches(" in inspect.getsource(f) for f in tests), fault
+    assert [name for name, f in named.items() if not f.__doc__[7:].startswith(FAULTS)] == []

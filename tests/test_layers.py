@@ -40,6 +40,7 @@ LAYERS = (
     "_weights",
     "_surrogates",
     "_objectives",
+    "_kdrl",
     "_diagnostics",
     "schedules",
     "config",
@@ -206,6 +207,11 @@ def test_an_allowed_import_is_no_fault(tmp_path, file, line):
         (package / name).touch()
     (package / file).write_text(line)
     assert faults(package) == []
+
+
+def test_a_file_is_read_in_one_sitting():
+    long = {path.name: n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text("utf-8").splitlines())) > 450}
+    assert long == {}
 
 
 def test_the_oracles_know_neither_torch_nor_the_code_that_they_judge():

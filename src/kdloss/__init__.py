@@ -22,6 +22,8 @@ from ._estimators import kl_k3 as kl_k3
 from ._estimators import reverse_kl_reward as reverse_kl_reward
 from ._fused import FusedLoss as FusedLoss
 from ._fused import fused_linear_loss as fused_linear_loss
+from ._kdrl import kdrl_loss as kdrl_loss
+from ._kdrl import kdrl_token_loss as kdrl_token_loss
 from ._linear import linear_token_logprobs as linear_token_logprobs
 from ._linear import linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy
 from ._linear_divergences import linear_forward_kl as linear_forward_kl
@@ -35,8 +37,6 @@ from ._logprobs import token_logprobs_and_entropy as token_logprobs_and_entropy
 from ._objectives import LossOutput as LossOutput
 from ._objectives import distillation_loss as distillation_loss
 from ._objectives import grpo_loss as grpo_loss
-from ._objectives import kdrl_loss as kdrl_loss
-from ._objectives import kdrl_token_loss as kdrl_token_loss
 from ._objectives import sft_loss as sft_loss
 from ._packing import broadcast_to_tokens as broadcast_to_tokens
 from ._packing import cu_seqlens_from_lengths as cu_seqlens_from_lengths

@@ -39,13 +39,14 @@ def group_relative_advantages(
         std reweights prompts, and is a different objective.
 
     Raises:
-        TypeError: `rewards` is not floating-point or `group_ids` not integer.
+        TypeError: `rewards` is not floating-point, `group_ids` not integer or `scale_by_std` not bool.
         ValueError: shapes disagree, both or neither of `group_size` and `group_ids` are given.
 
     Source:
         GRPO (arXiv 2402.03300), section 4.1.2; without the std: Dr. GRPO (arXiv 2503.20783).
     """
     _checks.non_negative(eps=eps)
+    _checks.flag(scale_by_std=scale_by_std)
     groups = _Groups(rewards, group_size, group_ids)
     centred = groups.centred
     if scale_by_std:
@@ -146,7 +147,9 @@ class _Groups:
         self._bucket = torch.empty_like(order).index_copy(0, order, bucket)
 
         self.size = self.sum(torch.ones_like(rewards))
-        self.centred = rewards - self.sum(rewards) / self.size
+        centred = rewards - self.sum(rewards) / self.size
+        # once more: the mean is rounded to the size of the rewards, which shows where they lie close together
+        self.centred = centred - self.sum(centred) / self.size
         neighbour_differs = bucket.diff().eq(0) & rewards[order].diff().ne(0)
         differs = torch.cat([torch.zeros_like(rewards[:1]), neighbour_differs.to(rewards.dtype)])
         self.all_equal = self.sum(torch.empty_like(rewards).index_copy(0, order, differs)) == 0

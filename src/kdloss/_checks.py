@@ -136,6 +136,27 @@ def finite(**numbers: float) -> None:
             raise ValueError(f"{name} must be finite, got {x}")
 
 
+def unit_interval(**numbers: float) -> None:
+    non_negative(**numbers)
+    for name, x in numbers.items():
+        if not x <= 1:
+            raise ValueError(f"{name} must be in 0 .. 1, got {x}")
+
+
+def ppo_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+    non_negative(clip_low=clip_low, clip_high=clip_high)
+    positive(dual_clip=dual_clip)
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
+
+
+def flag(**switches: object) -> None:
+    """Switches are bool: a text such as "false" from a config is true wherever it is tested."""
+    for name, x in switches.items():
+        if not isinstance(x, bool):
+            raise TypeError(f"{name} must be true or false, got {x!r}")
+
+
 def weight(reference_name: str, reference: Tensor, **weights: float | Tensor) -> None:
     """Loss weights: finite Python numbers, or floating tensors that are 0-dim or of the shape of `reference`."""
     for name, x in weights.items():

@@ -158,9 +158,7 @@ def discounted_returns(
     """
     _checks.per_token("rewards", rewards, loss_mask=loss_mask)
     _checks.packed_stream("rewards", rewards, cu_seqlens)
-    _checks.non_negative(discount=discount)
-    if discount > 1:
-        raise ValueError(f"discount must be in 0 .. 1, got {discount}")
+    _checks.unit_interval(discount=discount)
 
     total = rewards.shape[0]
     ids, fits = segment_ids_and_fit(cu_seqlens, total_tokens=total)

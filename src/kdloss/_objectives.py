@@ -1,9 +1,7 @@
-"""Scalar losses: forward KL (SFT), reverse KL on the student's own samples, GRPO, and KDRL, which joins the last two.
+"""Scalar losses of one term: forward KL (SFT), GRPO, and reverse KL on the student's own samples.
 
-There is one distillation gradient, whatever the RL weight: the importance-sampled surrogate on the reward
-R = log p - log q, whose expectation is grad KL(q || p). The literal joint form of some trainers, which descends
-log q - log p itself, has the value of the reverse KL and a gradient without the teacher; it is there for parity, as
-`kdrl_loss(direct_penalty=True)`, and says so when it runs.
+Each is a per-token surrogate under a reduction; `kdrl_loss` joins the last two. There is one distillation gradient:
+the importance-sampled surrogate on the reward R = log p - log q, whose expectation is grad KL(q || p).
 """
 
 from __future__ import annotations
@@ -17,12 +15,6 @@ from . import _checks
 from ._estimators import discounted_returns, kl_k1, reverse_kl_reward
 from ._reductions import sequence_mean, token_mean
 from ._surrogates import Surrogate, clipped_surrogate, importance_sampled_surrogate
-
-_DIRECT_PENALTY_WARNING = (
-    "direct_penalty=True descends logp - teacher_logp itself. Its value is the reverse KL, but the teacher is not in "
-    "its gradient: on-policy the expected gradient is zero (or a push on response length), so the student does not "
-    "learn from the teacher. Use it only to reproduce a trainer that does this; leave it out to distill."
-)
 
 
 class LossOutput(NamedTuple):
@@ -198,242 +190,6 @@ def distillation_loss(
     return _output(loss, torch.zeros_like(loss), loss, reverse_kl, _no_surrogate(logp))
 
 
-def kdrl_loss(
-    logp: Tensor,  # (T,)
-    old_logp: Tensor | None,  # (T,)
-    teacher_logp: Tensor | None,  # (T,)
-    advantages: Tensor | None,  # (T,)
-    *,
-    loss_mask: Tensor,  # (T,) bool
-    rl_loss_weight: float = 1.0,
-    distill_loss_weight: float | Tensor = 0.005,
-    prox_logp: Tensor | None = None,  # (T,)
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    weights: Tensor | None = None,  # (T,)
-    kd_mask: Tensor | None = None,  # (T,) bool
-    kd_discount: float = 0.0,
-    kd_reward_clip: float | None = None,
-    kd_max_ratio: float | None = None,
-    reduction: str = "token_mean",
-    cu_seqlens: Tensor | None = None,  # (B + 1,)
-    normalizer: float | Tensor | None = None,
-    direct_penalty: bool = False,
-) -> LossOutput:
-    """KDRL: rl_loss_weight * GRPO + distill_loss_weight * reverse KL, on the same samples.
-
-    `grpo_loss` and `distillation_loss` side by side, under one reduction; every keyword means what it means there.
-    The RL ratio is exp(logp - prox_logp), and `weights` act on the RL term only; the distillation ratio is always
-    exp(logp - old_logp).
-
-    Args:
-        logp, old_logp, teacher_logp, advantages, loss_mask: per token, as in the two. `advantages` may be None where
-            rl_loss_weight is 0, `teacher_logp` where distill_loss_weight is.
-        rl_loss_weight: Python number. 0 skips the term: pure distillation.
-        distill_loss_weight: Python number (0 skips the term), or a detached tensor, 0-dim or of the shape of `logp`
-            (several teachers). The default is the value of KDRL and of the trainers that follow it; there it was
-            tuned on a penalty without a teacher gradient, so expect to want another.
-        direct_penalty: descend logp - teacher_logp itself instead of the surrogate, at every RL weight. For parity
-            with trainers that do; warns.
-
-    Returns:
-        `LossOutput`. `loss = rl_loss_weight * rl + distill_loss_weight * kd` in value for a scalar weight. A term that
-        is skipped reports 0 in all its fields, and NaN in its inputs cannot leak.
-
-    Expected gradient:
-        rl_loss_weight * (that of `grpo_loss`) + distill_loss_weight * (that of `distillation_loss`). With
-        `direct_penalty` the second is 0 on-policy: the teacher is in the value only.
-
-    Raises:
-        TypeError: a per-token tensor is not floating-point, or a mask is not bool.
-        ValueError: shapes or devices differ, a hyperparameter is out of range, `cu_seqlens` is missing or does not
-            fit, or `direct_penalty` is combined with `kd_discount`, `kd_reward_clip` or `kd_max_ratio`.
-
-    Source:
-        KDRL (arXiv 2506.02208), eq. 8.
-    """
-    reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer)
-    terms = _kdrl_terms(
-        logp,
-        old_logp,
-        teacher_logp,
-        advantages,
-        loss_mask=loss_mask,
-        rl_loss_weight=rl_loss_weight,
-        distill_loss_weight=distill_loss_weight,
-        prox_logp=prox_logp,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        weights=weights,
-        kd_mask=kd_mask,
-        kd_discount=kd_discount,
-        kd_reward_clip=kd_reward_clip,
-        kd_max_ratio=kd_max_ratio,
-        cu_seqlens=cu_seqlens,
-        direct_penalty=direct_penalty,
-    )
-    if direct_penalty:
-        _checks.warn(_DIRECT_PENALTY_WARNING)
-    # reduced before they are weighted, so that the identity between loss, rl and kd holds to the last bit
-    rl = reduce(terms.rl.loss)
-    kd = reduce(terms.kd)
-    weighted_kd = reduce(terms.weighted_kd) if isinstance(distill_loss_weight, Tensor) else distill_loss_weight * kd
-    return _output(rl_loss_weight * rl + weighted_kd, rl, kd, reduce(terms.reverse_kl), terms.rl)
-
-
-def kdrl_token_loss(
-    logp: Tensor,  # (T,)
-    old_logp: Tensor | None,  # (T,)
-    teacher_logp: Tensor | None,  # (T,)
-    advantages: Tensor | None,  # (T,)
-    *,
-    loss_mask: Tensor | None = None,  # (T,) bool
-    rl_loss_weight: float = 1.0,
-    distill_loss_weight: float | Tensor = 0.005,
-    prox_logp: Tensor | None = None,  # (T,)
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    weights: Tensor | None = None,  # (T,)
-    kd_mask: Tensor | None = None,  # (T,) bool
-    kd_reward_clip: float | None = None,
-    kd_max_ratio: float | None = None,
-    direct_penalty: bool = False,
-) -> Tensor:  # (T,)
-    """`kdrl_loss` before its reduction: rl_loss_weight * rl_t + distill_loss_weight * kd_t, elementwise.
-
-    For code that reduces by itself, and for losses that are fused into the head. Arguments, errors and the expected
-    gradient are those of `kdrl_loss` with kd_discount 0; `token_mean` of this is its `loss`.
-
-    Args:
-        loss_mask: None: every token is trained.
-
-    Returns:
-        The shape of `logp`, differentiable in it, 0 at untrained positions.
-    """
-    _checks.tensors(logp=logp)
-    if loss_mask is None:
-        loss_mask = torch.ones_like(logp, dtype=torch.bool)
-    terms = _kdrl_terms(
-        logp,
-        old_logp,
-        teacher_logp,
-        advantages,
-        loss_mask=loss_mask,
-        rl_loss_weight=rl_loss_weight,
-        distill_loss_weight=distill_loss_weight,
-        prox_logp=prox_logp,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        weights=weights,
-        kd_mask=kd_mask,
-        kd_discount=0.0,
-        kd_reward_clip=kd_reward_clip,
-        kd_max_ratio=kd_max_ratio,
-        cu_seqlens=None,
-        direct_penalty=direct_penalty,
-    )
-    if direct_penalty:
-        _checks.warn(_DIRECT_PENALTY_WARNING)
-    return rl_loss_weight * terms.rl.loss + terms.weighted_kd
-
-
-class _Terms(NamedTuple):
-    rl: Surrogate
-    kd: Tensor  # (T,) attached where the weight is a number
-    weighted_kd: Tensor  # (T,) attached
-    reverse_kl: Tensor  # (T,)
-
-
-def _kdrl_terms(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    teacher_logp: Tensor | None,
-    advantages: Tensor | None,
-    *,
-    loss_mask: Tensor,
-    rl_loss_weight: float,
-    distill_loss_weight: float | Tensor,
-    prox_logp: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    weights: Tensor | None,
-    kd_mask: Tensor | None,
-    kd_discount: float,
-    kd_reward_clip: float | None,
-    kd_max_ratio: float | None,
-    cu_seqlens: Tensor | None,
-    direct_penalty: bool,
-) -> _Terms:
-    """The per-token terms of KDRL; a term of weight 0 is an attached zero that has read nothing."""
-    _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, prox_logp=prox_logp)
-    _checks.finite(rl_loss_weight=rl_loss_weight)
-    _checks.positive(kd_reward_clip=kd_reward_clip, kd_max_ratio=kd_max_ratio)
-    _checks.weight("logp", logp, distill_loss_weight=distill_loss_weight)
-    if direct_penalty:
-        _checks.no_reward_options(kd_discount, kd_reward_clip, kd_max_ratio)
-
-    # widened once: the gradients of both terms meet in float32 and are rounded to the dtype of logp together
-    logp = logp.to(_checks.promoted_dtype(logp))
-    nothing = _attached_zeros(logp)
-    if rl_loss_weight == 0:
-        rl = _no_surrogate(logp)._replace(loss=nothing)
-    elif advantages is None:
-        raise ValueError(f"advantages must be given where rl_loss_weight is not 0 (it is {rl_loss_weight})")
-    else:
-        rl = clipped_surrogate(
-            logp,
-            old_logp if prox_logp is None else prox_logp,
-            advantages,
-            loss_mask=loss_mask,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            weights=weights,
-        )
-
-    scalar_weight = None if isinstance(distill_loss_weight, Tensor) else distill_loss_weight
-    if scalar_weight == 0:
-        return _Terms(rl, nothing, nothing, nothing.detach())
-    if teacher_logp is None:
-        raise ValueError(f"teacher_logp must be given where distill_loss_weight is not 0 (it is {distill_loss_weight})")
-    teacher_mask = _teacher_mask(logp, old_logp, teacher_logp, loss_mask, kd_mask)
-    penalty = kl_k1(logp, teacher_logp, loss_mask=teacher_mask)
-    reverse_kl = penalty.detach()
-    if direct_penalty:
-        if isinstance(distill_loss_weight, Tensor):
-            weight = torch.where(teacher_mask, distill_loss_weight.detach().to(penalty.dtype), 0)
-            return _Terms(rl, reverse_kl, weight * torch.where(weight == 0, 0, penalty), reverse_kl)
-        return _Terms(rl, penalty, distill_loss_weight * penalty, reverse_kl)
-
-    returns = _kd_returns(
-        logp,
-        teacher_logp,
-        loss_mask=loss_mask,
-        teacher_mask=teacher_mask,
-        kd_discount=kd_discount,
-        kd_reward_clip=kd_reward_clip,
-        cu_seqlens=cu_seqlens,
-    )
-    kd = importance_sampled_surrogate(logp, old_logp, returns, loss_mask=loss_mask, max_ratio=kd_max_ratio).loss
-    if isinstance(distill_loss_weight, Tensor):
-        # as weights of the surrogate, a weight of 0 silences an infinite reward as well
-        weighted_kd = importance_sampled_surrogate(
-            logp,
-            old_logp,
-            returns,
-            loss_mask=loss_mask,
-            max_ratio=kd_max_ratio,
-            weights=distill_loss_weight.expand_as(logp),
-        ).loss
-        return _Terms(rl, kd.detach(), weighted_kd, reverse_kl)
-    return _Terms(rl, kd, distill_loss_weight * kd, reverse_kl)
-
-
 def _kd_returns(
     logp: Tensor,
     teacher_logp: Tensor,
@@ -447,9 +203,7 @@ def _kd_returns(
     """(T,) detached: the reverse-KL reward, or its discounted return-to-go."""
     _checks.positive(kd_reward_clip=kd_reward_clip)
     reward = reverse_kl_reward(logp, teacher_logp, loss_mask=teacher_mask, clip=kd_reward_clip)
-    _checks.non_negative(kd_discount=kd_discount)
-    if kd_discount > 1:
-        raise ValueError(f"kd_discount must be in 0 .. 1, got {kd_discount}")
+    _checks.unit_interval(kd_discount=kd_discount)
     if kd_discount == 0:
         return reward
     if cu_seqlens is None:
@@ -513,8 +267,3 @@ def _no_surrogate(logp: Tensor) -> Surrogate:
     zeros = torch.zeros_like(logp, dtype=_checks.promoted_dtype(logp), requires_grad=False)
     never = torch.zeros_like(logp, dtype=torch.bool)
     return Surrogate(zeros, zeros, never, never)
-
-
-def _attached_zeros(logp: Tensor) -> Tensor:
-    """Zeros that hang on `logp` without having read it, so that backward runs and nothing leaks."""
-    return torch.where(torch.zeros_like(logp, dtype=torch.bool), logp, 0)

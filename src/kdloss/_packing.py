@@ -7,7 +7,7 @@ Two alignments are in use. At *prediction positions* (this library's own) entry 
 at *token positions* (inference servers) it speaks of the token at t. They differ by a shift inside every sequence.
 
 A `cu_seqlens` that does not fit the stream raises on the CPU. On other devices, and under `torch.compile`, where
-looking would wait for the device, nothing is read out of bounds and floating results are NaN.
+looking would wait for the device, nothing is read out of bounds; floating results are NaN, and so are their gradients.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def segment_sum(
     layout = _layout(cu_seqlens, x.shape[0])
     kept = torch.where(loss_mask, x, 0).to(_checks.accumulator_dtype(x))
     sums = kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, layout.ids, kept)
-    return torch.where(layout.fits, sums, torch.nan).to(_checks.promoted_dtype(x))
+    return _poison(sums, layout.fits).to(_checks.promoted_dtype(x))
 
 
 def segment_mean(
@@ -240,8 +240,7 @@ def to_prediction_positions(
         ValueError: `cu_seqlens` does not fit.
     """
     layout = _layout_of("x", x, cu_seqlens)
-    has_next = (layout.offset + 1 < layout.length) & layout.fits
-    return _poison_floating(torch.where(_like(has_next, x), x.roll(-1, 0), x.new_full((), fill)), layout.fits)
+    return _shifted(x, -1, layout.offset + 1 < layout.length, fill, layout.fits)
 
 
 def to_token_positions(
@@ -255,8 +254,7 @@ def to_token_positions(
     The inverse of `to_prediction_positions` but for the entry that each drops. Arguments and errors are the same.
     """
     layout = _layout_of("x", x, cu_seqlens)
-    has_previous = (layout.offset > 0) & layout.fits
-    return _poison_floating(torch.where(_like(has_previous, x), x.roll(1, 0), x.new_full((), fill)), layout.fits)
+    return _shifted(x, 1, layout.offset > 0, fill, layout.fits)
 
 
 def pack(
@@ -370,10 +368,16 @@ def _like(mask: Tensor, x: Tensor) -> Tensor:
 
 def _poison(x: Tensor, fits: Tensor) -> Tensor:
     """NaN throughout where `fits` is False; integers and booleans, which have no NaN, become 0."""
+    if x.dtype.is_floating_point:
+        # through a product, so that the gradient is NaN as well: a 0 would pass for a step without data
+        return torch.where(fits, x, x * torch.where(fits, 0.0, torch.nan))
     # a 0-dim tensor of the same dtype: beside a bare number, booleans would become integers
-    return torch.where(fits, x, x.new_full((), torch.nan if x.dtype.is_floating_point else 0))
+    return torch.where(fits, x, x.new_zeros(()))
 
 
-def _poison_floating(x: Tensor, fits: Tensor) -> Tensor:
-    """As `_poison`, but integers and booleans keep what they hold (their fill value)."""
-    return _poison(x, fits) if x.dtype.is_floating_point else x
+def _shifted(x: Tensor, steps: int, moved: Tensor, fill: float, fits: Tensor) -> Tensor:
+    """`x` rolled along the stream where `moved`, `fill` elsewhere; where `fits` is False NaN, or `fill` in integers."""
+    floating = x.dtype.is_floating_point
+    moved = moved | ~fits if floating else moved & fits
+    shifted = torch.where(_like(moved, x), x.roll(steps, 0), x.new_full((), fill))
+    return _poison(shifted, fits) if floating else shifted

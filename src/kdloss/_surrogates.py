@@ -117,11 +117,7 @@ def clipped_surrogate(
         PPO (arXiv 1707.06347), eq. 7; asymmetric bounds: DAPO (arXiv 2503.14476), eq. 10; dual clip: Ye et al.
         (arXiv 1912.09729).
     """
-    _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
-    if dual_clip is not None:
-        _checks.positive(dual_clip=dual_clip)
-        if not dual_clip > 1:
-            raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
+    _checks.ppo_clips(clip_low, clip_high, dual_clip)
     log_ratio, ratio, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
     clipped, bound = _clip(ratio, advantages, clip_low, clip_high)
     dual_clipped = torch.zeros_like(clipped) if dual_clip is None else (advantages < 0) & (ratio > dual_clip)

@@ -81,15 +81,11 @@ class KDRLConfig:
 
     def __post_init__(self) -> None:
         _checks.finite(rl_loss_weight=self.rl_loss_weight, distill_loss_weight=self.distill_loss_weight)
-        _checks.non_negative(clip_low=self.clip_low, clip_high=self.clip_high, kd_discount=self.kd_discount)
-        _checks.positive(dual_clip=self.dual_clip, kd_reward_clip=self.kd_reward_clip, kd_max_ratio=self.kd_max_ratio)
-        if self.kd_discount > 1:
-            raise ValueError(f"kd_discount must be in 0 .. 1, got {self.kd_discount}")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip must be > 1, got {self.dual_clip}")
+        _checks.ppo_clips(self.clip_low, self.clip_high, self.dual_clip)
+        _checks.positive(kd_reward_clip=self.kd_reward_clip, kd_max_ratio=self.kd_max_ratio)
+        _checks.unit_interval(kd_discount=self.kd_discount)
         _checks.one_of("reduction", self.reduction, ("token_mean", "sequence_mean"))
-        if not isinstance(self.direct_penalty, bool):
-            raise TypeError(f"direct_penalty must be true or false, got {self.direct_penalty!r}")
+        _checks.flag(direct_penalty=self.direct_penalty)
         if self.direct_penalty:
             _checks.no_reward_options(self.kd_discount, self.kd_reward_clip, self.kd_max_ratio)
 

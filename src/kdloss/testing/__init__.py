@@ -7,9 +7,9 @@ Nothing else is needed beyond the library's own dependencies.
 """
 
 from . import reference as reference
-from ._audit import Audit as Audit
-from ._audit import Fit as Fit
 from ._audit import audit as audit
+from ._audit_report import Audit as Audit
+from ._audit_report import Fit as Fit
 from ._expected_gradient import expected_gradient as expected_gradient
 from ._sequence_tree import SequenceTree as SequenceTree
 from ._sequence_tree import TokenBatch as TokenBatch

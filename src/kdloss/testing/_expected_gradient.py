@@ -62,14 +62,14 @@ def expected_gradient(
         # summed over trained tokens by selection: a product with 0 would let NaN through
         trained = whole.loss_mask
         total = (of_token[trained] * per_token[trained]).sum() * batch_size
-        return _gradient(total / (batch_size if normalizer is None else normalizer), tree)
+        return student_gradient(total / (batch_size if normalizer is None else normalizer), tree)
     if per_token.ndim != 0:
         raise ValueError(f"the loss must return (T,) = {tuple(whole.logp.shape)} or (), got {tuple(per_token.shape)}")
 
     expected = torch.zeros_like(tree.student)
     for indices in itertools.product(range(len(tree.sequences)), repeat=batch_size):
         scalar = call_by_name(loss, tree.batch(indices, under=under), normalizer)
-        expected += probability[list(indices)].prod() * _gradient(scalar, tree)
+        expected += probability[list(indices)].prod() * student_gradient(scalar, tree)
     return expected
 
 
@@ -93,8 +93,11 @@ def call_by_name(loss: Callable[..., Any], batch: TokenBatch, normalizer: float 
     return value
 
 
-def _gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
+def student_gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
+    """(N, V) d scalar / d student logits. The graph is kept: several scalars may share it."""
     if not scalar.requires_grad:  # a loss that holds nothing of the student has no gradient
         return torch.zeros_like(tree.student)
-    (gradient,) = torch.autograd.grad(scalar, tree.student, allow_unused=True, materialize_grads=True)
+    (gradient,) = torch.autograd.grad(
+        scalar, tree.student, allow_unused=True, materialize_grads=True, retain_graph=True
+    )
     return gradient

@@ -1,0 +1,231 @@
+"""Holds the invariants of packing and of elementwise functions, and the list: no public function without invariants.
+
+`test_invariants.py` holds those of functions with a `loss_mask`. These have none: every token counts, so a batch holds
+no garbage here, and what a test may ask of padding is less: the last token of a sequence is followed by it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import invariant_cases
+import kdloss
+from kdloss.testing.strategies import PackedBatch, packed_batches
+
+ROW = 9  # of unpacked rows: the longest sequence of 6, stretched by 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of a batch and of one floating input, `logp` or `rewards`, which travels with it."""
+
+    call: Callable[[PackedBatch, Tensor], Tensor]
+    input: str = "logp"  # (T,), or "rewards": (B,)
+    output: str = "token"  # or "sequence"
+    follows: int = 0  # 1: an entry depends on the next token, -1: on the one before
+    attached: bool = True
+
+
+def ids(batch: PackedBatch) -> Tensor:
+    """Token ids that travel with the tokens."""
+    return (batch.entropy.double() * 64).long()
+
+
+def prompt_lengths(batch: PackedBatch) -> Tensor:
+    return (batch.rewards.double().abs() * 3).long()
+
+
+def padded(x: Tensor, lengths: list[int]) -> Tensor:
+    """(B, ROW) by a loop, NaN past the end."""
+    rows = x.new_full((len(lengths), ROW), math.nan) + x[:0].sum()  # attached, also where there is no row
+    for b, part in enumerate(x.split(lengths)):
+        rows[b, : len(part)] = part
+    return rows
+
+
+def fold(batch: PackedBatch, x: Tensor, *, weight: float | str) -> Tensor:
+    weight_of = batch.weights if isinstance(weight, str) else weight
+    return kdloss.fold_kd_reward(x, batch.advantages, rl_loss_weight=0.7, distill_loss_weight=weight_of)
+
+
+def tokens(batch: PackedBatch) -> int:
+    return batch.logp.shape[0]
+
+
+CASES = {
+    "cu_seqlens_from_lengths": Case(
+        lambda b, x: kdloss.cu_seqlens_from_lengths(torch.tensor(b.lengths, dtype=torch.int64)).diff(),
+        output="sequence",
+        attached=False,
+    ),
+    # a sequence's number differs from batch to batch, what it points at does not
+    "segment_ids": Case(
+        lambda b, x: b.rewards[kdloss.segment_ids(b.cu_seqlens, total_tokens=tokens(b))], attached=False
+    ),
+    "broadcast_to_tokens": Case(
+        lambda b, x: kdloss.broadcast_to_tokens(x, cu_seqlens=b.cu_seqlens, total_tokens=tokens(b)), input="rewards"
+    ),
+    "next_token_labels": Case(
+        lambda b, x: kdloss.next_token_labels(ids(b), cu_seqlens=b.cu_seqlens), follows=1, attached=False
+    ),
+    "response_mask": Case(
+        lambda b, x: kdloss.response_mask(prompt_lengths(b), cu_seqlens=b.cu_seqlens, total_tokens=tokens(b)),
+        follows=1,
+        attached=False,
+    ),
+    "to_prediction_positions": Case(
+        lambda b, x: kdloss.to_prediction_positions(x, cu_seqlens=b.cu_seqlens, fill=-7.0), follows=1
+    ),
+    "to_token_positions": Case(
+        lambda b, x: kdloss.to_token_positions(x, cu_seqlens=b.cu_seqlens, fill=-7.0), follows=-1
+    ),
+    "pack": Case(
+        lambda b, x: kdloss.pack(
+            padded(x, b.lengths), lengths=torch.tensor(b.lengths, dtype=torch.int64), total_tokens=tokens(b)
+        )
+    ),
+    "unpack": Case(
+        lambda b, x: kdloss.unpack(x, cu_seqlens=b.cu_seqlens, length=ROW, fill=-7.0).flatten(1), output="sequence"
+    ),
+    "fold_kd_reward": Case(partial(fold, weight=0.3), attached=False),
+    "fold_kd_reward, a weight per token": Case(partial(fold, weight="weights"), attached=False),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+batches = partial(packed_batches, garbage=False, huge_ratios=False, infinite_teacher=False)
+
+
+def outcome(case: Case, batch: PackedBatch, heard: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The output, and the gradient of its sum with factors that travel with it; `heard` leaves tokens out of that."""
+    x = getattr(batch, case.input).clone().requires_grad_()
+    out = case.call(batch, x)
+    assert out.shape[0] == (tokens(batch) if case.output == "token" else batch.size)
+    assert out.requires_grad == case.attached
+    if not case.attached:
+        return out, torch.zeros_like(x)
+    upstream = batch.entropy if case.output == "token" else batch.rewards[:, None] * torch.arange(ROW)
+    if heard is not None:
+        upstream = upstream * heard
+    (gradient,) = torch.autograd.grad(out, x, upstream.to(out.dtype))
+    return out.detach(), gradient
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """What is moved is the same number; a gradient is a sum over the tokens of one sequence, in another order."""
+    assert actual.dtype == expected.dtype
+    if actual.dtype.is_floating_point:
+        eps = torch.finfo(actual.dtype).eps
+        torch.testing.assert_close(actual, expected, rtol=8 * eps, atol=64 * eps, equal_nan=True)
+    else:
+        assert torch.equal(actual, expected)
+
+
+@every_case
+@given(batch=batches())
+def test_packed_is_one_sequence_after_the_other(case: Case, batch: PackedBatch):
+    out, gradient = outcome(case, batch)
+    parts = [outcome(case, batch.take(b)) for b in range(batch.size)]
+    assert_same(out, torch.cat([out[:0], *(part for part, _ in parts)]))
+    assert_same(gradient, torch.cat([gradient[:0], *(part for _, part in parts)]))
+
+
+@every_case
+@given(batch=batches(), data=st.data())
+def test_the_order_of_the_sequences_does_not_matter(case: Case, batch: PackedBatch, data: st.DataObject):
+    order = data.draw(st.permutations(range(batch.size)))
+    bounds = batch.cu_seqlens.tolist()
+    of_tokens = torch.tensor([t for b in order for t in range(bounds[b], bounds[b + 1])], dtype=torch.int64)
+    of_sequences = torch.tensor(order, dtype=torch.int64)
+    before, after = outcome(case, batch), outcome(case, batch.take(order))
+    assert_same(after[0], before[0][of_tokens if case.output == "token" else of_sequences])
+    assert_same(after[1], before[1][of_tokens if case.input == "logp" else of_sequences])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for name, case in CASES.items() if name != "cu_seqlens_from_lengths"],  # which is told the lengths
+    ids=[name for name in CASES if name != "cu_seqlens_from_lengths"],
+)
+@given(batch=batches(), data=st.data())
+def test_padding_is_seen_by_the_last_token_alone(case: Case, batch: PackedBatch, data: st.DataObject):
+    more = data.draw(st.lists(st.integers(0, 3), min_size=batch.size, max_size=batch.size))
+    longer = [n + extra for n, extra in zip(batch.lengths, more, strict=True)]
+    stretched = batch.stretch(longer, fill=1.5)
+    pairs = list(zip(batch.lengths, longer, strict=True))
+    real = torch.tensor([o < n for n, new in pairs for o in range(new)], dtype=torch.bool)
+    # where the next token is asked for, the last one is asked nothing
+    asked = torch.tensor([o < n - (case.follows == 1) for n, _ in pairs for o in range(n)], dtype=torch.bool)
+    asked_there = torch.zeros_like(real).masked_scatter(real, asked)
+    if case.output == "sequence":
+        column = torch.arange(ROW)
+        asked = asked_there = column < torch.tensor(batch.lengths, dtype=torch.int64)[:, None]
+    before, after = outcome(case, batch, asked), outcome(case, stretched, asked_there)
+    assert_same(after[0][asked_there], before[0][asked])
+    assert_same(after[1][real] if case.input == "logp" else after[1], before[1])
+
+
+@given(batch=packed_batches(), fill=st.sampled_from((math.nan, math.inf, -math.inf)))
+def test_a_fold_is_elementwise(batch: PackedBatch, fill: float):
+    """It has no mask: what one token holds stays with that token, in any shape."""
+    clean = batch.with_garbage(0.0)
+    for case in (CASES["fold_kd_reward"], CASES["fold_kd_reward, a weight per token"]):
+        expected, _ = outcome(case, clean)
+        filled, _ = outcome(case, batch.with_garbage(fill))
+        assert torch.equal(filled[batch.loss_mask], expected[batch.loss_mask])
+    shaped = kdloss.fold_kd_reward(clean.logp[None], clean.advantages[None], distill_loss_weight=0.3)
+    flat = kdloss.fold_kd_reward(clean.logp, clean.advantages, distill_loss_weight=0.3)
+    assert torch.equal(shaped[0], flat)
+
+
+# --- the list ---------------------------------------------------------------------------------------------------------
+
+# Tests of test_invariants.py for what is no function of a packed batch: packed = one by one is there rows = one by one.
+OWN = {
+    "token_logprobs_and_entropy": ("test_rows_of_logits_do_not_see_each_other",),
+    "token_logprobs": ("test_log_probs_alone_are_those_beside_the_entropy",),
+    "linear_token_logprobs_and_entropy": (
+        "test_untrained_rows_of_a_linear_head_leave_no_trace",
+        "test_a_linear_head_is_the_sum_of_its_rows",
+    ),
+    "linear_token_logprobs": ("test_log_probs_alone_are_those_beside_the_entropy",),
+    "group_relative_advantages": ("test_groups_do_not_see_each_other",),
+    "leave_one_out_advantages": ("test_groups_do_not_see_each_other",),
+}
+
+
+def without_invariants(functions: list[str]) -> list[str]:
+    held = {case.name for case in invariant_cases.CASES} | {name.split(",")[0] for name in CASES} | set(OWN)
+    return sorted(set(functions) - held)
+
+
+def public_functions() -> list[str]:
+    return [name for name in kdloss.__all__ if inspect.isfunction(getattr(kdloss, name))]
+
+
+def test_no_public_function_without_invariants():
+    assert without_invariants(public_functions()) == []
+    assert without_invariants([*public_functions(), "new_loss"]) == ["new_loss"]
+    held = {case.name for case in invariant_cases.CASES}
+    assert {"kdrl_loss", "segment_sum", "diagnostics"} <= held
+    assert held <= set(public_functions())
+
+
+def test_what_is_named_is_a_test_under_hypothesis():
+    tree = ast.parse(Path(__file__).with_name("test_invariants.py").read_text("utf-8"))
+    given_tests = {
+        f.name
+        for f in tree.body
+        if isinstance(f, ast.FunctionDef) and any(ast.unparse(d).startswith("given(") for d in f.decorator_list)
+    }
+    assert {test for tests in OWN.values() for test in tests} <= given_tests
