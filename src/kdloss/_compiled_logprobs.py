@@ -26,9 +26,11 @@ def compiled_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(logp (T, K), entropy (T,) or (0,))."""
     if with_entropy:
-        logp, entropy = _LogprobsAndEntropy.apply(logits, columns, row_temperature, temperature, softcap, vocab_size)
+        apply = _LogprobsAndEntropy.apply
+        logp, entropy = apply(logits, columns, row_temperature, temperature, softcap, vocab_size)  # type: ignore[no-untyped-call]
         return logp, entropy
-    logp = _Logprobs.apply(logits, columns, row_temperature, temperature, softcap, vocab_size)
+    apply = _Logprobs.apply
+    logp = apply(logits, columns, row_temperature, temperature, softcap, vocab_size)  # type: ignore[no-untyped-call]
     return logp, logp.new_empty(0)
 
 
@@ -88,7 +90,7 @@ def _backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor | None) 
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         columns: Tensor,
@@ -104,13 +106,13 @@ class _Logprobs(torch.autograd.Function):
         return _picked(shifted, total, columns)
 
     @staticmethod
-    def backward(ctx: Any, logp_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, logp_gradient: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, logp_gradient, None), *(None,) * 5
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         columns: Tensor,
@@ -130,5 +132,5 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         return _picked(shifted, total, columns), entropy
 
     @staticmethod
-    def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, logp_gradient, entropy_gradient), *(None,) * 5

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._linear import as_autocast, check_head, linear_token_logprobs_and_entropy, select_rows
+from ._linear import as_dtype, autocast_dtype, check_head, linear_token_logprobs_and_entropy, select_rows
 from ._logprobs import IGNORE_INDEX, check_options, label_columns, row_temperatures
 from ._reductions import token_mean
 from ._rows import RowState, Scaling, Sums, Upstream, gradient_of
@@ -124,7 +124,12 @@ def fused_linear_loss(
     columns, outside = label_columns(labels, shape, vocab_size)
     mask = loss_mask.flatten()
     columns = columns.masked_fill(~mask[:, None], IGNORE_INDEX)
-    hidden, weight, bias = as_autocast(hidden, weight, bias)
+    dtype = autocast_dtype(hidden)
+    hidden, weight, bias = (
+        as_dtype(hidden, dtype),
+        as_dtype(weight, dtype),
+        None if bias is None else as_dtype(bias, dtype),
+    )
     rows, left_out = select_rows(mask, max_trained_tokens)
     assert rows is not None
     logp, entropy, total = _Fused.apply(  # type: ignore[no-untyped-call]
@@ -292,7 +297,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _logp: Tensor, _entropy: Tensor, incoming: Tensor) -> tuple[Tensor | None, ...]:
         rows, dx, dweight, dbias = ctx.saved_tensors
-        (shape, dtype), *_ = ctx.like
+        shape, dtype = ctx.like[0]
         found: list[Tensor | None] = [None, None, None]
         if ctx.needs_input_grad[0]:
             scaled = (dx * incoming).to(dtype)

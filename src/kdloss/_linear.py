@@ -156,7 +156,12 @@ def _evaluate(
     if loss_mask is not None:
         untrained = ~loss_mask.reshape(-1, 1)
         columns, outside = columns.masked_fill(untrained, IGNORE_INDEX), outside & ~untrained
-    hidden, weight, bias = as_autocast(hidden, weight, bias)
+    dtype = autocast_dtype(hidden)
+    hidden, weight, bias = (
+        as_dtype(hidden, dtype),
+        as_dtype(weight, dtype),
+        None if bias is None else as_dtype(bias, dtype),
+    )
     rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens)
     logp, entropy, *_ = linear_logprobs(
         hidden.flatten(0, -2),
@@ -201,13 +206,15 @@ def select_rows(trained: Tensor, max_trained_tokens: int | None) -> tuple[Tensor
     return rows, trained & (trained.sum() > max_trained_tokens)
 
 
-def as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a linear layer would multiply: inside `torch.autocast` its dtype, but the result stays in float32."""
-    device = next(x for x in tensors if x is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Inside `torch.autocast`, the dtype that a linear layer would multiply in. The logits are float32 all the same."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As autocast casts: float64 stays."""
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _keeps_logits(elements: int, *inputs: Tensor | None) -> bool:

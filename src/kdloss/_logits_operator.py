@@ -117,8 +117,8 @@ def logprobs_backward(
     z, seeds = rows.scratch(), rows.scratch().zero_()
     dz = rows.scratch() if softcap is not None else z
     scratch = None if h is None else rows.scratch()
-    gradient = torch.empty if rows.cover_all else torch.zeros
-    gradient = gradient(logits.shape, dtype=logits.dtype, device=logits.device)
+    make = torch.empty if rows.cover_all else torch.zeros
+    gradient = make(logits.shape, dtype=logits.dtype, device=logits.device)
     matrix = gradient.view(columns.shape[0], logits.shape[-1])
     for block, part in zip(rows.blocks(scaling), upstream.split(rows.sizes), strict=True):
         n = part.scale.shape[0]

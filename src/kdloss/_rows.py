@@ -98,6 +98,7 @@ class Sums(NamedTuple):
         torch.sum(p, -1, keepdim=True, out=self.mass)
         if self.weighted is not None:
             # a logit of -inf has no mass: 0 * the lowest number is 0, where 0 * -inf would be NaN
+            assert shifted is not None
             torch.sub(z, self.maximum, out=shifted).clamp_(min=torch.finfo(z.dtype).min)
             torch.sum(p.mul_(shifted), -1, keepdim=True, out=self.weighted)
 
@@ -124,7 +125,7 @@ class RowState(NamedTuple):
         return cls(-infinity, infinity, torch.zeros_like(infinity) if with_entropy else None)
 
     def at(self, rows: slice) -> RowState:
-        return RowState(*[None if x is None else x[rows] for x in self])
+        return RowState(self.maximum[rows], self.peak[rows], None if self.mean is None else self.mean[rows])
 
     def logp(self, z: Tensor) -> Tensor:
         """Of logits z (n, K) of the rows."""
@@ -174,7 +175,7 @@ class Upstream(NamedTuple):
         return [Upstream(*part) for part in zip(*fields, strict=True)]
 
     def at(self, rows: slice) -> Upstream:
-        return Upstream(*[None if x is None else x[rows] for x in self])
+        return Upstream(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
     def part(self, start: int, stop: int) -> Upstream:
         """Seen from columns start .. stop of the vocabulary."""
@@ -201,6 +202,7 @@ def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, seeds: Tensor, sc
             out.scatter_(-1, anchor, repaired).scatter_add_(-1, upstream.columns, upstream.logp)
     else:
         assert scratch is not None
+        assert upstream.offset is not None
         _negative_exp(shifted, seeds, scratch).scatter_(-1, anchor, repaired)
         # e^-1e4 is 0 in any dtype, and -inf times that would be NaN
         slope = torch.clamp(shifted, min=-1e4, out=out).mul_(upstream.entropy).add_(upstream.offset)
@@ -211,4 +213,4 @@ def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, seeds: Tensor, sc
 
 def _negative_exp(x: Tensor, seeds: Tensor, out: Tensor) -> Tensor:
     """-e^x times the one entry of each row of `seeds`, wrong at that entry."""
-    return torch._log_softmax_backward_data(seeds, x, -1, x.dtype, out=out)  # type: ignore[no-any-return]
+    return torch._log_softmax_backward_data(seeds, x, -1, x.dtype, out=out)
