@@ -272,7 +272,7 @@ class _Fused(torch.autograd.Function):
             def losses_of(lp: Tensor, h: Tensor, chosen: list[Tensor | None] = chosen) -> Tensor:
                 return _call(token_loss, lp, h, chosen)
 
-            chunk_losses, pull = torch.func.vjp(losses_of, chunk_logp, chunk_entropy)
+            chunk_losses, pull = torch.func.vjp(losses_of, chunk_logp, chunk_entropy)  # type: ignore[misc]
             g, h = pull(torch.where(trained, unit, 0).to(chunk_losses.dtype).expand_as(chunk_losses))
             logp[chunk], entropy[chunk] = chunk_logp, chunk_entropy
             losses[chunk] = torch.where(trained, chunk_losses, 0).to(dtype)

@@ -162,6 +162,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(
     ctx: Any, logp_gradient: Tensor | None, entropy_gradient: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if entropy_gradient is not None and entropy_gradient.numel() == 0:
+        entropy_gradient = None  # none was asked for
     if logp_gradient is None and entropy_gradient is None:
         return (None,) * 7
     gradient = logprobs_backward(logp_gradient, entropy_gradient, *ctx.saved_tensors, *ctx.options)
