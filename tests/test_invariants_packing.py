@@ -190,7 +190,9 @@ def test_a_fold_is_elementwise(batch: PackedBatch, fill: float):
 
 # --- the list ---------------------------------------------------------------------------------------------------------
 
-# Tests of test_invariants.py for what is no function of a packed batch: packed = one by one is there rows = one by one.
+DIVERGENCES = ("forward_kl", "reverse_kl", "generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl")
+
+# Tests of test_invariants.py and test_invariants_distributions.py for what is no function of a packed batch: packed = one by one is there rows = one by one.
 OWN = {
     "token_logprobs_and_entropy": ("test_rows_of_logits_do_not_see_each_other",),
     "token_logprobs": ("test_log_probs_alone_are_those_beside_the_entropy",),
@@ -201,6 +203,10 @@ OWN = {
     "linear_token_logprobs": ("test_log_probs_alone_are_those_beside_the_entropy",),
     "group_relative_advantages": ("test_groups_do_not_see_each_other",),
     "leave_one_out_advantages": ("test_groups_do_not_see_each_other",),
+    **dict.fromkeys(DIVERGENCES, ("test_rows_of_divergences_do_not_see_each_other",)),
+    **{f"linear_{name}": ("test_a_linear_divergence_is_the_sum_of_its_trained_rows",) for name in DIVERGENCES},
+    **{f"topk_{name}": ("test_rows_of_topk_divergences_do_not_see_each_other",) for name in DIVERGENCES[:3]},
+    "fused_linear_loss": ("test_a_fused_loss_is_the_sum_of_its_micro_batches",),
 }
 
 
@@ -222,9 +228,11 @@ def test_no_public_function_without_invariants():
 
 
 def test_what_is_named_is_a_test_under_hypothesis():
-    tree = ast.parse(Path(__file__).with_name("test_invariants.py").read_text("utf-8"))
+    files = ("test_invariants.py", "test_invariants_distributions.py")
+    trees = [ast.parse(Path(__file__).with_name(file).read_text("utf-8")) for file in files]
     given_tests = {
         f.name
+        for tree in trees
         for f in tree.body
         if isinstance(f, ast.FunctionDef) and any(ast.unparse(d).startswith("given(") for d in f.decorator_list)
     }

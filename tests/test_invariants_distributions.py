@@ -1,0 +1,157 @@
+"""Holds the invariants of what takes whole distributions: rows do not see each other, masked ones leave no trace.
+
+Divergences from logits, from a teacher's top K and from hidden states, and `fused_linear_loss`; value and gradient.
+float64, so that what differs is the order of sums of at most 9 terms of size 10: a few roundings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kdloss
+
+GARBAGE = (math.nan, math.inf, -math.inf, 1e30)
+CLOSE = {"rtol": 1e-11, "atol": 1e-12}
+SHARE: dict[str, dict[str, float]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "generalized_jsd": {"beta": 0.3},
+    "skewed_forward_kl": {"alpha": 0.1},
+    "skewed_reverse_kl": {"alpha": 0.2},
+}
+TOPK = [(name, tail) for name in ("forward_kl", "reverse_kl", "generalized_jsd") for tail in ("bucket", "renormalize")]
+
+
+class Rows(NamedTuple):
+    """Of both models, from one seed; each row its own, so that a permutation of rows is one of the batch."""
+
+    hidden: Tensor  # (T, 3)
+    teacher_hidden: Tensor  # (T, 4)
+    weight: Tensor  # (V, 3)
+    teacher_weight: Tensor  # (V, 4)
+    mask: Tensor  # (T,)
+    labels: Tensor  # (T,), some -100
+
+    def at(self, index: Tensor) -> Rows:
+        return self._replace(
+            hidden=self.hidden[index],
+            teacher_hidden=self.teacher_hidden[index],
+            mask=self.mask[index],
+            labels=self.labels[index],
+        )
+
+    def filled(self, value: float) -> Rows:
+        rows = ~self.mask[:, None]
+        return self._replace(
+            hidden=self.hidden.masked_fill(rows, value), teacher_hidden=self.teacher_hidden.masked_fill(rows, value)
+        )
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Rows, Tensor]:
+    """A batch of 0 to 6 rows over 3 to 9 entries, and an order of its rows."""
+    count, vocab, scale = draw(st.integers(0, 6)), draw(st.integers(3, 9)), draw(st.sampled_from((0.1, 1.0, 5.0)))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape: int) -> Tensor:
+        return scale * torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    labels = torch.randint(0, vocab, (count,), generator=random)
+    labels = labels.masked_fill(torch.rand(count, generator=random) < 0.2, -100)
+    mask = torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=torch.bool)
+    rows = Rows(normal(count, 3), normal(count, 4), normal(vocab, 3), normal(vocab, 4), mask, labels)
+    return rows, torch.tensor(draw(st.permutations(range(count))), dtype=torch.int64)
+
+
+Outcome = tuple[Tensor, Tensor, Tensor]  # per row, its gradient, and the gradient of what rows share
+
+
+def of_logits(name: str, tail: str | None = None) -> Callable[[Rows], Outcome]:
+    def run(batch: Rows) -> Outcome:
+        logits = (batch.hidden @ batch.weight.T).requires_grad_()
+        teacher = batch.teacher_hidden @ batch.teacher_weight.T
+        if tail is None:
+            values = getattr(kdloss, name)(logits, teacher, **SHARE[name])
+        else:
+            top = teacher.log_softmax(-1).topk(2)
+            values = getattr(kdloss, f"topk_{name}")(logits, top.values, top.indices, tail=tail, **SHARE[name])
+        (gradient,) = torch.autograd.grad(values.sin().sum(), logits)
+        return values.detach(), gradient, logits.new_zeros(0)
+
+    return run
+
+
+def of_hidden(name: str) -> Callable[[Rows], Outcome]:
+    def run(batch: Rows) -> Outcome:
+        hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
+        teacher = (batch.teacher_hidden, batch.teacher_weight)
+        function = getattr(kdloss, f"linear_{name}")
+        values = function(hidden, weight, *teacher, loss_mask=batch.mask, **SHARE[name])
+        return values.detach(), *torch.autograd.grad(values.sin().sum(), (hidden, weight))
+
+    return run
+
+
+def fused(batch: Rows) -> Outcome:
+    """With the normalizer of the whole batch: parts sum to it."""
+    hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
+    target = batch.teacher_hidden.sum(-1)
+
+    def loss(logp: Tensor, entropy: Tensor, target: Tensor) -> Tensor:
+        return (logp - target).square() + entropy.sin()
+
+    out = kdloss.fused_linear_loss(hidden, weight, batch.labels, loss, target, loss_mask=batch.mask, normalizer=7.0)
+    per_row, shared = torch.autograd.grad(out.loss, (hidden, weight))
+    return torch.stack([out.logp, out.entropy], -1), per_row, torch.cat([shared.flatten(), out.loss.detach()[None]])
+
+
+def rows_do_not_see_each_other(run: Callable[[Rows], Outcome], batch: Rows, order: Tensor) -> None:
+    values, per_row, shared = run(batch)
+    parts = [run(batch.at(torch.tensor([t]))) for t in range(batch.mask.shape[0])]
+    torch.testing.assert_close(values, torch.cat([values[:0], *(p[0] for p in parts)]), **CLOSE)
+    torch.testing.assert_close(per_row, torch.cat([per_row[:0], *(p[1] for p in parts)]), **CLOSE)
+    torch.testing.assert_close(shared, sum((p[2] for p in parts), torch.zeros_like(shared)), rtol=1e-10, atol=1e-10)
+    moved = run(batch.at(order))
+    torch.testing.assert_close(moved[0], values[order], **CLOSE)
+    torch.testing.assert_close(moved[1], per_row[order], **CLOSE)
+    torch.testing.assert_close(moved[2], shared, rtol=1e-10, atol=1e-10)
+
+
+def masked_rows_leave_no_trace(run: Callable[[Rows], Outcome], batch: Rows, garbage: float) -> None:
+    clean, dirty = run(batch), run(batch.filled(garbage))
+    assert all(torch.equal(x, y) for x, y in zip(dirty, clean, strict=True))
+    assert not clean[0][~batch.mask].any()
+    assert not clean[1][~batch.mask].any()
+
+
+@pytest.mark.parametrize("name", SHARE)
+@given(drawn=batches())
+def test_rows_of_divergences_do_not_see_each_other(name: str, drawn: tuple[Rows, Tensor]):
+    rows_do_not_see_each_other(of_logits(name), *drawn)
+
+
+@pytest.mark.parametrize(("name", "tail"), TOPK)
+@given(drawn=batches())
+def test_rows_of_topk_divergences_do_not_see_each_other(name: str, tail: str, drawn: tuple[Rows, Tensor]):
+    rows_do_not_see_each_other(of_logits(name, tail), *drawn)
+
+
+@pytest.mark.parametrize("name", SHARE)
+@given(drawn=batches(), garbage=st.sampled_from(GARBAGE))
+def test_a_linear_divergence_is_the_sum_of_its_trained_rows(name: str, drawn: tuple[Rows, Tensor], garbage: float):
+    rows_do_not_see_each_other(of_hidden(name), *drawn)
+    masked_rows_leave_no_trace(of_hidden(name), drawn[0], garbage)
+
+
+@given(drawn=batches(), garbage=st.sampled_from(GARBAGE))
+def test_a_fused_loss_is_the_sum_of_its_micro_batches(drawn: tuple[Rows, Tensor], garbage: float):
+    rows_do_not_see_each_other(fused, *drawn)
+    masked_rows_leave_no_trace(fused, drawn[0], garbage)
