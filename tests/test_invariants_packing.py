@@ -192,7 +192,7 @@ def test_a_fold_is_elementwise(batch: PackedBatch, fill: float):
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl")
 
-# Of test_invariants.py and test_invariants_distributions.py, for what is no function of a packed batch: rows are their one by one.
+# Of the two files under hypothesis, for what is no function of a packed batch: rows one by one are the whole.
 OWN = {
     "token_logprobs_and_entropy": ("test_rows_of_logits_do_not_see_each_other",),
     "token_logprobs": ("test_log_probs_alone_are_those_beside_the_entropy",),
