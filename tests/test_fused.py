@@ -179,3 +179,25 @@ def test_a_loss_that_is_no_loss_of_tokens_is_explained(loss, error, message):
 def test_token_inputs_must_be_per_token():
     with pytest.raises(ValueError, match=r"token_inputs\[1\] must be \(13,\) or \(13, '...'\), got \(12,\)"):
         kdloss.fused_linear_loss(*leaves(with_bias=False), LABELS, lambda *x: x[0], OLD, OLD[1:], loss_mask=MASK)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight = leaves(with_bias=False)
+    loss = kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *INPUTS, loss_mask=MASK).loss
+    (first,) = torch.autograd.grad(loss**2, hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.square().sum(), hidden)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_the_bound_counts_the_tokens_of_the_mask(with_gradient):
+    """Trained tokens without a label have a loss, so they count, with a gradient or without."""
+    hidden, weight = leaves(with_bias=False)
+    labels = LABELS.masked_fill(MASK & (torch.arange(T) > 6), -100)
+    count = int(MASK.sum())
+    with torch.set_grad_enabled(with_gradient):
+        kdloss.fused_linear_loss(hidden, weight, labels, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=count)
+        with pytest.raises(ValueError, match=f"max_trained_tokens must hold the {count} trained tokens"):
+            kdloss.fused_linear_loss(
+                hidden, weight, labels, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=count - 1
+            )

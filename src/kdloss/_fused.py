@@ -167,6 +167,11 @@ def _two_steps(
     logp, entropy = linear_token_logprobs_and_entropy(hidden, weight, labels, loss_mask=loss_mask, **options)
     losses = _call(token_loss, logp.flatten(), entropy.flatten(), inputs).reshape(logp.shape)
     loss = token_mean(losses, loss_mask=loss_mask, normalizer=normalizer)
+    # the bound is on the tokens of the mask, as in one pass, where a trained token without a label has a loss too
+    if options["max_trained_tokens"] is not None:
+        _, left_out = select_rows(loss_mask.flatten(), options["max_trained_tokens"])
+        assert left_out is not None
+        loss = loss + torch.where(left_out.any(), torch.nan, 0.0).to(loss)
     return FusedLoss(loss, logp.detach(), entropy.detach())
 
 
@@ -295,6 +300,7 @@ class _Fused(torch.autograd.Function):
         return logp, entropy, token_mean(losses, loss_mask=mask, normalizer=count)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _logp: Tensor, _entropy: Tensor, incoming: Tensor) -> tuple[Tensor | None, ...]:
         rows, dx, dweight, dbias = ctx.saved_tensors
         shape, dtype = ctx.like[0]

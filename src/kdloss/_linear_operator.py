@@ -177,7 +177,7 @@ def linear_logprobs_backward(
             dbias[piece.columns] += dz.sum(0)
     if needs[0]:
         dx = hidden.new_zeros(hidden.shape).index_copy_(0, index, dx.to(hidden.dtype))
-    return dx, dweight, dbias if bias is None else dbias.to(bias.dtype)
+    return dx, dweight, dbias.to((hidden if bias is None else bias).dtype)
 
 
 @linear_logprobs_backward.register_fake
