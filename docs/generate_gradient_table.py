@@ -71,6 +71,19 @@ def folded(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Ten
     return kdloss.importance_sampled_surrogate(logp, old_logp, both, loss_mask=loss_mask).loss
 
 
+def fused(
+    logits: Tensor, labels: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, loss_mask: Tensor
+) -> Tensor:
+    """`kdrl_token_loss` inside the head: the logits as hidden states under an identity head."""
+
+    def token_loss(logp: Tensor, entropy: Tensor, *inputs: Tensor) -> Tensor:
+        return kdloss.kdrl_token_loss(logp, *inputs, distill_loss_weight=0.3)
+
+    head = torch.eye(logits.shape[-1], dtype=logits.dtype)
+    inputs = (old_logp, teacher_logp, advantages)
+    return kdloss.fused_linear_loss(logits, head, labels, token_loss, *inputs, loss_mask=loss_mask, **fixed).loss
+
+
 def grouped(function: Loss, **keywords: Any) -> Loss:
     """Advantages within the batch, which is one group, on a loss without clip."""
 
@@ -158,6 +171,7 @@ ROWS = {
         Row("`kdrl_loss`", partial(kdrl, **fixed), "KDRL, eq. 8"),
         Row("`kdrl_loss`, no clip in reach", partial(kdrl, **unclipped, **fixed), "KDRL, eq. 8"),
         Row("`kdrl_token_loss`", partial(kdloss.kdrl_token_loss, distill_loss_weight=0.3), "KDRL, eq. 8"),
+        Row("`fused_linear_loss` of `kdrl_token_loss`", fused, "KDRL, eq. 8"),
         Row("`fold_kd_reward` in `importance_sampled_surrogate`", folded, "KDRL, eq. 8"),
         Row("`direct_penalty`, no clip in reach", partial(literal, **fixed), "trainers' joint mode"),
         Row("`direct_penalty`, `sequence_mean`", partial(literal, reduction="sequence_mean"), "trainers' joint mode"),

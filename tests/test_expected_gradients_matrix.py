@@ -522,6 +522,38 @@ def test_a_distillation_weight_per_token(under: str, direct: bool):
     assert_equal(got, by_hand(TREE, coefficient, under=under))
 
 
+@pytest.mark.parametrize("under", ["student", "behaviour"])
+@pytest.mark.parametrize("normalizer", [1.0, 7.0])
+def test_the_fused_loss_has_the_gradient_of_the_loss_that_it_is_given(under: str, normalizer: float):
+    """The student's logits as hidden states under an identity head, which leaves them as they are."""
+    identity = torch.eye(TREE.vocab_size, dtype=torch.float64)
+
+    def token_loss(logp, entropy, old_logp, teacher_logp, advantages):
+        return kdloss.kdrl_token_loss(
+            logp, old_logp, teacher_logp, advantages, rl_loss_weight=0.6, distill_loss_weight=0.3
+        )
+
+    def loss(logits, labels, old_logp, teacher_logp, advantages, loss_mask, normalizer):
+        return kdloss.fused_linear_loss(
+            logits,
+            identity,
+            labels,
+            token_loss,
+            old_logp,
+            teacher_logp,
+            advantages,
+            loss_mask=loss_mask,
+            normalizer=normalizer,
+        )
+
+    def coefficient(path: Path) -> np.ndarray:
+        rl, kd = ppo(path, 0.2, 0.2), -path.ratio * np.log(path.p / path.q)
+        return (0.6 * rl + 0.3 * kd) / normalizer
+
+    got = expected_gradient(loss, TREE, under=under, normalizer=normalizer)
+    assert_equal(got, by_hand(TREE, coefficient, under=under))
+
+
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 # Public function -> the tests that prove its expected gradient, on-policy and off-policy, where it is exact and where
@@ -536,6 +568,7 @@ PROOFS = {
         f"{SURROGATES}.test_off_ratio_one_the_trainers_clip_acts_on_the_folded_reward_too",
         f"{SURROGATES}.test_fold_kd_reward_with_a_weight_per_token",
     ),
+    "fused_linear_loss": (f"{HERE}.test_the_fused_loss_has_the_gradient_of_the_loss_that_it_is_given",),
     "token_mean": (MATRIX,),
     "sequence_mean": (MATRIX,),
     "reverse_kl_reward": (f"{SURROGATES}.test_what_importance_sampling_makes_of_the_reverse_kl_reward",),
