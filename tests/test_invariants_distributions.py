@@ -37,7 +37,9 @@ class Rows(NamedTuple):
     teacher_hidden: Tensor  # (T, 4)
     weight: Tensor  # (V, 3)
     teacher_weight: Tensor  # (V, 4)
-    # its two likeliest entries, taken once: a product of fewer rows rounds otherwise, and log(1 - P) makes much of it
+    # of both, taken once: a product of fewer rows rounds otherwise, and log(1 - P) makes much of it
+    logits: Tensor  # (T, V)
+    teacher_logits: Tensor  # (T, V)
     top_logp: Tensor  # (T, 2)
     top_ids: Tensor  # (T, 2)
     mask: Tensor  # (T,)
@@ -47,6 +49,8 @@ class Rows(NamedTuple):
         return self._replace(
             hidden=self.hidden[index],
             teacher_hidden=self.teacher_hidden[index],
+            logits=self.logits[index],
+            teacher_logits=self.teacher_logits[index],
             top_logp=self.top_logp[index],
             top_ids=self.top_ids[index],
             mask=self.mask[index],
@@ -75,8 +79,11 @@ def batches(draw: st.DrawFn) -> tuple[Rows, Tensor]:
     hidden, teacher_hidden, weight, teacher_weight = (
         normal(n, d) for n, d in ((count, 3), (count, 4), (vocab, 3), (vocab, 4))
     )
-    top = (teacher_hidden @ teacher_weight.T).log_softmax(-1).topk(2)
-    rows = Rows(hidden, teacher_hidden, weight, teacher_weight, top.values, top.indices, mask, labels)
+    logits, teacher_logits = hidden @ weight.T, teacher_hidden @ teacher_weight.T
+    top = teacher_logits.log_softmax(-1).topk(2)
+    rows = Rows(
+        hidden, teacher_hidden, weight, teacher_weight, logits, teacher_logits, top.values, top.indices, mask, labels
+    )
     return rows, torch.tensor(draw(st.permutations(range(count))), dtype=torch.int64)
 
 
@@ -85,10 +92,9 @@ Outcome = tuple[Tensor, Tensor, Tensor]  # per row, its gradient, and the gradie
 
 def of_logits(name: str, tail: str | None = None) -> Callable[[Rows], Outcome]:
     def run(batch: Rows) -> Outcome:
-        logits = (batch.hidden @ batch.weight.T).requires_grad_()
-        teacher = batch.teacher_hidden @ batch.teacher_weight.T
+        logits = batch.logits.clone().requires_grad_()
         if tail is None:
-            values = getattr(kdloss, name)(logits, teacher, **SHARE[name])
+            values = getattr(kdloss, name)(logits, batch.teacher_logits, **SHARE[name])
         else:
             teacher_top = (batch.top_logp, batch.top_ids)
             values = getattr(kdloss, f"topk_{name}")(logits, *teacher_top, tail=tail, **SHARE[name])
