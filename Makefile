@@ -43,6 +43,7 @@ test: $(VENV)/test.stamp $(VENV)/examples.stamp  ## The tests, and the code bloc
 
 bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/results/; ARGS="--quick" takes a minute
 	$(BIN)/python -m benchmarks $(ARGS)
+
 # 100,000 examples in all; the normal suite draws a hundred for each test.
 fuzz: $(VENV)/test.stamp  ## The hypothesis tests, with many more examples: make fuzz EXAMPLES=100000
 	$(BIN)/pytest tests --fuzz $(EXAMPLES) --numprocesses auto --maxprocesses 4 --durations 5 $(ARGS)

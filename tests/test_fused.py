@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kdloss
-from kdloss import _fused
+from kdloss import _fused, _head
 
 T, D, V = 13, 4, 9
 CLOSE = {"rtol": 1e-12, "atol": 1e-14}
@@ -117,6 +117,23 @@ def test_half_precision_gradients_wait_for_the_incoming_scale():
     (expected,) = torch.autograd.grad(exact * 2.0**24, wide[1])
     assert found.abs().max() > 0
     torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(torch.float16).eps, atol=1e-7)
+
+
+def test_a_half_precision_head_is_widened_slice_by_slice(monkeypatch):
+    """Three slices of 256 rows; the products are float32's, so they differ from one product by its roundings alone."""
+    monkeypatch.setattr(_head, "_SLICE_ENTRIES", 1)
+    weight = normal(600, D, seed=1, dtype=torch.bfloat16)
+    hidden, labels = normal(T, D, dtype=torch.bfloat16), LABELS * 66 + (LABELS == -100) * 6500
+    found = [x.clone().requires_grad_() for x in (hidden, weight)]
+    wide = [x.float().requires_grad_() for x in (hidden, weight)]
+    inputs = [x.float() for x in INPUTS[:3]]
+    out = kdloss.fused_linear_loss(*found, labels, token_loss, *inputs, MASK, loss_mask=MASK)
+    expected = kdloss.fused_linear_loss(*wide, labels, token_loss, *inputs, MASK, loss_mask=MASK)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    gradients = zip(torch.autograd.grad(out.loss, found), torch.autograd.grad(expected.loss, wide), strict=True)
+    for x, y in gradients:
+        # rounded to bfloat16 once, at the end
+        torch.testing.assert_close(x.float(), y, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
 
 
 def test_garbage_under_the_mask_leaves_no_trace():

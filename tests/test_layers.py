@@ -22,6 +22,7 @@ LAYERS = (
     "_reductions",
     "_triton",
     "_rows",
+    "_head",
     "_logits_operator",
     "_compiled_logprobs",
     "_logprobs",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss import _head
 from kdloss import _linear_divergence_ops as ops
 
 T, V, D, D_TEACHER = 40, 11, 4, 6
@@ -56,7 +57,7 @@ def teacher(dtype: torch.dtype = torch.float64, *, vocab: int = V) -> list[Tenso
 def small_chunks(monkeypatch):
     """16 rows a chunk, the least: two and a part of one for the trained tokens; 256 rows of the head a slice."""
     monkeypatch.setattr(ops, "_CHUNK_ENTRIES", {"cpu": 1, "gpu": 1})
-    monkeypatch.setattr(ops, "_SLICE_ENTRIES", 1)
+    monkeypatch.setattr(_head, "_SLICE_ENTRIES", 1)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

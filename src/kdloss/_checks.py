@@ -204,6 +204,44 @@ def no_reward_options(kd_discount: float, kd_reward_clip: float | None, kd_max_r
             raise ValueError(f"{name} must be {off} with direct_penalty=True, which has no reward, got {value}")
 
 
+def unsupported(*, shard: object, impl: str) -> None:
+    one_of("impl", impl, ("auto", "torch", "triton"))
+    if impl == "triton":
+        raise NotImplementedError('impl="triton" has no kernel yet; use "auto" or "torch"')
+    if shard is not None:
+        raise NotImplementedError("shard: a vocabulary-sharded head is not supported yet; gather it, pass None")
+
+
+def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -> float | Tensor:
+    """A number, or a tensor expanded to one value a row of `reference`, which is called `name` in the error."""
+    if not isinstance(temperature, Tensor):
+        positive(temperature=temperature)
+        finite(temperature=temperature)
+        return temperature
+    rows = reference.shape[:-1]
+    floating(temperature=temperature)
+    if temperature.ndim > 0 and temperature.shape != rows:
+        raise ValueError(f"temperature must be a number, 0-dim or {tuple(rows)}, got {tuple(temperature.shape)}")
+    same_device(name, reference, temperature=temperature)
+    return temperature.expand(rows)
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: float, side: str = "") -> None:
+    """Hidden states (T, D) and the head (V, D), (V,) that they meet; `side` begins the names in the errors."""
+    names = [f"{side}{name}" for name in ("hidden", "weight", "bias", "logit_scale")]
+    tensors(**{names[0]: hidden, names[1]: weight})
+    floating(**dict(zip(names[:3], (hidden, weight, bias), strict=True)))
+    finite(**{names[3]: logit_scale})
+    if hidden.ndim < 2:
+        raise ValueError(f"{names[0]} must be (T, D), got {tuple(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+        raise ValueError(
+            f"{names[1]} must be (V, D) with D = {hidden.shape[-1]} of {names[0]}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{names[2]} must match the rows of {names[1]} ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
 def no_group(group: object) -> None:
     if group is not None:
         raise NotImplementedError("group: sequences split across ranks are not supported yet; pass whole sequences")

@@ -8,7 +8,6 @@ logits) and `torch.compile` from looking inside. A gradient of the gradient is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from . import _checks
 from ._divergence_rows import Scratch, block
+from ._rows import flat_rows
 
 
 def divergence(
@@ -141,17 +141,6 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _divergence.register_autograd(_backward, setup_context=_save)
-
-
-def flat_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """(..., n) tensors of one leading shape as (rows, n) views, all at once where their strides allow it."""
-    try:
-        flat = tuple(x.view(-1, x.shape[-1]) for x in tensors)
-    except RuntimeError:  # a copy would cost as much as the logits
-        for parts in zip(*(x.unbind(0) for x in tensors), strict=True):
-            yield from flat_rows(*parts)
-    else:
-        yield flat
 
 
 def column(rows: Tensor | None, like: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ def check_divergence(
     impl: str,
 ) -> tuple[int, float | Tensor]:
     """The true vocabulary and the temperature, a number or one value a row."""
-    check_unsupported(shard, impl)
+    _checks.unsupported(shard=shard, impl=impl)
     _checks.floating(logits=logits, teacher_logits=teacher_logits)
     check_axis("logits", logits)
     check_axis("teacher_logits", teacher_logits)
@@ -223,15 +223,7 @@ def check_divergence(
         raise ValueError(f"teacher_logits must match logits {rows}, got {tuple(teacher_logits.shape)}")
     _checks.same_device("logits", logits, teacher_logits=teacher_logits)
     vocab_size = common_vocab_size("teacher_logits", logits.shape[-1], teacher_logits.shape[-1], vocab_size)
-    return vocab_size, check_temperature("logits", logits, temperature)
-
-
-def check_unsupported(shard: object, impl: str) -> None:
-    _checks.one_of("impl", impl, ("auto", "torch", "triton"))
-    if impl == "triton":
-        raise NotImplementedError('impl="triton" has no kernel yet; use "auto" or "torch"')
-    if shard is not None:
-        raise NotImplementedError("shard: vocabulary-sharded divergences are not supported yet; gather, pass None")
+    return vocab_size, _checks.row_temperature("logits", logits, temperature)
 
 
 def check_axis(name: str, logits: Tensor) -> None:
@@ -248,20 +240,6 @@ def common_vocab_size(teacher_name: str, student: int, teacher: int, vocab_size:
             "padding only, pass vocab_size, the true one"
         )
     return check_vocab_size(vocab_size, min(student, teacher))
-
-
-def check_temperature(name: str, reference: Tensor, temperature: float | Tensor) -> float | Tensor:
-    """A number, or a tensor expanded to one value a row of `reference`."""
-    if not isinstance(temperature, Tensor):
-        _checks.positive(temperature=temperature)
-        _checks.finite(temperature=temperature)
-        return temperature
-    rows = reference.shape[:-1]
-    _checks.floating(temperature=temperature)
-    if temperature.ndim > 0 and temperature.shape != rows:
-        raise ValueError(f"temperature must be a number, 0-dim or {tuple(rows)}, got {tuple(temperature.shape)}")
-    _checks.same_device(name, reference, temperature=temperature)
-    return temperature.expand(rows)
 
 
 def check_share(name: str, share: float, at_0: str, at_1: str | None) -> None:

@@ -15,13 +15,14 @@ only then rounded to the dtypes of their inputs: scaling is exact whatever a gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._head import head_product_, times_head
 from ._linear import as_dtype, autocast_dtype, check_head, linear_token_logprobs_and_entropy, select_rows
 from ._logprobs import IGNORE_INDEX, check_options, label_columns, row_temperatures
 from ._reductions import token_mean
@@ -31,9 +32,6 @@ TokenLoss = Callable[..., Tensor]
 
 # Bytes of a chunk of logits. Each chunk reads and writes all of dw once, so few and large ones.
 _CHUNK_BYTES = {"cpu": 1 << 28, "other": 1 << 30}
-
-# Rows of the head that are widened at a time.
-_SLICE_ROWS = 8192
 
 
 class FusedLoss(NamedTuple):
@@ -120,7 +118,7 @@ def fused_linear_loss(
             vocab_size=vocab_size,
             max_trained_tokens=max_trained_tokens,
         )
-    value, row_temperature = row_temperatures(temperature, shape, "hidden", hidden)
+    value, row_temperature = row_temperatures(temperature, "hidden", hidden)
     columns, outside = label_columns(labels, shape, vocab_size)
     mask = loss_mask.flatten()
     columns = columns.masked_fill(~mask[:, None], IGNORE_INDEX)
@@ -247,7 +245,7 @@ class _Fused(torch.autograd.Function):
         dweight = logp.new_zeros(weight.shape) if needs[1] else None
         dbias = logp.new_zeros(weight.shape[0]) if needs[2] else None
 
-        head, head_bias = weight[:vocab_size], None if bias is None else bias[:vocab_size].to(dtype)
+        head, head_bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         kind = "cpu" if mask.device.type == "cpu" else "other"
         size = max(1, min(_CHUNK_BYTES[kind] // (vocab_size * dtype.itemsize), rows.shape[0]))
         buffers = [logp.new_empty(size, vocab_size) for _ in range(3 if scaling.softcap is None else 4)]
@@ -262,7 +260,7 @@ class _Fused(torch.autograd.Function):
             if row_temperature is not None:
                 divisor = torch.where(labelled, row_temperature[chunk].to(dtype)[:, None], 1)
                 part = scaling._replace(temperature=divisor)
-            part.apply_(_logits_(z, x, head, head_bias))
+            part.apply_(head_product_(z, x, head, head_bias))
 
             sums = Sums.empty(n, like=z, with_entropy=True)
             sums.read_(z, other, seeds)
@@ -289,7 +287,7 @@ class _Fused(torch.autograd.Function):
             gradient_of(z, upstream, out=out, seeds=seeds.zero_(), scratch=other)
             part.backward_(out, z)
             if needs[0]:
-                dx[start : start + n] = _backward_product(out, head)
+                dx[start : start + n] = times_head(out, head)
             if dweight is not None:
                 dweight[:vocab_size].addmm_(out.T, x)
             if dbias is not None:
@@ -312,26 +310,3 @@ class _Fused(torch.autograd.Function):
             if x is not None:
                 found[place] = torch.mul(x, incoming, out=x.new_empty(x.shape, dtype=ctx.like[place][1]))
         return *found, *(None,) * 10
-
-
-def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head (V, D) in slices widened one at a time: a float32 copy of it whole may be larger than the logits."""
-    width = _SLICE_ROWS if head.dtype != dtype else head.shape[0]
-    for start in range(0, head.shape[0], width):
-        columns = slice(start, min(start + width, head.shape[0]))
-        yield columns, head[columns].to(dtype)
-
-
-def _logits_(z: Tensor, x: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-    """z = x @ head.T + bias."""
-    for columns, weight in _slices(head, z.dtype):
-        torch.mm(x, weight.T, out=z[:, columns])
-    return z if bias is None else z.add_(bias)
-
-
-def _backward_product(dz: Tensor, head: Tensor) -> Tensor:
-    """dz @ head."""
-    dx = dz.new_zeros(dz.shape[0], head.shape[1])
-    for columns, weight in _slices(head, dz.dtype):
-        dx.addmm_(dz[:, columns], weight)
-    return dx

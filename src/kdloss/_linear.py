@@ -151,7 +151,7 @@ def _evaluate(
     check_options(shard=shard, impl=impl, softcap=softcap)
     vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
     shape = hidden.shape[:-1]
-    temperature, row_temperature = row_temperatures(temperature, shape, "hidden", hidden)
+    temperature, row_temperature = row_temperatures(temperature, "hidden", hidden)
     columns, outside = label_columns(labels, shape, vocab_size)
     if loss_mask is not None:
         untrained = ~loss_mask.reshape(-1, 1)
@@ -237,14 +237,7 @@ def check_head(
         raise ValueError(
             f"loss_mask must match the rows of hidden {tuple(hidden.shape[:-1])}, got {tuple(loss_mask.shape)}"
         )
-    _checks.floating(hidden=hidden, weight=weight, bias=bias)
-    _checks.finite(logit_scale=logit_scale)
-    if hidden.ndim < 2:
-        raise ValueError(f"hidden must be (T, D), got {tuple(hidden.shape)}")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
-        raise ValueError(f"weight must be (V, D) with D = {hidden.shape[-1]} of hidden, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must match the rows of weight ({weight.shape[0]},), got {tuple(bias.shape)}")
+    _checks.head(hidden, weight, bias, logit_scale=logit_scale)
     vocab_size = check_vocab_size(vocab_size, weight.shape[0])
     _checks.tensors(labels=labels)
     _checks.same_device("hidden", hidden, weight=weight, bias=bias, labels=labels, loss_mask=loss_mask)

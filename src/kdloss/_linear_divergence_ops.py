@@ -25,11 +25,11 @@ from torch import Tensor
 from . import _checks
 from ._divergence_ops import scaled
 from ._divergence_rows import Scratch, block
+from ._head import head_product_, times_head
+from ._rows import Scaling
 
 # Logits of a chunk, a side: on a CPU 64 MB in float32, rows enough for a matrix product to run at its speed.
 _CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
-# Entries of a half-precision head that are widened at a time.
-_SLICE_ENTRIES = 2**22
 
 
 class Head(NamedTuple):
@@ -109,7 +109,7 @@ def _linear_divergence(
         assert value is not None
         out[chunk.places] = value
         if in_forward:
-            d_hidden[chunk.places] = _times_weight(chunk.logits, weight[:vocab_size])
+            d_hidden[chunk.places] = times_head(chunk.logits, weight[:vocab_size])
     return out, d_hidden
 
 
@@ -172,7 +172,7 @@ def _linear_divergence_backward(
     for chunk in work.chunks(loss_mask & (upstream != 0)):
         work.divergence(chunk, upstream.index_select(0, chunk.places), gradient=True)
         if needs_hidden:
-            d_hidden[chunk.places] = _times_weight(chunk.logits, weight[:vocab_size]).to(hidden.dtype)
+            d_hidden[chunk.places] = times_head(chunk.logits, weight[:vocab_size]).to(hidden.dtype)
         if needs_weight:
             d_weight[:vocab_size].addmm_(chunk.logits.T, chunk.hidden)
         if needs_bias:
@@ -303,33 +303,9 @@ class _Work(NamedTuple):
 
 def _logits(hidden: Tensor, head: Head, *, out: Tensor) -> None:
     """`softcap(logit_scale * (hidden @ weight.T + bias))`, over the columns of `out`."""
-    for columns, weight in _slices(head.weight[: out.shape[1]], out.dtype):
-        torch.mm(hidden, weight.T, out=out[:, columns])
-    if head.bias is not None:
-        out.add_(head.bias[: out.shape[1]].to(out.dtype))
-    if head.logit_scale != 1:
-        out.mul_(head.logit_scale)
-    if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
-
-
-def _times_weight(dx: Tensor, weight: Tensor) -> Tensor:
-    """`dx @ weight`, (R, D), in the dtype of dx."""
-    out = dx.new_zeros(dx.shape[0], weight.shape[1])
-    for columns, part in _slices(weight, dx.dtype):
-        out.addmm_(dx[:, columns], part)
-    return out
-
-
-def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the head in the dtype of the computation: all of it where it is, else 16 MB at a time."""
-    if weight.dtype == dtype:
-        yield slice(None), weight
-        return
-    step = max(256, _SLICE_ENTRIES // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        columns = slice(start, start + step)
-        yield columns, weight[columns].to(dtype)
+    vocab_size = out.shape[1]
+    head_product_(out, hidden, head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size])
+    Scaling(head.softcap, head.logit_scale, 1.0).apply_(out)
 
 
 def _dtype(student: Head, teacher: Head) -> torch.dtype:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _checks
 from ._divergence_rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL
-from ._divergences import check_share, check_temperature, check_unsupported, common_vocab_size
+from ._divergences import check_share, common_vocab_size
 from ._linear_divergence_ops import Head, linear_divergence
 
 
@@ -207,9 +207,10 @@ def _linear(
     shard: object,
     impl: str,
 ) -> Tensor:
-    check_unsupported(shard, impl)
-    _check_head("", student)
-    _check_head("teacher_", teacher)
+    _checks.unsupported(shard=shard, impl=impl)
+    for side, head in (("", student), ("teacher_", teacher)):
+        _checks.head(*head[:3], logit_scale=head.logit_scale, side=side)
+        _checks.positive(**{f"{side}softcap": head.softcap})
     _checks.tensors(loss_mask=loss_mask)
     _checks.boolean(loss_mask=loss_mask)
     rows = student.hidden.shape[:-1]
@@ -229,7 +230,7 @@ def _linear(
         loss_mask=loss_mask,
     )
     vocab_size = common_vocab_size("teacher_weight", student.weight.shape[0], teacher.weight.shape[0], vocab_size)
-    tau = check_temperature("hidden", student.hidden, temperature)
+    tau = _checks.row_temperature("hidden", student.hidden, temperature)
     value = linear_divergence(
         student._replace(hidden=student.hidden.flatten(0, -2)),
         teacher._replace(hidden=teacher.hidden.flatten(0, -2)),
@@ -240,20 +241,3 @@ def _linear(
         vocab_size=vocab_size,
     )
     return value.reshape(rows)
-
-
-def _check_head(side: str, head: Head) -> None:
-    hidden, weight, bias, softcap, logit_scale = head
-    names = [f"{side}{name}" for name in ("hidden", "weight", "bias", "softcap", "logit_scale")]
-    _checks.tensors(**{names[0]: hidden, names[1]: weight})
-    _checks.floating(**dict(zip(names[:3], (hidden, weight, bias), strict=True)))
-    _checks.positive(**{names[3]: softcap})
-    _checks.finite(**{names[4]: logit_scale})
-    if hidden.ndim < 2:
-        raise ValueError(f"{names[0]} must be (T, D), got {tuple(hidden.shape)}")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
-        raise ValueError(
-            f"{names[1]} must be (V, D) with D = {hidden.shape[-1]} of {names[0]}, got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{names[2]} must match the rows of {names[1]} ({weight.shape[0]},), got {tuple(bias.shape)}")

@@ -7,7 +7,7 @@ The vocabulary is walked in slices, so that of the (N, V) logits one tile at a t
 
 which is one matrix product forward and three backward, or two where the logits were kept. Slices run outside, so each
 slice of the head is widened once and each slice of its gradient is written once, from a float32 accumulator; dh
-accumulates in float32 too. The width of a slice follows from D alone: neither the mask nor the batch moves a sum.
+accumulates in float32 too. The width of a slice follows from D and V alone, never from the mask.
 
 N rows are computed: those with a label, gathered here. The backward gathers again, those of them whose incoming
 gradient is not 0: clipped tokens and groups without advantage cost nothing.
@@ -31,8 +31,8 @@ class _Budget(NamedTuple):
     slice_elements: int  # of a widened slice of the head
 
 
-# On a CPU a slice and a tile, 32 and 16 MiB at most, share the last level of cache with one another's neighbours. An
-# accelerator wants fewer and larger products.
+# On a CPU a slice and a tile, 32 and 16 MiB at most, are in reach of the last level of cache. An accelerator wants
+# fewer and larger products.
 _CPU = _Budget(512, 1 << 13, 1 << 23)
 _DEVICE = _Budget(8192, 1 << 15, 1 << 26)
 
@@ -56,7 +56,7 @@ def linear_logprobs(
     with_entropy: bool,
     store: bool,  # keep the logits; only with `rows`, as their number must be known
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp (T, K), entropy (T,) or (0,), maximum, peak (N,) or (T,), mean like entropy, logits (N, V) or (0, V))."""
+    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean like entropy, logits (N, V) or (0, V))."""
     index = _labelled(columns) if rows is None else rows
     n_tokens, columns = columns.shape[0], columns[index]
     head = _Head(hidden, weight, bias, columns, index, row_temperature, Scaling(softcap, logit_scale, temperature))

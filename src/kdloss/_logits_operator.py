@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._rows import RowState, Scaling, Sums, Upstream, gradient_of
+from ._rows import RowState, Scaling, Sums, Upstream, flat_rows, gradient_of
 
 # Elements of a scratch block for each thread. On a CPU: 2 MiB of float32, of which three or four fit the last level of
 # cache. On an accelerator a block must fill the device.
@@ -216,7 +216,7 @@ class _Rows:
     def _cut(self) -> Iterator[tuple[Tensor, slice | Tensor, slice | Tensor]]:
         """(matrix, rows of it, which of the T rows they are)."""
         start = 0
-        for matrix in _matrices(self._logits):
+        for (matrix,) in flat_rows(self._logits):
             rows = matrix.shape[0]
             if self._walk_all:
                 for first in range(0, rows, self._size):
@@ -256,15 +256,3 @@ class _Rows:
         if self._walk_all:
             return x
         return x.new_zeros(self._wanted.shape[0], *x.shape[1:]).index_copy_(0, self._index, x)
-
-
-def _matrices(x: Tensor) -> Iterator[Tensor]:
-    """(..., V) as (rows, V) views in order, never as a copy: `logits[:, :-1]` of (B, L, V) is B of them."""
-    if x.ndim < 2:
-        yield x.reshape(1, -1)
-        return
-    try:
-        yield x.view(-1, x.shape[-1])
-    except RuntimeError:
-        for part in x.unbind():
-            yield from _matrices(part)

@@ -126,7 +126,7 @@ def _evaluate(
     check_options(shard=shard, impl=impl, softcap=softcap)
     vocab_size = _check_logits(logits, labels, vocab_size)
     shape = logits.shape[:-1]
-    temperature, row_temperature = row_temperatures(temperature, shape, "logits", logits)
+    temperature, row_temperature = row_temperatures(temperature, "logits", logits)
     columns, outside = label_columns(labels, shape, vocab_size)
     run = compiled_logprobs if torch.compiler.is_compiling() else logprobs
     logp, entropy, *_ = run(logits, columns, row_temperature, temperature, softcap, vocab_size, with_entropy)
@@ -141,12 +141,8 @@ def label_columns(labels: Tensor, rows: torch.Size, vocab_size: int) -> tuple[Te
 
 
 def check_options(*, shard: object, impl: str, softcap: float | None) -> None:
-    _checks.one_of("impl", impl, ("auto", "torch", "triton"))
+    _checks.unsupported(shard=shard, impl=impl)
     _checks.positive(softcap=softcap)
-    if impl == "triton":
-        raise NotImplementedError('impl="triton" has no kernel yet; use "auto" or "torch"')
-    if shard is not None:
-        raise NotImplementedError("shard: vocabulary-sharded heads are not supported yet; gather the logits, pass None")
 
 
 def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask: Tensor | None = None) -> None:
@@ -188,16 +184,7 @@ def _check_logits(logits: Tensor, labels: Tensor, vocab_size: int | None) -> int
     return vocab_size
 
 
-def row_temperatures(
-    temperature: float | Tensor, rows: torch.Size, reference_name: str, reference: Tensor
-) -> tuple[float, Tensor | None]:
-    """A number for all rows, or (1.0, one value a row (T,)), detached."""
-    if not isinstance(temperature, Tensor):
-        _checks.positive(temperature=temperature)
-        _checks.finite(temperature=temperature)
-        return float(temperature), None
-    _checks.floating(temperature=temperature)
-    if temperature.ndim > 0 and temperature.shape != rows:
-        raise ValueError(f"temperature must be a number, 0-dim or {tuple(rows)}, got {tuple(temperature.shape)}")
-    _checks.same_device(reference_name, reference, temperature=temperature)
-    return 1.0, temperature.detach().expand(rows).flatten()
+def row_temperatures(temperature: float | Tensor, name: str, reference: Tensor) -> tuple[float, Tensor | None]:
+    """A number for all rows of `reference`, or (1.0, one value a row (T,)), detached."""
+    found = _checks.row_temperature(name, reference, temperature)
+    return (1.0, found.detach().flatten()) if isinstance(found, Tensor) else (float(found), None)

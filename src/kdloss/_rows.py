@@ -20,10 +20,25 @@ half the price of `torch.exp`, so both directions are written around them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def flat_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(..., n) tensors of one leading shape as (rows, n) views in order, all at once where their strides allow it.
+
+    Never as a copy: `logits[:, :-1]` of (B, L, V), as a trainer writes it, is B of them.
+    """
+    try:
+        flat = tuple(x.view(-1, x.shape[-1]) for x in tensors)
+    except RuntimeError:  # a copy would cost as much as the logits
+        for parts in zip(*(x.unbind(0) for x in tensors), strict=True):
+            yield from flat_rows(*parts)
+    else:
+        yield flat
 
 
 class Scaling(NamedTuple):

@@ -31,7 +31,7 @@ from torch import Tensor
 from . import _checks
 from ._divergence_ops import divergence
 from ._divergence_rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL
-from ._divergences import check_axis, check_share, check_temperature, check_unsupported
+from ._divergences import check_axis, check_share
 from ._logprobs import check_vocab_size
 from ._topk_ops import kept_and_rest
 
@@ -174,10 +174,10 @@ def _topk(
     shard: object,
     impl: str,
 ) -> Tensor:
-    check_unsupported(shard, impl)
+    _checks.unsupported(shard=shard, impl=impl)
     _checks.one_of("tail", tail, TAILS)
     vocab_size, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size)
-    tau = check_temperature("logits", logits, temperature)
+    tau = _checks.row_temperature("logits", logits, temperature)
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
     ids = teacher_topk_ids.long()
     valid = (ids >= 0) & (ids < vocab_size)

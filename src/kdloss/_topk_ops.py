@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._divergence_ops import all_zero, column, flat_rows
+from ._divergence_ops import all_zero, column
+from ._rows import flat_rows
 
 _ENTRIES = 2**19
 
