@@ -147,7 +147,7 @@ def linear_logprobs_backward(
         places = active.nonzero().squeeze(-1)
         index = index[places]
     state = RowState(maximum[index, None], peak[index, None], None if h is None else mean[index, None])
-    upstream = Upstream.of(state, columns[index], g[index], None if h is None else h[index])
+    upstream = Upstream.of(state, columns[index], g[index], None if h is None else h[index]).unshifted()
     scaling = Scaling(softcap, logit_scale, temperature)
     head = _Head(hidden, weight, bias, columns[index], index, row_temperature, scaling)
 

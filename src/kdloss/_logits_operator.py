@@ -41,25 +41,25 @@ def logprobs(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean (T,) or (0,)), anything in rows without a label."""
-    rows = _Rows(logits, (columns >= 0).any(-1), vocab_size)
-    columns = rows.take(columns)
-    scaling = rows.scaling(softcap, temperature, row_temperature)
-    z, p, shifted = rows.scratch(), rows.scratch(), rows.scratch() if with_entropy else None
-    sums = Sums.empty(columns.shape[0], like=z, with_entropy=with_entropy)
-    picked = z.new_empty(columns.shape)
-    parts = zip(columns.clamp(min=0).split(rows.sizes), picked.split(rows.sizes), strict=True)
-    for block, part, (places, target) in zip(rows.blocks(scaling), sums.split(rows.sizes), parts, strict=True):
-        n = places.shape[0]
-        loaded = block.load(z[:n])
-        part.read_(loaded, p[:n], None if shifted is None else shifted[:n])
-        torch.gather(loaded, -1, places, out=target)
-    state = RowState.of(sums)
-    logp = rows.put_back(state.logp(picked).masked_fill(columns < 0, 0))
-    maximum, peak = rows.put_back(state.maximum).squeeze(-1), rows.put_back(state.peak).squeeze(-1)
+    labelled = (columns >= 0).any(-1)
+    scaling = Scaling(softcap, 1.0, temperature)
+    rows = _Rows(logits, labelled, vocab_size, scaling, row_temperature)
+    state = RowState(*(None if x is None else rows.put_back(x) for x in _read(rows, with_entropy=with_entropy)))
+    logp = state.logp(rows.pick(columns.clamp(min=0))).masked_fill(columns < 0, 0)
+    maximum, peak = state.maximum.squeeze(-1), state.peak.squeeze(-1)
     if state.mean is None:
-        return logp, z.new_empty(0), maximum, peak, z.new_empty(0)
-    entropy = state.entropy().masked_fill((columns < 0).all(-1, keepdim=True), 0)
-    return logp, rows.put_back(entropy).squeeze(-1), maximum, peak, rows.put_back(state.mean).squeeze(-1)
+        return logp, logp.new_empty(0), maximum, peak, logp.new_empty(0)
+    entropy = state.entropy().squeeze(-1).masked_fill(~labelled, 0)
+    return logp, entropy, maximum, peak, state.mean.squeeze(-1)
+
+
+def _read(rows: _Rows, *, with_entropy: bool) -> RowState:
+    """The state (N, 1) of the wanted rows."""
+    z, p, shifted = rows.scratch(), rows.scratch(), rows.scratch() if with_entropy else None
+    sums = Sums.empty(rows.count, like=z, with_entropy=with_entropy)
+    for block, part in zip(rows.blocks(), sums.split(rows.sizes), strict=True):
+        part.read_(block.load(z), block.cut(p), None if shifted is None else block.cut(shifted))
+    return RowState.of(sums)
 
 
 @logprobs.register_fake
@@ -101,8 +101,7 @@ def logprobs_backward(
     wanted = (g != 0).any(-1)
     if h is not None:
         wanted |= h != 0
-    rows = _Rows(logits, wanted, vocab_size)
-    scaling = rows.scaling(softcap, temperature, row_temperature)
+    rows = _Rows(logits, wanted, vocab_size, Scaling(softcap, 1.0, temperature), row_temperature)
     upstream = Upstream.of(
         # of a row that is not wanted the logits are read as 0, if at all
         RowState(
@@ -113,25 +112,26 @@ def logprobs_backward(
         rows.take(columns),
         rows.take(g),
         None if h is None else rows.take(h[:, None]),
-    )
+    ).unshifted()
     z, seeds = rows.scratch(), rows.scratch().zero_()
     dz = rows.scratch() if softcap is not None else z
     scratch = None if h is None else rows.scratch()
     make = torch.empty if rows.cover_all else torch.zeros
     gradient = make(logits.shape, dtype=logits.dtype, device=logits.device)
-    matrix = gradient.view(columns.shape[0], logits.shape[-1])
-    for block, part in zip(rows.blocks(scaling), upstream.split(rows.sizes), strict=True):
-        n = part.scale.shape[0]
-        loaded = block.load(z[:n])
-        place = block.place if isinstance(block.place, slice) else None
-        in_place = rows.cover_all and gradient.dtype == wide and place is not None
-        out = matrix[place] if in_place else dz[:n]
-        gradient_of(loaded, part, out=out, seeds=seeds[:n], scratch=None if scratch is None else scratch[:n])
+    targets = rows.targets(gradient)
+    for block, part, target in zip(rows.blocks(), upstream.split(rows.sizes), targets, strict=True):
+        loaded = block.load(z)
+        in_place = target is not None and gradient.dtype == wide and rows.cover_all
+        out = target if in_place else block.cut(dz)
+        assert out is not None
+        gradient_of(
+            loaded, part, out=out, seeds=block.cut(seeds), scratch=None if scratch is None else block.cut(scratch)
+        )
         block.scaling.backward_(out, loaded)
-        if place is None:
-            matrix[block.place, :vocab_size] = out.to(gradient.dtype)
+        if target is None:
+            rows.matrix_of(gradient)[block.place] = out.to(gradient.dtype)
         elif not in_place:
-            matrix[place, :vocab_size] = out
+            target.copy_(out)
     return gradient
 
 
@@ -180,72 +180,100 @@ class _Block(NamedTuple):
     place: slice | Tensor  # which of the T rows they are
     unwanted: Tensor | None  # (n, 1) bool: rows to read as 0
     scaling: Scaling
+    as_it_is: bool  # whether x is z
 
     def load(self, scratch: Tensor) -> Tensor:
         """z: the logits themselves where nothing has to be done to them, else in `scratch`."""
-        as_it_is = self.x.dtype == scratch.dtype and self.x.stride(-1) == 1 and self.scaling.is_identity
-        if as_it_is and self.unwanted is None:
+        if self.as_it_is:
             return self.x
-        z = scratch.copy_(self.x)
+        z = self.cut(scratch).copy_(self.x)
         if self.unwanted is not None:
             z.masked_fill_(self.unwanted, 0)
         return self.scaling.apply_(z)
 
+    def cut(self, scratch: Tensor) -> Tensor:
+        """As many rows of a scratch block as this one has."""
+        n = self.x.shape[0]
+        return scratch if n == scratch.shape[0] else scratch[:n]
+
 
 class _Rows:
-    """The wanted rows of logits, block after block.
+    """The wanted rows of logits, block after block: N of the T.
 
     Only on a CPU are unwanted rows passed over: elsewhere finding them would wait for the device, so there all rows are
     walked over and the unwanted ones, which may hold NaN, are read as 0.
     """
 
-    def __init__(self, logits: Tensor, wanted: Tensor, vocab_size: int) -> None:
-        self._logits, self._wanted, self._vocab_size = logits, wanted, vocab_size
-        on_cpu = logits.device.type == "cpu"
-        self._walk_all = not on_cpu or bool(wanted.all())
+    def __init__(
+        self,
+        logits: Tensor,  # (..., V)
+        wanted: Tensor,  # (T,)
+        vocab_size: int,
+        scaling: Scaling,
+        row_temperature: Tensor | None,  # (T,)
+    ) -> None:
+        self._logits, self._wanted, self._scaling = logits, wanted, scaling
+        self._vocab_size, self._dtype = vocab_size, _checks.promoted_dtype(logits)
+        if row_temperature is not None:
+            divisor = torch.where(wanted, row_temperature.to(self._dtype), 1)[:, None]
+            self._scaling = scaling._replace(temperature=divisor)
+        self._on_cpu = logits.device.type == "cpu"
+        self._walk_all = not self._on_cpu or bool(wanted.all())
         self._index = torch.empty(0) if self._walk_all else wanted.nonzero().squeeze(-1)
-        elements = _CPU_BLOCK * torch.get_num_threads() if on_cpu else _DEVICE_BLOCK
+        elements = _CPU_BLOCK * torch.get_num_threads() if self._on_cpu else _DEVICE_BLOCK
         self._size = max(1, elements // vocab_size)
         self._pieces = list(self._cut())
         self.sizes = [
             place.stop - place.start if isinstance(place, slice) else len(place) for *_, place in self._pieces
         ]
+        self.count = sum(self.sizes)
         # whether the blocks together are all of the logits
         self.cover_all = self._walk_all and vocab_size == logits.shape[-1]
 
-    def _cut(self) -> Iterator[tuple[Tensor, slice | Tensor, slice | Tensor]]:
-        """(matrix, rows of it, which of the T rows they are)."""
+    def _cut(self) -> Iterator[tuple[Tensor, Tensor | None, slice | Tensor]]:
+        """(views of rows or a whole matrix, which rows of it, which of the T rows they are)."""
         start = 0
         for (matrix,) in flat_rows(self._logits):
-            rows = matrix.shape[0]
+            rows, x = matrix.shape[0], matrix[:, : self._vocab_size]
             if self._walk_all:
-                for first in range(0, rows, self._size):
-                    last = min(first + self._size, rows)
-                    yield matrix, slice(first, last), slice(start + first, start + last)
+                for first, view in zip(range(0, rows, self._size), x.split(self._size), strict=False):
+                    yield view, None, slice(start + first, start + min(first + self._size, rows))
             else:
                 index = self._wanted[start : start + rows].nonzero().squeeze(-1)
                 for part in index.split(self._size) if index.numel() else ():
-                    yield matrix, part, part + start
+                    yield x, part, part + start
             start += rows
 
-    def blocks(self, scaling: Scaling) -> Iterator[_Block]:
-        unwanted = ~self._wanted[:, None]
-        for (matrix, rows, place), part in zip(self._pieces, scaling.split(self.sizes), strict=True):
-            x = matrix[rows]
-            if self._vocab_size != x.shape[-1]:
-                x = x[:, : self._vocab_size]
-            yield _Block(x, place, None if self._logits.device.type == "cpu" else unwanted[place], part)
+    def blocks(self) -> Iterator[_Block]:
+        unwanted = None if self._on_cpu else ~self._wanted[:, None]
+        scalings = self._scaling._replace(temperature=self._temperature()).split(self.sizes)
+        plain = self._on_cpu and self._logits.dtype == self._dtype and self._scaling.is_identity
+        for (matrix, index, place), scaling in zip(self._pieces, scalings, strict=True):
+            x = matrix if index is None else matrix[index]
+            skipped = None if unwanted is None else unwanted[place]
+            yield _Block(x, place, skipped, scaling, plain and x.stride(-1) == 1)
 
-    def scaling(self, softcap: float | None, temperature: float, row_temperature: Tensor | None) -> Scaling:
-        if row_temperature is None:
-            return Scaling(softcap, 1.0, temperature)
-        divisor = torch.where(self._wanted, row_temperature.to(_checks.promoted_dtype(self._logits)), 1)
-        return Scaling(softcap, 1.0, self.take(divisor[:, None]))
+    def targets(self, gradient: Tensor) -> Iterator[Tensor | None]:
+        """Where in a contiguous gradient of the logits each block belongs, as a view; None where it is none."""
+        matrix = self.matrix_of(gradient)
+        yield from matrix.split(self.sizes) if self._walk_all else (None for _ in self.sizes)
+
+    def matrix_of(self, gradient: Tensor) -> Tensor:
+        return gradient.view(self._wanted.shape[0], -1)[:, : self._vocab_size]
 
     def scratch(self) -> Tensor:
         rows = max(self.sizes, default=0)
-        dtype = _checks.promoted_dtype(self._logits)
-        return torch.empty(rows, self._vocab_size, dtype=dtype, device=self._logits.device)
+        return torch.empty(rows, self._vocab_size, dtype=self._dtype, device=self._logits.device)
+
+    def pick(self, columns: Tensor) -> Tensor:
+        """z (T, K) at columns (T, K)."""
+        shape = (*self._logits.shape[:-1], columns.shape[-1])
+        x = self._logits.gather(-1, columns.view(shape)).view(columns.shape).to(self._dtype)
+        return self._scaling.apply_(x.masked_fill(~self._wanted[:, None], 0))
+
+    def _temperature(self) -> float | Tensor:
+        temperature = self._scaling.temperature
+        return self.take(temperature) if isinstance(temperature, Tensor) else temperature
 
     def take(self, x: Tensor) -> Tensor:
         """(T, ...) -> (N, ...), the rows of the blocks in their order."""

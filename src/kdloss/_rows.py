@@ -15,7 +15,8 @@ subtract two numbers of the size of the offset.
 with g the gradient of the log-probs and h that of the entropy.
 
 On a CPU `exp` is what a row costs. torch's fused softmax and the backward of its log-softmax take one `exp` a logit at
-half the price of `torch.exp`, so both directions are written around them.
+half the price of `torch.exp`, so both directions are written around them. Next come passes over the block: where m is
+small, e^(z - m) is e^z e^-m, without one for the subtraction (`Upstream.unshifted`).
 """
 
 from __future__ import annotations
@@ -118,6 +119,10 @@ class Sums(NamedTuple):
             torch.sum(p.mul_(shifted), -1, keepdim=True, out=self.weighted)
 
 
+# Where all m are in here, neither e^z overflows nor loses a p above e^-70 to the smallest float32.
+_CENTRAL = (-16.0, 64.0)
+
+
 class RowState(NamedTuple):
     """(m, 1 / s, u / s) of each row, (n, 1). Of no mass at all, where every z is -inf: (-inf, inf, 0)."""
 
@@ -166,7 +171,7 @@ class RowState(NamedTuple):
 class Upstream(NamedTuple):
     """The incoming gradient of some rows, ready for the pass over their logits."""
 
-    maximum: Tensor  # (n, 1)
+    maximum: Tensor | None  # (n, 1) m; None where `scale` holds e^-m already
     scale: Tensor  # (n, 1): sum_k g_k / s, or 1 / s beside an entropy
     columns: Tensor  # (n, K) int64, each inside the block; any column where logp is 0
     logp: Tensor  # (n, K) g, 0 where the label is ignored or in another part of the row
@@ -184,6 +189,17 @@ class Upstream(NamedTuple):
             return cls(state.maximum, total * state.peak, columns, logp, None, None)
         assert state.mean is not None
         return cls(state.maximum, state.peak, columns, logp, entropy, total - entropy * state.mean)
+
+    def unshifted(self) -> Upstream:
+        """The same with e^-m in `scale`, if that is safe in every row, and on a CPU, where asking does not wait."""
+        if self.maximum is None or self.entropy is not None or self.maximum.device.type != "cpu":
+            return self
+        low, high = _CENTRAL
+        if not bool(((self.maximum > low) & (self.maximum < high)).all()):
+            return self
+        return self._replace(
+            maximum=None, scale=(self.scale.double() * (-self.maximum.double()).exp()).to(self.scale.dtype)
+        )
 
     def split(self, sizes: list[int]) -> list[Upstream]:
         fields = [[None] * len(sizes) if x is None else x.split(sizes) for x in self]
@@ -206,7 +222,7 @@ def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, seeds: Tensor, sc
     pass over the block, and the entry itself, at the row's first label, is repaired after it.
     """
     anchor = upstream.columns[:, :1]
-    shifted = torch.sub(z, upstream.maximum, out=out)
+    shifted = z if upstream.maximum is None else torch.sub(z, upstream.maximum, out=out)
     repaired = shifted.gather(-1, anchor).exp_().mul_(upstream.scale).neg_()
     seeds.scatter_(-1, anchor, upstream.scale)
     if upstream.entropy is None:
