@@ -34,58 +34,93 @@ def compiled_logprobs(
     return logp, logp.new_empty(0)
 
 
-def _scaled(
-    logits: Tensor,
-    columns: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab: int,
-) -> tuple[Tensor, Tensor | float]:
-    """z (T, V) and its temperature (T, 1); 0 in rows without a label, which may hold NaN."""
-    unused = (columns < 0).all(-1, keepdim=True)
-    z = logits.reshape(-1, logits.shape[-1])[:, :vocab].to(_checks.promoted_dtype(logits)).masked_fill(unused, 0)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    if row_temperature is not None:
-        divisor = torch.where(unused, 1, row_temperature.to(z.dtype)[:, None])
-        return z / divisor, divisor
-    return z / temperature, temperature
+class _Rows:
+    """What both directions need of the rows. Masks are laid on numbers a row, and on logits no more than once a pass.
 
+    An unused row, one without a label, may hold NaN: it reaches that row's numbers, which are masked, and nothing else.
+    """
 
-def _state(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z - m, m and s."""
-    maximum = z.amax(-1, keepdim=True)
-    shifted = z - maximum
-    return shifted, maximum, shifted.exp().sum(-1, keepdim=True)
+    def __init__(
+        self,
+        logits: Tensor,
+        columns: Tensor,
+        row_temperature: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        vocab_size: int,
+    ) -> None:
+        self.dtype = _checks.promoted_dtype(logits)
+        self.columns, self.ignored = columns.clamp(min=0), columns < 0
+        self.unused = self.ignored.all(-1, keepdim=True)
+        self.x = logits.reshape(-1, logits.shape[-1])[:, :vocab_size]
+        self.softcap, self.vocab_size, self.columns_in_all = softcap, vocab_size, logits.shape[-1]
+        self.divisor: Tensor | float = temperature
+        if row_temperature is not None:
+            self.divisor = torch.where(self.unused, 1, row_temperature.to(self.dtype)[:, None])
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """z (T, n) of logits (T, n). A division by 1 would be carried out."""
+        z = x.to(self.dtype)
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.divisor if self._divides else z
 
-def _picked(shifted: Tensor, total: Tensor, columns: Tensor) -> Tensor:
-    logp = shifted.gather(-1, columns.clamp(min=0)) - total.log()
-    return logp.masked_fill(columns < 0, 0)
+    def unscaled(self, dz: Tensor, z: Tensor) -> Tensor:
+        """dx (T, n) of dz."""
+        if self.softcap is not None:
+            dz = dz * (1 - (z * self.divisor / self.softcap).square())
+        return (dz / self.divisor if self._divides else dz).masked_fill(self.unused, 0)
+
+    def padded(self, dx: Tensor) -> Tensor:
+        """With the columns beyond the vocabulary, whose gradient is 0."""
+        missing = self.columns_in_all - self.vocab_size
+        return torch.nn.functional.pad(dx, (0, missing)) if missing else dx
+
+    @property
+    def _divides(self) -> bool:
+        return isinstance(self.divisor, Tensor) or self.divisor != 1
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """z - m (T, V), and (T, 1) m and s."""
+        z = self.scaled(self.x)
+        maximum = z.amax(-1, keepdim=True)
+        shifted = z - maximum
+        return shifted, maximum, shifted.exp().sum(-1, keepdim=True)
+
+    def logp(self, maximum: Tensor, total: Tensor) -> Tensor:
+        picked = self.scaled(self.x.gather(-1, self.columns))
+        return ((picked - maximum) - total.log()).masked_fill(self.ignored, 0)
 
 
 def _backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor | None) -> Tensor:
     logits, columns, row_temperature, maximum, total, *entropy = ctx.saved_tensors
-    temperature, softcap, vocab_size = ctx.options
-    z, divisor = _scaled(logits, columns, row_temperature, temperature, softcap, vocab_size)
-    ignored = columns < 0
-    upstream = logp_gradient.masked_fill(ignored, 0)
-    logp = z - maximum - total.log()
-    slope = upstream.sum(-1, keepdim=True)
+    rows = _Rows(logits, columns, row_temperature, *ctx.options)
+    upstream = logp_gradient.masked_fill(rows.ignored, 0)
+    slope, incoming = upstream.sum(-1, keepdim=True), None
     if entropy_gradient is not None:
-        # a log-prob below -1e4 has a probability of 0 in any dtype, and -inf times that would be NaN
-        incoming = entropy_gradient.masked_fill(ignored.all(-1), 0)[:, None]
-        slope = slope + incoming * (logp.clamp(min=-1e4) + entropy[0][:, None])
-    dz = -logp.exp() * slope
-    if columns.shape[-1] == 1:  # fuses with the rest, where a scatter would not
-        dz = torch.where(torch.arange(vocab_size, device=dz.device) == columns, dz + upstream, dz)
-    else:
-        dz = dz.scatter_add(-1, columns.clamp(min=0), upstream)
-    if softcap is not None:
-        dz = dz * (1 - (z * divisor / softcap).square())
-    dx = (dz / divisor).to(logits.dtype)
-    return torch.nn.functional.pad(dx, (0, logits.shape[-1] - vocab_size)).reshape(logits.shape)
+        incoming = entropy_gradient.masked_fill(rows.ignored.all(-1), 0)[:, None]
+        slope = slope + incoming * (entropy[0][:, None] - total.log())
+    slope = slope / total
+    incoming = None if incoming is None else incoming / total
+
+    z = rows.scaled(rows.x)
+    dz = _descent(z - maximum, slope, incoming)
+    if columns.shape[-1] > 1:
+        dx = rows.unscaled(dz.scatter_add(-1, rows.columns, upstream), z).to(logits.dtype)
+        return rows.padded(dx).view(logits.shape)
+    # written over, not added to: one number a row, into what the pass over the logits has stored
+    picked = rows.scaled(rows.x.gather(-1, rows.columns))
+    label = rows.unscaled(upstream + _descent(picked - maximum, slope, incoming), picked).to(logits.dtype)
+    dx = rows.padded(rows.unscaled(dz, z).to(logits.dtype))
+    return dx.scatter(-1, rows.columns, label).view(logits.shape)
+
+
+def _descent(shifted: Tensor, slope: Tensor, incoming: Tensor | None) -> Tensor:
+    """-p (sum g + h (log p + entropy)) of z - m (T, n)."""
+    if incoming is not None:
+        # a logit 1e4 below the largest has a probability of 0 in any dtype, and -inf times that would be NaN
+        slope = slope + incoming * shifted.clamp(min=-1e4)
+    return -shifted.exp() * slope
 
 
 class _Logprobs(torch.autograd.Function):
@@ -99,11 +134,11 @@ class _Logprobs(torch.autograd.Function):
         softcap: float | None,
         vocab_size: int,
     ) -> Tensor:
-        z, _ = _scaled(logits, columns, row_temperature, temperature, softcap, vocab_size)
-        shifted, maximum, total = _state(z)
+        rows = _Rows(logits, columns, row_temperature, temperature, softcap, vocab_size)
+        _, maximum, total = rows.state()
         ctx.save_for_backward(logits, columns, row_temperature, maximum, total)
         ctx.options = (temperature, softcap, vocab_size)
-        return _picked(shifted, total, columns)
+        return rows.logp(maximum, total)
 
     @staticmethod
     def backward(ctx: Any, logp_gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,15 +156,15 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         softcap: float | None,
         vocab_size: int,
     ) -> tuple[Tensor, Tensor]:
-        z, _ = _scaled(logits, columns, row_temperature, temperature, softcap, vocab_size)
-        shifted, maximum, total = _state(z)
+        rows = _Rows(logits, columns, row_temperature, temperature, softcap, vocab_size)
+        shifted, maximum, total = rows.state()
         # a logit of -inf has no mass: 0 * the lowest number is 0, where 0 * -inf would be NaN
-        finite = shifted.clamp(min=torch.finfo(z.dtype).min)
+        finite = shifted.clamp(min=torch.finfo(shifted.dtype).min)
         weighted = (shifted.exp() * finite).sum(-1, keepdim=True)
-        entropy = (total.log() - weighted / total).squeeze(-1).masked_fill((columns < 0).all(-1), 0)
+        entropy = (total.log() - weighted / total).masked_fill(rows.unused, 0).squeeze(-1)
         ctx.save_for_backward(logits, columns, row_temperature, maximum, total, entropy)
         ctx.options = (temperature, softcap, vocab_size)
-        return _picked(shifted, total, columns), entropy
+        return rows.logp(maximum, total), entropy
 
     @staticmethod
     def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:

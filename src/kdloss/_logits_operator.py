@@ -44,13 +44,15 @@ def logprobs(
     labelled = (columns >= 0).any(-1)
     scaling = Scaling(softcap, 1.0, temperature)
     rows = _Rows(logits, labelled, vocab_size, scaling, row_temperature)
-    state = RowState(*(None if x is None else rows.put_back(x) for x in _read(rows, with_entropy=with_entropy)))
+    state = _read(rows, with_entropy=with_entropy)
+    mean = None if state.mean is None else rows.put_back(state.mean)
+    state = RowState(rows.put_back(state.maximum), rows.put_back(state.peak), mean)
     logp = state.logp(rows.pick(columns.clamp(min=0))).masked_fill(columns < 0, 0)
     maximum, peak = state.maximum.squeeze(-1), state.peak.squeeze(-1)
-    if state.mean is None:
+    if mean is None:
         return logp, logp.new_empty(0), maximum, peak, logp.new_empty(0)
     entropy = state.entropy().squeeze(-1).masked_fill(~labelled, 0)
-    return logp, entropy, maximum, peak, state.mean.squeeze(-1)
+    return logp, entropy, maximum, peak, mean.squeeze(-1)
 
 
 def _read(rows: _Rows, *, with_entropy: bool) -> RowState:
