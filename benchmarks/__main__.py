@@ -12,7 +12,7 @@ from typing import Any
 
 from . import report
 from .bars import bars
-from .cases import GRIDS, matching
+from .cases import grid_of, matching
 from .processes import ROOT, WorkerError
 from .progress import Progress
 from .suite import OursWrongError, Suite
@@ -40,7 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.report:
         return _report_again(options.report)
-    grid = GRIDS[options.grid]
+    missing = [name for name in ("torch", "kdloss") if importlib.util.find_spec(name) is None]
+    if missing and not options.list:
+        print(f"error: no {', '.join(missing)}: pip install -e . , or PYTHONPATH=src for kdloss", file=sys.stderr)
+        return 2
+    device = options.device or ("cpu" if missing else _device())
+    grid = grid_of(options.grid, device)
     if options.seconds is not None:
         grid = replace(grid, seconds=options.seconds)
     try:
@@ -51,10 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
-    missing = [name for name in ("torch", "kdloss") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"error: no {', '.join(missing)}: pip install -e . , or PYTHONPATH=src for kdloss", file=sys.stderr)
-        return 2
 
     stem = options.grid if options.only is None else f"{options.grid}-only"
     result: dict[str, Any] = {}
@@ -63,7 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
         result.update(so_far)
         report.write(so_far, options.out / so_far["slug"], stem, pictures=False)
 
-    device = options.device or _device()
     suite = Suite(options.grid, grid, cases, device, options.threads, save, Progress())
     failed = ""
     try:

@@ -78,7 +78,8 @@ def fitted(case: Case, *, free_bytes: int, ceilings: dict[str, float], gpu: bool
 
 
 def distinct(cases: list[Case]) -> list[Case]:
-    return list(dict.fromkeys(cases))
+    """The first of each name."""
+    return list({case.name: case for case in reversed(cases)}.values())[::-1]
 
 
 def matching(cases: list[Case], pattern: str | None) -> list[Case]:
@@ -128,6 +129,23 @@ CORE = [
     Case("hidden", 8192, SMALL, 2048, compiled=False),
 ]
 
+# Half an hour on two cores: the same bars at shapes that say something there. From hidden states a small vocabulary
+# and many tokens; with few tokens the head alone is what is read and written, whatever is trained.
+CORE_CPU = [
+    Case("logits", 2048, QWEN),
+    Case("logits", 4096, SMALL, dtype="float32"),
+    Case("tail", TAIL_TOKENS, SMALL, dtype="float32"),
+    Case("fractions", 4096, SMALL, 512, compiled=False),
+    Case("fused", 4096, SMALL, 512, compiled=False),
+    Case("hidden", 2048, SMALL, 1024, compiled=False),
+    Case("hidden", 2048, SMALL, 1024, dtype="float32", compiled=False),
+    Case("logits", 512, QWEN, entropy=True),
+    Case("logits", 1024, SMALL, dtype="float32", entropy=True),
+    Case("ce", 2048, SMALL, 512, compiled=False),
+    Case("jsd", 1024, SMALL, 512, 1024, compiled=False),
+    Case("forward-kl", 1024, SMALL, 512, 1024, compiled=False),
+]
+
 FULL = distinct(
     [
         *CORE,
@@ -170,3 +188,12 @@ GRIDS = {
     "core": Grid(CORE, 570, 8, 1.0, 25, peers_memory=True),
     "full": Grid(FULL, math.inf, 30, 4.0, 41, peers_memory=True),
 }
+# where a CPU measures something else
+CPU_GRIDS = {
+    "core": Grid(CORE_CPU, 1700, 8, 16, 25, peers_memory=True),
+    "full": Grid(distinct([*CORE_CPU, *FULL]), math.inf, 30, 16, 41, peers_memory=True),
+}
+
+
+def grid_of(name: str, device: str) -> Grid:
+    return CPU_GRIDS[name] if device == "cpu" and name in CPU_GRIDS else GRIDS[name]

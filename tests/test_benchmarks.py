@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import bars, machine, parity, peers, processes, report, results, suite, timing, truth
-from benchmarks.cases import GRIDS, MIN_TOKENS, Case, fitted, matching
+from benchmarks.cases import CPU_GRIDS, GRIDS, MIN_TOKENS, Case, fitted, grid_of, matching
 from benchmarks.contenders import Contender, Run
 from benchmarks.paths import PATHS
 from benchmarks.progress import Progress
@@ -223,8 +223,10 @@ def test_a_case_shrinks_until_it_fits_in_memory_and_in_time():
 
 
 def test_the_core_grid_has_twelve_points_and_every_bar_has_its_path():
-    assert len(GRIDS["core"].cases) == 12
-    for grid in GRIDS.values():
+    assert len(GRIDS["core"].cases) == len(CPU_GRIDS["core"].cases) == 12
+    assert grid_of("core", "cpu") is CPU_GRIDS["core"]
+    assert grid_of("quick", "cpu") is grid_of("quick", "cuda") is GRIDS["quick"]
+    for grid in [*GRIDS.values(), *CPU_GRIDS.values()]:
         assert {"logits", "hidden", "fractions", "fused", "tail"} <= {case.path for case in grid.cases}
         assert {case.path for case in grid.cases} <= set(PATHS)
         assert len({case.name for case in grid.cases}) == len(grid.cases)
@@ -437,8 +439,9 @@ def test_a_bad_pattern_is_an_error_of_the_command_line(pattern, text, capsys):
 
 
 def test_a_pattern_picks_cases_by_name(capsys):
-    assert command.main(["--core", "--only", "^logits-.*V32000", "--list"]) == 0
-    assert capsys.readouterr().out.split() == ["logits-T8192-V32000-float32"]
+    for device, tokens in (("cuda", 8192), ("cpu", 4096)):
+        assert command.main(["--core", "--only", "^logits-.*V32000", "--list", "--device", device]) == 0
+        assert capsys.readouterr().out.split() == [f"logits-T{tokens}-V32000-float32"]
     assert matching(GRIDS["core"].cases, None) == GRIDS["core"].cases
 
 
