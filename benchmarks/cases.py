@@ -79,7 +79,10 @@ def fitted(case: Case, *, free_bytes: int, ceilings: dict[str, float], gpu: bool
 
 def distinct(cases: list[Case]) -> list[Case]:
     """The first of each name."""
-    return list({case.name: case for case in reversed(cases)}.values())[::-1]
+    found: dict[str, Case] = {}
+    for case in cases:
+        found.setdefault(case.name, case)
+    return list(found.values())
 
 
 def matching(cases: list[Case], pattern: str | None) -> list[Case]:
