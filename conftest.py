@@ -20,6 +20,9 @@ from sybil.parsers.myst import PythonCodeBlockParser
 
 ROOT = Path(__file__).parent
 
+# Needs the trainers, each in its own environment: `make test-trainers`.
+collect_ignore = ["tests/trainers"]
+
 # Tensors here are tiny and xdist already fills the cores; one thread also fixes the order of every sum.
 torch.set_num_threads(1)
 

@@ -1,0 +1,14 @@
+"""Holds that the environment is the one that the list beside this file describes."""
+
+import importlib.metadata
+from pathlib import Path
+
+import torch
+
+
+def test_what_is_installed_is_what_is_listed():
+    lines = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    listed = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    installed = {name: importlib.metadata.version(name).split("+")[0] for name in listed}
+    assert installed == listed
+    assert torch.get_num_threads() == 1
