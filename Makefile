@@ -45,7 +45,8 @@ test: $(VENV)/test.stamp $(VENV)/examples.stamp  ## The tests, and the code bloc
 # Every trainer has an environment of its own, .venv-<name>: their requirements do not go together.
 test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the trainers themselves; TRAINERS=trl for one
 	@set -e; for trainer in $(TRAINERS); do echo "test-trainers: $$trainer"; \
-	    .venv-$$trainer/bin/python -m pytest -c tests/trainers/pytest.ini --rootdir . tests/trainers/$$trainer $(ARGS); \
+	    .venv-$$trainer/bin/python -m pytest -c tests/trainers/pytest.ini --rootdir . \
+	        tests/trainers/test_*.py tests/trainers/$$trainer $(ARGS); \
 	done
 
 bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/results/; ARGS="--quick" takes a minute
