@@ -161,7 +161,7 @@ def grpo_loss_fn(
     if use_sapo_loss:
         one = torch.ones_like(batch.logp)
         both = [gate(policy.detach(), reference, sign * one, loss_mask=kept).loss for sign in (1, -1)]
-        record.gates(-both[0], both[1])
+        record.gates(-both[0], both[1], advantages)
     else:
         record.clips(surrogate)
     record.staleness(observed, prox_logp_method, current_version)
@@ -333,8 +333,8 @@ class _Record:
             clipped_old_logp=torch.where(surrogate.clipped, self.batch.old_logp, 0),
         )
 
-    def gates(self, positive: Tensor, negative: Tensor) -> None:
-        soft = torch.where(self.batch.advantages > 0, positive, negative)
+    def gates(self, positive: Tensor, negative: Tensor, advantages: Tensor) -> None:
+        soft = torch.where(advantages > 0, positive, negative)
         self._stat("n_valid_tokens", sapo_soft_gate=soft, sapo_scaled_gate_pos=positive, sapo_scaled_gate_neg=negative)
 
     def staleness(self, observed: Tensor, prox_logp_method: str, current_version: int | None) -> None:
