@@ -25,6 +25,7 @@ import kdloss
 from kdloss import Surrogate
 
 from ._areal_masks import Rejection, m2po_mask, reject
+from ._layout import row_cu_seqlens, sequence_means
 from ._lazy import require
 
 
@@ -181,8 +182,7 @@ class _Batch:
     @functools.cached_property
     def cu_seqlens(self) -> Tensor:
         if len(self.shape) == 2:
-            rows, length = self.shape
-            return torch.arange(rows + 1, device=self.logp.device) * length
+            return row_cu_seqlens(self.logp.view(self.shape))
         if self.data.get("cu_seqlens") is None:
             raise ValueError("input_data must hold cu_seqlens beside packed (T,) tensors, got none")
         if not self.whole:
@@ -245,11 +245,7 @@ class _Batch:
 
     def per_sequence(self, prox_logp: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """GSPO: every token gets its sequence's mean log-ratio, against 0, and its mean advantage."""
-
-        def mean(x: Tensor) -> Tensor:
-            means = kdloss.segment_mean(x, loss_mask=kept, cu_seqlens=self.cu_seqlens)
-            return kdloss.broadcast_to_tokens(means, cu_seqlens=self.cu_seqlens, total_tokens=kept.shape[0])
-
+        mean = functools.partial(sequence_means, loss_mask=kept, cu_seqlens=self.cu_seqlens)
         log_ratio = mean(kdloss.kl_k1(self.logp, prox_logp, loss_mask=kept))
         return log_ratio, torch.zeros_like(log_ratio), mean(self.advantages)
 

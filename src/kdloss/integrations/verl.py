@@ -21,6 +21,7 @@ from torch import Tensor
 import kdloss
 from kdloss import Surrogate
 
+from ._layout import row_cu_seqlens
 from ._lazy import require
 
 _require = functools.partial(require, "verl", at_least="0.9.1", below="0.10")
@@ -88,7 +89,7 @@ def gspo(
     """`kdloss_gspo`: `sequence_clipped_surrogate`; the paper reduces it by "seq-mean-token-mean". See `ppo`."""
     low, high = _clips(config)
     surrogate = functools.partial(
-        kdloss.sequence_clipped_surrogate, cu_seqlens=_rows(log_prob), clip_low=low, clip_high=high
+        kdloss.sequence_clipped_surrogate, cu_seqlens=row_cu_seqlens(log_prob), clip_low=low, clip_high=high
     )
     return _policy_loss(
         surrogate, old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights
@@ -219,7 +220,7 @@ def aggregate(
         return mean(normalizer=1 / dp_size)
     if loss_agg_mode == "seq-mean-token-mean":
         return kdloss.sequence_mean(
-            loss.flatten(), loss_mask=response_mask.flatten(), cu_seqlens=_rows(loss), normalizer=normalizer
+            loss.flatten(), loss_mask=response_mask.flatten(), cu_seqlens=row_cu_seqlens(loss), normalizer=normalizer
         )
     sequences = response_mask.any(-1).sum() if normalizer is None else normalizer
     if loss_agg_mode == "seq-mean-token-sum":
@@ -273,12 +274,6 @@ def _option(config: Any, name: str, default: float) -> float:
     """A field that not each of verl's configurations has."""
     value: float = config.get(name, default)
     return value
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The rows of a padded (B, R) tensor as sequences of its flat stream."""
-    rows, length = x.shape
-    return torch.arange(rows + 1, device=x.device) * length
 
 
 def _padded(x: Tensor, fill: float) -> Tensor:
