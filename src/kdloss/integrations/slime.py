@@ -44,8 +44,7 @@ def kdrl_loss(
         rl_loss_weight ... kd_max_ratio: as in `kdloss.kdrl_loss`.
 
     Returns:
-        The loss, (), and detached `loss`, `pg_loss`, `pg_clipfrac`, `ppo_kl`, `entropy_loss`, as slime names them, with
-        `kd_loss` and `opd_reverse_kl` beside them.
+        The loss, (), and what slime reports under its names, with `kd_loss` and `opd_reverse_kl` beside it.
 
     Expected gradient:
         That of `kdloss.kdrl_loss`; slime's mean weights samples by 1/|o|, unless --calculate-per-token-loss is set.
@@ -73,11 +72,8 @@ def kdrl_loss(
     old_logp = prox_logp if sampled is None else sampled
     lengths = (batch["loss_masks"], batch["total_lengths"], batch["response_lengths"])
     loss_mask = torch.cat([slime.slice_log_prob_with_cp(*x) for x in zip(*lengths, strict=True)]).bool()
-    weights = None
-    if args.use_tis:
-        weights = kdloss.truncated_importance_weights(
-            prox_logp, old_logp, loss_mask=loss_mask, max_weight=args.tis_clip
-        ).clamp(min=args.tis_clip_low)
+    raw = kdloss.truncated_importance_weights(prox_logp, old_logp, loss_mask=loss_mask, max_weight=torch.inf)
+    weights = raw.clamp(args.tis_clip_low, args.tis_clip) if args.use_tis else None
 
     surrogate = kdloss.clipped_surrogate(
         logp,
@@ -97,6 +93,18 @@ def kdrl_loss(
         "pg_clipfrac": sum_of_sample_mean(surrogate.clipped.float()),
         "ppo_kl": -sum_of_sample_mean(kdloss.kl_k1(logp, prox_logp, loss_mask=loss_mask)),
     }
+    if sampled is not None:
+        scored_logp = logp.detach() if args.use_rollout_logprobs else prox_logp
+        difference = kdloss.kl_k1(scored_logp, sampled, loss_mask=loss_mask).abs()
+        reported["train_rollout_logprob_abs_diff"] = sum_of_sample_mean(difference)
+    if weights is not None:
+        streams = {
+            "ois": surrogate.ratio,
+            "tis": raw,
+            "tis_clipfrac": (weights != raw).float(),
+            "tis_abs": (raw - 1).abs(),
+        }
+        reported |= {name: sum_of_sample_mean(x) for name, x in streams.items()}
     if distill_loss_weight != 0:
         teacher_logp = torch.cat(batch["teacher_log_probs"]).to(logp.device)
         kd = kdloss.kdrl_token_loss(
@@ -138,7 +146,7 @@ def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: flo
         )
     if option("advantage_estimator", "grpo") in ("gspo", "cispo"):
         raise ValueError(
-            f"--advantage-estimator {args.advantage_estimator} has a ratio of its own, and this loss has PPO's per token: "
+            f"--advantage-estimator {args.advantage_estimator} has a ratio of its own, and this loss is PPO's per token: "
             "use grpo, or --loss-type policy_loss with --opd-kl-coef"
         )
     if option("use_kl_loss", False) and option("kl_loss_coef", 0.0) != 0:
