@@ -146,8 +146,8 @@ def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: flo
         )
     if option("advantage_estimator", "grpo") in ("gspo", "cispo"):
         raise ValueError(
-            f"--advantage-estimator {args.advantage_estimator} has a ratio of its own, and this loss is PPO's per token: "
-            "use grpo, or --loss-type policy_loss with --opd-kl-coef"
+            f"--advantage-estimator {args.advantage_estimator} has a ratio of its own, and this loss is PPO's: use "
+            "grpo, or --loss-type policy_loss with --opd-kl-coef"
         )
     if option("use_kl_loss", False) and option("kl_loss_coef", 0.0) != 0:
         raise ValueError(
