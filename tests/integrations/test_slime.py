@@ -123,6 +123,31 @@ def test_off_policy_the_teacher_has_its_own_ratio(rl_loss_weight: float, options
     }
 
 
+def test_context_parallel_ranks_sum_to_the_batch(trainer: SimpleNamespace) -> None:
+    """Each rank has a part of every response, and slime's own slices of the streams; masks it slices itself."""
+    args, batch, logits, mean = joint_case()
+    whole = run(args, batch, logits, mean, distill_loss_weight=0.4)
+    score, total = trainer.get_log_probs_and_entropy, torch.zeros_like(whole[1])
+    for part in (slice(0, 1), slice(1, None)):
+
+        def scored(*positional: Any, part: slice = part, **named: Any) -> tuple[None, dict[str, list[Tensor]]]:
+            return None, {k: [x[part] for x in v] for k, v in score(*positional, **named)[1].items()}
+
+        def cut(x: Tensor, _total: int, _response: int, part: slice = part) -> Tensor:
+            return x[part]
+
+        trainer.get_log_probs_and_entropy, trainer.slice_log_prob_with_cp = scored, cut
+        local = {k: [x[part] for x in batch[k]] for k in batch if k.endswith("log_probs") or k == "advantages"}
+        lengths = [len(x) for x in local["advantages"]]
+
+        def local_mean(x: Tensor, part: slice = part, lengths: list[int] = lengths) -> Tensor:
+            rows = zip(x.split(lengths), batch["loss_masks"], strict=True)
+            return sum((row * mask[part]).sum() / mask.sum() for row, mask in rows)
+
+        total += run(args, batch | local, logits, local_mean, distill_loss_weight=0.4)[1]
+    close(total, whole[1], rtol=1e-5)
+
+
 def test_a_rank_without_tokens_has_a_gradient_of_zero(trainer: SimpleNamespace) -> None:
     args, batch, logits, _ = joint_case()
     nothing = {"log_probs": [logits.new_zeros(0)], "entropy": [logits.new_zeros(0)]}
