@@ -162,6 +162,13 @@ def test_settings_that_it_does_not_have(settings: dict[str, Any], message: str) 
         KDRLPolicyLoss(policy_loss(**settings))
 
 
+def test_the_policy_loss_of_an_older_openrlhf_is_refused() -> None:
+    older = policy_loss()
+    del older.is_correction_level
+    with pytest.raises(TypeError, match=r"PolicyLoss of OpenRLHF >= 0\.11\.2.*five results"):
+        KDRLPolicyLoss(older)
+
+
 def test_a_correction_needs_the_policy_that_sampled() -> None:
     inputs = batch() | {"rollout_log_probs": None}
     with pytest.raises(ValueError, match="rollout_log_probs must be given where is_correction_level is not 'off'"):

@@ -61,7 +61,8 @@ class KDRLPolicyLoss(torch.nn.Module):
         That of `kdloss.kdrl_loss`. OpenRLHF's per-sample mean weights sequences by 1/|o|.
 
     Raises:
-        ValueError: the policy loss is neither "ppo" nor "gspo", or gates by a divergence.
+        TypeError: `policy_loss` is that of an OpenRLHF before 0.11.2.
+        ValueError: it is neither "ppo" nor "gspo", or gates by a divergence.
     """
 
     def __init__(
@@ -74,6 +75,11 @@ class KDRLPolicyLoss(torch.nn.Module):
         kd_max_ratio: float | None = None,
     ) -> None:
         super().__init__()
+        if not hasattr(policy_loss, "is_correction_level"):
+            raise TypeError(
+                "policy_loss must be the PolicyLoss of OpenRLHF >= 0.11.2, which has is_correction_level and whose trainer "
+                f"unpacks five results, got {type(policy_loss).__name__} without it"
+            )
         if policy_loss.policy_loss_type not in ("ppo", "gspo"):
             raise ValueError(f"policy_loss_type must be 'ppo' or 'gspo', got {policy_loss.policy_loss_type!r}")
         if policy_loss.is_correction_level != "off" and policy_loss.is_correction_gating != "ratio":
