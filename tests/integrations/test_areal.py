@@ -320,10 +320,20 @@ def test_a_teacher_behind_a_rollout_engine_is_shifted() -> None:
         (padded | {"teacher_logp": late}, logp),
         (pack(padded | {"teacher_logp": late}), student(pack(padded))),
     ):
-        with pytest.raises(
-            ValueError, match=r"exactly 0 at the first token of every response.*teacher_alignment='token'"
-        ):
+        with pytest.raises(ValueError, match=r"own positions and nowhere else.*teacher_alignment='token'"):
             run(batch, x)
+
+
+def test_a_teacher_that_is_certain_is_not_taken_for_a_late_one() -> None:
+    """Log-probs of exactly 0, as of a fixed first token, and a teacher that is 0 wherever nothing is trained."""
+    batch = pack(rollout())
+    logp = student(batch)
+    trained = batch["loss_mask"].bool()
+    first = trained & ~trained.roll(1)
+    certain = torch.where(first, 0, batch["teacher_logp"])
+    for teacher_logp in (certain, certain * trained, torch.zeros_like(certain)):
+        batch["teacher_logp"] = teacher_logp
+        torch.testing.assert_close(run(batch, logp), reference(batch, logp))
 
 
 def test_versions_are_read_at_the_token_that_they_belong_to(trainer: SimpleNamespace) -> None:

@@ -104,11 +104,9 @@ def grpo_loss_fn(
             `teacher_logp` that is visibly shifted, or no `prox_logp` where none can be derived.
         ImportError: AReaL is missing, or of a version that the adapter was not proven with.
     """
-    _check_level(importance_sampling_level)
-    if use_sapo_loss:
-        _check_sapo(use_decoupled_loss, use_cispo_loss, rejection_sampling)
-    if use_cispo_loss:
-        _check_cispo(importance_sampling_level, c_clip)
+    _check_modes(
+        importance_sampling_level, use_sapo_loss, use_decoupled_loss, use_cispo_loss, c_clip, rejection_sampling
+    )
     batch = _Batch(logprobs, input_data)
     prox_logp = batch.old_logp if use_sapo_loss else batch.prox_logp(prox_logp_method, current_version)
     trained, count = batch.loss_mask, batch.loss_mask.sum()
@@ -123,9 +121,9 @@ def grpo_loss_fn(
     if importance_sampling_level == "sequence":
         policy, reference, advantages = batch.per_sequence(prox_logp, kept)
     clip_high = eps_clip if eps_clip_higher is None else eps_clip_higher
-    gate = functools.partial(kdloss.sapo_surrogate, tau_positive=sapo_tau_pos, tau_negative=sapo_tau_neg)
+    surrogate_of: Callable[..., Surrogate]
     if use_sapo_loss:
-        surrogate_of: Callable[..., Surrogate] = gate
+        surrogate_of = functools.partial(kdloss.sapo_surrogate, tau_positive=sapo_tau_pos, tau_negative=sapo_tau_neg)
     elif use_cispo_loss:
         surrogate_of = functools.partial(kdloss.cispo_surrogate, clip_low=eps_clip, clip_high=clip_high)
     else:
@@ -161,8 +159,8 @@ def grpo_loss_fn(
     record.vocabulary(vocab_min_logits, vocab_max_logits)
     if use_sapo_loss:
         one = torch.ones_like(batch.logp)
-        both = [gate(policy.detach(), reference, sign * one, loss_mask=kept).loss for sign in (1, -1)]
-        record.gates(-both[0], both[1], advantages)
+        positive, negative = (surrogate_of(policy.detach(), reference, x, loss_mask=kept).loss for x in (one, -one))
+        record.gates(-positive, negative, advantages)
     else:
         record.clips(surrogate)
     record.staleness(observed, prox_logp_method, current_version)
@@ -234,12 +232,12 @@ class _Batch:
             return kdloss.to_prediction_positions(teacher_logp, cu_seqlens=self.cu_seqlens, fill=0)
         if alignment != "prediction":
             raise ValueError(f"teacher_alignment must be 'prediction' or 'token', got {alignment!r}")
-        # a rollout engine writes its scores at the tokens' own positions, and 0 everywhere else
-        first = self.loss_mask & ~self.loss_mask.roll(1)
-        if bool(first.any() & ~(first & (teacher_logp != 0)).any()):
+        # a rollout engine writes its scores at the tokens' own positions, one later, and 0 everywhere else
+        scored, own = teacher_logp != 0, self.loss_mask.roll(1)
+        if bool((own & ~self.loss_mask & scored).any() & ~(scored & ~own).any()):
             raise ValueError(
-                "teacher_logp is exactly 0 at the first token of every response: it is one position late, as AReaL's "
-                "rollout teacher (teacher.engine_type='rollout') leaves it; use teacher_alignment='token'"
+                "teacher_logp has scores at the response tokens' own positions and nowhere else: AReaL's rollout teacher"
+                " (teacher.engine_type='rollout') leaves it one position late; use teacher_alignment='token'"
             )
         return teacher_logp
 
@@ -250,27 +248,23 @@ class _Batch:
         return log_ratio, torch.zeros_like(log_ratio), mean(self.advantages)
 
 
-def _check_level(level: str) -> None:
+def _check_modes(
+    level: str, sapo: bool, decoupled: bool, cispo: bool, c_clip: float | None, rejection_sampling: Any | None
+) -> None:
     if level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level must be 'token' or 'sequence', got {level!r}")
-
-
-def _check_sapo(decoupled: bool, cispo: bool, rejection_sampling: Any | None) -> None:
-    if cispo:
+    if sapo and cispo:
         raise ValueError("use_sapo_loss and use_cispo_loss exclude each other; set one")
-    if decoupled or rejection_sampling is not None:
+    if sapo and (decoupled or rejection_sampling is not None):
         raise ValueError(
             "SAPO's ratio is against the policy that sampled: unset use_decoupled_loss and rejection_sampling, "
             "or use use_cispo_loss=True, which takes both"
         )
-
-
-def _check_cispo(level: str, c_clip: float | None) -> None:
-    if level == "sequence":
+    if cispo and level == "sequence":
         raise ValueError(
             "CISPO's ratio is per token: use importance_sampling_level='token', or GSPO without use_cispo_loss"
         )
-    if c_clip is not None:
+    if cispo and c_clip is not None:
         raise ValueError("CISPO bounds every ratio by itself: set c_clip to None, or unset use_cispo_loss")
 
 

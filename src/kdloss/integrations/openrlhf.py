@@ -77,8 +77,8 @@ class KDRLPolicyLoss(torch.nn.Module):
         super().__init__()
         if not hasattr(policy_loss, "is_correction_level"):
             raise TypeError(
-                "policy_loss must be the PolicyLoss of OpenRLHF >= 0.11.2, which has is_correction_level and whose trainer "
-                f"unpacks five results, got {type(policy_loss).__name__} without it"
+                "policy_loss must be the PolicyLoss of OpenRLHF >= 0.11.2, whose trainer unpacks five results, got "
+                f"{type(policy_loss).__name__} without is_correction_level"
             )
         if policy_loss.policy_loss_type not in ("ppo", "gspo"):
             raise ValueError(f"policy_loss_type must be 'ppo' or 'gspo', got {policy_loss.policy_loss_type!r}")

@@ -17,7 +17,9 @@ from areal.utils import stats_tracker
 from areal.utils.data import concat_batch, pack_tensor_dict
 from torch import Tensor
 
+import kdloss
 from kdloss.integrations import areal
+from kdloss.testing import SequenceTree, expected_gradient
 
 THEIRS = actor.grpo_loss_fn
 CLIPS = {"eps_clip": 0.2, "eps_clip_higher": 0.28, "c_clip": None}
@@ -174,6 +176,29 @@ def test_the_proximal_policy_is_areals_with_versions_in_place(method: str) -> No
         assert (mine[1] - late[1]).abs().max() > 1e-4
     else:
         assert mine[2]["version_stats/n_valid_generated_tokens"] > late[2]["version_stats/n_valid_generated_tokens"]
+
+
+def test_what_the_joint_mode_descends() -> None:
+    """Every outcome enumerated, with no reward: AReaL's teacher pushes nowhere, the adapter's is the reverse KL."""
+    tree = SequenceTree(vocab_size=3, max_length=2, garbage=0.0)
+
+    def expected(function: Any, under: str) -> Tensor:
+        def loss(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+            stream = {"logprobs": old_logp, "prox_logp": old_logp, "teacher_logp": teacher_logp}
+            data = {name: x.detach().float() for name, x in stream.items()}
+            data |= {"advantages": torch.zeros(len(logp)), "loss_mask": loss_mask.float(), "cu_seqlens": cu_seqlens}
+            data |= {"rl_loss_weight": 1.0, "distill_loss_weight": 1.0}
+            return function(logp.float(), torch.zeros(len(logp)), data, **CLIPS)
+
+        gradient = expected_gradient(loss, tree, under=under)
+        stats_tracker.export()
+        return gradient
+
+    for under in ("student", "behaviour"):
+        reverse_kl = expected_gradient(kdloss.distillation_loss, tree, normalizer=2, under=under)
+        torch.testing.assert_close(expected(areal.grpo_loss_fn, under), reverse_kl, rtol=0, atol=1e-6)
+    assert expected(THEIRS, "student").abs().max() < 1e-6
+    assert reverse_kl.abs().max() > 0.01
 
 
 def test_the_actor_trains_with_what_is_installed(monkeypatch) -> None:
