@@ -22,7 +22,7 @@ OPEN = {"clip_low": 1.0, "clip_high": 1e9}  # the stored cases have no trust reg
 @pytest.fixture(autouse=True)
 def trainer(monkeypatch) -> None:
     module = SimpleNamespace(LossOutputs=lambda *, loss, metrics: SimpleNamespace(loss=loss, metrics=metrics))
-    monkeypatch.setattr(prime_rl, "require", lambda *_, **__: module)
+    monkeypatch.setattr(prime_rl, "_prime_rl", lambda: module)
 
 
 def inputs(*, length: int = 9, prompt: int = 3, seed: int = 0, **changed: Any) -> SimpleNamespace:

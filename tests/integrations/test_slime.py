@@ -43,7 +43,7 @@ def trainer(monkeypatch) -> SimpleNamespace:
         get_rollout_top_p_logprob_kwargs=lambda args, batch: {},
         slice_log_prob_with_cp=lambda x, total, response: x,
     )
-    monkeypatch.setattr(slime, "require", lambda *_, **__: module)
+    monkeypatch.setattr(slime, "_slime", lambda: module)
     return module
 
 

@@ -236,8 +236,8 @@ class _Batch:
         scored, own = teacher_logp != 0, self.loss_mask.roll(1)
         if bool((own & ~self.loss_mask & scored).any() & ~(scored & ~own).any()):
             raise ValueError(
-                "teacher_logp has scores at the response tokens' own positions and nowhere else: AReaL's rollout teacher"
-                " (teacher.engine_type='rollout') leaves it one position late; use teacher_alignment='token'"
+                "teacher_logp has scores at the tokens' own positions and nowhere else: AReaL's rollout teacher "
+                "(teacher.engine_type='rollout') leaves it one position late; use teacher_alignment='token'"
             )
         return teacher_logp
 

@@ -88,5 +88,9 @@ def kdrl_loss(
         "kdrl/ratio": mean(out.ratio),
         "kdrl/clipped": mean(out.clipped.to(out.ratio.dtype)),
     }
-    outputs = require("prime-rl", at_least="0.8", below="0.9", module="prime_rl.trainer.rl.loss").LossOutputs
-    return outputs(loss=out.loss, metrics=metrics)
+    return _prime_rl().LossOutputs(loss=out.loss, metrics=metrics)
+
+
+@functools.cache
+def _prime_rl() -> Any:
+    return require("prime-rl", at_least="0.8", below="0.9", module="prime_rl.trainer.rl.loss")

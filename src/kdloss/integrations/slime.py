@@ -54,7 +54,7 @@ def kdrl_loss(
         ImportError: slime is missing, or of a version that the adapter was not proven with.
     """
     _check_options(args, batch, distill_loss_weight)
-    slime = require("slime", at_least="0.3.1", below="0.4", module="slime.backends.megatron_utils.loss")
+    slime = _slime()
     scored = slime.get_log_probs_and_entropy(
         logits,
         args=args,
@@ -125,6 +125,11 @@ def kdrl_loss(
     if logp.numel() == 0:  # a rank without a response token still has to run its backward
         loss = loss + 0 * logits.sum()
     return loss, {name: x.detach().clone() for name, x in {"loss": loss, **reported}.items()}
+
+
+@functools.cache
+def _slime() -> Any:
+    return require("slime", at_least="0.3.1", below="0.4", module="slime.backends.megatron_utils.loss")
 
 
 def _joined(batch: Mapping[str, Any], name: str) -> Tensor | None:

@@ -24,7 +24,7 @@ from kdloss import Surrogate
 from ._layout import row_cu_seqlens
 from ._lazy import require
 
-_require = functools.partial(require, "verl", at_least="0.9.1", below="0.10")
+_require = functools.cache(functools.partial(require, "verl", at_least="0.9.1", below="0.10"))
 
 
 def register() -> None:
