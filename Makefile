@@ -7,11 +7,12 @@
 #     	$(BIN)/python -m something
 #
 # Variables: PYTHON, the interpreter that .venv is made with; ARGS, handed on to the tool, as in `make test ARGS="-k kl_k3"`;
-# EXAMPLES, of `make fuzz`.
+# EXAMPLES, of `make fuzz`; TRAINERS, of `make test-trainers`, as in TRAINERS="trl verl".
 
 PYTHON ?= python3
 ARGS ?=
 EXAMPLES ?= 100000
+TRAINERS ?= $(sort $(patsubst tests/trainers/%/requirements.txt,%,$(wildcard tests/trainers/*/requirements.txt)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,10 +21,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench check demo format fuzz test
+.PHONY: help bench check demo format fuzz test test-trainers
 
 help:  ## List the targets
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 check: $(VENV)/test.stamp  ## Lint, formatting and strict types
 	$(BIN)/ruff check .
@@ -40,6 +41,13 @@ format: $(VENV)/test.stamp  ## Mend what the linter and the formatter can mend
 # A file stays in one process: the code blocks of a document share their names.
 test: $(VENV)/test.stamp $(VENV)/examples.stamp  ## The tests, and the code blocks of README.md and docs/
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5 $(ARGS)
+
+# Every trainer has an environment of its own, .venv-<name>: their requirements do not go together.
+test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the trainers themselves; TRAINERS=trl for one
+	@set -e; for trainer in $(TRAINERS); do echo "test-trainers: $$trainer"; \
+	    .venv-$$trainer/bin/python -m pytest -c tests/trainers/pytest.ini --rootdir . \
+	        tests/trainers/test_*.py tests/trainers/$$trainer $(ARGS); \
+	done
 
 bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/results/; ARGS="--quick" takes a minute
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -59,4 +67,14 @@ $(VENV)/torch.stamp: constraints.txt
 $(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
 	@echo "$(VENV): kdloss[$*]"
 	@$(PIP) install --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+# The file lists all that the environment holds, so nothing is resolved; but torch, alone and first, brings what its build
+# needs. A `trainer.stamp` is remade when the list changes.
+.venv-%/trainer.stamp: tests/trainers/%/requirements.txt pyproject.toml
+	@echo ".venv-$*"
+	@$(PYTHON) -m venv --clear .venv-$*
+	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --constraint $< torch
+	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement $<
+	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --editable .
 	@touch $@

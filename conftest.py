@@ -20,6 +20,9 @@ from sybil.parsers.myst import PythonCodeBlockParser
 
 ROOT = Path(__file__).parent
 
+# Needs the trainers, each in its own environment: `make test-trainers`.
+collect_ignore = ["tests/trainers"]
+
 # Tensors here are tiny and xdist already fills the cores; one thread also fixes the order of every sum.
 torch.set_num_threads(1)
 
@@ -33,8 +36,13 @@ _collect_document = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"]).
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """The `python` blocks of README.md and docs/, but not of docs/examples/; blocks of one document share names."""
+    """The `python` blocks of README.md and docs/, but not of docs/examples/; blocks of one document share names.
+
+    Nor of a page that begins with `<!-- runs in: NAME -->`: `make test-trainers` runs it in that environment.
+    """
     parts = file_path.relative_to(ROOT).parts if file_path.is_relative_to(ROOT) else ()
+    if parts[:2] == ("docs", "integrations") and file_path.read_text(encoding="utf-8").startswith("<!-- runs in:"):
+        return None
     if parts == ("README.md",) or (parts[:1] == ("docs",) and parts[:2] != ("docs", "examples")):
         return _collect_document(file_path, parent)
     return None

@@ -1,0 +1,360 @@
+"""AReaL: `grpo_loss_fn` in AReaL's signature, on AReaL's batch keys, with AReaL's statistics.
+
+    from kdloss.integrations import areal
+    areal.install()  # before the trainer is made, in every process that trains
+
+Tensors are packed (T,) beside `cu_seqlens`, or padded (B, L). AReaL has rolled them to prediction positions, all but
+two: `versions`, which are shifted here, and the scores of a teacher behind a rollout engine, which
+`teacher_alignment="token"` shifts.
+
+The loss is the mean over the trained tokens of the micro-batch; the engine rescales it by their number. Masks that drop
+tokens (M2PO, rejection sampling) zero them and leave that number alone, so that micro-batches still sum to the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdloss
+from kdloss import Surrogate
+
+from ._areal_masks import Rejection, m2po_mask, reject
+from ._layout import row_cu_seqlens, sequence_means
+from ._lazy import require
+
+
+def install(**options: Any) -> None:
+    """Put `grpo_loss_fn` in the place of AReaL's, in this process.
+
+    AReaL's actor looks its loss up when it trains, so this may run at any time before. With the single controller the
+    actor lives in a worker: there, install in the module of the engine class (docs/integrations/areal.md).
+
+    Args:
+        options: keyword-only arguments of `grpo_loss_fn`, such as `direct_penalty=True`.
+
+    Raises:
+        TypeError: an option is not one of those.
+        ImportError: AReaL is missing, or of a version that the adapter was not proven with.
+    """
+    known = [p.name for p in inspect.signature(grpo_loss_fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"options must be among {', '.join(known)}, got {name!r}; AReaL passes the rest itself")
+    _areal().grpo_loss_fn = functools.partial(grpo_loss_fn, **options)
+
+
+def grpo_loss_fn(
+    logprobs: Tensor,  # (T,) or (B, L)
+    entropy: Tensor,  # as logprobs
+    input_data: Mapping[str, Any],
+    eps_clip: float,
+    eps_clip_higher: float | None,
+    c_clip: float | None,
+    rejection_sampling: Any | None = None,
+    m2_threshold: float | None = None,
+    importance_sampling_level: str = "token",
+    current_version: int | None = None,
+    prox_logp_method: str = "recompute",
+    use_sapo_loss: bool = False,
+    sapo_tau_pos: float = 1.0,
+    sapo_tau_neg: float = 1.05,
+    use_decoupled_loss: bool = False,
+    vocab_min_logits: Tensor | None = None,
+    vocab_max_logits: Tensor | None = None,
+    *,
+    use_cispo_loss: bool = False,
+    direct_penalty: bool = False,
+    teacher_alignment: str = "prediction",
+    kd_discount: float = 0.0,
+    kd_reward_clip: float | None = None,
+    kd_max_ratio: float | None = None,
+) -> Tensor:  # ()
+    """AReaL's actor loss: rl_loss_weight * RL + distill_loss_weight * reverse KL, as a local token mean.
+
+    The RL ratio is against `prox_logp`, the distillation ratio against the `logprobs` of the batch: the policy that
+    sampled. The weights are read from the batch, where AReaL puts them beside `teacher_logp`; without one it is RL.
+
+    Args:
+        logprobs: log-probs of the tokens under the student, differentiable.
+        entropy: for the statistics.
+        input_data: `logprobs`, `advantages`, `loss_mask` and, as they apply, `prox_logp`, `teacher_logp`,
+            `rl_loss_weight`, `distill_loss_weight`, `cu_seqlens`, `versions`.
+        eps_clip ... vocab_max_logits: as in AReaL.
+        use_cispo_loss: CISPO with the bounds 1 - eps_clip and 1 + eps_clip_higher instead of PPO's clip.
+        direct_penalty: AReaL's own joint mode, which descends logp - teacher_logp where rl_loss_weight is not 0: the
+            teacher is not in its gradient. For parity; warns.
+        teacher_alignment: "token" where `teacher_logp` comes from `teacher.engine_type="rollout"`, whose scores AReaL
+            leaves at the token's own position.
+        kd_discount, kd_reward_clip, kd_max_ratio: as in `kdloss.kdrl_loss`.
+
+    Returns:
+        (), differentiable in `logprobs`.
+
+    Expected gradient:
+        That of `kdloss.kdrl_loss`, with the surrogate that the options choose.
+
+    Raises:
+        ValueError: options that exclude each other, a level or an alignment that the layout cannot give, a
+            `teacher_logp` that is visibly shifted, or no `prox_logp` where none can be derived.
+        ImportError: AReaL is missing, or of a version that the adapter was not proven with.
+    """
+    _check_modes(
+        importance_sampling_level, use_sapo_loss, use_decoupled_loss, use_cispo_loss, c_clip, rejection_sampling
+    )
+    batch = _Batch(logprobs, input_data)
+    prox_logp = batch.old_logp if use_sapo_loss else batch.prox_logp(prox_logp_method, current_version)
+    trained, count = batch.loss_mask, batch.loss_mask.sum()
+    if m2_threshold is not None:
+        trained = m2po_mask(prox_logp, batch.old_logp, trained, m2_threshold)
+    kept, weights, rejection = trained, None, None
+    if rejection_sampling is not None:
+        rejection = reject(prox_logp, batch.old_logp, trained, rejection_sampling, lambda: batch.cu_seqlens)
+        kept, weights = rejection.kept, rejection.weights
+
+    policy, reference, advantages = batch.logp, prox_logp, batch.advantages
+    if importance_sampling_level == "sequence":
+        policy, reference, advantages = batch.per_sequence(prox_logp, kept)
+    clip_high = eps_clip if eps_clip_higher is None else eps_clip_higher
+    surrogate_of: Callable[..., Surrogate]
+    if use_sapo_loss:
+        surrogate_of = functools.partial(kdloss.sapo_surrogate, tau_positive=sapo_tau_pos, tau_negative=sapo_tau_neg)
+    elif use_cispo_loss:
+        surrogate_of = functools.partial(kdloss.cispo_surrogate, clip_low=eps_clip, clip_high=clip_high)
+    else:
+        surrogate_of = functools.partial(
+            kdloss.clipped_surrogate, clip_low=eps_clip, clip_high=clip_high, dual_clip=c_clip
+        )
+    surrogate = surrogate_of(policy, reference, advantages, loss_mask=kept, weights=weights)
+    loss = kdloss.token_mean(surrogate.loss, loss_mask=kept, normalizer=count)
+
+    record = _Record(batch, trained)
+    if input_data.get("teacher_logp") is not None:
+        teacher_logp = batch.teacher_logp(teacher_alignment)
+        rl_loss_weight = input_data.get("rl_loss_weight", 1.0)
+        distilled = kdloss.kdrl_loss(
+            batch.logp,
+            batch.old_logp,
+            teacher_logp,
+            None,
+            loss_mask=trained,
+            normalizer=count,
+            rl_loss_weight=0.0,  # the RL term is the surrogate above
+            distill_loss_weight=input_data.get("distill_loss_weight", 0.005),
+            kd_discount=kd_discount,
+            kd_reward_clip=kd_reward_clip,
+            kd_max_ratio=kd_max_ratio,
+            cu_seqlens=batch.cu_seqlens if kd_discount else None,
+            direct_penalty=direct_penalty and rl_loss_weight != 0,
+        ).loss
+        loss = distilled if rl_loss_weight == 0 else rl_loss_weight * loss + distilled
+        record.teacher(teacher_logp, importance_sampled=rl_loss_weight == 0)
+    record.actor(surrogate, prox_logp, entropy, kept)
+    observed = trained if rejection is None else record.rejection(rejection, prox_logp)
+    record.vocabulary(vocab_min_logits, vocab_max_logits)
+    if use_sapo_loss:
+        one = torch.ones_like(batch.logp)
+        positive, negative = (surrogate_of(policy.detach(), reference, x, loss_mask=kept).loss for x in (one, -one))
+        record.gates(-positive, negative, advantages)
+    else:
+        record.clips(surrogate)
+    record.staleness(observed, prox_logp_method, current_version)
+    return loss
+
+
+class _Batch:
+    """AReaL's micro-batch as flat streams at prediction positions."""
+
+    def __init__(self, logprobs: Tensor, input_data: Mapping[str, Any]) -> None:
+        self.data, self.shape = input_data, logprobs.shape
+        self.logp = logprobs.flatten()
+        self.old_logp = input_data["logprobs"].detach().flatten()
+        self.advantages = input_data["advantages"].flatten()
+        self.loss_mask = input_data["loss_mask"].bool().flatten()
+
+    @functools.cached_property
+    def cu_seqlens(self) -> Tensor:
+        if len(self.shape) == 2:
+            return row_cu_seqlens(self.logp.view(self.shape))
+        if self.data.get("cu_seqlens") is None:
+            raise ValueError("input_data must hold cu_seqlens beside packed (T,) tensors, got none")
+        if not self.whole:
+            raise ValueError(
+                f"cu_seqlens must end at the number of tokens {self.shape[0]}, got {int(self.data['cu_seqlens'][-1])}: "
+                'a context-parallel slice holds no whole sequence; there, use importance_sampling_level="token", '
+                'level="token" of rejection_sampling, teacher_alignment="prediction" and kd_discount=0'
+            )
+        given: Tensor = self.data["cu_seqlens"]
+        return given
+
+    @functools.cached_property
+    def whole(self) -> bool:
+        """Whether the sequences are here from end to end."""
+        if len(self.shape) == 2:
+            return True
+        cu_seqlens = self.data.get("cu_seqlens")
+        return cu_seqlens is not None and int(cu_seqlens[-1]) == self.shape[0]
+
+    def versions(self) -> Tensor | None:
+        """Policy versions, moved from the token's own position to that of its log-prob; None of part of a sequence."""
+        if self.data.get("versions") is None or not self.whole:
+            return None
+        own = self.data["versions"].flatten()
+        return kdloss.to_prediction_positions(own, cu_seqlens=self.cu_seqlens, fill=-1)
+
+    def prox_logp(self, method: str, current_version: int | None) -> Tensor:
+        prox_logp: Tensor | None = self.data.get("prox_logp")
+        if prox_logp is not None:
+            return prox_logp.detach().flatten()
+        versions = self.versions()
+        if method != "loglinear" or current_version is None or versions is None:
+            raise ValueError(
+                f"input_data holds no prox_logp, and prox_logp_method={method!r} cannot replace it: let AReaL "
+                'recompute it, or use prox_logp_method="loglinear" with versions of whole sequences and current_version'
+            )
+        approximations: dict[str, Tensor] = _areal().compute_prox_logp_approximations(
+            old_logp=self.old_logp,
+            logprobs=self.logp.detach(),
+            versions=versions,
+            current_version=current_version,
+            method="loglinear",
+        )
+        return approximations["loglinear"]
+
+    def teacher_logp(self, alignment: str) -> Tensor:
+        teacher_logp: Tensor = self.data["teacher_logp"].detach().flatten()
+        if alignment == "token":
+            return kdloss.to_prediction_positions(teacher_logp, cu_seqlens=self.cu_seqlens, fill=0)
+        if alignment != "prediction":
+            raise ValueError(f"teacher_alignment must be 'prediction' or 'token', got {alignment!r}")
+        # a rollout engine writes its scores at the tokens' own positions, one later, and 0 everywhere else
+        scored, own = teacher_logp != 0, self.loss_mask.roll(1)
+        if bool((own & ~self.loss_mask & scored).any() & ~(scored & ~own).any()):
+            raise ValueError(
+                "teacher_logp has scores at the tokens' own positions and nowhere else: AReaL's rollout teacher "
+                "(teacher.engine_type='rollout') leaves it one position late; use teacher_alignment='token'"
+            )
+        return teacher_logp
+
+    def per_sequence(self, prox_logp: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """GSPO: every token gets its sequence's mean log-ratio, against 0, and its mean advantage."""
+        mean = functools.partial(sequence_means, loss_mask=kept, cu_seqlens=self.cu_seqlens)
+        log_ratio = mean(kdloss.kl_k1(self.logp, prox_logp, loss_mask=kept))
+        return log_ratio, torch.zeros_like(log_ratio), mean(self.advantages)
+
+
+def _check_modes(
+    level: str, sapo: bool, decoupled: bool, cispo: bool, c_clip: float | None, rejection_sampling: Any | None
+) -> None:
+    if level not in ("token", "sequence"):
+        raise ValueError(f"importance_sampling_level must be 'token' or 'sequence', got {level!r}")
+    if sapo and cispo:
+        raise ValueError("use_sapo_loss and use_cispo_loss exclude each other; set one")
+    if sapo and (decoupled or rejection_sampling is not None):
+        raise ValueError(
+            "SAPO's ratio is against the policy that sampled: unset use_decoupled_loss and rejection_sampling, "
+            "or use use_cispo_loss=True, which takes both"
+        )
+    if cispo and level == "sequence":
+        raise ValueError(
+            "CISPO's ratio is per token: use importance_sampling_level='token', or GSPO without use_cispo_loss"
+        )
+    if cispo and c_clip is not None:
+        raise ValueError("CISPO bounds every ratio by itself: set c_clip to None, or unset use_cispo_loss")
+
+
+class _Record:
+    """The statistics of AReaL's own function, under its names and denominators."""
+
+    def __init__(self, batch: _Batch, trained: Tensor) -> None:
+        self.areal, self.batch, self.trained, self.logp = _areal(), batch, trained, batch.logp.detach()
+        n_tokens = self.areal.infer_token_denominator(batch.data, trained.view(batch.shape))
+        self.areal.stats_tracker.denominator(n_tokens=n_tokens)
+        self._denominator(n_valid_tokens=trained)
+
+    def teacher(self, teacher_logp: Tensor, *, importance_sampled: bool) -> None:
+        """log q - log p; in pure distillation, as AReaL has it, times the ratio."""
+        reverse_kl = kdloss.kl_k1(self.logp, teacher_logp, loss_mask=self.trained)
+        if importance_sampled:
+            reverse_kl = kdloss.importance_sampled_surrogate(
+                self.logp, self.batch.old_logp, -reverse_kl, loss_mask=self.trained
+            ).loss
+        self._stat("n_valid_tokens", rkl_loss=reverse_kl)
+
+    def actor(self, surrogate: Surrogate, prox_logp: Tensor, entropy: Tensor, kept: Tensor) -> None:
+        self._denominator(clipped_tokens=surrogate.clipped, dual_clipped_tokens=surrogate.dual_clipped)
+        self._stat(
+            "n_valid_tokens",
+            importance_weight=torch.where(kept, surrogate.ratio, 0),
+            approx_kl=self.logp - prox_logp,
+            new_logp=self.logp,
+            old_logp=self.batch.old_logp,
+            entropy=entropy,
+            actor_loss=surrogate.loss,
+            clip_ratio=surrogate.clipped,
+            dual_clip_ratio=surrogate.dual_clipped,
+        )
+
+    def rejection(self, rejection: Rejection, prox_logp: Tensor) -> Tensor:
+        """Returns the tokens that still count."""
+        observed = rejection.kept & (rejection.weights > 0)
+        self._denominator(unclipped_behave_tokens=observed)
+        self._stat(
+            "unclipped_behave_tokens",
+            behave_imp_weight=rejection.weights,
+            behave_approx_kl=kdloss.kl_k1(prox_logp, self.batch.old_logp, loss_mask=observed),
+        )
+        self.areal.stats_tracker.scalar(rs_filtered_fraction=float(rejection.fraction))
+        return observed
+
+    def vocabulary(self, smallest: Tensor | None, largest: Tensor | None) -> None:
+        if smallest is not None and largest is not None:
+            self.areal.stats_tracker.stat(vocab_min_logits=smallest, vocab_max_logits=largest, denominator="n_tokens")
+
+    def clips(self, surrogate: Surrogate) -> None:
+        self._stat(
+            "clipped_tokens",
+            clipped_new_logp=torch.where(surrogate.clipped, self.logp, 0),
+            clipped_old_logp=torch.where(surrogate.clipped, self.batch.old_logp, 0),
+        )
+
+    def gates(self, positive: Tensor, negative: Tensor, advantages: Tensor) -> None:
+        soft = torch.where(advantages > 0, positive, negative)
+        self._stat("n_valid_tokens", sapo_soft_gate=soft, sapo_scaled_gate_pos=positive, sapo_scaled_gate_neg=negative)
+
+    def staleness(self, observed: Tensor, prox_logp_method: str, current_version: int | None) -> None:
+        """AReaL's own figures on the proximal policy and on versions, with the versions in place."""
+        shape, versions = self.batch.shape, self.batch.versions()
+        versions = None if versions is None else versions.view(shape)
+        self.areal._log_proximal_approximation_stats(
+            prox_logp_method=prox_logp_method,
+            prox_logp_gt=self.batch.data.get("prox_logp"),
+            old_logp=self.batch.old_logp.view(shape),
+            logprobs=self.logp.view(shape),
+            versions=versions,
+            current_version=current_version,
+            compute_logp_mask=observed.view(shape),
+        )
+        if versions is not None and current_version is not None:
+            self.areal._log_version_staleness_stats(
+                versions=versions, current_version=current_version, version_metrics_mask=observed.view(shape)
+            )
+
+    def _denominator(self, **masks: Tensor) -> None:
+        shape = self.batch.shape
+        self.areal.stats_tracker.denominator(**{name: mask.view(shape) for name, mask in masks.items()})
+
+    def _stat(self, denominator: str, **values: Tensor) -> None:
+        shape = self.batch.shape
+        values = {name: x.detach().float().view(shape) for name, x in values.items()}
+        self.areal.stats_tracker.stat(**values, denominator=denominator)
+
+
+@functools.cache
+def _areal() -> Any:
+    return require("areal", at_least="1.0.4", below="1.1", module="areal.trainer.ppo.actor")

@@ -1,0 +1,96 @@
+"""prime-rl: a custom loss that joins the reverse KL to its reference model with PPO's clip.
+
+    [trainer.loss]
+    type = "custom"
+    import_path = "kdloss.integrations.prime_rl.kdrl_loss"
+    [trainer.loss.kwargs]
+    distill_loss_weight = 0.1
+
+It is called once a sequence, prompt included, on log-probs at the token's own position. All of its tensors are, and
+nothing here looks at neighbours, so none is moved. The loss is a sum: the trainer divides by the tokens of the step.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+import kdloss
+
+from ._lazy import require
+
+
+def kdrl_loss(
+    inputs: Any,
+    *,
+    rl_loss_weight: float = 1.0,
+    distill_loss_weight: float = 0.005,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    kd_discount: float = 0.0,
+    kd_reward_clip: float | None = None,
+    kd_max_ratio: float | None = None,
+    direct_penalty: bool = False,
+) -> Any:
+    """`kdloss.kdrl_loss` on prime-rl's `LossInputs`: both ratios are against `inference_logprobs`.
+
+    Args:
+        inputs: one sequence. `ref_logprobs` are the teacher's, `loss_weights` multiply both terms.
+        rl_loss_weight ... direct_penalty: as in `kdloss.kdrl_loss`. rl_loss_weight 0 reads no advantages.
+
+    Returns:
+        prime-rl's `LossOutputs`: the sum over the trained tokens, and their means of `reverse_kl`, `kd`, `rl`, `ratio`
+        and `clipped` under "kdrl/".
+
+    Expected gradient:
+        That of `kdloss.kdrl_loss`, in a sum.
+
+    Raises:
+        ValueError: the sample has no `ref_logprobs` and distill_loss_weight is not 0.
+        ImportError: prime-rl is missing, or of a version that the adapter was not proven with.
+    """
+    if inputs.ref_logprobs is None and distill_loss_weight != 0:
+        raise ValueError(
+            "the sample has no ref_logprobs: let the algorithm score it (assign_reference_logprobs, as prime-rl's opd "
+            "does) and still route it to the rl component, or set distill_loss_weight to 0 (it is "
+            f"{distill_loss_weight})"
+        )
+    logp, loss_mask, weights = inputs.trainer_logprobs, inputs.loss_mask, inputs.loss_weights
+    kd_weight = distill_loss_weight if weights is None or distill_loss_weight == 0 else distill_loss_weight * weights
+    out = kdloss.kdrl_loss(
+        logp,
+        inputs.inference_logprobs,
+        inputs.ref_logprobs,
+        inputs.advantages,
+        loss_mask=loss_mask,
+        rl_loss_weight=rl_loss_weight,
+        distill_loss_weight=kd_weight,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        weights=weights,
+        kd_discount=kd_discount,
+        kd_reward_clip=kd_reward_clip,
+        kd_max_ratio=kd_max_ratio,
+        cu_seqlens=torch.tensor([0, logp.shape[0]], device=logp.device) if kd_discount else None,
+        normalizer=1.0,
+        direct_penalty=direct_penalty,
+    )
+    count = loss_mask.sum().clamp(min=1)
+    mean = functools.partial(kdloss.token_mean, loss_mask=loss_mask)
+    metrics = {
+        "kdrl/reverse_kl": out.reverse_kl / count,
+        "kdrl/kd": out.kd / count,
+        "kdrl/rl": out.rl / count,
+        "kdrl/ratio": mean(out.ratio),
+        "kdrl/clipped": mean(out.clipped.to(out.ratio.dtype)),
+    }
+    return _prime_rl().LossOutputs(loss=out.loss, metrics=metrics)
+
+
+@functools.cache
+def _prime_rl() -> Any:
+    return require("prime-rl", at_least="0.8", below="0.9", module="prime_rl.trainer.rl.loss")

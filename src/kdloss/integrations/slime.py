@@ -1,0 +1,164 @@
+"""slime: a custom loss with the teacher's log-probs beside PPO's clip, instead of inside the advantages.
+
+    --loss-type custom_loss --custom-loss-function-path kdloss.integrations.slime.kdrl_loss
+    --use-opd --opd-type sglang --opd-kl-coef 0
+
+slime takes no arguments for it, so other weights are given by a `functools.partial` in a module of yours. Log-probs
+come from slime's own function, which knows its context and tensor parallelism; the mean is its `sum_of_sample_mean`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdloss
+
+from ._lazy import require
+
+
+def kdrl_loss(
+    args: Any,
+    batch: Mapping[str, Any],
+    logits: Tensor,  # (1, T, V)
+    sum_of_sample_mean: Callable[[Tensor], Tensor],
+    *,
+    rl_loss_weight: float = 1.0,
+    distill_loss_weight: float = 0.005,
+    kd_reward_clip: float | None = None,
+    kd_max_ratio: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """slime's policy loss plus distill_loss_weight * reverse KL to `teacher_log_probs`.
+
+    Args:
+        args: slime's; read are `eps_clip`, `eps_clip_high`, `eps_clip_c`, `entropy_coef`, `use_rollout_logprobs`,
+            `use_tis`, `tis_clip` and `tis_clip_low`.
+        batch: `advantages`, `loss_masks`, `log_probs` and, as they apply, `rollout_log_probs`, `teacher_log_probs`: a
+            list of one tensor a sample, responses alone.
+        logits: float32.
+        sum_of_sample_mean: slime's reduction, which masks.
+        rl_loss_weight ... kd_max_ratio: as in `kdloss.kdrl_loss`.
+
+    Returns:
+        The loss, (), and what slime reports under its names, with `kd_loss` and `opd_reverse_kl` beside it.
+
+    Expected gradient:
+        That of `kdloss.kdrl_loss`; slime's mean weights samples by 1/|o|, unless --calculate-per-token-loss is set.
+
+    Raises:
+        ValueError: an option of slime's that would count the teacher twice, or that this loss does not have.
+        ImportError: slime is missing, or of a version that the adapter was not proven with.
+    """
+    _check_options(args, batch, distill_loss_weight)
+    slime = _slime()
+    scored = slime.get_log_probs_and_entropy(
+        logits,
+        args=args,
+        unconcat_tokens=batch["unconcat_tokens"],
+        total_lengths=batch["total_lengths"],
+        response_lengths=batch["response_lengths"],
+        with_entropy=True,
+        **slime.get_rollout_top_p_logprob_kwargs(args, batch),
+    )[1]
+    logp, entropy = torch.cat(scored["log_probs"]), torch.cat(scored["entropy"])
+    sampled = _joined(batch, "rollout_log_probs")
+    prox_logp = sampled if args.use_rollout_logprobs else _joined(batch, "log_probs")
+    if prox_logp is None:  # slime's own meaning of it: nothing was updated yet
+        prox_logp = logp.detach()
+    old_logp = prox_logp if sampled is None else sampled
+    lengths = (batch["loss_masks"], batch["total_lengths"], batch["response_lengths"])
+    loss_mask = torch.cat([slime.slice_log_prob_with_cp(*x) for x in zip(*lengths, strict=True)]).bool()
+    raw = kdloss.truncated_importance_weights(prox_logp, old_logp, loss_mask=loss_mask, max_weight=torch.inf)
+    weights = raw.clamp(args.tis_clip_low, args.tis_clip) if args.use_tis else None
+
+    surrogate = kdloss.clipped_surrogate(
+        logp,
+        prox_logp,
+        torch.cat(batch["advantages"]),
+        loss_mask=loss_mask,
+        clip_low=args.eps_clip,
+        clip_high=args.eps_clip_high,
+        dual_clip=args.eps_clip_c,
+        weights=weights,
+    )
+    pg_loss, entropy_loss = sum_of_sample_mean(surrogate.loss), sum_of_sample_mean(entropy)
+    loss = rl_loss_weight * pg_loss - args.entropy_coef * entropy_loss
+    reported = {
+        "pg_loss": pg_loss,
+        "entropy_loss": entropy_loss,
+        "pg_clipfrac": sum_of_sample_mean(surrogate.clipped.float()),
+        "ppo_kl": -sum_of_sample_mean(kdloss.kl_k1(logp, prox_logp, loss_mask=loss_mask)),
+    }
+    if sampled is not None:
+        scored_logp = logp.detach() if args.use_rollout_logprobs else prox_logp
+        difference = kdloss.kl_k1(scored_logp, sampled, loss_mask=loss_mask).abs()
+        reported["train_rollout_logprob_abs_diff"] = sum_of_sample_mean(difference)
+    if weights is not None:
+        streams = {
+            "ois": surrogate.ratio,
+            "tis": raw,
+            "tis_clipfrac": (weights != raw).float(),
+            "tis_abs": (raw - 1).abs(),
+        }
+        reported |= {name: sum_of_sample_mean(x) for name, x in streams.items()}
+    if distill_loss_weight != 0:
+        teacher_logp = torch.cat(batch["teacher_log_probs"]).to(logp.device)
+        kd = kdloss.kdrl_token_loss(
+            logp,
+            old_logp,
+            teacher_logp,
+            None,
+            loss_mask=loss_mask,
+            rl_loss_weight=0.0,
+            distill_loss_weight=1.0,
+            kd_reward_clip=kd_reward_clip,
+            kd_max_ratio=kd_max_ratio,
+        )
+        kd_loss = sum_of_sample_mean(kd)
+        loss = loss + distill_loss_weight * kd_loss
+        reverse_kl = kdloss.kl_k1(logp, teacher_logp, loss_mask=loss_mask)
+        reported |= {"kd_loss": kd_loss, "opd_reverse_kl": sum_of_sample_mean(reverse_kl)}
+    if logp.numel() == 0:  # a rank without a response token still has to run its backward
+        loss = loss + 0 * logits.sum()
+    return loss, {name: x.detach().clone() for name, x in {"loss": loss, **reported}.items()}
+
+
+@functools.cache
+def _slime() -> Any:
+    return require("slime", at_least="0.3.1", below="0.4", module="slime.backends.megatron_utils.loss")
+
+
+def _joined(batch: Mapping[str, Any], name: str) -> Tensor | None:
+    return torch.cat(batch[name]) if batch.get(name) else None
+
+
+def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: float) -> None:
+    """Refuse what would change the loss behind the caller's back."""
+    option = functools.partial(getattr, args)
+    if distill_loss_weight != 0 and not batch.get("teacher_log_probs"):
+        raise ValueError(
+            "the batch has no teacher_log_probs: set --use-opd with --opd-type, which makes slime collect them, or "
+            "distill_loss_weight=0"
+        )
+    if option("use_opd", False) and option("opd_kl_coef", 0.0) != 0:
+        raise ValueError(
+            f"--opd-kl-coef must be 0 with this loss, got {args.opd_kl_coef}: the advantages hold the teacher already, "
+            "and it would count twice; the weight is distill_loss_weight"
+        )
+    if option("advantage_estimator", "grpo") in ("gspo", "cispo"):
+        raise ValueError(
+            f"--advantage-estimator {args.advantage_estimator} has a ratio of its own, and this loss is PPO's: use "
+            "grpo, or --loss-type policy_loss with --opd-kl-coef"
+        )
+    if option("use_kl_loss", False) and option("kl_loss_coef", 0.0) != 0:
+        raise ValueError(
+            "--use-kl-loss is not part of this loss: use --kl-coef, which puts the penalty in the advantages"
+        )
+    for name in ("use_opsm", "custom_tis_function_path", "custom_pg_loss_reducer_function_path"):
+        if option(name, None):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is not part of this loss: unset it, or use --loss-type policy_loss")

@@ -1,0 +1,110 @@
+"""Holds check_alignment: every shift is found, and models that have little in common are not accused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kdloss
+from kdloss.integrations.servers import check_alignment
+
+V = 40
+
+
+def scores(seed: int, length: int = 400, likeness: float = 1.0, sequences: int = 8):
+    """Log-probs of a Markov chain's tokens under it and under a relative, at prediction positions; and the layout."""
+    generator = torch.Generator().manual_seed(seed)
+    student = 2 * torch.randn(V, V, generator=generator)
+    noise = 2 * torch.randn(V, V, generator=generator)
+    teacher = likeness * student + (1 - likeness**2) ** 0.5 * noise
+    tokens = [torch.zeros(sequences, dtype=torch.int64)]
+    for _ in range(length // sequences - 1):
+        tokens.append(student[tokens[-1]].softmax(-1).multinomial(1, generator=generator)[:, 0])
+    ids = torch.stack(tokens, 1).flatten()
+    cu_seqlens = torch.arange(0, length + 1, length // sequences)
+    labels = kdloss.next_token_labels(ids, cu_seqlens=cu_seqlens)
+    logp, teacher_logp = (kdloss.token_logprobs(table[ids], labels) for table in (student, teacher))
+    return logp, teacher_logp, labels != -100, cu_seqlens
+
+
+@pytest.mark.parametrize("shift", [-2, -1, 0, 1, 2])
+@pytest.mark.parametrize("likeness", [0.95, 0.7])
+def test_every_shift_is_found(shift, likeness):
+    for seed in range(3):
+        logp, teacher_logp, mask, cu_seqlens = scores(seed, likeness=likeness)
+        found = check_alignment(logp, teacher_logp.roll(shift), loss_mask=mask, cu_seqlens=cu_seqlens)
+        assert (found.shift, found.shifted) == (shift, shift != 0), found
+        assert found.tokens == mask.sum()
+        assert found.correlations[shift] == max(found.correlations.values())
+
+
+def test_a_server_that_was_not_shifted():
+    logp, teacher_logp, mask, cu_seqlens = scores(0, likeness=0.8)
+    own = kdloss.to_token_positions(teacher_logp, cu_seqlens=cu_seqlens, fill=0.0)
+    found = check_alignment(logp, own, loss_mask=mask, cu_seqlens=cu_seqlens)
+    assert found.shift == 1
+    assert "use to_prediction_positions" in str(found)
+    mended = kdloss.to_prediction_positions(own, cu_seqlens=cu_seqlens, fill=0.0)
+    found = check_alignment(logp, mended, loss_mask=mask, cu_seqlens=cu_seqlens)
+    assert not found.shifted
+    assert str(found).startswith("aligned")
+
+
+def test_aligned_streams_are_never_accused():
+    for seed in range(60):
+        likeness = (0.0, 0.3, 0.6, 0.9)[seed % 4]
+        logp, teacher_logp, mask, cu_seqlens = scores(seed, length=120, likeness=likeness)
+        found = check_alignment(logp, teacher_logp, loss_mask=mask, cu_seqlens=cu_seqlens)
+        assert not found.shifted, found
+
+
+def test_too_little_to_tell():
+    logp, teacher_logp, mask, cu_seqlens = scores(0, likeness=0.0)
+    for arguments in (
+        (logp, teacher_logp, mask),  # strangers
+        (logp, logp, mask & (torch.arange(400) < 19)),  # a handful of tokens
+        (logp, torch.zeros_like(logp), mask),  # a teacher that says one thing
+        (logp, logp, torch.zeros_like(mask)),  # nothing trained
+    ):
+        found = check_alignment(*arguments[:2], loss_mask=arguments[2], cu_seqlens=cu_seqlens)
+        assert found.shift is None
+        assert "too little" in str(found)
+    empty = torch.zeros(0)
+    found = check_alignment(empty, empty, loss_mask=empty.bool(), cu_seqlens=torch.tensor([0]))
+    assert (found.shift, found.tokens) == (None, 0)
+
+
+def test_ranks_take_ties_and_infinities_and_the_mask_takes_nan():
+    logp, teacher_logp, mask, cu_seqlens = scores(1, likeness=0.9)
+    mask &= torch.arange(400) % 10 != 3
+    logp = torch.where(mask, logp, torch.nan).clamp(max=-0.5)  # many ties at the top
+    teacher_logp = torch.where(mask, teacher_logp, torch.inf)
+    teacher_logp = torch.where(teacher_logp < -6, -torch.inf, teacher_logp)
+    assert teacher_logp[mask].isinf().any()
+    found = check_alignment(logp.requires_grad_(), teacher_logp, loss_mask=mask, cu_seqlens=cu_seqlens)
+    assert found.shift == 0
+    x = torch.tensor([0.0, 1.0, 1.0, 2.0, 5.0])  # rho by hand: ranks 1, 2.5, 2.5, 4, 5 against 2, 1, 3, 4, 5
+    y = torch.tensor([1.0, 0.0, 2.0, 3.0, 4.0])
+    found = check_alignment(x.repeat(5), y.repeat(5), loss_mask=torch.ones(25).bool())  # copies change no rank
+    assert found.correlations[0] == pytest.approx(8.0 / (9.5 * 10) ** 0.5)
+
+
+def test_rows_are_sequences():
+    logp, teacher_logp, mask, cu_seqlens = scores(2, likeness=0.9)
+    packed = check_alignment(logp, teacher_logp, loss_mask=mask, cu_seqlens=cu_seqlens)
+    rows = [x.reshape(8, 50) for x in (logp, teacher_logp, mask)]
+    assert check_alignment(*rows[:2], loss_mask=rows[2]) == packed
+
+
+def test_arguments_are_checked():
+    x, mask = torch.zeros(3), torch.ones(3).bool()
+    with pytest.raises(ValueError, match=r"teacher_logp must match logp \(3,\), got \(2,\)"):
+        check_alignment(x, x[:2], loss_mask=mask)
+    with pytest.raises(TypeError, match=r"loss_mask must be torch.bool"):
+        check_alignment(x, x, loss_mask=x)
+    with pytest.raises(TypeError, match="teacher_logp must be a tensor, got None"):
+        check_alignment(x, None, loss_mask=mask)
+    with pytest.raises(ValueError, match="max_shift must be > 0"):
+        check_alignment(x, x, loss_mask=mask, max_shift=0)
+    with pytest.raises(ValueError, match="cu_seqlens must end at"):
+        check_alignment(x, x, loss_mask=mask, cu_seqlens=torch.tensor([0, 2]))

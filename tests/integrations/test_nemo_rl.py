@@ -1,0 +1,157 @@
+"""Holds the NeMo-RL adapter to NeMo-RL 0.6.0's contract: log-probs shifted against the data, sums over global counts.
+
+Its `ClippedPGLossFn` gave the values in tests/data/nemo-rl-0.6.0.json. rtol 1e-7: its means carry 1e-8 below the line.
+"""
+
+from __future__ import annotations
+
+import pickle
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdloss
+from kdloss.integrations import nemo_rl
+from kdloss.integrations.nemo_rl import KDRLLossFn
+from trainer_values import cases, close
+
+INTERFACES = SimpleNamespace(
+    LossType=Enum("LossType", ["TOKEN_LEVEL", "SEQUENCE_LEVEL"]),
+    LossInputType=Enum("LossInputType", ["LOGIT", "LOGPROB"]),
+    MetricNormalizer=Enum("MetricNormalizer", ["TOKENS", "SEQUENCES", "NONE"]),
+)
+
+
+@pytest.fixture(autouse=True)
+def trainer(monkeypatch) -> None:
+    monkeypatch.setattr(nemo_rl, "_require", lambda module: INTERFACES)
+
+
+def batch(*, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Own positions: entry s of the data speaks of token s, the log-probs that are passed in of token s + 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def logp(*shape: int) -> Tensor:
+        return -torch.rand(*shape, generator=generator, dtype=torch.float64) * 2
+
+    data = {
+        "prev_logprobs": logp(3, 6),
+        "generation_logprobs": logp(3, 6),
+        "teacher_logprobs": logp(3, 6),
+        "advantages": torch.randn(3, 6, generator=generator, dtype=torch.float64),
+        "token_mask": ((torch.arange(6) >= 2) & (torch.arange(6) < torch.tensor([6, 4, 5])[:, None])).float(),
+        "sample_mask": torch.tensor([1.0, 1.0, 0.0]),
+    }
+    return logp(3, 5).requires_grad_(), data
+
+
+COUNTS = {"global_valid_seqs": torch.tensor(4.0), "global_valid_toks": torch.tensor(12.0)}
+
+
+@pytest.mark.parametrize("case", cases("nemo-rl-0.6.0"))
+def test_nemo_rls_own_clipped_loss(case: dict[str, Any]) -> None:
+    settings = dict(case["settings"])
+    settings.pop("use_importance_sampling_correction", None)
+    settings.pop("truncated_importance_sampling_type", None)
+    names = {
+        "ratio_clip_min": "clip_low",
+        "ratio_clip_max": "clip_high",
+        "ratio_clip_c": "dual_clip",
+        "truncated_importance_sampling_ratio": "max_importance_weight",
+        "token_level_loss": "token_level_loss",
+    }
+    options = {names[name]: x for name, x in settings.items()}
+    logp = torch.tensor(case["logprobs"], dtype=torch.float64, requires_grad=True)
+    data = {name: torch.tensor(x, dtype=torch.float64) for name, x in case["data"].items()}
+    counts = {name: torch.tensor(x, dtype=torch.float64) for name, x in case["counts"].items()}
+    loss, metrics = KDRLLossFn(distill_loss_weight=0.0, **options)(logp, data, **counts)
+    close(loss, case["loss"], rtol=1e-7)
+    close(torch.autograd.grad(loss, logp)[0], case["gradient"], rtol=1e-7)
+    for name in metrics.keys() & case["metrics"].keys():
+        if name != "sampling_importance_ratio" or "max_importance_weight" not in options:  # theirs is after the bound
+            assert metrics[name] == pytest.approx(case["metrics"][name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_the_teacher_joins(by_token: bool) -> None:
+    logp, data = batch()
+    options = {"rl_loss_weight": 0.6, "distill_loss_weight": 0.3, "kd_max_ratio": 1.2, "dual_clip": 3.0}
+    loss, metrics = KDRLLossFn(token_level_loss=by_token, **options)(logp, data, **COUNTS)
+    # row by row, only what is trained: tokens 2 .. of the first two rows, seen from the position before
+    rows = [(0, slice(2, 6)), (1, slice(2, 4))]
+    own = {name: torch.cat([x[row, s] for row, s in rows]) for name, x in data.items() if x.ndim > 1}
+    mine = torch.cat([logp[row, slice(s.start - 1, s.stop - 1)] for row, s in rows])
+    expected = kdloss.kdrl_loss(
+        mine,
+        own["generation_logprobs"],
+        own["teacher_logprobs"],
+        own["advantages"],
+        loss_mask=torch.ones(6, dtype=torch.bool),
+        prox_logp=own["prev_logprobs"],
+        reduction="token_mean" if by_token else "sequence_mean",
+        cu_seqlens=torch.tensor([0, 4, 6]),
+        normalizer=12.0 if by_token else 4.0,
+        **options,
+    )
+    torch.testing.assert_close(loss, expected.loss)
+    gradients = [torch.autograd.grad(x, logp)[0] for x in (loss, expected.loss)]
+    torch.testing.assert_close(*gradients)
+    assert metrics["reverse_kl"] == pytest.approx(float(expected.reverse_kl))
+    assert metrics["num_valid_samples"] == 2
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_micro_batches_sum_to_the_batch(by_token: bool) -> None:
+    logp, data = batch()
+    loss_fn = KDRLLossFn(token_level_loss=by_token, distill_loss_weight=0.3)
+    whole, metrics = loss_fn(logp, data, **COUNTS)
+    parts = [loss_fn(logp[i : i + 1], {k: x[i : i + 1] for k, x in data.items()}, **COUNTS) for i in range(3)]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    summed = {name: sum(m[name] for _, m in parts) for name in metrics}
+    assert summed == pytest.approx(metrics)
+
+
+def test_it_says_what_it_is() -> None:
+    for by_token, kind in ((True, "TOKEN_LEVEL"), (False, "SEQUENCE_LEVEL")):
+        loss_fn = KDRLLossFn(token_level_loss=by_token)
+        assert loss_fn.loss_type is INTERFACES.LossType[kind]
+        assert loss_fn.input_type is INTERFACES.LossInputType.LOGPROB
+        logp, data = batch()
+        _, metrics = loss_fn(logp, data, **COUNTS)
+        assert metrics.keys() == loss_fn.metric_normalizations.keys()
+        like_loss = INTERFACES.MetricNormalizer["TOKENS" if by_token else "SEQUENCES"]
+        assert loss_fn.metric_normalizations["loss"] is like_loss
+    shipped = pickle.loads(pickle.dumps(loss_fn))  # as Ray ships it to the workers
+    assert shipped(logp, data, **COUNTS)[1] == metrics
+
+
+def test_data_without_a_teacher_is_refused() -> None:
+    logp, data = batch()
+    data["other"] = data.pop("teacher_logprobs")
+    with pytest.raises(ValueError, match=r"no 'teacher_logprobs': put teacher_policy.get_logprobs\(data\)"):
+        KDRLLossFn()(logp, data, **COUNTS)
+    assert KDRLLossFn(teacher_key="other")(logp, data, **COUNTS)[0].isfinite()
+    assert KDRLLossFn(distill_loss_weight=0.0)(logp, data, **COUNTS)[0].isfinite()
+
+
+def test_what_is_not_trained_leaves_no_trace() -> None:
+    logp, data = batch()
+    loss_fn = KDRLLossFn(max_importance_weight=2.0)
+    clean = loss_fn(logp, data, **COUNTS)
+    untrained = (data["token_mask"] * data["sample_mask"][:, None]) == 0
+    for name in ("prev_logprobs", "generation_logprobs", "teacher_logprobs", "advantages"):
+        data[name] = data[name].masked_fill(untrained, torch.nan)
+    dirty = loss_fn(logp, data, **COUNTS)
+    assert dirty[1] == clean[1]
+    gradients = [torch.autograd.grad(x[0], logp)[0] for x in (clean, dirty)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_without_nemo_rl_the_error_says_what_is_supported(monkeypatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(ImportError, match=r"nemo-rl>=0\.6,<0\.7"):
+        _ = KDRLLossFn().loss_type

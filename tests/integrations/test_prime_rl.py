@@ -1,0 +1,131 @@
+"""Holds the prime-rl adapter to prime-rl 0.8.0's contract: one sequence a call, own positions, a sum, its weights.
+
+Its `compute_loss` gave the values in tests/data/prime-rl-0.8.0.json. rtol 1e-12: float64, the same few operations.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdloss
+from kdloss.integrations import prime_rl
+from trainer_values import cases, close
+
+OPEN = {"clip_low": 1.0, "clip_high": 1e9}  # the stored cases have no trust region
+
+
+@pytest.fixture(autouse=True)
+def trainer(monkeypatch) -> None:
+    module = SimpleNamespace(LossOutputs=lambda *, loss, metrics: SimpleNamespace(loss=loss, metrics=metrics))
+    monkeypatch.setattr(prime_rl, "_prime_rl", lambda: module)
+
+
+def inputs(*, length: int = 9, prompt: int = 3, seed: int = 0, **changed: Any) -> SimpleNamespace:
+    generator = torch.Generator().manual_seed(seed)
+
+    def logp() -> Tensor:
+        return -torch.rand(length, generator=generator, dtype=torch.float64) * 3
+
+    fields = {
+        "trainer_logprobs": logp().requires_grad_(),
+        "inference_logprobs": logp(),
+        "ref_logprobs": logp(),
+        "advantages": torch.randn(length, generator=generator, dtype=torch.float64),
+        "loss_mask": torch.arange(length) >= prompt,
+        "loss_weights": None,
+    }
+    return SimpleNamespace(**{**fields, **changed})
+
+
+@pytest.mark.parametrize("case", cases("prime-rl-0.8.0"))
+def test_prime_rls_own_compute_loss(case: dict[str, Any]) -> None:
+    given = {name: [torch.tensor(x, dtype=torch.float64) for x in rows] for name, rows in case["inputs"].items()}
+    loss, gradients = torch.zeros((), dtype=torch.float64), []
+    for i, mask in enumerate(case["inputs"]["loss_mask"]):
+        logp, loss_mask, weights = given["trainer"][i].requires_grad_(), torch.tensor(mask), given["weights"][i]
+        sample = SimpleNamespace(
+            trainer_logprobs=logp,
+            inference_logprobs=given["inference"][i],
+            ref_logprobs=given["ref"][i],
+            advantages=given["advantages"][i],
+            loss_mask=loss_mask,
+            loss_weights=weights,
+        )
+        terms = {"rl_loss_weight": float(case["rl"]), "distill_loss_weight": float(case["ref_kl"])}
+        part = prime_rl.kdrl_loss(sample, **terms, **OPEN).loss
+        if case["ref_kl"]:  # its penalty on the drift from the policy that sampled, which has no switch
+            drift = kdloss.kl_k1(logp, given["inference"][i], loss_mask=loss_mask).square()
+            part = part + 1e-3 * (weights * drift).sum()
+        part = part / case["scale"]
+        gradients.append(torch.autograd.grad(part, logp)[0])
+        loss = loss + part.detach()
+    close(loss, case["loss"], rtol=1e-12)
+    for gradient, expected in zip(gradients, case["gradient"], strict=True):
+        close(gradient, expected, rtol=1e-12)
+
+
+def test_sums_over_sequences_are_the_batch() -> None:
+    """The trainer sums what this returns and divides by its global count: `kdrl_loss` of the packed stream."""
+    samples = [inputs(length=n, prompt=p, seed=n) for n, p in [(9, 3), (5, 1), (7, 6)]]
+    mask = torch.cat([x.loss_mask for x in samples])
+    outputs = [prime_rl.kdrl_loss(x, distill_loss_weight=0.3, dual_clip=3.0, kd_discount=0.9) for x in samples]
+    total = sum(x.loss for x in outputs) / mask.sum()
+    whole = kdloss.kdrl_loss(
+        torch.cat([x.trainer_logprobs for x in samples]),
+        torch.cat([x.inference_logprobs for x in samples]),
+        torch.cat([x.ref_logprobs for x in samples]),
+        torch.cat([x.advantages for x in samples]),
+        loss_mask=mask,
+        distill_loss_weight=0.3,
+        dual_clip=3.0,
+        kd_discount=0.9,
+        cu_seqlens=torch.tensor([0, 9, 14, 21]),
+    )
+    torch.testing.assert_close(total, whole.loss)
+    logps = [x.trainer_logprobs for x in samples]
+    for mine, theirs in zip(torch.autograd.grad(total, logps), torch.autograd.grad(whole.loss, logps), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_metrics_are_means_over_the_trained_tokens() -> None:
+    sample = inputs()
+    output = prime_rl.kdrl_loss(sample, distill_loss_weight=0.5)
+    trained = sample.loss_mask
+    reverse_kl = (sample.trainer_logprobs.detach() - sample.ref_logprobs)[trained].mean()
+    ratio = (sample.trainer_logprobs.detach() - sample.inference_logprobs)[trained].exp()
+    assert output.metrics.keys() == {f"kdrl/{x}" for x in ("reverse_kl", "kd", "rl", "ratio", "clipped")}
+    torch.testing.assert_close(output.metrics["kdrl/reverse_kl"], reverse_kl)
+    torch.testing.assert_close(output.metrics["kdrl/ratio"], ratio.mean())
+    joined = output.metrics["kdrl/rl"] + 0.5 * output.metrics["kdrl/kd"]
+    torch.testing.assert_close(joined * trained.sum(), output.loss.detach())
+    assert all(x.ndim == 0 and not x.requires_grad for x in output.metrics.values())
+
+
+def test_a_weight_of_zero_takes_the_token_out() -> None:
+    weights = torch.ones(9, dtype=torch.float64).index_fill(0, torch.tensor([4]), 0)
+    sample = inputs(loss_weights=weights)
+    without = inputs(loss_mask=sample.loss_mask & (weights != 0))
+    a, b = (prime_rl.kdrl_loss(x, distill_loss_weight=0.5).loss for x in (sample, without))
+    torch.testing.assert_close(a, b)
+
+
+def test_a_sample_that_no_teacher_scored_is_refused() -> None:
+    sample = inputs(ref_logprobs=None)
+    with pytest.raises(ValueError, match=r"no ref_logprobs.*assign_reference_logprobs.*set distill_loss_weight to 0"):
+        prime_rl.kdrl_loss(sample)
+    out = prime_rl.kdrl_loss(sample, distill_loss_weight=0.0)
+    assert out.loss.isfinite()
+    empty = inputs(loss_mask=torch.zeros(9, dtype=torch.bool))
+    gradient = torch.autograd.grad(prime_rl.kdrl_loss(empty).loss, empty.trainer_logprobs)[0]
+    assert (gradient == 0).all()
+
+
+def test_without_prime_rl_the_error_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(ImportError, match=r"prime-rl>=0\.8,<0\.9"):
+        prime_rl.kdrl_loss(inputs())

@@ -1,0 +1,24 @@
+"""Values that trainers' own loss files gave, see tests/data/generate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+DATA = Path(__file__).parent / "data"
+
+
+def cases(trainer: str) -> list[Any]:
+    stored = json.loads((DATA / f"{trainer}.json").read_text(encoding="utf-8"))
+    return [pytest.param(case, id=case["name"]) for case in stored["cases"]]
+
+
+def close(x: Tensor, expected: Any, *, rtol: float) -> None:
+    """Entries are compared on the scale of the largest: those near zero come from a difference."""
+    expected = torch.as_tensor(expected, dtype=x.dtype)
+    torch.testing.assert_close(x.detach(), expected, rtol=rtol, atol=rtol * float(expected.abs().max()))

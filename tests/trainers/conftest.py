@@ -1,0 +1,10 @@
+"""What the tests inside trainers share: one thread, and nothing that asks the network."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
+
+import torch
+
+torch.set_num_threads(1)
