@@ -175,6 +175,7 @@ def _evaluate(
         float(logit_scale),
         vocab_size,
         max_trained_tokens is None,
+        False,
         with_entropy,
         rows is not None and _keeps_logits(rows.shape[0] * vocab_size, hidden, weight, bias),
     )
