@@ -162,7 +162,8 @@ def _evaluate(
         as_dtype(weight, dtype),
         None if bias is None else as_dtype(bias, dtype),
     )
-    rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens)
+    kernels = impl == "triton"
+    rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens, kernels=kernels)
     logp, entropy, *_ = linear_logprobs(
         hidden.flatten(0, -2),
         weight,
@@ -175,7 +176,7 @@ def _evaluate(
         float(logit_scale),
         vocab_size,
         max_trained_tokens is None,
-        False,
+        kernels,
         with_entropy,
         rows is not None and _keeps_logits(rows.shape[0] * vocab_size, hidden, weight, bias),
     )
@@ -186,7 +187,9 @@ def _evaluate(
     return logp.reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
 
 
-def select_rows(trained: Tensor, max_trained_tokens: int | None) -> tuple[Tensor | None, Tensor | None]:
+def select_rows(
+    trained: Tensor, max_trained_tokens: int | None, *, kernels: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
     """(rows to compute (N,), the trained ones among them; trained rows that they have no room for (T,)).
 
     Rows of None: whoever computes them finds them, as their number may not be known here (`torch.compile`). Nothing is
@@ -202,8 +205,13 @@ def select_rows(trained: Tensor, max_trained_tokens: int | None) -> tuple[Tensor
         raise ValueError(
             f"max_trained_tokens must hold the {int(trained.sum())} trained tokens, got {max_trained_tokens}"
         )
-    # a stable sort brings the trained rows to the front, in order, at a static shape
-    rows = torch.argsort((~trained).to(torch.uint8), stable=True)[:max_trained_tokens]
+    if kernels and not torch.compiler.is_compiling():
+        from ._triton import _compaction
+
+        rows = _compaction.order(trained, max_trained_tokens)
+    else:
+        # a stable sort brings the trained rows to the front, in order, at a static shape
+        rows = torch.argsort((~trained).to(torch.uint8), stable=True)[:max_trained_tokens]
     return rows, trained & (trained.sum() > max_trained_tokens)
 
 

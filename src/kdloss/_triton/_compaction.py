@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import on_device
+
 _TOKENS, _WIDTH = 1024, 2048
 
 
@@ -29,10 +31,10 @@ def order(trained: Tensor, count: int) -> Tensor:
     """The first `count` of all rows, (min(count, T),) int64, where those that are `trained` (T,) come first."""
     rows = torch.empty(min(count, trained.shape[0]), dtype=torch.int64, device=trained.device)
     if rows.numel():
-        grid = (triton.cdiv(trained.shape[0], _TOKENS),)
-        order_kernel[grid](
-            trained, trained.cumsum(0), rows, trained.shape[0], rows.shape[0], BLOCK=_TOKENS, num_warps=4
-        )
+        with on_device(trained):
+            order_kernel[(triton.cdiv(trained.shape[0], _TOKENS),)](
+                trained, trained.cumsum(0), rows, trained.shape[0], rows.shape[0], block=_TOKENS, num_warps=4
+            )
     return rows
 
 
@@ -51,55 +53,52 @@ def take(hidden: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> T
             hidden.stride(0),
             width,
             columns.shape[1],
-            BLOCK=block,
-            BLOCK_K=triton.next_power_of_2(columns.shape[1]),
+            block=block,
+            block_labels=triton.next_power_of_2(max(1, columns.shape[1])),
             num_warps=4,
         )
     return out
 
 
-def put_back(x: Tensor, rows: Tensor, like: Tensor, factor: Tensor | None) -> Tensor:
-    """x (N, D) float32 times `factor` (), at `rows` of a (T, D) of zeros in the dtype of `like` (T, D)."""
-    make = torch.empty if rows.shape[0] == like.shape[0] else torch.zeros  # distinct rows: all of them
-    out = make(like.shape, dtype=like.dtype, device=like.device)
+def put_back(x: Tensor, rows: Tensor, tokens: int, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
+    """x (N, D) float32 times `factor` (), at `rows` of zeros (T, D) in `dtype`."""
+    make = torch.empty if rows.shape[0] == tokens else torch.zeros  # distinct rows: all of them
+    out = make(tokens, x.shape[1], dtype=dtype, device=x.device)
     if x.numel():
         block = min(_WIDTH, triton.next_power_of_2(x.shape[1]))
         put_back_kernel[x.shape[0], triton.cdiv(x.shape[1], block)](
-            x, rows, factor, out, x.shape[1], BLOCK=block, num_warps=4
+            x, rows, factor, out, x.shape[1], block=block, num_warps=4
         )
     return out
 
 
 @triton.jit
-def order_kernel(trained_ptr, seen_ptr, rows_ptr, total_rows, count, BLOCK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def order_kernel(trained, prefix, rows, total_rows, count, block: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = t < total_rows
-    trained = tl.load(trained_ptr + t, mask=inside, other=0) != 0
-    seen = tl.load(seen_ptr + t, mask=inside, other=0)
-    total = tl.load(seen_ptr + total_rows - 1)
-    place = tl.where(trained, seen - 1, total + t - seen)
-    tl.store(rows_ptr + place, t, mask=inside & (place < count))
+    seen = tl.load(prefix + t, mask=inside, other=0)
+    total = tl.load(prefix + total_rows - 1)
+    place = tl.where(tl.load(trained + t, mask=inside, other=0) != 0, seen - 1, total + t - seen)
+    tl.store(rows + place, t, mask=inside & (place < count))
 
 
 @triton.jit
-def take_kernel(
-    hidden_ptr, rows_ptr, columns_ptr, out_ptr, row_stride, D, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def take_kernel(hidden, rows, columns, out, row_stride, D, K, block: tl.constexpr, block_labels: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows_ptr + place)
-    k = tl.arange(0, BLOCK_K)
-    labelled = tl.max(tl.load(columns_ptr + row * K + k, mask=k < K, other=-1), axis=0) >= 0
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(hidden_ptr + row * row_stride + d, mask=(d < D) & labelled, other=0.0)
-    tl.store(out_ptr + place * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
+    row = tl.load(rows + place)
+    k = tl.arange(0, block_labels)
+    labelled = tl.max(tl.load(columns + row * K + k, mask=k < K, other=-1), axis=0) >= 0
+    d = tl.program_id(1) * block + tl.arange(0, block)
+    x = tl.load(hidden + row * row_stride + d, mask=(d < D) & labelled, other=0.0)
+    tl.store(out + place * D + d, x.to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
-def put_back_kernel(x_ptr, rows_ptr, factor_ptr, out_ptr, D, BLOCK: tl.constexpr):
+def put_back_kernel(x, rows, factor, out, D, block: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows_ptr + place)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + place * D + d, mask=d < D)
-    if factor_ptr is not None:
-        x *= tl.load(factor_ptr)
-    tl.store(out_ptr + row * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
+    row = tl.load(rows + place)
+    d = tl.program_id(1) * block + tl.arange(0, block)
+    x = tl.load(x + place * D + d, mask=d < D)
+    if factor is not None:
+        x *= tl.load(factor)
+    tl.store(out + row * D + d, x.to(out.dtype.element_ty), mask=d < D)

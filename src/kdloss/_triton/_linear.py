@@ -182,50 +182,46 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden and weight in their dtypes and of the bias in float32; (0,) for one not wanted."""
     tokens, vocab_size, count = hidden.shape[0], kept.shape[1], rows.shape[0]
-    upstream = [logp_gradient.float(), None if entropy_gradient is None else entropy_gradient.float()]
+    g, h = logp_gradient.float(), None if entropy_gradient is None else entropy_gradient.float()
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
     dbias = state.peak.new_zeros(weight.shape[0] if needs[2] else 0)
     with _launch.on_device(hidden):
-        h = take(hidden, rows, state.columns, product_dtype(hidden, weight))
+        picked = take(hidden, rows, state.columns, product_dtype(hidden, weight))
         unscaled = None
-        if h.dtype == torch.float16:
-            factor = _factor(*upstream, state.columns, rows, scaling, vocab_size)
-            unscaled = factor.reciprocal()
-            upstream = [None if g is None else g * factor for g in upstream]
-        upstream = [None if g is None else g.contiguous() for g in upstream]
+        if picked.dtype == torch.float16:
+            factor = in_range(g, h, state.columns, rows, scaling, vocab_size)
+            unscaled, g, h = factor.reciprocal(), g * factor, None if h is None else h * factor
+        g, h = g.contiguous(), None if h is None else h.contiguous()
         width = widest_slice(tokens, vocab_size)
-        room = None if kept.shape[0] else h.new_empty(count, width, dtype=torch.float32)
+        room = None if kept.shape[0] else picked.new_empty(count, width, dtype=torch.float32)
         # float32 gradients overwrite their slice, unless that is kept
-        separate = h.new_empty(count, width) if room is None or h.dtype != torch.float32 else room
-        dh = h.new_zeros(h.shape if needs[0] else (0,), dtype=torch.float32)
-        rounds = h.dtype != weight.dtype or unscaled is not None
-        total = h.new_empty((width, h.shape[1]) if needs[1] and rounds else (0, 0), dtype=torch.float32)
+        separate = picked.new_empty(count, width) if room is None or picked.dtype != torch.float32 else room
+        dh = picked.new_zeros(picked.shape if needs[0] else (0,), dtype=torch.float32)
+        rounds = picked.dtype != weight.dtype or unscaled is not None
+        total = picked.new_empty((width, picked.shape[1]) if needs[1] and rounds else (0, 0), dtype=torch.float32)
         for part in slices(tokens, vocab_size) if count else ():
             size = part.stop - part.start
-            w = weight[part].to(h.dtype)
-            if room is None:
-                x = kept[:, part]
-            else:
-                x = product_(room[:, :size], h, w.T)
-            from_places = places if room is None else None
-            dx = gradient_(separate[:, :size], state, *upstream, x, from_places, rows, scaling, part.start)
+            w = weight[part].to(picked.dtype)
+            x = kept[:, part] if room is None else product_(room[:, :size], picked, w.T)
+            within = places if room is None else None
+            dx = gradient_(separate[:, :size], state, g, h, x, within, rows, scaling, part.start)
             if needs[0]:
                 add_product_(dh, dx, w)
             if needs[1] and rounds:
-                dw = product_(total[:size], dx.T, h)
+                dw = product_(total[:size], dx.T, picked)
                 torch.mul(dw, 1 if unscaled is None else unscaled, out=dweight[part])
             elif needs[1]:
-                product_(dweight[part], dx.T, h)
+                product_(dweight[part], dx.T, picked)
             if needs[2]:
                 torch.sum(dx, 0, dtype=torch.float32, out=dbias[part])
         if unscaled is not None:
             dbias *= unscaled
-        dhidden = put_back(dh, rows, hidden, unscaled) if needs[0] else hidden.new_empty(0)
+        dhidden = put_back(dh, rows, tokens, hidden.dtype, unscaled) if needs[0] else hidden.new_empty(0)
     return dhidden, dweight, dbias
 
 
-def _factor(g: Tensor, h: Tensor | None, columns: Tensor, rows: Tensor, scaling: Scaling, vocab_size: int) -> Tensor:
-    """The power of two () that brings the largest gradient of a logit, |dx| <= r (sum |g| + |h| (1 + log V)), to 2^12."""
+def in_range(g: Tensor, h: Tensor | None, columns: Tensor, rows: Tensor, scaling: Scaling, vocab_size: int) -> Tensor:
+    """The power of two () that brings the bound on a logit's gradient, r (sum |g| + |h| (1 + log V)), to about 2^12."""
     columns = columns[rows]
     bound = g[rows].masked_fill(columns < 0, 0).abs().sum(-1)
     unlabelled = (columns < 0).all(-1)
@@ -239,4 +235,4 @@ def _factor(g: Tensor, h: Tensor | None, columns: Tensor, rows: Tensor, scaling:
 
 
 def _block_labels(n_labels: int) -> int:
-    return min(triton.next_power_of_2(max(1, n_labels)), LABELS_AT_A_TIME)
+    return min(int(triton.next_power_of_2(max(1, n_labels))), LABELS_AT_A_TIME)

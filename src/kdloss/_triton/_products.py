@@ -21,7 +21,7 @@ from torch import Tensor
 SLICE_BYTES = 1 << 29
 
 # Below this many columns a product no longer fills a device, however many rows there are.
-_LEAST_WIDTH = 1024
+LEAST_WIDTH = 1024
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -42,11 +42,16 @@ def product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return out.copy_(product_(torch.empty_like(out, dtype=torch.float32), a, b))
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`total += a @ b`, with `total` float32."""
+def add_product_(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> Tensor:
+    """`total += factor * (a @ b)`, with `total` float32 and `factor` () on the device."""
+    if factor is not None:  # no product takes one from the device
+        for rows in slices(total.shape[1], total.shape[0]):
+            part = product_(torch.empty_like(total[rows]), a[rows], b)
+            torch.addcmul(total[rows], part, factor, out=total[rows])
+        return total
     if a.dtype == total.dtype:
         return torch.addmm(total, a, b, out=total)
-    if _writes_float32(a) and torch.__version__ >= (2, 10):
+    if _writes_float32(a) and torch.__version__ >= "2.10":
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     if _writes_float32(a):
         return total.add_(product_(torch.empty_like(total), a, b))
@@ -59,15 +64,15 @@ def slices(tokens: int, vocab_size: int) -> Iterator[slice]:
     `tokens` are all that came in, not those that are trained on: the cut, and with it the last bit of a result, hangs
     on shapes alone.
     """
-    widest = max(_LEAST_WIDTH, SLICE_BYTES // (4 * max(1, tokens)))
+    widest = max(LEAST_WIDTH, SLICE_BYTES // (4 * max(1, tokens)))
     width = math.ceil(vocab_size / math.ceil(vocab_size / widest) / 256) * 256
     for start in range(0, vocab_size, width):
         yield slice(start, min(start + width, vocab_size))
 
 
 def widest_slice(tokens: int, vocab_size: int) -> int:
-    return max(part.stop - part.start for part in slices(tokens, vocab_size))
+    return next((part.stop for part in slices(tokens, vocab_size)), 0)
 
 
 def _writes_float32(a: Tensor) -> bool:
-    return a.dtype in HALF and a.device.type == "cuda" and torch.__version__ >= (2, 8)
+    return a.dtype in HALF and a.device.type == "cuda" and torch.__version__ >= "2.8"

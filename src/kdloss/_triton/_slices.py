@@ -1,4 +1,4 @@
-"""One slice of the vocabulary, folded into the rows' states on the way forward and turned into its gradient on the way back.
+"""One slice of the vocabulary: folded into the rows' states forward, turned into its own gradient backward.
 
 A product of hidden states with some rows of the head has just written x (N, width) float32, and these two kernels are
 all else that happens to it:
@@ -34,7 +34,6 @@ import triton.language as tl
 
 from ._row_math import (
     LOG2_E,
-    LOWEST,
     capped,
     capped_slope,
     empty_state,
@@ -185,7 +184,7 @@ def gradient_kernel(
     if entropy_gradient is not None:
         if n_found > 0:
             h = tl.load(entropy_gradient + row)
-        wanted += (h != 0).to(tl.int32)
+        wanted += tl.where(h != 0, 1, 0)
 
     out += place * out_stride
     first = tl.program_id(1) * span
@@ -199,11 +198,11 @@ def gradient_kernel(
             here = begin + tl.arange(0, block)
             column = start + here
             c = logit_at(x, here, bias, column, here < size, logit_scale, softcap)
-            d = c - m
+            d = tl.where(here < size, c - m, 0.0)
             p = tl.exp2(d * (rate * LOG2_E)) * top
             slope = total + tl.zeros_like(p)
             if entropy_gradient is not None:
-                slope += h * (tl.maximum(d, LOWEST) * rate - average)
+                slope += h * (tl.maximum(d * rate, -1e4) - average)  # e^-1e4 is 0, and 0 * -inf would be NaN
             dz = -p * slope
             dz = with_labels(dz, column, begin + start, columns, logp_gradient, row, n_labels, block, block_labels)
             dx = dz * rate * capped_slope(c, logit_scale, softcap)
@@ -228,7 +227,7 @@ def with_labels(dz, column, begin, columns, gradient, row, n_labels, block: tl.c
             label = tl.load(columns + row * n_labels + k, mask=k < n_labels, other=-100)
             near += tl.sum(((label >= begin) & (label < begin + block)).to(tl.int32), 0)
         if near > 0:  # seldom: K labels over V columns
-            for k in range(0, n_labels):
+            for k in range(n_labels):
                 label = tl.load(columns + row * n_labels + k)
                 g = tl.load(gradient + row * n_labels + k, mask=label >= 0, other=0.0)
                 dz += tl.where(column == label, g, 0.0)
