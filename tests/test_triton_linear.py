@@ -16,12 +16,15 @@ from torch import Tensor
 
 import kdloss
 from kdloss import _linear, _linear_operator
+from kdloss._fused_passes import KernelPass
+from kdloss._rows import Scaling
+from kdloss._triton import _compaction, _products
 from kdloss._triton import _linear as kernels
-from kdloss._triton import _products
 from triton_aot import compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
 T, D = 6, 5
+BUDGET = "KEPT_BYTES" if DEVICE == "cpu" else "DEVICE_KEPT_BYTES"
 ROW_TEMPERATURE = torch.tensor([0.5, 1.0, float("nan"), 3.0, 0.2, 1.5])  # row 2 is ignored
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -164,7 +167,7 @@ def test_values_and_gradients_are_exact(vocab, options, dtype):
     [(1, False, 1 << 28, torch.float32), (3, True, 0, torch.float32), (40, True, 1 << 28, torch.bfloat16)],
 )
 def test_several_labels_and_kept_logits(count, with_entropy, kept_bytes, dtype, monkeypatch):
-    monkeypatch.setattr(_linear, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(_linear, BUDGET, kept_bytes)
     given = problem(601, dtype, count=count, with_entropy=with_entropy, **OPTIONS["everything"])
     with poisoned():
         found = outcome(given, "triton")
@@ -186,7 +189,7 @@ def test_what_is_frozen_costs_nothing_and_changes_nothing(frozen, dtype, monkeyp
 
         monkeypatch.setattr(kernels, name, counting)
     given.leaves[0 if frozen == "hidden" else 1].requires_grad_(False)
-    monkeypatch.setattr(_linear, "KEPT_BYTES", 0)
+    monkeypatch.setattr(_linear, BUDGET, 0)
     with poisoned():
         _, found = outcome(given, "triton")
     assert all(
@@ -194,6 +197,18 @@ def test_what_is_frozen_costs_nothing_and_changes_nothing(frozen, dtype, monkeyp
     )
     # of two slices: logits forward and backward, and the gradient of the one that is not frozen
     assert len(products) == 6
+
+
+def test_inputs_may_have_any_strides():
+    given = problem(300, torch.float32, count=2, bias=True, temperature=torch.tensor(0.7))
+    expected = outcome(given, "triton")
+    strided = [x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in given.leaves]
+    strided[1] = strided[1].detach().T.contiguous().T.requires_grad_()
+    others = [x.T.contiguous().T for x in (given.labels, given.logp)]
+    with poisoned():
+        found = outcome(given._replace(leaves=strided, labels=others[0], logp=others[1]), "triton")
+    for x, y in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -329,7 +344,10 @@ def test_opcheck():
 
 
 def aot_calls() -> None:
-    """The kernels bare and with all of their parts; both widths of a block of labels; few rows and many."""
+    """The kernels bare and with all of their parts; both widths of a block of labels; few rows and many.
+
+    Then those of `fused_linear_loss`, whose one slice is the first and the last, and of a static bound.
+    """
     tokens, vocab, width = 8192, 151936, 1024
     meta = {"device": "meta"}
     for dtype, everything, count, kept_rows, rows in (
@@ -349,11 +367,18 @@ def aot_calls() -> None:
         incoming = torch.empty(tokens, count, **meta), torch.empty(tokens, **meta) if everything else None
         places = active if kept_rows else None
         kernels.backward(*incoming, state, hidden, weight, active, places, scaling, kept, [True, True, True])
+        if count == 1:
+            numbers = Scaling(30.0, 1.3, 1.0) if everything else Scaling(None, 1.0, 1.0)
+            over = KernelPass(hidden, weight, bias, columns, options[3], numbers, 1024)
+            over.logprobs(torch.empty(1024, dtype=torch.int64, **meta))
+            over.gradient(*torch.empty(2, 1024, **meta))
+    _compaction.order(torch.empty(tokens, dtype=torch.bool, **meta), 500)
 
 
 def test_nothing_spills_and_every_grid_is_legal():
     launches = compiled("test_triton_linear:aot_calls")
     assert {launch.kernel for launch in launches} == {
+        "order_kernel",
         "take_kernel",
         "fold_kernel",
         "gradient_kernel",

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import _checks
 from ._fused_passes import KernelPass, TorchPass, put_back
+from ._impl import takes_triton
 from ._linear import as_dtype, autocast_dtype, check_head, linear_token_logprobs_and_entropy, select_rows
 from ._logprobs import IGNORE_INDEX, check_options, label_columns, row_temperatures
 from ._reductions import token_mean
@@ -92,7 +93,7 @@ def fused_linear_loss(
             (t,), or, on the CPU, where the loss of one token moves with another (a sequence-level ratio, a discount):
             such a loss needs `linear_token_logprobs` and a loss on whole sequences.
     """
-    check_options(shard=shard, impl=impl, softcap=softcap)
+    check_options(shard=shard, impl="auto", softcap=softcap)
     _checks.tensors(loss_mask=loss_mask)
     vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
     _checks.normalizer(normalizer)
@@ -119,7 +120,6 @@ def fused_linear_loss(
             max_trained_tokens=max_trained_tokens,
             impl=impl,
         )
-    kernels = impl == "triton"
     value, row_temperature = row_temperatures(temperature, "hidden", hidden)
     columns, outside = label_columns(labels, shape, vocab_size)
     mask = loss_mask.flatten()
@@ -130,6 +130,7 @@ def fused_linear_loss(
         as_dtype(weight, dtype),
         None if bias is None else as_dtype(bias, dtype),
     )
+    kernels = takes_triton(impl, hidden=hidden, weight=weight, bias=bias)
     rows, left_out = select_rows(mask, max_trained_tokens, kernels=kernels)
     assert rows is not None
     logp, entropy, total = _Fused.apply(  # type: ignore[no-untyped-call]

@@ -108,7 +108,7 @@ class KernelPass:
 
         assert not isinstance(scaling.temperature, Tensor)
         self._hidden, self._weight = hidden, weight
-        self._scaling = _linear.Scaling(
+        self._scaling = _linear.Scaling.of(
             bias, scaling.logit_scale, scaling.softcap, scaling.temperature, row_temperature
         )
         self._state = _linear.State.empty(columns, with_entropy=True)

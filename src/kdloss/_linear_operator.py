@@ -36,8 +36,8 @@ class _Budget(NamedTuple):
 _CPU = _Budget(512, 1 << 13, 1 << 23)
 _DEVICE = _Budget(8192, 1 << 15, 1 << 26)
 
-# Bytes of logits that are kept for the backward rather than computed again.
-KEPT_BYTES = 1 << 28
+# Bytes of logits that are kept for the backward rather than computed again, on a CPU and elsewhere.
+KEPT_BYTES, DEVICE_KEPT_BYTES = 1 << 28, 1 << 30
 
 
 @torch.library.custom_op("kdloss::linear_logprobs", mutates_args=())
@@ -63,7 +63,7 @@ def linear_logprobs(
         from ._triton import _linear
 
         products = hidden.new_empty(index.shape[0] if store else 0, vocab_size, dtype=torch.float32)
-        stages = _linear.Scaling(bias, logit_scale, softcap, temperature, row_temperature)
+        stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
         return *_linear.forward(hidden, weight, columns, index, stages, products, with_entropy), products
     n_tokens, columns = columns.shape[0], columns[index]
     head = _Head(hidden, weight, bias, columns, index, row_temperature, Scaling(softcap, logit_scale, temperature))
@@ -160,7 +160,7 @@ def linear_logprobs_backward(
         from ._triton import _linear
 
         known = _linear.State(columns, maximum, peak, None if h is None else mean)
-        stages = _linear.Scaling(bias, logit_scale, softcap, temperature, row_temperature)
+        stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
         dhidden, dhead, dshift = _linear.backward(
             g, None if h is None else h.squeeze(-1), known, hidden, weight, index, places, stages, kept, needs
         )

@@ -39,6 +39,19 @@ class Scaling(NamedTuple):
     temperature: float
     row_temperature: Tensor | None  # (T,)
 
+    @classmethod
+    def of(
+        cls,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        temperature: float,
+        row_temperature: Tensor | None,
+    ) -> Scaling:
+        """As the kernels read them, one entry after another."""
+        bias, row_temperature = (None if x is None else x.contiguous() for x in (bias, row_temperature))
+        return cls(bias, logit_scale, softcap, temperature, row_temperature)
+
     @property
     def numbers(self) -> tuple[float, float | None, float | None]:
         """As the kernels take them."""
@@ -182,6 +195,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden and weight in their dtypes and of the bias in float32; (0,) for one not wanted."""
     tokens, vocab_size, count = hidden.shape[0], kept.shape[1], rows.shape[0]
+    state = state._replace(columns=state.columns.contiguous())
     g, h = logp_gradient.float(), None if entropy_gradient is None else entropy_gradient.float()
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
     dbias = state.peak.new_zeros(weight.shape[0] if needs[2] else 0)
