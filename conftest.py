@@ -23,6 +23,10 @@ ROOT = Path(__file__).parent
 # Needs the trainers, each in its own environment: `make test-trainers`.
 collect_ignore = ["tests/trainers"]
 
+# Without a GPU, kernels are interpreted. Triton reads this when a kernel is defined, so it has to be there first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tensors here are tiny and xdist already fills the cores; one thread also fixes the order of every sum.
 torch.set_num_threads(1)
 

@@ -28,6 +28,7 @@ LAYERS = (
     "_logprobs",
     "_linear_operator",
     "_linear",
+    "_fused_passes",
     "_fused",
     "_divergence_rows",
     "_divergence_ops",

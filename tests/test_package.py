@@ -45,7 +45,7 @@ def test_runtime_needs_only_torch_numpy_and_einops():
     runtime = {re.split(r"[^\w-]", line)[0] for line in requires if "extra ==" not in line}
     assert runtime == {"torch", "numpy", "einops"}
     extras = set(importlib.metadata.metadata("kdloss").get_all("Provides-Extra") or [])
-    assert {"test", "docs", "examples", "bench"} <= extras
+    assert {"test", "docs", "examples", "bench", "triton"} <= extras
 
 
 @pytest.mark.parametrize("name", kdloss.__all__)

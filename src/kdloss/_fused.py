@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._head import head_product_, times_head
+from ._fused_passes import KernelPass, TorchPass, put_back
+from ._impl import takes_triton
 from ._linear import as_dtype, autocast_dtype, check_head, linear_token_logprobs_and_entropy, select_rows
 from ._logprobs import IGNORE_INDEX, check_options, label_columns, row_temperatures
 from ._reductions import token_mean
-from ._rows import RowState, Scaling, Sums, Upstream, gradient_of
+from ._rows import Scaling
 
 TokenLoss = Callable[..., Tensor]
 
@@ -92,7 +93,7 @@ def fused_linear_loss(
             (t,), or, on the CPU, where the loss of one token moves with another (a sequence-level ratio, a discount):
             such a loss needs `linear_token_logprobs` and a loss on whole sequences.
     """
-    check_options(shard=shard, impl=impl, softcap=softcap)
+    check_options(shard=shard, impl="auto", softcap=softcap)
     _checks.tensors(loss_mask=loss_mask)
     vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
     _checks.normalizer(normalizer)
@@ -117,6 +118,7 @@ def fused_linear_loss(
             logit_scale=logit_scale,
             vocab_size=vocab_size,
             max_trained_tokens=max_trained_tokens,
+            impl=impl,
         )
     value, row_temperature = row_temperatures(temperature, "hidden", hidden)
     columns, outside = label_columns(labels, shape, vocab_size)
@@ -128,7 +130,8 @@ def fused_linear_loss(
         as_dtype(weight, dtype),
         None if bias is None else as_dtype(bias, dtype),
     )
-    rows, left_out = select_rows(mask, max_trained_tokens)
+    kernels = takes_triton(impl, hidden=hidden, weight=weight, bias=bias)
+    rows, left_out = select_rows(mask, max_trained_tokens, kernels=kernels)
     assert rows is not None
     logp, entropy, total = _Fused.apply(  # type: ignore[no-untyped-call]
         hidden.flatten(0, -2),
@@ -144,6 +147,7 @@ def fused_linear_loss(
         row_temperature,
         Scaling(softcap, float(logit_scale), value),
         vocab_size,
+        kernels,
     )
     if left_out is not None:
         total = total + torch.where(left_out.any(), torch.nan, 0.0).to(total)
@@ -234,6 +238,7 @@ class _Fused(torch.autograd.Function):
         row_temperature: Tensor | None,
         scaling: Scaling,
         vocab_size: int,
+        kernels: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _checks.promoted_dtype(hidden, weight, bias)
         count = mask.sum() if normalizer is None else normalizer
@@ -248,26 +253,12 @@ class _Fused(torch.autograd.Function):
         head, head_bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         kind = "cpu" if mask.device.type == "cpu" else "other"
         size = max(1, min(_CHUNK_BYTES[kind] // (vocab_size * dtype.itemsize), rows.shape[0]))
-        buffers = [logp.new_empty(size, vocab_size) for _ in range(3 if scaling.softcap is None else 4)]
+        over = (KernelPass if kernels else TorchPass)(hidden, head, head_bias, columns, row_temperature, scaling, size)
         for start in range(0, rows.shape[0], size):
             chunk = rows[start : start + size]
             n = chunk.shape[0]
-            z, other, seeds, *separate = [x[:n] for x in buffers]
-            place, trained = columns[chunk], mask[chunk]
-            labelled = place >= 0
-            x = hidden[chunk].to(dtype).masked_fill_(~labelled, 0)
-            part = scaling
-            if row_temperature is not None:
-                divisor = torch.where(labelled, row_temperature[chunk].to(dtype)[:, None], 1)
-                part = scaling._replace(temperature=divisor)
-            part.apply_(head_product_(z, x, head, head_bias))
-
-            sums = Sums.empty(n, like=z, with_entropy=True)
-            sums.read_(z, other, seeds)
-            state = RowState.of(sums)
-            chunk_logp = state.logp(z.gather(-1, place.clamp(min=0))).masked_fill(~labelled, 0)
-            chunk_logp = chunk_logp.masked_fill(outside[chunk], torch.nan).squeeze(-1)
-            chunk_entropy = state.entropy().masked_fill(~labelled, 0).squeeze(-1)
+            chunk_logp, chunk_entropy = over.logprobs(chunk)
+            chunk_logp = chunk_logp.masked_fill(outside[chunk].squeeze(-1), torch.nan)
             chosen = [x if x is None or x.ndim == 0 else x[chunk] for x in inputs]
             if start == 0 and n > 1 and _checks.value_checks_allowed(mask):
                 _check_elementwise(token_loss, chunk_logp, chunk_entropy, chosen)
@@ -275,24 +266,21 @@ class _Fused(torch.autograd.Function):
             def losses_of(lp: Tensor, h: Tensor, chosen: list[Tensor | None] = chosen) -> Tensor:
                 return _call(token_loss, lp, h, chosen)
 
+            trained = mask[chunk]
             chunk_losses, pull = torch.func.vjp(losses_of, chunk_logp, chunk_entropy)  # type: ignore[misc]
             g, h = pull(torch.where(trained, unit, 0).to(chunk_losses.dtype).expand_as(chunk_losses))
             logp[chunk], entropy[chunk] = chunk_logp, chunk_entropy
             losses[chunk] = torch.where(trained, chunk_losses, 0).to(dtype)
 
-            live = labelled & trained[:, None]
-            g, h = g[:, None].to(dtype).masked_fill(~live, 0), h[:, None].to(dtype).masked_fill(~live, 0)
-            out = separate[0] if separate else z
-            upstream = Upstream.of(state, place, g, h)
-            gradient_of(z, upstream, out=out, seeds=seeds.zero_(), scratch=other)
-            part.backward_(out, z)
+            over.gradient(*(x.to(dtype).masked_fill(~trained, 0) for x in (g, h)))
             if needs[0]:
-                dx[start : start + n] = times_head(out, head)
+                over.into_hidden(dx[start : start + n])
             if dweight is not None:
-                dweight[:vocab_size].addmm_(out.T, x)
+                over.into_weight_(dweight[:vocab_size])
             if dbias is not None:
-                dbias[:vocab_size] += out.sum(0)
+                over.into_bias_(dbias[:vocab_size])
         ctx.save_for_backward(rows, dx, dweight, dbias)
+        ctx.kernels = kernels
         ctx.like = [(x.shape, x.dtype) if x is not None else None for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(logp, entropy)
         return logp, entropy, token_mean(losses, loss_mask=mask, normalizer=count)
@@ -304,9 +292,8 @@ class _Fused(torch.autograd.Function):
         shape, dtype = ctx.like[0]
         found: list[Tensor | None] = [None, None, None]
         if ctx.needs_input_grad[0]:
-            scaled = (dx * incoming).to(dtype)
-            found[0] = scaled.new_zeros(shape).index_copy_(0, rows, scaled)
+            found[0] = put_back(dx, rows, shape[0], dtype, incoming, kernels=ctx.kernels)
         for place, x in ((1, dweight), (2, dbias)):
             if x is not None:
                 found[place] = torch.mul(x, incoming, out=x.new_empty(x.shape, dtype=ctx.like[place][1]))
-        return *found, *(None,) * 10
+        return *found, *(None,) * 11

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._linear_operator import KEPT_BYTES, linear_logprobs
+from ._impl import takes_triton
+from ._linear_operator import DEVICE_KEPT_BYTES, KEPT_BYTES, linear_logprobs
 from ._logprobs import (
     IGNORE_INDEX,
     LogprobsAndEntropy,
@@ -58,7 +59,7 @@ def linear_token_logprobs(
         shard: a vocabulary-sharded head. Not supported yet.
         max_trained_tokens: a static bound on the trained tokens: no device sync. More trained tokens than this raise
             on the CPU and give NaN elsewhere.
-        impl: "auto" | "torch" | "triton". The last is not supported yet.
+        impl: "auto" | "torch" | "triton": the kernels where hidden is on a GPU; never; or else an error.
 
     Returns:
         The shape of `labels`, nats, float32 for half-precision inputs. 0 without gradient at untrained tokens,
@@ -69,9 +70,9 @@ def linear_token_logprobs(
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: shapes or devices disagree, an option is out of range, or (on the CPU) a label is outside the
-            vocabulary or `max_trained_tokens` is exceeded.
-        NotImplementedError: `shard` is given, or `impl` is "triton".
+        ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
+            run, or (on the CPU) a label is outside the vocabulary or `max_trained_tokens` is exceeded.
+        NotImplementedError: `shard` is given.
     """
     logp, _ = _evaluate(
         hidden,
@@ -148,7 +149,7 @@ def _evaluate(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy), the latter empty unless it is asked for."""
-    check_options(shard=shard, impl=impl, softcap=softcap)
+    check_options(shard=shard, impl="auto", softcap=softcap)
     vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
     shape = hidden.shape[:-1]
     temperature, row_temperature = row_temperatures(temperature, "hidden", hidden)
@@ -162,7 +163,8 @@ def _evaluate(
         as_dtype(weight, dtype),
         None if bias is None else as_dtype(bias, dtype),
     )
-    rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens)
+    kernels = takes_triton(impl, hidden=hidden, weight=weight, bias=bias)
+    rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens, kernels=kernels)
     logp, entropy, *_ = linear_logprobs(
         hidden.flatten(0, -2),
         weight,
@@ -175,6 +177,7 @@ def _evaluate(
         float(logit_scale),
         vocab_size,
         max_trained_tokens is None,
+        kernels,
         with_entropy,
         rows is not None and _keeps_logits(rows.shape[0] * vocab_size, hidden, weight, bias),
     )
@@ -185,7 +188,9 @@ def _evaluate(
     return logp.reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
 
 
-def select_rows(trained: Tensor, max_trained_tokens: int | None) -> tuple[Tensor | None, Tensor | None]:
+def select_rows(
+    trained: Tensor, max_trained_tokens: int | None, *, kernels: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
     """(rows to compute (N,), the trained ones among them; trained rows that they have no room for (T,)).
 
     Rows of None: whoever computes them finds them, as their number may not be known here (`torch.compile`). Nothing is
@@ -201,8 +206,13 @@ def select_rows(trained: Tensor, max_trained_tokens: int | None) -> tuple[Tensor
         raise ValueError(
             f"max_trained_tokens must hold the {int(trained.sum())} trained tokens, got {max_trained_tokens}"
         )
-    # a stable sort brings the trained rows to the front, in order, at a static shape
-    rows = torch.argsort((~trained).to(torch.uint8), stable=True)[:max_trained_tokens]
+    if kernels and not torch.compiler.is_compiling():
+        from ._triton import _compaction
+
+        rows = _compaction.order(trained, max_trained_tokens)
+    else:
+        # a stable sort brings the trained rows to the front, in order, at a static shape
+        rows = torch.argsort((~trained).to(torch.uint8), stable=True)[:max_trained_tokens]
     return rows, trained & (trained.sum() > max_trained_tokens)
 
 
@@ -219,7 +229,9 @@ def as_dtype(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _keeps_logits(elements: int, *inputs: Tensor | None) -> bool:
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return needed and elements * _checks.promoted_dtype(*inputs).itemsize <= KEPT_BYTES
+    on_cpu = any(x is not None and x.device.type == "cpu" for x in inputs)
+    budget = KEPT_BYTES if on_cpu else DEVICE_KEPT_BYTES
+    return needed and elements * _checks.promoted_dtype(*inputs).itemsize <= budget
 
 
 def check_head(

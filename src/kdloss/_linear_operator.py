@@ -36,8 +36,8 @@ class _Budget(NamedTuple):
 _CPU = _Budget(512, 1 << 13, 1 << 23)
 _DEVICE = _Budget(8192, 1 << 15, 1 << 26)
 
-# Bytes of logits that are kept for the backward rather than computed again.
-KEPT_BYTES = 1 << 28
+# Bytes of logits that are kept for the backward rather than computed again, on a CPU and elsewhere.
+KEPT_BYTES, DEVICE_KEPT_BYTES = 1 << 28, 1 << 30
 
 
 @torch.library.custom_op("kdloss::linear_logprobs", mutates_args=())
@@ -53,11 +53,18 @@ def linear_logprobs(
     logit_scale: float,
     vocab_size: int,
     compact: bool,  # in the backward, leave out rows without an incoming gradient: waits for the device once
+    kernels: bool,  # the same by those of `_triton`
     with_entropy: bool,
     store: bool,  # keep the logits; only with `rows`, as their number must be known
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean like entropy, logits (N, V) or (0, V))."""
     index = _labelled(columns) if rows is None else rows
+    if kernels:
+        from ._triton import _linear
+
+        products = hidden.new_empty(index.shape[0] if store else 0, vocab_size, dtype=torch.float32)
+        stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
+        return *_linear.forward(hidden, weight, columns, index, stages, products, with_entropy), products
     n_tokens, columns = columns.shape[0], columns[index]
     head = _Head(hidden, weight, bias, columns, index, row_temperature, Scaling(softcap, logit_scale, temperature))
     count, wide = index.shape[0], head.hidden
@@ -103,6 +110,7 @@ def _(
     logit_scale: float,
     vocab_size: int,
     compact: bool,
+    kernels: bool,
     with_entropy: bool,
     store: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -133,6 +141,7 @@ def linear_logprobs_backward(
     logit_scale: float,
     vocab_size: int,
     compact: bool,  # leave out rows without an incoming gradient: waits for the device once
+    kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias in their dtypes; (0,) for one that is not wanted."""
     wide_dtype = _checks.promoted_dtype(hidden, weight, bias)
@@ -146,6 +155,16 @@ def linear_logprobs_backward(
         active = (g[index] != 0).any(-1) if h is None else (g[index] != 0).any(-1) | (h[index, 0] != 0)
         places = active.nonzero().squeeze(-1)
         index = index[places]
+    bias_dtype = (hidden if bias is None else bias).dtype
+    if kernels:
+        from ._triton import _linear
+
+        known = _linear.State(columns, maximum, peak, None if h is None else mean)
+        stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
+        dhidden, dhead, dshift = _linear.backward(
+            g, None if h is None else h.squeeze(-1), known, hidden, weight, index, places, stages, kept, needs
+        )
+        return dhidden, dhead, dshift.to(bias_dtype)
     state = RowState(maximum[index, None], peak[index, None], None if h is None else mean[index, None])
     upstream = Upstream.of(state, columns[index], g[index], None if h is None else h[index]).unshifted()
     scaling = Scaling(softcap, logit_scale, temperature)
@@ -177,7 +196,7 @@ def linear_logprobs_backward(
             dbias[piece.columns] += dz.sum(0)
     if needs[0]:
         dx = hidden.new_zeros(hidden.shape).index_copy_(0, index, dx.to(hidden.dtype))
-    return dx, dweight, dbias.to((hidden if bias is None else bias).dtype)
+    return dx, dweight, dbias.to(bias_dtype)
 
 
 @linear_logprobs_backward.register_fake
@@ -200,6 +219,7 @@ def _(
     logit_scale: float,
     vocab_size: int,
     compact: bool,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),

@@ -1,0 +1,83 @@
+"""How each kernel is launched, by shape. Chosen by arithmetic, not measured.
+
+What the numbers follow from, on a GPU of 132 multiprocessors that copies 4.3 TB/s:
+
+- to keep that many bytes in flight for the 0.8 us that one read takes, a multiprocessor holds about 26 KiB of loads;
+- a row of 150k bf16 logits is 300 KB: of whole rows by eight warps each, 500 are on their way at a time, and the last
+  ones to finish leave multiprocessors idle for 2 % of the time of 8192 rows;
+- fewer rows than a few thousand are therefore split, so that there are about 2000 programs whatever T is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Programs that a launch should have at least: 16 for each of 132 multiprocessors.
+PROGRAMS = 2112
+
+
+class Launch(NamedTuple):
+    """One kernel launch, but for its pointers."""
+
+    lanes: int  # states that a program keeps side by side; each is folded 16 bytes of logits at a time
+    width: int  # logits in 16 bytes
+    splits: int  # programs a row
+    warps: int
+
+    def blocks(self, vocab_size: int) -> int:
+        """Blocks of a split."""
+        return -(-vocab_size // (self.lanes * self.width * self.splits))
+
+
+def forward(rows: int, vocab_size: int, dtype: torch.dtype) -> Launch:
+    """Of the kernel that reads each row once."""
+    width = 16 // dtype.itemsize
+    few = rows * vocab_size <= PROGRAMS * 4096
+    lanes, warps = (1024 // width, 4) if few else (1024, 8)
+    blocks = -(-vocab_size // (lanes * width))
+    blocks_a_split = max(1, blocks // -(-PROGRAMS // max(1, rows)))
+    return Launch(lanes, width, -(-blocks // blocks_a_split), warps)
+
+
+class Piece(NamedTuple):
+    """Rows that one launch can walk over: row r is (r // inner, r % inner) of a (outer, inner, V) tensor."""
+
+    x: Tensor
+    rows: int
+    inner: int
+    strides: tuple[int, ...]  # of outer, inner, column
+
+
+def pieces(x: Tensor) -> Iterator[tuple[slice, Piece]]:
+    """(which rows, piece) of a (..., V) tensor, never as a copy: one piece, unless leading axes are irregular twice."""
+    start = 0
+    for part in _matrices(x):
+        outer, inner, _ = part.shape
+        yield slice(start, start + outer * inner), Piece(part, outer * inner, max(1, inner), part.stride())
+        start += outer * inner
+
+
+def _matrices(x: Tensor) -> Iterator[Tensor]:
+    """(outer, inner, V) views of the rows, in order."""
+    if (matrix := _view(x, 1, -1)) is not None or (matrix := _view(x, -1, x.shape[-2])) is not None:
+        yield matrix
+        return
+    for part in x.unbind(0):
+        yield from _matrices(part)
+
+
+def _view(x: Tensor, outer: int, inner: int) -> Tensor | None:
+    try:
+        return x.view(outer, inner, x.shape[-1])
+    except RuntimeError:  # the strides allow none
+        return None
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

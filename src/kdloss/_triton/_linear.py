@@ -1,0 +1,252 @@
+"""Log-probs from hidden states and a head on a GPU: products by cuBLAS, all else by the kernels of `_slices.py`.
+
+    forward    for each slice of the head:  x = h @ w.T in float32;  fold x into the rows' states
+    backward   for each slice of the head:  x again, or kept;  dx from it in the products' dtype;
+                                            dh += dx @ w in float32;  dw of the slice = dx.T @ h, once
+
+With N rows that take part, V the vocabulary and D the hidden size:
+
+    operations  2 N V D forward; 6 N V D backward, 4 where the logits were kept, 4 or 2 for a frozen head
+    bytes       12 N V forward and back in float32 logits (written, read; written, read by each, 8 without a product),
+                6 N V for dx in half precision (written, read twice), 8 N D a slice for dh, and the head once a product
+    memory      a slice of float32 logits and one of dx (`_products.SLICE_BYTES`, and half as much), dh in float32
+
+dx is written in the dtype that the products take. For float16, whose smallest number is 6e-8, the incoming gradients
+are multiplied by a power of two before and divided by it after, in float32; its size is read off them on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _launch
+from ._compaction import put_back, take
+from ._products import add_product_, product_, product_dtype, slices, widest_slice
+from ._slices import BLOCK, LABELS_AT_A_TIME, LANES, SPAN, WARPS, WIDTH, fold_kernel, gradient_kernel
+
+
+class Scaling(NamedTuple):
+    """What stands between the product with the head and the logits of the softmax."""
+
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    row_temperature: Tensor | None  # (T,)
+
+    @classmethod
+    def of(
+        cls,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        temperature: float,
+        row_temperature: Tensor | None,
+    ) -> Scaling:
+        """As the kernels read them, one entry after another."""
+        bias, row_temperature = (None if x is None else x.contiguous() for x in (bias, row_temperature))
+        return cls(bias, logit_scale, softcap, temperature, row_temperature)
+
+    @property
+    def numbers(self) -> tuple[float, float | None, float | None]:
+        """As the kernels take them."""
+        return self.temperature, None if self.logit_scale == 1 else self.logit_scale, self.softcap
+
+
+class State(NamedTuple):
+    """What is known of every row of the stream, float32, and 0 in rows that take no part."""
+
+    columns: Tensor  # (T, K) int64, -100 ignored
+    maximum: Tensor  # (T,)
+    peak: Tensor  # (T,)
+    mean: Tensor | None  # (T,); None without entropy
+
+    @classmethod
+    def empty(cls, columns: Tensor, *, with_entropy: bool) -> State:
+        columns = columns.contiguous()
+        maximum, peak, mean = (
+            torch.zeros(columns.shape[0], dtype=torch.float32, device=columns.device) for _ in range(3)
+        )
+        return cls(columns, maximum, peak, mean if with_entropy else None)
+
+
+def fold_(
+    logp: Tensor,  # (T, K) float32, 0 in rows that take no part
+    entropy: Tensor | None,  # (T,)
+    state: State,
+    x: Tensor,  # (N, size) float32, products with the rows of the head from `start`
+    rows: Tensor,  # (N,) of the stream
+    scaling: Scaling,
+    start: int,
+    *,
+    first: bool,
+    last: bool,
+) -> None:
+    """Fold one slice into the state. With the last one it, the log-probs and the entropies are complete."""
+    n_labels = state.columns.shape[1]
+    fold_kernel[(rows.shape[0],)](
+        x,
+        rows,
+        state.columns,
+        scaling.bias,
+        scaling.row_temperature,
+        logp,
+        entropy,
+        state.maximum,
+        state.peak,
+        state.mean,
+        *scaling.numbers,
+        start,
+        x.shape[1],
+        n_labels,
+        x.stride(0),
+        first,
+        last,
+        LANES,
+        WIDTH,
+        _block_labels(n_labels),
+        num_warps=WARPS,
+    )
+
+
+def gradient_(
+    out: Tensor,  # (N, size), any floating dtype
+    state: State,
+    logp_gradient: Tensor,  # (T, K) float32, contiguous
+    entropy_gradient: Tensor | None,  # (T,)
+    x: Tensor,  # (M, size) float32
+    places: Tensor | None,  # (N,) rows of x; None: the first N
+    rows: Tensor,  # (N,) of the stream
+    scaling: Scaling,
+    start: int,
+) -> Tensor:
+    """The gradient of the products x, into `out`, which may be x itself where every row of it is wanted."""
+    n_labels = state.columns.shape[1]
+    gradient_kernel[rows.shape[0], triton.cdiv(x.shape[1], SPAN)](
+        x,
+        places,
+        rows,
+        state.columns,
+        scaling.bias,
+        scaling.row_temperature,
+        state.maximum,
+        state.peak,
+        state.mean,
+        logp_gradient,
+        entropy_gradient,
+        out,
+        *scaling.numbers,
+        start,
+        x.shape[1],
+        n_labels,
+        x.stride(0),
+        out.stride(0),
+        SPAN,
+        BLOCK,
+        _block_labels(n_labels),
+        num_warps=WARPS,
+    )
+    return out
+
+
+def forward(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    columns: Tensor,  # (T, K) int64 inside the vocabulary, -100 ignored
+    rows: Tensor,  # (N,) int64, distinct
+    scaling: Scaling,
+    kept: Tensor,  # (N, V) float32, to keep the products in, or (0, V)
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean like entropy)."""
+    state = State.empty(columns, with_entropy=with_entropy)
+    logp = torch.zeros(columns.shape, dtype=torch.float32, device=hidden.device)
+    entropy = torch.zeros_like(state.peak) if with_entropy else None
+    tokens, vocab_size = hidden.shape[0], kept.shape[1]
+    with _launch.on_device(hidden):
+        h = take(hidden, rows, state.columns, product_dtype(hidden, weight))
+        room = None if kept.shape[0] else logp.new_empty(rows.shape[0], widest_slice(tokens, vocab_size))
+        for part in slices(tokens, vocab_size) if rows.shape[0] else ():
+            x = kept[:, part] if room is None else room[:, : part.stop - part.start]
+            product_(x, h, weight[part].to(h.dtype).T)
+            first, last = part.start == 0, part.stop == vocab_size
+            fold_(logp, entropy, state, x, rows, scaling, part.start, first=first, last=last)
+    if entropy is None or state.mean is None:
+        return logp, logp.new_empty(0), state.maximum, state.peak, logp.new_empty(0)
+    return logp, entropy, state.maximum, state.peak, state.mean
+
+
+def backward(
+    logp_gradient: Tensor,  # (T, K), anything where the label is ignored
+    entropy_gradient: Tensor | None,  # (T,)
+    state: State,
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,  # (N,) int64, distinct: those with a gradient among them
+    places: Tensor | None,  # (N,) of those rows in `kept`; None: all of `kept`, in order
+    scaling: Scaling,
+    kept: Tensor,  # (M, V) or (0, V)
+    needs: list[bool],  # whether hidden, weight and bias want a gradient
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden and weight in their dtypes and of the bias in float32; (0,) for one not wanted."""
+    tokens, vocab_size, count = hidden.shape[0], kept.shape[1], rows.shape[0]
+    state = state._replace(columns=state.columns.contiguous())
+    g, h = logp_gradient.float(), None if entropy_gradient is None else entropy_gradient.float()
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
+    dbias = state.peak.new_zeros(weight.shape[0] if needs[2] else 0)
+    with _launch.on_device(hidden):
+        picked = take(hidden, rows, state.columns, product_dtype(hidden, weight))
+        unscaled = None
+        if picked.dtype == torch.float16:
+            factor = in_range(g, h, state.columns, rows, scaling, vocab_size)
+            unscaled, g, h = factor.reciprocal(), g * factor, None if h is None else h * factor
+        g, h = g.contiguous(), None if h is None else h.contiguous()
+        width = widest_slice(tokens, vocab_size)
+        room = None if kept.shape[0] else picked.new_empty(count, width, dtype=torch.float32)
+        # float32 gradients overwrite their slice, unless that is kept
+        separate = picked.new_empty(count, width) if room is None or picked.dtype != torch.float32 else room
+        dh = picked.new_zeros(picked.shape if needs[0] else (0,), dtype=torch.float32)
+        rounds = picked.dtype != weight.dtype or unscaled is not None
+        total = picked.new_empty((width, picked.shape[1]) if needs[1] and rounds else (0, 0), dtype=torch.float32)
+        for part in slices(tokens, vocab_size) if count else ():
+            size = part.stop - part.start
+            w = weight[part].to(picked.dtype)
+            x = kept[:, part] if room is None else product_(room[:, :size], picked, w.T)
+            within = places if room is None else None
+            dx = gradient_(separate[:, :size], state, g, h, x, within, rows, scaling, part.start)
+            if needs[0]:
+                add_product_(dh, dx, w)
+            if needs[1] and rounds:
+                dw = product_(total[:size], dx.T, picked)
+                torch.mul(dw, 1 if unscaled is None else unscaled, out=dweight[part])
+            elif needs[1]:
+                product_(dweight[part], dx.T, picked)
+            if needs[2]:
+                torch.sum(dx, 0, dtype=torch.float32, out=dbias[part])
+        if unscaled is not None:
+            dbias *= unscaled
+        dhidden = put_back(dh, rows, tokens, hidden.dtype, unscaled) if needs[0] else hidden.new_empty(0)
+    return dhidden, dweight, dbias
+
+
+def in_range(g: Tensor, h: Tensor | None, columns: Tensor, rows: Tensor, scaling: Scaling, vocab_size: int) -> Tensor:
+    """The power of two () that brings the bound on a logit's gradient, r (sum |g| + |h| (1 + log V)), to about 2^12."""
+    columns = columns[rows]
+    bound = g[rows].masked_fill(columns < 0, 0).abs().sum(-1)
+    unlabelled = (columns < 0).all(-1)
+    if h is not None:
+        bound = bound + h[rows].masked_fill(unlabelled, 0).abs() * (1 + math.log(vocab_size))
+    if scaling.row_temperature is not None:
+        bound = bound / scaling.row_temperature[rows].masked_fill(unlabelled, 1)
+    largest = bound.amax() * (abs(scaling.logit_scale) / scaling.temperature) if rows.shape[0] else bound.sum()
+    factor = (12 - largest.log2().ceil()).clamp(-100, 100).exp2()
+    return torch.where(largest.isfinite(), factor, 1)
+
+
+def _block_labels(n_labels: int) -> int:
+    return min(int(triton.next_power_of_2(max(1, n_labels))), LABELS_AT_A_TIME)

@@ -1,0 +1,289 @@
+"""Logits to log-probs and entropies: one read.
+
+A program takes one row, or one of its splits, in blocks of (lanes, width) logits, width being 16 bytes of them. Each
+lane has a state (m, s, u) of its own (`_row_math.py`), so that inside the loop nothing is exchanged between threads,
+and every logit costs one exponential: a lane first takes the largest of its `width` new logits, and rescales what it
+has once for all of them. After the loop the lanes are merged in a tree; splits are merged, in the same way, by a second
+kernel, which then has the whole row. Neither uses atomics: the same shapes give the same bits.
+
+The logits at the labels are read again by whoever has the whole row, K of them a row. A row whose labels are all
+ignored is not read.
+
+    bytes       V logits read a row, 12 a split written and read again where there are several, 16 + 4 K written
+    operations  about 8 a logit with the entropy (widen, subtract, scale, e^x, add, clamp, multiply-add, and the max)
+
+At 2 bytes a logit and 4.3 TB/s a multiprocessor has 13 instructions for each; the softcap takes about 20 more.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._row_math import capped, empty_state, fold, label_logp, log_of, merge_all, row_offset, row_rate
+
+IGNORE_INDEX = -100
+LABELS_AT_A_TIME = 128
+LOWEST = -3.0e38
+
+
+@triton.jit
+def any_label(columns, row, n_labels, block_labels: tl.constexpr):
+    """Whether a row has a label that is not ignored."""
+    found = 0
+    for start in range(0, n_labels, block_labels):
+        k = start + tl.arange(0, block_labels)
+        label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
+        found += tl.sum((label != -100).to(tl.int32), 0)
+    return found > 0
+
+
+@triton.jit
+def write_row(row_logits, column_stride, columns, row, n_labels, vocab_size, softcap, rate, state, out, block_labels):
+    """What follows from a row's whole state (m, s, u), into out: logp, entropy, maximum, peak, mean."""
+    m, s, u = state
+    logp, entropy, maximum, peak, mean = out
+    for start in range(0, n_labels, block_labels):
+        k = start + tl.arange(0, block_labels)
+        place = row.to(tl.int64) * n_labels + k
+        label = tl.load(columns + place, mask=k < n_labels, other=-100)
+        inside = (label >= 0) & (label < vocab_size)
+        x = tl.load(row_logits + label * column_stride, mask=inside, other=0.0)
+        value = label_logp(capped(x, None, softcap), m, s, rate)
+        value = tl.where(inside, value, tl.where(label == -100, 0.0, float("nan")))
+        tl.store(logp + place, value, mask=k < n_labels)
+    tl.store(maximum + row, m)
+    tl.store(peak + row, tl.div_rn(1.0, s))
+    if entropy is not None:
+        average = tl.div_rn(u * rate, s)
+        tl.store(mean + row, average)
+        tl.store(entropy + row, log_of(s) - average)
+
+
+@triton.jit
+def write_ignored_row(row, n_labels, out, block_labels: tl.constexpr):
+    """The results of a row without a label."""
+    logp, entropy, maximum, peak, mean = out
+    for start in range(0, n_labels, block_labels):
+        k = start + tl.arange(0, block_labels)
+        tl.store(logp + row.to(tl.int64) * n_labels + k, tl.zeros([block_labels], tl.float32), mask=k < n_labels)
+    tl.store(maximum + row, 0.0)
+    tl.store(peak + row, 1.0)
+    if entropy is not None:
+        tl.store(mean + row, 0.0)
+        tl.store(entropy + row, 0.0)
+
+
+@triton.jit(do_not_specialize=["inner", "part_stride", "blocks", "splits"])
+def forward_kernel(
+    logits,  # rows (outer, inner)
+    columns,  # (T, K) int64 labels, contiguous: -100 ignored, NaN for any other outside the vocabulary
+    row_temperature,  # (T,) or None
+    logp,  # (T, K) float32, as all that follow
+    entropy,  # (T,) or None
+    maximum,  # (T,), of the capped logits
+    peak,  # (T,), 1 / s
+    mean,  # (T,), rate * u / s, or None
+    parts,  # (3, T, splits) states, or None where one program has all of a row
+    temperature,
+    softcap,  # or None
+    vocab_size,
+    n_labels,
+    inner,
+    outer_stride,
+    inner_stride,
+    column_stride,
+    part_stride,  # T * splits
+    blocks,  # of lanes * width columns, in a split
+    splits,
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    block_labels: tl.constexpr,
+):
+    """One program a row, or a split of one."""
+    program = tl.program_id(0)
+    row = program // splits
+    out = (logp, entropy, maximum, peak, mean)
+    if any_label(columns, row, n_labels, block_labels):
+        rate = row_rate(row_temperature, row, temperature)
+        row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
+        m, s, u = empty_state(lanes)
+        tile = tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
+        first = (program % splits) * blocks * (lanes * width)
+        for start in range(first, min(first + blocks * (lanes * width), vocab_size), lanes * width):
+            column = start + tile
+            x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < vocab_size, other=float("-inf"))
+            c = tl.where(column < vocab_size, capped(x, None, softcap), float("-inf"))
+            m, s, u = fold(m, s, u, c, rate, entropy is not None)
+        m, s, u = merge_all(m, s, u, rate, entropy is not None)
+        if parts is None:
+            write_row(
+                row_logits,
+                column_stride,
+                columns,
+                row,
+                n_labels,
+                vocab_size,
+                softcap,
+                rate,
+                (m, s, u),
+                out,
+                block_labels,
+            )
+        else:
+            tl.store(parts + program, m)
+            tl.store(parts + part_stride + program, s)
+            tl.store(parts + 2 * part_stride + program, u)
+    elif parts is None:
+        write_ignored_row(row, n_labels, out, block_labels)
+
+
+@triton.jit(do_not_specialize=["inner", "part_stride", "splits"])
+def merge_kernel(
+    logits,
+    columns,
+    row_temperature,
+    logp,
+    entropy,
+    maximum,
+    peak,
+    mean,
+    parts,
+    temperature,
+    softcap,
+    vocab_size,
+    n_labels,
+    inner,
+    outer_stride,
+    inner_stride,
+    column_stride,
+    part_stride,
+    splits,
+    block_splits: tl.constexpr,  # the next power of two
+    block_labels: tl.constexpr,
+):
+    """One program a row: its splits, merged. Arguments as of `forward_kernel`."""
+    row = tl.program_id(0)
+    out = (logp, entropy, maximum, peak, mean)
+    if any_label(columns, row, n_labels, block_labels):
+        rate = row_rate(row_temperature, row, temperature)
+        k = tl.arange(0, block_splits)
+        place = parts + row * splits + k
+        m = tl.load(place, mask=k < splits, other=float("-inf"))
+        s = tl.load(place + part_stride, mask=k < splits, other=0.0)
+        u = tl.load(place + 2 * part_stride, mask=k < splits, other=0.0)
+        state = merge_all(m, s, u, rate, entropy is not None)
+        row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
+        write_row(
+            row_logits, column_stride, columns, row, n_labels, vocab_size, softcap, rate, state, out, block_labels
+        )
+    else:
+        write_ignored_row(row, n_labels, out, block_labels)
+
+
+def forward(
+    logits: Tensor,  # (..., V)
+    columns: Tensor,  # (T, K) int64, T = the product of the leading axes
+    row_temperature: Tensor | None,  # (T,)
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean (T,) or (0,)), all written, float32."""
+    rows, n_labels = columns.shape
+    columns = columns.contiguous()
+    if row_temperature is not None:
+        row_temperature = row_temperature.float().contiguous()
+    logp = torch.empty(columns.shape, dtype=torch.float32, device=logits.device)
+    maximum, peak = logp.new_empty(rows), logp.new_empty(rows)
+    entropy, mean = (logp.new_empty(rows if with_entropy else 0) for _ in range(2))
+    block_labels = min(triton.next_power_of_2(max(1, n_labels)), LABELS_AT_A_TIME)
+    with _launch.on_device(logits):
+        for place, piece in _launch.pieces(logits):
+            n = piece.rows
+            if n == 0:
+                continue
+            launch = _launch.forward(n, vocab_size, logits.dtype)
+            parts = logp.new_empty(3, n, launch.splits) if launch.splits > 1 else None
+            arguments = (
+                piece.x,
+                columns[place],
+                None if row_temperature is None else row_temperature[place],
+                logp[place],
+                entropy[place] if with_entropy else None,
+                maximum[place],
+                peak[place],
+                mean[place] if with_entropy else None,
+                parts,
+                temperature,
+                softcap,
+                vocab_size,
+                n_labels,
+                piece.inner,
+                *piece.strides,
+                n * launch.splits,
+            )
+            forward_kernel[(n * launch.splits,)](
+                *arguments,
+                launch.blocks(vocab_size),
+                launch.splits,
+                launch.lanes,
+                launch.width,
+                block_labels,
+                num_warps=launch.warps,
+            )
+            if parts is not None:
+                block_splits = triton.next_power_of_2(launch.splits)
+                merge_kernel[(n,)](*arguments, launch.splits, block_splits, block_labels, num_warps=1)
+    return logp, entropy, maximum, peak, mean
+
+
+def forward_in_torch(
+    logits: Tensor,  # (T, V)
+    columns: Tensor,  # (T, K) inside the vocabulary or -100
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same algorithm, block after block of all splits of all rows side by side."""
+    rows = logits.shape[0]
+    launch = _launch.forward(rows, vocab_size, logits.dtype)
+    ignored = (columns == IGNORE_INDEX).all(-1)
+    x = logits[:, :vocab_size].float().masked_fill(ignored[:, None], 0)
+    c = x if softcap is None else softcap * torch.tanh(x / softcap)
+    rate = (torch.full((rows,), temperature) if row_temperature is None else row_temperature).float().reciprocal()
+    rate = rate.masked_fill(ignored, 1).to(c.device)[:, None, None]  # of (T, splits, lanes)
+
+    blocks = launch.blocks(vocab_size)
+    padded = torch.nn.functional.pad(
+        c, (0, launch.splits * blocks * launch.lanes * launch.width - vocab_size), value=-torch.inf
+    )
+    tiles = padded.view(rows, launch.splits, blocks, launch.lanes, launch.width)
+    m = padded.new_full((rows, launch.splits, launch.lanes), -torch.inf)
+    s, u = torch.zeros_like(m), torch.zeros_like(m)
+    for tile in tiles.unbind(2):
+        top = torch.maximum(m, tile.amax(-1))
+        base = top.masked_fill(top == -torch.inf, 0)
+        d, shift = tile - base[..., None], m - base
+        e, a = torch.exp(d * rate[..., None]), torch.exp(shift * rate)
+        u = a * (u + shift.clamp(min=LOWEST) * s) + (d.clamp(min=LOWEST) * e).sum(-1)
+        m, s = top, a * s + e.sum(-1)
+    for _ in ("lanes", "splits"):
+        top = m.amax(-1, keepdim=True)
+        shift = m - top.masked_fill(top == -torch.inf, 0)
+        a = torch.exp(shift * rate)
+        u, s, m = (a * (u + shift.clamp(min=LOWEST) * s)).sum(-1), (a * s).sum(-1), top.squeeze(-1)
+        rate = rate.squeeze(-1)
+
+    picked = c.gather(-1, columns.clamp(min=0))
+    logp = ((picked - m[:, None]) * rate[:, None] - s.log()[:, None]).masked_fill(columns == IGNORE_INDEX, 0)
+    m, peak, mean = m.masked_fill(ignored, 0), s.reciprocal().masked_fill(ignored, 1), rate * u / s
+    if not with_entropy:
+        return logp, logp.new_empty(0), m, peak, logp.new_empty(0)
+    return logp, (s.log() - mean).masked_fill(ignored, 0), m, peak, mean.masked_fill(ignored, 0)

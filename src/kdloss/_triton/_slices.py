@@ -1,0 +1,234 @@
+"""One slice of the vocabulary: folded into the rows' states forward, turned into its own gradient backward.
+
+A product of hidden states with some rows of the head has just written x (N, width) float32, and these two kernels are
+all else that happens to it:
+
+    fold       c = softcap(logit_scale (x + bias)),  state <- state merged with that of c,  c at the labels kept
+               after the last slice: logp = rate (c_label - m) - log s,   entropy = log s - mean
+    gradient   p = e^(rate (c - m)) / s
+               dx = rate c'(x) (sum_k g_k (onehot_k - p) - h p (rate (c - m) - mean))
+
+with the state (m, s, u) of `_row_math.py`, mean = rate u / s, and g, h what comes in for log-probs and entropy. Rows of
+x are rows of the stream through `rows`; labels, temperatures, states and results are read and written in the stream,
+so nothing of the size of a row is gathered first.
+
+A program of `fold` has a row of the slice to itself, in blocks of (lanes, 4) logits, as in `_logits_forward.py`: no
+atomics, so the same shapes give the same bits. A program of `gradient` has `SPAN` columns of one.
+
+    bytes       fold: 4 a logit read, 12 a row and slice read and written
+                gradient: 4 a logit read, 2 or 4 written
+    operations  about 10 a logit forward and 12 back, beside the 2 D and 4 D of the products
+
+The product and these passes write and read a logit twice each way in float32: 8 bytes forward, against 2 D operations,
+which at 4.3 TB/s and 790 TFLOP/s is as long as the product for D = 735, so hidden sizes below about that are bound by
+memory. Rows are never split between programs of `fold`: where rows are few, the product reads the whole head meanwhile,
+D / 2 times the bytes of a row.
+
+The same algorithm in torch is `_linear_operator.py`, slice by slice in the same order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._row_math import (
+    LOG2_E,
+    capped,
+    capped_slope,
+    empty_state,
+    fold,
+    label_logp,
+    log_of,
+    merge,
+    merge_all,
+    row_rate,
+)
+
+# Chosen by arithmetic, not measured: 16 logits a thread are in flight, as in `_launch.py`.
+LANES, WIDTH, WARPS = 1024, 4, 8
+BLOCK, SPAN = 2048, 8192
+LABELS_AT_A_TIME = 32
+
+
+@triton.jit
+def logit_at(x, place, bias, column, inside, logit_scale, softcap):
+    """c at x[place], which is `column` of the vocabulary."""
+    value = tl.load(x + place, mask=inside, other=0.0)
+    if bias is not None:
+        value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return capped(value, logit_scale, softcap)
+
+
+@triton.jit
+def labelled(columns, row, n_labels, block_labels: tl.constexpr):
+    """Whether a row has a label."""
+    found = 0
+    for start in range(0, n_labels, block_labels):
+        k = start + tl.arange(0, block_labels)
+        found += tl.sum((tl.load(columns + row * n_labels + k, mask=k < n_labels, other=-100) >= 0).to(tl.int32), 0)
+    return found > 0
+
+
+@triton.jit
+def fold_kernel(
+    x,  # (N, size) float32, contiguous rows x_stride apart
+    rows,  # (N,) int64, distinct
+    columns,  # (T, K) int64 inside the vocabulary, -100 ignored
+    bias,  # (V,) or None
+    row_temperature,  # (T,) or None
+    logp,  # (T, K) float32, as all that follow; c at the labels seen so far, until the last slice
+    entropy,  # (T,) or None
+    maximum,  # (T,): m
+    peak,  # (T,): s, and 1 / s after the last slice
+    mean,  # (T,): u, and rate u / s after the last slice; None without entropy
+    temperature,
+    logit_scale,  # or None
+    softcap,  # or None
+    start,  # of the slice
+    size,
+    n_labels,
+    x_stride,
+    first: tl.constexpr,  # of the slices
+    last: tl.constexpr,
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    block_labels: tl.constexpr,
+):
+    row = tl.load(rows + tl.program_id(0))
+    if labelled(columns, row, n_labels, block_labels):
+        rate = row_rate(row_temperature, row, temperature)
+        x += tl.program_id(0).to(tl.int64) * x_stride
+        m, s, u = empty_state(lanes)
+        tile = tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
+        for block in range(0, size, lanes * width):
+            place = block + tile
+            c = logit_at(x, place, bias, start + place, place < size, logit_scale, softcap)
+            m, s, u = fold(m, s, u, tl.where(place < size, c, float("-inf")), rate, entropy is not None)
+        m, s, u = merge_all(m, s, u, rate, entropy is not None)
+        if not first:
+            before = tl.load(mean + row) if entropy is not None else 0.0
+            m, s, u = merge(tl.load(maximum + row), tl.load(peak + row), before, m, s, u, rate, entropy is not None)
+        for label_start in range(0, n_labels, block_labels):
+            k = label_start + tl.arange(0, block_labels)
+            mine = k < n_labels
+            label = tl.load(columns + row * n_labels + k, mask=mine, other=-100)
+            inside = (label >= start) & (label < start + size)
+            c = logit_at(x, label - start, bias, label, inside, logit_scale, softcap)
+            if not first:
+                c = tl.where(inside, c, tl.load(logp + row * n_labels + k, mask=mine, other=0.0))
+            if last:
+                c = tl.where(label >= 0, label_logp(c, m, s, rate), 0.0)
+            tl.store(logp + row * n_labels + k, c, mask=mine)
+        tl.store(maximum + row, m)
+        if last:
+            tl.store(peak + row, tl.div_rn(1.0, s))
+            if entropy is not None:
+                average = tl.where(s > 0, tl.div_rn(u * rate, s), 0.0)
+                tl.store(mean + row, average)
+                tl.store(entropy + row, log_of(s) - average)
+        else:
+            tl.store(peak + row, s)
+            if entropy is not None:
+                tl.store(mean + row, u)
+    else:
+        for label_start in range(0, n_labels, block_labels):
+            k = label_start + tl.arange(0, block_labels)
+            tl.store(logp + row * n_labels + k, tl.zeros([block_labels], tl.float32), mask=k < n_labels)
+        tl.store(maximum + row, 0.0)
+        tl.store(peak + row, 1.0)
+        if entropy is not None:
+            tl.store(mean + row, 0.0)
+            tl.store(entropy + row, 0.0)
+
+
+@triton.jit
+def gradient_kernel(
+    x,  # (M, size) float32
+    places,  # (N,) int64: which rows of x; None: the first N
+    rows,  # (N,) int64: which rows of the stream
+    columns,
+    bias,
+    row_temperature,
+    maximum,
+    peak,
+    mean,  # or None, as entropy_gradient
+    logp_gradient,  # (T, K) float32, anything where the label is ignored
+    entropy_gradient,  # (T,) float32, anything without a label
+    out,  # (N, size), contiguous rows out_stride apart
+    temperature,
+    logit_scale,
+    softcap,
+    start,
+    size,
+    n_labels,
+    x_stride,
+    out_stride,
+    span: tl.constexpr,  # columns of a program, a multiple of a block
+    block: tl.constexpr,
+    block_labels: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + place)
+    total = 0.0
+    wanted = 0
+    n_found = 0
+    for label_start in range(0, n_labels, block_labels):
+        k = label_start + tl.arange(0, block_labels)
+        label = tl.load(columns + row * n_labels + k, mask=k < n_labels, other=-100)
+        g = tl.load(logp_gradient + row * n_labels + k, mask=label >= 0, other=0.0)
+        total += tl.sum(g, 0)
+        wanted += tl.sum((g != 0).to(tl.int32), 0)
+        n_found += tl.sum((label >= 0).to(tl.int32), 0)
+    h = 0.0
+    if entropy_gradient is not None:
+        if n_found > 0:
+            h = tl.load(entropy_gradient + row)
+        wanted += tl.where(h != 0, 1, 0)
+
+    out += place * out_stride
+    first = tl.program_id(1) * span
+    if wanted > 0:
+        x += (place if places is None else tl.load(places + place)) * x_stride
+        rate = row_rate(row_temperature, row, temperature)
+        m = tl.load(maximum + row)
+        top = tl.load(peak + row)
+        average = tl.load(mean + row) if entropy_gradient is not None else 0.0
+        for begin in range(first, min(first + span, size), block):
+            here = begin + tl.arange(0, block)
+            column = start + here
+            c = logit_at(x, here, bias, column, here < size, logit_scale, softcap)
+            d = tl.where(here < size, c - m, 0.0)
+            p = tl.exp2(d * (rate * LOG2_E)) * top
+            slope = total + tl.zeros_like(p)
+            if entropy_gradient is not None:
+                slope += h * (tl.maximum(d * rate, -1e4) - average)  # e^-1e4 is 0, and 0 * -inf would be NaN
+            dz = -p * slope
+            dz = with_labels(dz, column, begin + start, columns, logp_gradient, row, n_labels, block, block_labels)
+            dx = dz * rate * capped_slope(c, logit_scale, softcap)
+            tl.store(out + here, dx.to(out.dtype.element_ty), mask=here < size)
+    else:
+        for begin in range(first, min(first + span, size), block):
+            here = begin + tl.arange(0, block)
+            tl.store(out + here, tl.zeros([block], out.dtype.element_ty), mask=here < size)
+
+
+@triton.jit
+def with_labels(dz, column, begin, columns, gradient, row, n_labels, block: tl.constexpr, block_labels: tl.constexpr):
+    """dz + sum_k g_k onehot_k in a block of columns from `begin`."""
+    if block_labels == 1:
+        label = tl.load(columns + row)
+        g = tl.load(gradient + row, mask=label >= 0, other=0.0)
+        dz += tl.where(column == label, g, 0.0)
+    else:
+        near = 0
+        for start in range(0, n_labels, block_labels):
+            k = start + tl.arange(0, block_labels)
+            label = tl.load(columns + row * n_labels + k, mask=k < n_labels, other=-100)
+            near += tl.sum(((label >= begin) & (label < begin + block)).to(tl.int32), 0)
+        if near > 0:  # seldom: K labels over V columns
+            for k in range(n_labels):
+                label = tl.load(columns + row * n_labels + k)
+                g = tl.load(gradient + row * n_labels + k, mask=label >= 0, other=0.0)
+                dz += tl.where(column == label, g, 0.0)
+    return dz

@@ -1,0 +1,108 @@
+"""Compiles every kernel that some calls launch, ahead of time for sm_90, and reads what ptxas says of it. No GPU.
+
+    python tests/triton_aot.py test_triton_logits_forward:aot_calls
+
+runs the named function, which calls launchers with tensors on the meta device, and prints a line of JSON for each
+launch: the kernel, its grid, the constants it was compiled for, registers, spills. Triton specializes the arguments as
+it would on the device, so this is what a GPU would run. `compiled` does so in a fresh process: one in which kernels are
+interpreted cannot compile them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+
+
+class Compiled(NamedTuple):
+    """One launch of a kernel."""
+
+    kernel: str
+    grid: list[int]
+    warps: int
+    constants: dict[str, Any]  # parameters that are part of the code
+    registers: int  # a thread
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def compiled(calls: str) -> list[Compiled]:
+    """Of `module:function` in this folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, calls]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    assert run.returncode == 0, run.stderr
+    return [Compiled(**json.loads(line)) for line in run.stdout.splitlines()]
+
+
+class _Hopper:
+    """What Triton asks of a driver before it launches anything."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _resources(ptx: str) -> dict[str, int]:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx, encoding="utf-8")
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder) / "kernel.o")]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    registers = re.search(r"Used (\d+) registers", said)
+    assert spills, said
+    assert registers, said
+    return {"registers": int(registers[1]), "spilled_bytes": int(spills[1]) + int(spills[2])}
+
+
+def main(calls: str) -> None:
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    triton.runtime.driver.set_active(_Hopper())
+    seen: dict[str, dict[str, int]] = {}
+
+    def launch(kernel: JITFunction, grid: tuple[int, ...]) -> Any:
+        def compile_only(*arguments: Any, **keywords: Any) -> None:
+            found = kernel.warmup(*arguments, grid=grid, **keywords)
+            constants = {kernel.arg_names[path[0]]: value for path, value in found.src.constants.items()}
+            if found.hash not in seen:
+                seen[found.hash] = _resources(found.asm["ptx"])
+            out = Compiled(
+                kernel.__name__,
+                list(grid),
+                found.metadata.num_warps,
+                constants,
+                shared_bytes=found.metadata.shared,
+                **seen[found.hash],
+            )
+            print(json.dumps(out._asdict()))
+
+        return compile_only
+
+    JITFunction.__getitem__ = launch
+    module, function = calls.split(":")
+    getattr(importlib.import_module(module), function)()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,48 @@
+"""Runs kernels where the tests run: on a GPU where there is one, else interpreted on the CPU (see `conftest.py`).
+
+A test calls a launcher, or a public function with `impl="triton"`, on tensors of `DEVICE`, inside `poisoned()`.
+`triton_aot.compiled` looks at the same launches as sm_90 would run them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that `poisoned` lets matrix products run
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is only allocated holds NaN, or the largest integer: what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all()
+        assert torch.empty(3, device=DEVICE).new_empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    x = scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(DEVICE, dtype)
+
+
+def far_apart(rows: Tensor, stride: int) -> Tensor:
+    """A copy of (n, V) whose rows lie `stride` elements apart, in memory that is mapped and mostly never touched."""
+    n, columns = rows.shape
+    if DEVICE == "cuda":
+        space = torch.empty((n - 1) * stride + columns, dtype=rows.dtype, device=DEVICE)
+    else:
+        size = ((n - 1) * stride + columns) * rows.element_size()
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        space = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=rows.dtype)
+    out = space.as_strided((n, columns), (stride, 1))
+    return out.copy_(rows)
