@@ -17,6 +17,7 @@ PACKAGE = Path(kdloss.__file__).parent
 # A file imports only from files above it. A layer is a file or a folder; one that is not written yet is no error.
 LAYERS = (
     "_checks",
+    "_impl",
     "_distributed",
     "_packing",
     "_reductions",

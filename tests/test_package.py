@@ -36,8 +36,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     source = ROOT / "src"
     ours = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert "kdloss/py.typed" in ours
-    info = f"kdloss-{VERSION}.dist-info"
-    assert files == ours | {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    info = f"kdloss-{VERSION}.dist-info"  # its entry point is verl's
+    notes = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
+    assert files == ours | {f"{info}/{name}" for name in notes}
 
 
 def test_runtime_needs_only_torch_numpy_and_einops():
