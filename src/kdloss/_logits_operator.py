@@ -222,8 +222,10 @@ class _Rows:
         self._on_cpu = logits.device.type == "cpu"
         self._walk_all = not self._on_cpu or bool(wanted.all())
         self._index = torch.empty(0) if self._walk_all else wanted.nonzero().squeeze(-1)
+        # logits that need no scratch leave their share of it to more rows
+        self._in_place = self._on_cpu and logits.dtype == self._dtype and self._scaling.is_identity
         elements = _CPU_BLOCK * torch.get_num_threads() if self._on_cpu else _DEVICE_BLOCK
-        self._size = max(1, elements // vocab_size)
+        self._size = max(1, (2 if self._in_place else 1) * elements // vocab_size)
         self._pieces = list(self._cut())
         self.sizes = [
             place.stop - place.start if isinstance(place, slice) else len(place) for *_, place in self._pieces
@@ -249,11 +251,10 @@ class _Rows:
     def blocks(self) -> Iterator[_Block]:
         unwanted = None if self._on_cpu else ~self._wanted[:, None]
         scalings = self._scaling._replace(temperature=self._temperature()).split(self.sizes)
-        plain = self._on_cpu and self._logits.dtype == self._dtype and self._scaling.is_identity
         for (matrix, index, place), scaling in zip(self._pieces, scalings, strict=True):
             x = matrix if index is None else matrix[index]
             skipped = None if unwanted is None else unwanted[place]
-            yield _Block(x, place, skipped, scaling, plain and x.stride(-1) == 1)
+            yield _Block(x, place, skipped, scaling, self._in_place and x.stride(-1) == 1)
 
     def targets(self, gradient: Tensor) -> Iterator[Tensor | None]:
         """Where in a contiguous gradient of the logits each block belongs, as a view; None where it is none."""
