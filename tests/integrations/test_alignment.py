@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,19 +75,45 @@ def test_too_little_to_tell():
     assert (found.shift, found.tokens) == (None, 0)
 
 
-def test_ranks_take_ties_and_infinities_and_the_mask_takes_nan():
+def certain(seed: int, length: int = 400):
+    """Two trained models: nearly every token is certain for both, to a degree that has nothing in common."""
+    generator = torch.Generator().manual_seed(seed)
+    surprise = torch.where(torch.rand(length, generator=generator) < 0.15, 3.0, 0.0) * torch.rand(length)
+    noise = [torch.randn(length, generator=generator).sub(9).exp() for _ in range(2)]
+    return -surprise - noise[0], -0.5 * surprise - noise[1], torch.ones(length).bool(), torch.tensor([0, length])
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_what_both_are_certain_of_does_not_drown_the_rest(shift):
+    for seed in range(5):
+        logp, teacher_logp, mask, cu_seqlens = certain(seed)
+        found = check_alignment(logp, teacher_logp.roll(shift), loss_mask=mask, cu_seqlens=cu_seqlens)
+        assert found.shift == shift, found
+
+
+def test_two_shifts_that_fit_alike_are_not_told_apart():
+    logp = -torch.rand(200).repeat_interleave(2)  # every log-prob twice: a shift of one changes half of the pairs
+    found = check_alignment(logp, logp.roll(1), loss_mask=torch.ones(400).bool())
+    assert found.shift == 1
+    period_two = torch.tensor([-0.1, -3.0]).repeat(200)
+    found = check_alignment(period_two, period_two, loss_mask=torch.ones(400).bool())
+    assert found.shift is None
+    assert found.correlations[0] == found.correlations[2] == pytest.approx(1)
+
+
+def test_infinities_count_as_the_floor_and_the_mask_takes_nan():
     logp, teacher_logp, mask, cu_seqlens = scores(1, likeness=0.9)
     mask &= torch.arange(400) % 10 != 3
-    logp = torch.where(mask, logp, torch.nan).clamp(max=-0.5)  # many ties at the top
+    logp = torch.where(mask, logp, torch.nan)
     teacher_logp = torch.where(mask, teacher_logp, torch.inf)
-    teacher_logp = torch.where(teacher_logp < -6, -torch.inf, teacher_logp)
-    assert teacher_logp[mask].isinf().any()
-    found = check_alignment(logp.requires_grad_(), teacher_logp, loss_mask=mask, cu_seqlens=cu_seqlens)
+    excluded, written = (torch.where(teacher_logp < -6, x, teacher_logp) for x in (-torch.inf, -9999.0))
+    assert excluded[mask].isinf().any()
+    found = check_alignment(logp.requires_grad_(), excluded, loss_mask=mask, cu_seqlens=cu_seqlens)
     assert found.shift == 0
-    x = torch.tensor([0.0, 1.0, 1.0, 2.0, 5.0])  # rho by hand: ranks 1, 2.5, 2.5, 4, 5 against 2, 1, 3, 4, 5
-    y = torch.tensor([1.0, 0.0, 2.0, 3.0, 4.0])
-    found = check_alignment(x.repeat(5), y.repeat(5), loss_mask=torch.ones(25).bool())  # copies change no rank
-    assert found.correlations[0] == pytest.approx(8.0 / (9.5 * 10) ** 0.5)
+    assert check_alignment(logp, written, loss_mask=mask, cu_seqlens=cu_seqlens) == found
+    x, y = -torch.rand(50), -torch.rand(50)
+    r = check_alignment(x, y, loss_mask=torch.ones(50).bool()).correlations[1]
+    assert r == pytest.approx(np.corrcoef(x[:-1], y[1:])[0, 1])
 
 
 def test_rows_are_sequences():

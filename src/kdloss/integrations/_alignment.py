@@ -14,14 +14,17 @@ from kdloss import _checks
 
 # In standard errors. Neighbouring tokens of text are not independent, so it is more than a textbook test would ask.
 _EVIDENCE = 5.0
-_FEWEST = 20  # pairs: fewer may be in one order by chance
+_FEWEST = 20  # pairs: fewer may agree by chance
+# In nats: below it a log-prob says "not at all", be it -11, a server's -9999 or -inf. Ranks in place of a floor would
+# compare how certain two models are of what both are certain of, which is noise, and most tokens of trained models.
+_FLOOR = -10.0
 
 
 class Alignment(NamedTuple):
     """What `check_alignment` found."""
 
     shift: int | None  # teacher_logp[t + shift] goes with logp[t]: 0 is right; None: the tokens do not tell
-    correlations: dict[int, float]  # of the ranks, by shift
+    correlations: dict[int, float]  # of the log-probs, by shift
     tokens: int  # trained tokens that were compared at shift 0
 
     @property
@@ -40,7 +43,7 @@ class Alignment(NamedTuple):
             verdict = f"teacher_logp[t {self.shift:+d}] goes with logp[t]"
             if self.shift == 1:
                 verdict += ", as of a server that reports at the token's own position: use to_prediction_positions"
-        return f"{verdict} (rank correlation by shift over {self.tokens} tokens: {found})"
+        return f"{verdict} (correlation by shift over {self.tokens} tokens: {found})"
 
 
 def check_alignment(
@@ -51,7 +54,7 @@ def check_alignment(
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     max_shift: int = 2,
 ) -> Alignment:
-    """Whether `teacher_logp` looks shifted against `logp`: rank correlation at shifts -max_shift .. max_shift.
+    """Whether `teacher_logp` looks shifted against `logp`: their correlation at shifts -max_shift .. max_shift.
 
     Two language models find the same tokens hard, so their log-probs of the same tokens rise and fall together, and
     those of neighbouring tokens much less. A teacher that is off by one trains without an error and teaches the wrong
@@ -66,8 +69,9 @@ def check_alignment(
         max_shift: >= 1.
 
     Returns:
-        `Alignment`, on the host: this waits for the device, for sorting T numbers 2 * (2 * max_shift + 1) times. A few
-        hundred trained tokens are enough for models that are at all alike; `shift` is None where they do not tell.
+        `Alignment`, on the host: this waits for the device. A shift is named where it fits better than every other, by
+        five standard errors: a few hundred trained tokens are enough for models that are at all alike. Log-probs below
+        -10 count as -10.
 
     Raises:
         TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
@@ -88,31 +92,28 @@ def check_alignment(
         student, teacher = slice(first, last), slice(first + shift, last + shift)
         both = loss_mask[student] & loss_mask[teacher] & (sequence[student] == sequence[teacher])
         pairs[shift] = int(both.sum())
-        correlations[shift] = _rank_correlation(logp.detach()[student][both], teacher_logp.detach()[teacher][both])
+        correlations[shift] = _correlation(logp.detach()[student][both], teacher_logp.detach()[teacher][both])
     return Alignment(_verdict(correlations, pairs), correlations, pairs[0])
 
 
 def _verdict(correlations: dict[int, float], pairs: dict[int, int]) -> int | None:
     # Fisher's transform: differences of atanh(r) have a standard error that does not depend on r
-    strength = {shift: math.atanh(min(r, 1 - 1e-9)) for shift, r in correlations.items() if r == r}
+    strength = {shift: math.atanh(max(-1 + 1e-9, min(r, 1 - 1e-9))) for shift, r in correlations.items() if r == r}
     if not strength:
         return None
     best = max(strength, key=lambda shift: strength[shift])
+    next_best = max((x for shift, x in strength.items() if shift != best), default=0.0)
     error = 1 / math.sqrt(pairs[best] - 3)
-    if strength[best] - strength.get(0, 0.0) > _EVIDENCE * math.sqrt(2) * error:
-        return best
-    return 0 if strength.get(0, 0.0) > _EVIDENCE * error else None
+    lead = strength[best] - max(next_best, 0.0)
+    return best if lead > _EVIDENCE * math.sqrt(2) * error else None
 
 
-def _rank_correlation(x: Tensor, y: Tensor) -> float:
-    """Spearman's rho, ties at their mean rank; NaN for few pairs and where a side has a single value."""
+def _correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's r; NaN for few pairs and where a side has a single value."""
     if x.numel() < _FEWEST:
         return math.nan
-    x, y = _centred_ranks(x), _centred_ranks(y)
+    x, y = x.double().clamp(min=_FLOOR), y.double().clamp(min=_FLOOR)
+    x, y = x - x.mean(), y - y.mean()
+    if not x.any() or not y.any():
+        return math.nan
     return float((x @ y) / (x.norm() * y.norm()))
-
-
-def _centred_ranks(x: Tensor) -> Tensor:
-    _, group, sizes = x.unique(return_inverse=True, return_counts=True)
-    ranks: Tensor = sizes.cumsum(0).double() - (sizes.double() - 1) / 2
-    return ranks[group] - (x.numel() + 1) / 2
