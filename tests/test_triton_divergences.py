@@ -21,8 +21,11 @@ from kdloss._triton._divergences import Pair, Side
 from triton_aot import compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
-# Where both sides are -inf, or a lane has no mass yet, the interpreter's numpy tells of a NaN that is never stored.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+# Where both sides are -inf, or a lane or a row has no mass, the interpreter's numpy tells of what is not stored.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+]
 
 ROWS = 4
 FORMS: dict[str, dict[str, float]] = {
@@ -122,7 +125,8 @@ def test_logits_far_off_centre(name, shift):
 @every_form
 def test_what_is_equal_is_at_zero(name):
     student = normal(3, 300).requires_grad_()
-    value, (gradient,) = outcome(from_logits(name), [student], [student.detach()], torch.ones(3, device=DEVICE))
+    factor = torch.ones(3, device=DEVICE)
+    value, (gradient,) = outcome(from_logits(name), [student], [student.detach()], factor, impl="triton")
     assert float(value.max()) <= ROUNDING
     assert float(gradient.abs().max()) <= ROUNDING
 
@@ -240,6 +244,25 @@ def test_frozen_heads_and_other_dtypes_in_small_chunks(frozen, dtypes, monkeypat
     bound = 4 * unit(dtypes[0])
     for x, y in zip(gradients, truth, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=bound, atol=bound * float(y.abs().max()))
+
+
+@pytest.mark.gpu
+@every_form
+def test_at_full_size_it_is_the_torch_path_and_the_same_bits_twice(name):
+    """The last of 16384 rows of 151936 begin past 2^31 entries."""
+    student = normal(1, 151936, dtype=torch.bfloat16, scale=3) + normal(64, 1, seed=1, dtype=torch.bfloat16)
+    student = student.repeat(256, 1).requires_grad_()
+    teacher = normal(64, 151936, seed=2, dtype=torch.bfloat16, scale=3).repeat(256, 1)
+    factor = normal(student.shape[0], seed=3)
+    found = outcome(from_logits(name), [student], [teacher], factor)
+    again = outcome(from_logits(name), [student], [teacher], factor, impl="triton")
+    assert torch.equal(found[0], again[0])
+    assert torch.equal(found[1][0], again[1][0])
+    rows = slice(-64, None)
+    part = [student.detach()[rows].clone().requires_grad_(), teacher[rows]]
+    expected = outcome(from_logits(name), part[:1], part[1:], factor[rows], impl="torch")
+    torch.testing.assert_close(found[0][rows], expected[0], rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(found[1][0][rows], expected[1][0], rtol=4 * unit(torch.bfloat16), atol=ROUNDING)
 
 
 def test_opcheck():
