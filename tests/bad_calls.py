@@ -287,13 +287,15 @@ def bad_head(head: str) -> list[Bad]:
         Bad("vocab_size is float", {"vocab_size": 5.0}, TypeError, "vocab_size must be an int, got float"),
         Bad("vocab_size is bool", {"vocab_size": True}, TypeError, "vocab_size must be an int, got bool"),
         Bad("shard is given", {"shard": object()}, NotImplementedError, "shard: ...not supported yet; ...pass None"),
-        Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
         Bad("impl is wrong", {"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'torch', 'triton', got 'cuda'"),
     ]
 
 
 _BAD_HEAD = [
     *bad_head("hidden"),
+    Bad(
+        "impl is triton", {"impl": "triton"}, ValueError, 'impl="triton" takes float32..., got hidden in torch.float64'
+    ),
     Bad("hidden holds integers", {"hidden": INTEGERS}, TypeError, "hidden must have a floating-point dtype, got ..."),
     Bad("hidden is flat", {"hidden": torch.zeros(T)}, ValueError, "hidden must be (T, D), got (17,)"),
     Bad("weight holds integers", {"weight": INTEGERS}, TypeError, "weight must have a floating-point dtype, got ..."),
@@ -323,6 +325,7 @@ _BAD_HEAD = [
 
 _BAD_LOGITS = [
     *bad_head("logits"),
+    Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
     Bad("logits hold integers", {"logits": INTEGERS}, TypeError, "logits must have a floating-point dtype, got ..."),
     Bad(
         "no vocabulary",
@@ -351,7 +354,6 @@ def bad_divergence(head: str) -> list[Bad]:
         Bad("vocab_size is 8", {"vocab_size": 8}, ValueError, "vocab_size must be in 1 .. 7, ..., got 8"),
         Bad("vocab_size is float", {"vocab_size": 5.0}, TypeError, "vocab_size must be an int, got float"),
         Bad("shard is given", {"shard": object()}, NotImplementedError, "shard: ...not supported yet; ...pass None"),
-        Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
         Bad("impl is wrong", {"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'torch', 'triton', got 'cuda'"),
     ]
 
@@ -372,6 +374,9 @@ def bad_share(name: str, at_0: str, at_1: str) -> list[Bad]:
 WIDE = torch.zeros(T, 9, dtype=torch.float64)
 _BAD_DIVERGENCE = [
     *bad_divergence("logits"),
+    Bad(
+        "impl is triton", {"impl": "triton"}, ValueError, 'impl="triton" takes float32..., got logits in torch.float64'
+    ),
     Bad("logits hold integers", {"logits": INTEGERS}, TypeError, "logits must have a floating-point dtype, got ..."),
     Bad("no vocabulary", {"logits": WIDE[:, :0]}, ValueError, "logits must be (..., V) with V >= 1, got (17, 0)"),
     Bad("teacher holds integers", {"teacher_logits": INTEGERS}, TypeError, "teacher_logits must ...got torch.int64"),
@@ -396,6 +401,7 @@ _ID_HIGH, _ID_LOW, _ID_TWICE = IDS_OF_K.clone(), IDS_OF_K.clone(), IDS_OF_K.clon
 _ID_HIGH[2, 1], _ID_LOW[2, 1], _ID_TWICE[2] = 7, -2, torch.tensor([3, -1, 3, -1])
 _BAD_TOPK = [
     *bad_divergence("logits"),
+    Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
     Bad("logits hold integers", {"logits": INTEGERS}, TypeError, "logits must have a floating-point dtype, got ..."),
     Bad("no vocabulary", {"logits": WIDE[:, :0]}, ValueError, "logits must be (..., V) with V >= 1, got (17, 0)"),
     Bad("tail is wrong", {"tail": "drop"}, ValueError, "tail must be one of 'bucket', ..., got 'drop'"),
@@ -447,6 +453,9 @@ def bad_side(side: str, head: Tensor) -> Iterator[Bad]:
 
 _BAD_LINEAR_DIVERGENCE = [
     *bad_divergence("hidden"),
+    Bad(
+        "impl is triton", {"impl": "triton"}, ValueError, 'impl="triton" takes float32..., got hidden in torch.float64'
+    ),
     *bad_side("", HEAD),
     *bad_side("teacher_", TEACHER_HEAD),
     *(bad for bad in bad_mask("hidden") if "short" not in bad.what),

@@ -126,7 +126,7 @@ def test_a_gradient_of_the_gradient_raises(name):
 
 @every_form
 def test_the_operator_is_well_formed(name):
-    arguments = (name, 0.3, 0.7, V - 1)
+    arguments = (name, 0.3, 0.7, V - 1, False)
     leaf, teacher = normal(2, 3, V).requires_grad_(), normal(2, 3, V, seed=1)
     torch.library.opcheck(torch.ops.kdloss.divergence.default, (leaf, teacher, None, *arguments))
     torch.library.opcheck(torch.ops.kdloss.divergence.default, (leaf, teacher, normal(2, 3).exp(), *arguments))

@@ -36,6 +36,7 @@ LAYERS = (
     "_divergences",
     "_topk_ops",
     "_topk_divergences",
+    "_linear_divergence_passes",
     "_linear_divergence_ops",
     "_linear_divergences",
     "_estimators",

@@ -236,7 +236,7 @@ def test_the_same_mask_gives_the_same_bits(name, frozen, small_chunks):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_operator_is_well_formed(frozen):
     leaves, others = student(), teacher()
-    arguments = (*others, None, MASK, TAUS, 1.5, None, 0.7, 1.0, "generalized_jsd", 0.3, 1.0, V - 1, frozen)
+    arguments = (*others, None, MASK, TAUS, 1.5, None, 0.7, 1.0, "generalized_jsd", 0.3, 1.0, V - 1, False, frozen)
     weight, bias = (x.detach() if frozen else x for x in leaves[1:])
     torch.library.opcheck(torch.ops.kdloss.linear_divergence.default, (leaves[0], weight, bias, *arguments))
 

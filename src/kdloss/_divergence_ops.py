@@ -8,7 +8,8 @@ logits) and `torch.compile` from looking inside. A gradient of the gradient is n
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from . import _checks
 from ._divergence_rows import Scratch, block
 from ._rows import flat_rows
+
+if TYPE_CHECKING:
+    from ._triton._divergences import Pair
 
 
 def divergence(
@@ -26,10 +30,11 @@ def divergence(
     omega: float = 0.5,
     temperature: float | Tensor,  # or (...,), detached here
     vocab_size: int,
+    kernels: bool = False,
 ) -> Tensor:  # (...,)
     """`F(softmax(logits / τ), softmax(teacher_logits / τ))` of each row; differentiable in `logits` alone."""
     number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
-    result: Tensor = _divergence(logits, teacher_logits.detach(), rows, kind, omega, number, vocab_size)
+    result: Tensor = _divergence(logits, teacher_logits.detach(), rows, kind, omega, number, vocab_size, kernels)[0]
     return result
 
 
@@ -42,9 +47,16 @@ def _divergence(
     omega: float,
     temperature: float,
     vocab_size: int,
-) -> Tensor:
+    kernels: bool,
+) -> tuple[Tensor, Tensor]:
+    """(the divergence (...,), what the kernels' backward knows of every row (5, T), or (0,))."""
     dtype = _checks.promoted_dtype(logits, teacher_logits)
     out = torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device)
+    if kernels:
+        known = out.new_empty(5, out.numel())
+        for rows, pair in _pairs(logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size):
+            pair.value_(out.view(-1)[rows], known[:, rows])
+        return out, known
     scratch = Scratch(out.numel(), vocab_size, dtype=dtype, device=logits.device)
     tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], out.unsqueeze(-1))
     for student, teacher, result, tau in flat_rows(*tensors, column(row_temperature, out)):
@@ -62,7 +74,7 @@ def _divergence(
             )
             assert found.value is not None
             result[rows, 0] = found.value
-    return out
+    return out, out.new_empty(0)
 
 
 @_divergence.register_fake
@@ -74,8 +86,31 @@ def _(
     omega: float,
     temperature: float,
     vocab_size: int,
-) -> Tensor:
-    return logits.new_empty(logits.shape[:-1], dtype=_checks.promoted_dtype(logits, teacher_logits))
+    kernels: bool,
+) -> tuple[Tensor, Tensor]:
+    out = logits.new_empty(logits.shape[:-1], dtype=_checks.promoted_dtype(logits, teacher_logits))
+    return out, out.new_empty((5, out.numel()) if kernels else (0,))
+
+
+def _pairs(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+) -> Iterator[tuple[slice, Pair]]:
+    """(which rows, both sides of them) as the kernels take them."""
+    from ._triton._divergences import Pair, Side
+
+    taus = None if row_temperature is None else row_temperature.reshape(-1).contiguous()
+    start = 0
+    for student, teacher in flat_rows(logits[..., :vocab_size], teacher_logits[..., :vocab_size]):
+        rows = slice(start, start + student.shape[0])
+        tau = None if taus is None else taus[rows]
+        yield rows, Pair(kind, omega, Side.of(student), Side.of(teacher), temperature, tau, vocab_size)
+        start = rows.stop
 
 
 @torch.library.custom_op("kdloss::divergence_backward", mutates_args=())
@@ -84,13 +119,20 @@ def _divergence_backward(
     logits: Tensor,
     teacher_logits: Tensor,
     row_temperature: Tensor | None,
+    known: Tensor,
     kind: str,
     omega: float,
     temperature: float,
     vocab_size: int,
+    kernels: bool,
 ) -> Tensor:
     dtype = _checks.promoted_dtype(logits, teacher_logits)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if kernels:
+        factor, matrix = upstream.contiguous().view(-1), grad.view(-1, grad.shape[-1])
+        for place, pair in _pairs(logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size):
+            pair.gradient_(matrix[place], known[:, place], factor[place])
+        return grad
     grad[..., vocab_size:] = 0
     scratch = Scratch(upstream.numel(), vocab_size, dtype=dtype, device=logits.device)
     tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], grad[..., :vocab_size])
@@ -123,20 +165,22 @@ def _(
     logits: Tensor,
     teacher_logits: Tensor,
     row_temperature: Tensor | None,
+    known: Tensor,
     kind: str,
     omega: float,
     temperature: float,
     vocab_size: int,
+    kernels: bool,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
     ctx.options = inputs[3:]
 
 
-def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * (2 + len(ctx.options)))
 
 

@@ -10,8 +10,8 @@ A logit of -inf is a mass of 0 and legal on either side: 0 log 0 is 0, and a div
 whatever it holds: `token_mean` and `where` keep untrained rows out.
 
 Half-precision logits are widened before anything else. Rows go through a scratch of a few MB, so peak extra memory is
-the gradient; a GPU runs the same torch operations in larger blocks for now. There is no T² factor: scale losses of
-another temperature by hand if you want Hinton's.
+the gradient; the kernels that a GPU runs need none. There is no T² factor: scale losses of another temperature by hand
+if you want Hinton's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _checks
 from ._divergence_ops import divergence
 from ._divergence_rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL
+from ._impl import takes_triton
 from ._logprobs import check_vocab_size
 
 
@@ -42,7 +43,7 @@ def forward_kl(
         vocab_size: the true V, where the last columns of either side are padding; needed where the sides differ in
             width. Padding gets no mass and no gradient.
         shard: vocabulary-sharded logits. Not supported yet.
-        impl: "auto" | "torch" | "triton". The last is not supported yet.
+        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
 
     Returns:
         (...,) nats, float32 for half-precision logits. +inf where the teacher has mass on what the student excludes.
@@ -53,13 +54,14 @@ def forward_kl(
 
     Raises:
         TypeError: logits are not floating-point.
-        ValueError: shapes, devices or vocabularies disagree, or an option is out of range.
-        NotImplementedError: `shard` is given, or `impl` is "triton".
+        ValueError: shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where the
+            kernels cannot run.
+        NotImplementedError: `shard` is given.
 
     Source: Hinton et al., arXiv 1503.02531, without the T² factor.
     """
-    vocab_size, tau = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
-    return divergence(logits, teacher_logits, kind=FORWARD_KL, temperature=tau, vocab_size=vocab_size)
+    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
+    return divergence(logits, teacher_logits, kind=FORWARD_KL, temperature=tau, vocab_size=vocab_size, kernels=kernels)
 
 
 def reverse_kl(
@@ -85,8 +87,8 @@ def reverse_kl(
 
     Source: MiniLLM, arXiv 2306.08543, for one token.
     """
-    vocab_size, tau = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
-    return divergence(logits, teacher_logits, kind=REVERSE_KL, temperature=tau, vocab_size=vocab_size)
+    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
+    return divergence(logits, teacher_logits, kind=REVERSE_KL, temperature=tau, vocab_size=vocab_size, kernels=kernels)
 
 
 def generalized_jsd(
@@ -123,8 +125,16 @@ def generalized_jsd(
     Source: GKD, arXiv 2306.13649, section 3, p being the teacher.
     """
     check_share("beta", beta, forward_kl.__name__, reverse_kl.__name__)
-    vocab_size, tau = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
-    return divergence(logits, teacher_logits, kind=GENERALIZED_JSD, omega=beta, temperature=tau, vocab_size=vocab_size)
+    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
+    return divergence(
+        logits,
+        teacher_logits,
+        kind=GENERALIZED_JSD,
+        omega=beta,
+        temperature=tau,
+        vocab_size=vocab_size,
+        kernels=kernels,
+    )
 
 
 def skewed_forward_kl(
@@ -160,9 +170,15 @@ def skewed_forward_kl(
     Source: DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, forward_kl.__name__, None)
-    vocab_size, tau = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
+    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
     return divergence(
-        logits, teacher_logits, kind=SKEWED_FORWARD_KL, omega=alpha, temperature=tau, vocab_size=vocab_size
+        logits,
+        teacher_logits,
+        kind=SKEWED_FORWARD_KL,
+        omega=alpha,
+        temperature=tau,
+        vocab_size=vocab_size,
+        kernels=kernels,
     )
 
 
@@ -199,9 +215,15 @@ def skewed_reverse_kl(
     Source: DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, reverse_kl.__name__, None)
-    vocab_size, tau = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
+    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
     return divergence(
-        logits, teacher_logits, kind=SKEWED_REVERSE_KL, omega=1 - alpha, temperature=tau, vocab_size=vocab_size
+        logits,
+        teacher_logits,
+        kind=SKEWED_REVERSE_KL,
+        omega=1 - alpha,
+        temperature=tau,
+        vocab_size=vocab_size,
+        kernels=kernels,
     )
 
 
@@ -212,9 +234,9 @@ def check_divergence(
     vocab_size: int | None,
     shard: object,
     impl: str,
-) -> tuple[int, float | Tensor]:
-    """The true vocabulary and the temperature, a number or one value a row."""
-    _checks.unsupported(shard=shard, impl=impl)
+) -> tuple[int, float | Tensor, bool]:
+    """The true vocabulary, the temperature, a number or one value a row, and whether kernels compute."""
+    _checks.unsupported(shard=shard, impl="auto")
     _checks.floating(logits=logits, teacher_logits=teacher_logits)
     check_axis("logits", logits)
     check_axis("teacher_logits", teacher_logits)
@@ -223,7 +245,8 @@ def check_divergence(
         raise ValueError(f"teacher_logits must match logits {rows}, got {tuple(teacher_logits.shape)}")
     _checks.same_device("logits", logits, teacher_logits=teacher_logits)
     vocab_size = common_vocab_size("teacher_logits", logits.shape[-1], teacher_logits.shape[-1], vocab_size)
-    return vocab_size, _checks.row_temperature("logits", logits, temperature)
+    kernels = takes_triton(impl, logits=logits, teacher_logits=teacher_logits)
+    return vocab_size, _checks.row_temperature("logits", logits, temperature), kernels
 
 
 def check_axis(name: str, logits: Tensor) -> None:

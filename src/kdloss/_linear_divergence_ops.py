@@ -17,29 +17,16 @@ dweight and dbias are summed over chunks in float32, and rounded once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._divergence_ops import scaled
-from ._divergence_rows import Scratch, block
-from ._head import head_product_, times_head
-from ._rows import Scaling
+from ._linear_divergence_passes import Head, KernelPass, Options, Pass, TorchPass, dtype_of
 
 # Logits of a chunk, a side: on a CPU 64 MB in float32, rows enough for a matrix product to run at its speed.
 _CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
-
-
-class Head(NamedTuple):
-    """One side: what makes logits of its hidden states."""
-
-    hidden: Tensor  # (T, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-    logit_scale: float
 
 
 def linear_divergence(
@@ -51,6 +38,7 @@ def linear_divergence(
     omega: float = 0.5,
     temperature: float | Tensor,  # or (T,), detached here
     vocab_size: int,
+    kernels: bool = False,
 ) -> Tensor:  # (T,)
     """0 where `loss_mask` is False; differentiable in the student's hidden states, weight and bias."""
     number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
@@ -73,6 +61,7 @@ def linear_divergence(
         omega,
         number,
         vocab_size,
+        kernels,
         in_forward,
     )[0]
     return value
@@ -96,20 +85,21 @@ def _linear_divergence(
     omega: float,
     temperature: float,
     vocab_size: int,
+    kernels: bool,
     in_forward: bool,
 ) -> tuple[Tensor, Tensor]:
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
-    dtype = _dtype(student, teacher)
+    dtype = dtype_of(student, teacher)
     out = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
     d_hidden = torch.zeros(hidden.shape if in_forward else (0,), dtype=dtype, device=hidden.device)
-    work = _Work(student, teacher, kind, omega, temperature, row_temperature, vocab_size, dtype)
-    for chunk in work.chunks(loss_mask):
-        value = work.divergence(chunk, None, gradient=in_forward)
+    options = Options(kind, omega, temperature, vocab_size)
+    for rows, over in _passes(student, teacher, loss_mask, row_temperature, options, kernels=kernels):
+        value = over.divergence(None, gradient=in_forward)
         assert value is not None
-        out[chunk.places] = value
+        out[rows] = value
         if in_forward:
-            d_hidden[chunk.places] = times_head(chunk.logits, weight[:vocab_size])
+            d_hidden[rows] = over.hidden_gradient()
     return out, d_hidden
 
 
@@ -131,6 +121,7 @@ def _(
     omega: float,
     temperature: float,
     vocab_size: int,
+    kernels: bool,
     in_forward: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = _checks.promoted_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
@@ -157,26 +148,28 @@ def _linear_divergence_backward(
     omega: float,
     temperature: float,
     vocab_size: int,
+    kernels: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
-    dtype = _dtype(student, teacher)
+    dtype = dtype_of(student, teacher)
     d_hidden = torch.zeros(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
     d_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=dtype, device=hidden.device)
     d_bias = torch.zeros(weight.shape[:1] if needs_bias else (0,), dtype=dtype, device=hidden.device)
-    work = _Work(student, teacher, kind, omega, temperature, row_temperature, vocab_size, dtype)
+    options = Options(kind, omega, temperature, vocab_size)
     # tokens whose loss was clipped, masked or weighted away cost nothing
-    for chunk in work.chunks(loss_mask & (upstream != 0)):
-        work.divergence(chunk, upstream.index_select(0, chunk.places), gradient=True)
+    trained = loss_mask & (upstream != 0)
+    for rows, over in _passes(student, teacher, trained, row_temperature, options, kernels=kernels):
+        over.divergence(upstream.index_select(0, rows), gradient=True)
         if needs_hidden:
-            d_hidden[chunk.places] = times_head(chunk.logits, weight[:vocab_size]).to(hidden.dtype)
+            d_hidden[rows] = over.hidden_gradient().to(hidden.dtype)
         if needs_weight:
-            d_weight[:vocab_size].addmm_(chunk.logits.T, chunk.hidden)
+            over.into_weight_(d_weight[:vocab_size])
         if needs_bias:
-            d_bias[:vocab_size] += chunk.logits.sum(0)
+            over.into_bias_(d_bias[:vocab_size])
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype if bias is None else bias.dtype)
 
 
@@ -199,6 +192,7 @@ def _(
     omega: float,
     temperature: float,
     vocab_size: int,
+    kernels: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -234,79 +228,21 @@ def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 _linear_divergence.register_autograd(_backward, setup_context=_save)
 
 
-class _Chunk(NamedTuple):
-    places: Tensor  # (R,) rows of hidden
-    hidden: Tensor  # (R, D) the student's, in the dtype of the computation
-    logits: Tensor  # (R, V) the student's y, and after `divergence` the gradient dx in its place
-    teacher_logits: Tensor  # (R, V)
-
-
-class _Work(NamedTuple):
-    student: Head
-    teacher: Head
-    kind: str
-    omega: float
-    temperature: float
-    row_temperature: Tensor | None
-    vocab_size: int
-    dtype: torch.dtype
-
-    def chunks(self, trained: Tensor) -> Iterator[_Chunk]:
-        """The trained rows, as many at a time as the vocabulary allows, whatever their number is."""
-        index = trained.nonzero().squeeze(-1)
-        device = trained.device
-        rows = max(16, _CHUNK_ENTRIES["cpu" if device.type == "cpu" else "gpu"] // self.vocab_size)
-        shape = (2, min(rows, index.shape[0]), self.vocab_size)
-        room = torch.empty(shape, dtype=self.dtype, device=device)
-        for start in range(0, index.shape[0], rows):
-            part = index[start : start + rows]
-            hidden = self.student.hidden.index_select(0, part).to(self.dtype)
-            y, y_teacher = room[0, : part.shape[0]], room[1, : part.shape[0]]
-            _logits(hidden, self.student, out=y)
-            _logits(self.teacher.hidden.index_select(0, part).to(self.dtype), self.teacher, out=y_teacher)
-            yield _Chunk(part, hidden, y, y_teacher)
-
-    def divergence(self, chunk: _Chunk, upstream: Tensor | None, *, gradient: bool) -> Tensor | None:
-        """The values of a chunk, unless they are not needed beside an upstream gradient; dx in place of its logits."""
-        total = chunk.places.shape[0]
-        scratch = Scratch(total, self.vocab_size, dtype=self.dtype, device=chunk.places.device)
-        taus = None if self.row_temperature is None else self.row_temperature.index_select(0, chunk.places)
-        values = []
-        for rows in scratch.blocks(total):
-            found = block(
-                self.kind,
-                self.omega,
-                chunk.logits[rows],
-                chunk.teacher_logits[rows],
-                scratch,
-                temperature=self.temperature,
-                row_temperature=None if taus is None else taus[rows],
-                value=upstream is None,
-                gradient=gradient,
-            )
-            if found.value is not None:
-                values.append(found.value)
-            if not gradient:
-                continue
-            assert found.gradient is not None
-            y = chunk.logits[rows]
-            factor = torch.ones_like(y[:, :1]) if upstream is None else upstream[rows].unsqueeze(-1)
-            tau = self.temperature if taus is None else taus[rows].unsqueeze(-1).to(self.dtype)
-            dz = scaled(found.gradient, factor * self.student.logit_scale, tau)
-            c = self.student.softcap
-            if c is None:
-                y.copy_(dz)
-            else:
-                y.div_(c).square_().neg_().add_(1).mul_(dz)
-        return None if upstream is not None else torch.cat(values)
-
-
-def _logits(hidden: Tensor, head: Head, *, out: Tensor) -> None:
-    """`softcap(logit_scale * (hidden @ weight.T + bias))`, over the columns of `out`."""
-    vocab_size = out.shape[1]
-    head_product_(out, hidden, head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size])
-    Scaling(head.softcap, head.logit_scale, 1.0).apply_(out)
-
-
-def _dtype(student: Head, teacher: Head) -> torch.dtype:
-    return _checks.promoted_dtype(*student[:3], *teacher[:3])
+def _passes(
+    student: Head,
+    teacher: Head,
+    trained: Tensor,  # (T,) bool
+    row_temperature: Tensor | None,
+    options: Options,
+    *,
+    kernels: bool,
+) -> Iterator[tuple[Tensor, Pass]]:
+    """(rows, a pass that has their logits): the trained rows, as many at a time as the vocabulary allows."""
+    index = trained.nonzero().squeeze(-1)
+    rows = max(16, _CHUNK_ENTRIES["cpu" if trained.device.type == "cpu" else "gpu"] // options.vocab_size)
+    make = KernelPass if kernels else TorchPass
+    over = make(student, teacher, row_temperature, options, min(rows, index.shape[0]))
+    for start in range(0, index.shape[0], rows):
+        part = index[start : start + rows]
+        over.load(part)
+        yield part, over

@@ -6,10 +6,10 @@ on either side, each with its own width, dtype, bias, softcap and scale. Logits 
 memory does not grow with T * V, and tokens that `loss_mask` leaves out cost nothing. Finding them waits for the device
 once.
 
-Everything is computed in float32, or float64 where any input is; half-precision heads are widened slice by slice. The
-student's hidden states, weight and bias get gradients, in their dtypes; the teacher's get none. Logits that are masked
-out, or whose incoming gradient is 0, leave no trace, whatever their hidden states hold. What -inf logits (from a bias)
-do is in `_divergences`. A GPU runs the same torch operations for now.
+Everything is computed in float32, or float64 where any input is; half-precision heads are widened slice by slice, or
+multiplied as they are into float32 by the kernels. The student's hidden states, weight and bias get gradients, in their
+dtypes; the teacher's get none. Logits that are masked out, or whose incoming gradient is 0, leave no trace, whatever
+their hidden states hold. What -inf logits (from a bias) do is in `_divergences`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor
 from . import _checks
 from ._divergence_rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL
 from ._divergences import check_share, common_vocab_size
-from ._linear_divergence_ops import Head, linear_divergence
+from ._impl import takes_triton
+from ._linear_divergence_ops import linear_divergence
+from ._linear_divergence_passes import Head
 
 
 def linear_forward_kl(
@@ -58,7 +60,7 @@ def linear_forward_kl(
         temperature: > 0, a number or (T,), for both sides, after all of these.
         vocab_size: the true V, where the last rows of either head are padding; needed where the heads differ in rows.
         shard: vocabulary-sharded heads. Not supported yet.
-        impl: "auto" | "torch" | "triton". The last is not supported yet.
+        impl: "auto" | "torch" | "triton": the kernels where hidden is on a GPU; never; or else an error.
 
     Returns:
         The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens.
@@ -69,8 +71,9 @@ def linear_forward_kl(
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: shapes, devices or vocabularies disagree, or an option is out of range.
-        NotImplementedError: `shard` is given, or `impl` is "triton".
+        ValueError: shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where the
+            kernels cannot run.
+        NotImplementedError: `shard` is given.
 
     Source: as `forward_kl`.
     """
@@ -207,8 +210,9 @@ def _linear(
     shard: object,
     impl: str,
 ) -> Tensor:
-    _checks.unsupported(shard=shard, impl=impl)
-    for side, head in (("", student), ("teacher_", teacher)):
+    _checks.unsupported(shard=shard, impl="auto")
+    sides = (("", student), ("teacher_", teacher))
+    for side, head in sides:
         _checks.head(*head[:3], logit_scale=head.logit_scale, side=side)
         _checks.positive(**{f"{side}softcap": head.softcap})
     _checks.tensors(loss_mask=loss_mask)
@@ -231,6 +235,7 @@ def _linear(
     )
     vocab_size = common_vocab_size("teacher_weight", student.weight.shape[0], teacher.weight.shape[0], vocab_size)
     tau = _checks.row_temperature("hidden", student.hidden, temperature)
+    inputs = {f"{side}{name}": getattr(head, name) for side, head in sides for name in ("hidden", "weight", "bias")}
     value = linear_divergence(
         student._replace(hidden=student.hidden.flatten(0, -2)),
         teacher._replace(hidden=teacher.hidden.flatten(0, -2)),
@@ -239,5 +244,6 @@ def _linear(
         omega=omega,
         temperature=tau.flatten() if isinstance(tau, Tensor) else tau,
         vocab_size=vocab_size,
+        kernels=takes_triton(impl, **inputs),
     )
     return value.reshape(rows)

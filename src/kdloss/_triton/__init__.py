@@ -4,6 +4,11 @@
     _launch.py           blocks, warps and splits by shape
     _logits_forward.py   logits to log-probs and entropies
     _logits_backward.py  and the gradient of the logits
+    _products.py         products with a head, in float32 from half precision, and its slices
+    _slices.py           a slice of logits, folded into log-probs and entropies; and its gradient
+    _compaction.py       rows that take part, picked out and put back
+    _linear.py           hidden states to log-probs and entropies, and back
+    _divergence_kernels.py, _divergences.py  the divergence of rows of two sets of logits, and its gradient
 
 Beside each kernel stands the same algorithm in torch, which the tests compare it with.
 """

@@ -197,7 +197,8 @@ def backward(
     tokens, vocab_size, count = hidden.shape[0], kept.shape[1], rows.shape[0]
     state = state._replace(columns=state.columns.contiguous())
     g, h = logp_gradient.float(), None if entropy_gradient is None else entropy_gradient.float()
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
+    make = torch.empty if count and vocab_size == weight.shape[0] else torch.zeros  # whether every row is written below
+    dweight = make(weight.shape if needs[1] else (0,), dtype=weight.dtype, device=weight.device)
     dbias = state.peak.new_zeros(weight.shape[0] if needs[2] else 0)
     with _launch.on_device(hidden):
         picked = take(hidden, rows, state.columns, product_dtype(hidden, weight))
@@ -210,7 +211,7 @@ def backward(
         room = None if kept.shape[0] else picked.new_empty(count, width, dtype=torch.float32)
         # float32 gradients overwrite their slice, unless that is kept
         separate = picked.new_empty(count, width) if room is None or picked.dtype != torch.float32 else room
-        dh = picked.new_zeros(picked.shape if needs[0] else (0,), dtype=torch.float32)
+        dh = picked.new_empty(picked.shape if needs[0] else (0,), dtype=torch.float32)
         rounds = picked.dtype != weight.dtype or unscaled is not None
         total = picked.new_empty((width, picked.shape[1]) if needs[1] and rounds else (0, 0), dtype=torch.float32)
         for part in slices(tokens, vocab_size) if count else ():
@@ -219,7 +220,9 @@ def backward(
             x = kept[:, part] if room is None else product_(room[:, :size], picked, w.T)
             within = places if room is None else None
             dx = gradient_(separate[:, :size], state, g, h, x, within, rows, scaling, part.start)
-            if needs[0]:
+            if needs[0] and part.start == 0:
+                product_(dh, dx, w)
+            elif needs[0]:
                 add_product_(dh, dx, w)
             if needs[1] and rounds:
                 dw = product_(total[:size], dx.T, picked)

@@ -24,6 +24,7 @@ SLICE_BYTES = 1 << 29
 LEAST_WIDTH = 1024
 
 HALF = (torch.bfloat16, torch.float16)
+_TENSOR_CORES = ("cuda", "meta")  # the latter stands for the former where only shapes are asked for
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -33,7 +34,7 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` into `out`, float32 or of the operands' dtype, rounded once."""
-    if a.dtype == out.dtype and (a.dtype not in HALF or a.device.type == "cuda"):
+    if a.dtype == out.dtype and (a.dtype not in HALF or a.device.type in _TENSOR_CORES):
         return torch.mm(a, b, out=out)
     if _writes_float32(a) and out.dtype == torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
@@ -75,4 +76,4 @@ def widest_slice(tokens: int, vocab_size: int) -> int:
 
 
 def _writes_float32(a: Tensor) -> bool:
-    return a.dtype in HALF and a.device.type == "cuda" and torch.__version__ >= "2.8"
+    return a.dtype in HALF and a.device.type in _TENSOR_CORES and torch.__version__ >= "2.8"

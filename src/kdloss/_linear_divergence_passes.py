@@ -1,0 +1,206 @@
+"""What a divergence from hidden states does with one chunk of trained rows, by torch's operations and by kernels.
+
+    load(rows)                    the logits of both sides
+    divergence(upstream)          the values, unless they are not needed beside an upstream gradient; and dx
+    hidden_gradient()             dx @ weight
+    into_weight_(total)           total += dx.T @ hidden
+    into_bias_(total)             total += sum dx
+
+in this order, once a chunk; dx is the gradient of hidden @ weight.T + bias of the student.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._divergence_ops import scaled
+from ._divergence_rows import Scratch, block
+from ._head import head_product_, times_head
+from ._rows import Scaling
+
+
+class Head(NamedTuple):
+    """One side: what makes logits of its hidden states."""
+
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+
+
+class Options(NamedTuple):
+    """What is asked of both sides."""
+
+    kind: str
+    omega: float
+    temperature: float
+    vocab_size: int
+
+
+class Pass(Protocol):
+    """One chunk after another."""
+
+    def load(self, rows: Tensor) -> None: ...
+
+    def divergence(self, upstream: Tensor | None, *, gradient: bool) -> Tensor | None: ...
+
+    def hidden_gradient(self) -> Tensor: ...
+
+    def into_weight_(self, total: Tensor) -> None: ...
+
+    def into_bias_(self, total: Tensor) -> None: ...
+
+
+class TorchPass:
+    """In float32, or float64; half-precision heads are widened a slice at a time."""
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head,
+        row_temperature: Tensor | None,  # (T,)
+        options: Options,
+        size: int,  # rows of a chunk, at most
+    ) -> None:
+        self._student, self._teacher, self._options = student, teacher, options
+        self._row_temperature = row_temperature
+        self._dtype = dtype_of(student, teacher)
+        device = student.hidden.device
+        self._room = torch.empty(2, size, options.vocab_size, dtype=self._dtype, device=device)
+
+    def load(self, rows: Tensor) -> None:
+        self._hidden = self._student.hidden.index_select(0, rows).to(self._dtype)
+        self._y, self._teacher_y = self._room[:, : rows.shape[0]].unbind(0)
+        self._logits(self._hidden, self._student, out=self._y)
+        hidden = self._teacher.hidden.index_select(0, rows).to(self._dtype)
+        self._logits(hidden, self._teacher, out=self._teacher_y)
+        self._taus = None if self._row_temperature is None else self._row_temperature.index_select(0, rows)
+
+    def _logits(self, hidden: Tensor, head: Head, *, out: Tensor) -> None:
+        """`softcap(logit_scale * (hidden @ weight.T + bias))`, over the columns of `out`."""
+        vocab_size = self._options.vocab_size
+        head_product_(out, hidden, head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size])
+        Scaling(head.softcap, head.logit_scale, 1.0).apply_(out)
+
+    def divergence(self, upstream: Tensor | None, *, gradient: bool) -> Tensor | None:
+        """In a smaller scratch; dx takes the place of the logits."""
+        kind, omega, temperature, vocab_size = self._options
+        total = self._y.shape[0]
+        scratch = Scratch(total, vocab_size, dtype=self._dtype, device=self._y.device)
+        values = []
+        for rows in scratch.blocks(total):
+            found = block(
+                kind,
+                omega,
+                self._y[rows],
+                self._teacher_y[rows],
+                scratch,
+                temperature=temperature,
+                row_temperature=None if self._taus is None else self._taus[rows],
+                value=upstream is None,
+                gradient=gradient,
+            )
+            if found.value is not None:
+                values.append(found.value)
+            if not gradient:
+                continue
+            assert found.gradient is not None
+            y = self._y[rows]
+            factor = torch.ones_like(y[:, :1]) if upstream is None else upstream[rows].unsqueeze(-1)
+            tau = temperature if self._taus is None else self._taus[rows].unsqueeze(-1).to(self._dtype)
+            dz = scaled(found.gradient, factor * self._student.logit_scale, tau)
+            c = self._student.softcap
+            if c is None:
+                y.copy_(dz)
+            else:
+                y.div_(c).square_().neg_().add_(1).mul_(dz)
+        return None if upstream is not None else torch.cat(values)
+
+    def hidden_gradient(self) -> Tensor:
+        return times_head(self._y, self._student.weight[: self._options.vocab_size])
+
+    def into_weight_(self, total: Tensor) -> None:
+        total.addmm_(self._y.T, self._hidden)
+
+    def into_bias_(self, total: Tensor) -> None:
+        total += self._y.sum(0)
+
+
+class KernelPass:
+    """By the kernels of `_triton`, from products in half precision with float32 results where a side shares one.
+
+    dx is rounded to bfloat16 for such products; of float16, whose smallest number is 6e-8, it stays float32.
+    """
+
+    def __init__(
+        self, student: Head, teacher: Head, row_temperature: Tensor | None, options: Options, size: int
+    ) -> None:
+        self._student, self._teacher, self._options = student, teacher, options
+        self._row_temperature = row_temperature
+        device = student.hidden.device
+        self._room = torch.empty(2, size, options.vocab_size, dtype=torch.float32, device=device)
+        self._rounds = student.hidden.dtype == student.weight.dtype == torch.bfloat16
+        self._separate = torch.empty_like(self._room[0], dtype=torch.bfloat16) if self._rounds else self._room[0]
+
+    def load(self, rows: Tensor) -> None:
+        from ._triton._divergences import Pair, Side
+
+        vocab_size = self._options.vocab_size
+        x, y = self._room[:, : rows.shape[0]].unbind(0)
+        self._hidden = self._product_(x, self._student, rows)
+        self._product_(y, self._teacher, rows)
+        sides = [
+            Side.of(out, None if head.bias is None else head.bias[:vocab_size], head.logit_scale, head.softcap)
+            for out, head in ((x, self._student), (y, self._teacher))
+        ]
+        taus = None if self._row_temperature is None else self._row_temperature.index_select(0, rows)
+        kind, omega, temperature, _ = self._options
+        self._pair = Pair(kind, omega, sides[0], sides[1], temperature, taus, vocab_size)
+
+    def _product_(self, out: Tensor, head: Head, rows: Tensor) -> Tensor:
+        """`hidden @ weight.T` of some rows into `out`, and the rows as they were multiplied."""
+        from ._triton import _products
+
+        hidden = head.hidden.index_select(0, rows).to(_products.product_dtype(head.hidden, head.weight))
+        weight = head.weight[: self._options.vocab_size]
+        if hidden.dtype == weight.dtype:
+            _products.product_(out, hidden, weight.T)
+        else:
+            head_product_(out, hidden, weight, None)
+        return hidden
+
+    def divergence(self, upstream: Tensor | None, *, gradient: bool) -> Tensor | None:
+        x = self._pair.student.x
+        value, known = x.new_empty(x.shape[0]), x.new_empty(5, x.shape[0])
+        self._pair.value_(value, known)
+        if gradient:
+            factor = torch.ones_like(value) if upstream is None else upstream.contiguous()
+            self._dx = self._pair.gradient_(self._separate[: x.shape[0]], known, factor)
+        return value
+
+    def hidden_gradient(self) -> Tensor:
+        from ._triton import _products
+
+        weight = self._student.weight[: self._options.vocab_size]
+        if not self._rounds:
+            return times_head(self._dx, weight)
+        out = torch.empty(self._dx.shape[0], weight.shape[1], dtype=torch.float32, device=weight.device)
+        return _products.product_(out, self._dx, weight)
+
+    def into_weight_(self, total: Tensor) -> None:
+        from ._triton import _products
+
+        _products.add_product_(total, self._dx.T, self._hidden.to(self._dx.dtype))
+
+    def into_bias_(self, total: Tensor) -> None:
+        total += self._dx.sum(0, dtype=torch.float32)
+
+
+def dtype_of(student: Head, teacher: Head) -> torch.dtype:
+    """The dtype of values and sums."""
+    return _checks.promoted_dtype(*student[:3], *teacher[:3])

@@ -1,0 +1,297 @@
+"""Divergences of rows of two sets of logits, and their gradient: what the kernels compute, and the kernels.
+
+    c = softcap(logit_scale (x + bias)) on each side,   log q = r (c - m) - log s,   log p likewise of the teacher
+    d = log p - log q,   r = 1 / τ
+
+`_divergence_rows.py` has the table of values F and of G = q dF/dq, and is the same mathematics in torch. There are
+three kernels, one program a row each:
+
+    state      reads both rows once: (m, s) of either side, and the value of a KL, which needs nothing else:
+               w = sum e_p (r (c_p - m_p) - r (c_q - m_q)),   KL(p || q) = w / s_p - log s_p + log s_q
+               merged as a row's state is (`_row_math.py`): where the maxima move, w moves by s_p times what d does
+    mixture    reads both rows again, for JSD and the skewed forms, whose mixture needs log q and log p complete:
+               the value and sum_u G_u
+    gradient   reads both rows, writes dx = u r c'(x) (G - q sum_u G_u)
+
+    bytes       state and mixture: both rows; gradient: both rows, and the student's written
+    operations  state: two exponentials and some 20 more a pair of logits; mixture and gradient: three or four, a short
+                series for log(1 + x), and some 40 more. Of 2 + 2 bytes at 4.3 TB/s, a multiprocessor has 27 a pair
+
+so the KLs are bound by memory, and the mixtures nearly as much by arithmetic.
+
+A logit of -inf is a mass of 0. It gives 0 where 0 log 0 stands and +inf where a mass is divided by it; a mass that
+float32 rounds to 0 counts as one. A row with NaN, +inf or nothing but -inf is NaN in value and gradient.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._row_math import LOG2_E, capped, capped_slope, log_of, row_rate
+
+# Beyond it, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in float32.
+SATURATED = tl.constexpr(1e4)
+
+
+@triton.jit
+def side(x, bias, column, inside, logit_scale, softcap):
+    """c of one side in some columns."""
+    value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return capped(value, logit_scale, softcap)
+
+
+@triton.jit
+def finite(m):
+    """The maximum to subtract: any number where there is no mass yet."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def weighted(e, first, second):
+    """e (first - second), and 0 where there is no mass."""
+    return tl.where(e > 0, e * (first - second), 0.0)
+
+
+@triton.jit
+def fold_pair(m_of, s_of, m_to, s_to, w, of, to, rate, with_value: tl.constexpr):
+    """States (n,) of both sides with one more block (n, E), and w of KL(of || to)."""
+    top_of, top_to = tl.maximum(m_of, tl.max(of, 1)), tl.maximum(m_to, tl.max(to, 1))
+    base_of, base_to = finite(top_of), finite(top_to)
+    d_of, d_to = (of - base_of[:, None]) * rate, (to - base_to[:, None]) * rate
+    e_of, e_to = tl.exp2(d_of * LOG2_E), tl.exp2(d_to * LOG2_E)
+    moved_of, moved_to = (m_of - base_of) * rate, (m_to - base_to) * rate
+    a = tl.exp2(moved_of * LOG2_E)
+    if with_value:
+        w = tl.where(a > 0, a * w, 0.0) + weighted(a * s_of, moved_of, moved_to)
+        w += tl.sum(weighted(e_of, d_of, d_to), 1)
+    s_of = a * s_of + tl.sum(e_of, 1)
+    s_to = tl.exp2(moved_to * LOG2_E) * s_to + tl.sum(e_to, 1)
+    return top_of, s_of, top_to, s_to, w
+
+
+@triton.jit
+def merge_pair(m_of, s_of, m_to, s_to, w, rate, with_value: tl.constexpr):
+    """One state () of lanes (n,)."""
+    top_of, top_to = tl.max(m_of, 0), tl.max(m_to, 0)
+    moved_of, moved_to = (m_of - finite(top_of)) * rate, (m_to - finite(top_to)) * rate
+    a = tl.exp2(moved_of * LOG2_E)
+    if with_value:
+        w = tl.sum(tl.where(a > 0, a * w, 0.0) + weighted(a * s_of, moved_of, moved_to), 0)
+    else:
+        w = 0.0
+    return top_of, tl.sum(a * s_of, 0), top_to, tl.sum(tl.exp2(moved_to * LOG2_E) * s_to, 0), w
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of 0 <= x <= 1 to three roundings of itself: 2 artanh(x / (2 + x)), whose series ends at r^15."""
+    r = x / (2 + x)
+    square = r * r
+    series = square * (1.0 / 13 + square * (1.0 / 15))
+    series = square * (1.0 / 7 + square * (1.0 / 9 + square * (1.0 / 11) + square * series))
+    return 2 * r + 2 * r * square * (1.0 / 3 + square * (1.0 / 5) + square * series)
+
+
+@triton.jit
+def terms(kind: tl.constexpr, q, p, log_q, log_p, omega, log_omega, log_rest):
+    """(the term of the value, G) in some columns."""
+    if kind == "forward_kl":
+        value, g = weighted(p, log_p, log_q), -p
+    elif kind == "reverse_kl":
+        g = -weighted(q, log_p, log_q)
+        value = g
+    else:
+        t = log_p - log_q + (log_omega - log_rest)
+        t = tl.where(t == t, tl.minimum(tl.maximum(t, -SATURATED), SATURATED), 0.0)
+        decay = tl.exp2(-tl.abs(t) * LOG2_E)
+        s = log1p(decay)
+        a = -log_rest - tl.maximum(t, 0.0) - s
+        b = -log_omega - tl.maximum(-t, 0.0) - s
+        w = tl.where(t > 0, decay, 1.0) / (1 + decay)  # sigmoid(-t)
+        if kind == "generalized_jsd":
+            g = (1 - omega) * q * a
+            value = omega * p * b + g
+        elif kind == "skewed_forward_kl":
+            value, g = p * b, -p * w
+        else:
+            value, g = q * a, q * (a - w)
+    return value, g
+
+
+@triton.jit
+def no_distribution(log_s_q, log_s_p):
+    """Whether a side of the row has no mass, or NaN: its log s is neither -inf nor NaN otherwise."""
+    return (log_s_q == float("-inf")) | (log_s_q != log_s_q) | (log_s_p == float("-inf")) | (log_s_p != log_s_p)
+
+
+@triton.jit
+def state_kernel(
+    x,  # (R, V) logits of the student, or products with its head
+    y,  # (R, V) of the teacher
+    bias,  # (V,) or None, as the next
+    teacher_bias,
+    row_temperature,  # (R,) or None
+    value,  # (R,) float32, written for the KLs alone
+    total,  # (R,) sum G, likewise
+    numbers,  # (4, R) float32, `plane` apart: m and log s of the student, then of the teacher
+    temperature,
+    logit_scale,  # or None, as the next three
+    softcap,
+    teacher_logit_scale,
+    teacher_softcap,
+    size,
+    plane,
+    x_stride,
+    y_stride,
+    kind: tl.constexpr,
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+):
+    row = tl.program_id(0)
+    x += row.to(tl.int64) * x_stride
+    y += row.to(tl.int64) * y_stride
+    rate = row_rate(row_temperature, row, temperature)
+    zero = tl.zeros([lanes], tl.float32)
+    m_of, s_of, m_to, s_to, w = zero + float("-inf"), zero, zero + float("-inf"), zero, zero
+    tile = tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
+    for start in range(0, size, lanes * width):
+        column = start + tile
+        inside = column < size
+        of = tl.where(inside, side(x, bias, column, inside, logit_scale, softcap), float("-inf"))
+        to = side(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
+        to = tl.where(inside, to, float("-inf"))
+        if kind == "forward_kl":  # the teacher is what the expectation is of
+            of, to = to, of
+        m_of, s_of, m_to, s_to, w = fold_pair(
+            m_of, s_of, m_to, s_to, w, of, to, rate, kind == "forward_kl" or kind == "reverse_kl"
+        )
+    m_of, s_of, m_to, s_to, w = merge_pair(
+        m_of, s_of, m_to, s_to, w, rate, kind == "forward_kl" or kind == "reverse_kl"
+    )
+    log_of_s, log_to_s = log_of(s_of), log_of(s_to)
+    if kind == "forward_kl" or kind == "reverse_kl":
+        kl = w / s_of - log_of_s + log_to_s
+        kl = tl.where(kl < 0, 0.0, kl)  # NaN stays
+        kl = tl.where(no_distribution(log_of_s, log_to_s), float("nan"), kl)
+        tl.store(value + row, kl)
+        tl.store(total + row, tl.where(kl == kl, -1.0, kl) if kind == "forward_kl" else kl)
+    if kind == "forward_kl":
+        m_of, log_of_s, m_to, log_to_s = m_to, log_to_s, m_of, log_of_s
+    tl.store(numbers + row, m_of)
+    tl.store(numbers + plane + row, log_of_s)
+    tl.store(numbers + 2 * plane + row, m_to)
+    tl.store(numbers + 3 * plane + row, log_to_s)
+
+
+@triton.jit
+def mixture_kernel(
+    x,
+    y,
+    bias,
+    teacher_bias,
+    row_temperature,
+    value,
+    total,
+    numbers,  # read
+    temperature,
+    logit_scale,
+    softcap,
+    teacher_logit_scale,
+    teacher_softcap,
+    omega,
+    log_omega,
+    log_rest,  # log(1 - omega)
+    size,
+    plane,
+    x_stride,
+    y_stride,
+    kind: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0)
+    x += row.to(tl.int64) * x_stride
+    y += row.to(tl.int64) * y_stride
+    rate = row_rate(row_temperature, row, temperature)
+    m_q, log_s_q = tl.load(numbers + row), tl.load(numbers + plane + row)
+    m_p, log_s_p = tl.load(numbers + 2 * plane + row), tl.load(numbers + 3 * plane + row)
+    values, gradients = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
+    if no_distribution(log_s_q, log_s_p):
+        tl.store(value + row, float("nan"))
+        tl.store(total + row, float("nan"))
+    else:
+        for start in range(0, size, block):
+            column = start + tl.arange(0, block)
+            inside = column < size
+            log_q = (side(x, bias, column, inside, logit_scale, softcap) - m_q) * rate - log_s_q
+            c = side(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
+            log_p = (c - m_p) * rate - log_s_p
+            log_q, log_p = tl.where(inside, log_q, float("-inf")), tl.where(inside, log_p, float("-inf"))
+            q, p = tl.exp2(log_q * LOG2_E), tl.exp2(log_p * LOG2_E)
+            term, g = terms(kind, q, p, log_q, log_p, omega, log_omega, log_rest)
+            values += term
+            gradients += g
+        found = tl.sum(values, 0)
+        tl.store(value + row, tl.where(found < 0, 0.0, found))
+        tl.store(total + row, tl.sum(gradients, 0))
+
+
+@triton.jit
+def divergence_gradient_kernel(
+    x,
+    y,
+    bias,
+    teacher_bias,
+    row_temperature,
+    factor,  # (R,) what comes in; a row where it is 0 is not read
+    total,
+    numbers,
+    out,  # (R, size + padding) contiguous columns; may be x
+    temperature,
+    logit_scale,
+    softcap,
+    teacher_logit_scale,
+    teacher_softcap,
+    omega,
+    log_omega,
+    log_rest,
+    size,
+    all_columns,  # the last of them may be padding
+    plane,
+    x_stride,
+    y_stride,
+    out_stride,
+    kind: tl.constexpr,
+    span: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0)
+    out += row.to(tl.int64) * out_stride
+    first = tl.program_id(1) * span
+    incoming = tl.load(factor + row).to(tl.float32)
+    if incoming != 0:
+        x += row.to(tl.int64) * x_stride
+        y += row.to(tl.int64) * y_stride
+        rate = row_rate(row_temperature, row, temperature)
+        m_q, log_s_q = tl.load(numbers + row), tl.load(numbers + plane + row)
+        m_p, log_s_p = tl.load(numbers + 2 * plane + row), tl.load(numbers + 3 * plane + row)
+        sum_g = tl.load(total + row)
+        for start in range(first, min(first + span, all_columns), block):
+            column = start + tl.arange(0, block)
+            inside = column < size
+            c = side(x, bias, column, inside, logit_scale, softcap)
+            log_q = (c - m_q) * rate - log_s_q
+            c_p = side(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
+            log_p = (c_p - m_p) * rate - log_s_p
+            log_q, log_p = tl.where(inside, log_q, float("-inf")), tl.where(inside, log_p, float("-inf"))
+            q, p = tl.exp2(log_q * LOG2_E), tl.exp2(log_p * LOG2_E)
+            _, g = terms(kind, q, p, log_q, log_p, omega, log_omega, log_rest)
+            dx = (g - q * sum_g) * (incoming * rate) * capped_slope(c, logit_scale, softcap)
+            dx = tl.where(inside, dx, 0.0)
+            tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
+    else:
+        for start in range(first, min(first + span, all_columns), block):
+            column = start + tl.arange(0, block)
+            tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < all_columns)
