@@ -70,11 +70,15 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
 	@touch $@
 
 # The file lists all that the environment holds, so nothing is resolved; but torch, alone and first, brings what its build
-# needs. A `trainer.stamp` is remade when the list changes.
-.venv-%/trainer.stamp: tests/trainers/%/requirements.txt pyproject.toml
+# needs. Made anew when the list changes; a changed pyproject.toml installs kdloss anew, and nothing else.
+.PRECIOUS: .venv-%/listed.stamp
+.venv-%/listed.stamp: tests/trainers/%/requirements.txt
 	@echo ".venv-$*"
 	@$(PYTHON) -m venv --clear .venv-$*
 	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --constraint $< torch
 	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement $<
+	@touch $@
+
+.venv-%/trainer.stamp: .venv-%/listed.stamp pyproject.toml
 	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --editable .
 	@touch $@
