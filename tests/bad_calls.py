@@ -287,13 +287,13 @@ def bad_head(head: str) -> list[Bad]:
         Bad("vocab_size is float", {"vocab_size": 5.0}, TypeError, "vocab_size must be an int, got float"),
         Bad("vocab_size is bool", {"vocab_size": True}, TypeError, "vocab_size must be an int, got bool"),
         Bad("shard is given", {"shard": object()}, NotImplementedError, "shard: ...not supported yet; ...pass None"),
-        Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
         Bad("impl is wrong", {"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'torch', 'triton', got 'cuda'"),
     ]
 
 
 _BAD_HEAD = [
     *bad_head("hidden"),
+    Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
     Bad("hidden holds integers", {"hidden": INTEGERS}, TypeError, "hidden must have a floating-point dtype, got ..."),
     Bad("hidden is flat", {"hidden": torch.zeros(T)}, ValueError, "hidden must be (T, D), got (17,)"),
     Bad("weight holds integers", {"weight": INTEGERS}, TypeError, "weight must have a floating-point dtype, got ..."),
@@ -323,6 +323,12 @@ _BAD_HEAD = [
 
 _BAD_LOGITS = [
     *bad_head("logits"),
+    Bad(
+        "impl is triton",
+        {"impl": "triton"},
+        ValueError,
+        'impl="triton" takes float32, bfloat16 and float16, got logits in torch.float64',
+    ),
     Bad("logits hold integers", {"logits": INTEGERS}, TypeError, "logits must have a floating-point dtype, got ..."),
     Bad(
         "no vocabulary",
