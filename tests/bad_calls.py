@@ -325,7 +325,12 @@ _BAD_HEAD = [
 
 _BAD_LOGITS = [
     *bad_head("logits"),
-    Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
+    Bad(
+        "impl is triton",
+        {"impl": "triton"},
+        ValueError,
+        'impl="triton" takes float32, bfloat16 and float16, got logits in torch.float64',
+    ),
     Bad("logits hold integers", {"logits": INTEGERS}, TypeError, "logits must have a floating-point dtype, got ..."),
     Bad(
         "no vocabulary",

@@ -8,6 +8,8 @@ need the scratch and nothing else, however many rows there are.
     forward    reads V logits a row, writes K + 4 numbers
     backward   reads V logits a row, writes V numbers
 
+Where `triton` is set the kernels do the same in one launch (`_triton/_logits_forward.py`, `_logits_backward.py`).
+
 Registered with `torch.library`, so that `torch.compile`, activation checkpointing and export see one operation. Under
 `torch.compile` the same mathematics is offered as a formula instead (`_compiled_logprobs.py`), since a compiler fuses
 its passes into one; it saves the same.
@@ -33,14 +35,24 @@ _DEVICE_BLOCK = 1 << 26
 @torch.library.custom_op("kdloss::logprobs", mutates_args=())
 def logprobs(
     logits: Tensor,  # (..., V)
-    columns: Tensor,  # (T, K) int64 inside the vocabulary, -100 ignored; T = the product of the leading axes
+    # (T, K) int64 inside the vocabulary, -100 ignored; T = the product of the leading axes. For any other label the
+    # kernels give NaN
+    columns: Tensor,
     row_temperature: Tensor | None,  # (T,)
     temperature: float,
     softcap: float | None,
     vocab_size: int,
     with_entropy: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean (T,) or (0,)), anything in rows without a label."""
+    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean (T,) or (0,)), anything in rows without a label.
+
+    `maximum` is that of z; from the kernels that of softcap(logits), before the temperature.
+    """
+    if triton:
+        from ._triton._logits_forward import forward
+
+        return forward(logits, columns, row_temperature, temperature, softcap, vocab_size, with_entropy)
     labelled = (columns >= 0).any(-1)
     scaling = Scaling(softcap, 1.0, temperature)
     rows = _Rows(logits, labelled, vocab_size, scaling, row_temperature)
@@ -73,6 +85,7 @@ def _(
     softcap: float | None,
     vocab_size: int,
     with_entropy: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = columns.shape[0]
     logp = torch.empty(columns.shape, dtype=_checks.promoted_dtype(logits), device=logits.device)
@@ -93,8 +106,24 @@ def logprobs_backward(
     temperature: float,
     softcap: float | None,
     vocab_size: int,
+    triton: bool,
 ) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype; rows without an incoming gradient cost their zeros."""
+    if triton:
+        from ._triton._logits_backward import backward
+
+        state = (maximum, peak, mean)
+        return backward(
+            logp_gradient,
+            entropy_gradient,
+            logits,
+            columns,
+            row_temperature,
+            *state,
+            temperature,
+            softcap,
+            vocab_size,
+        )
     wide = _checks.promoted_dtype(logits)
     ignored = columns < 0
     g = torch.zeros(columns.shape, dtype=wide, device=logits.device) if logp_gradient is None else logp_gradient
@@ -150,12 +179,14 @@ def _(
     temperature: float,
     softcap: float | None,
     vocab_size: int,
+    triton: bool,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, columns, row_temperature, *ctx.options, _ = inputs
+    logits, columns, row_temperature, *options, _, triton = inputs
+    ctx.options = (*options, triton)
     _, _, maximum, peak, mean = output
     ctx.save_for_backward(logits, columns, row_temperature, maximum, peak, mean)
     ctx.set_materialize_grads(False)  # no gradient through the entropy is cheaper than one of 0
@@ -167,9 +198,9 @@ def _differentiate(
     if entropy_gradient is not None and entropy_gradient.numel() == 0:
         entropy_gradient = None  # none was asked for
     if logp_gradient is None and entropy_gradient is None:
-        return (None,) * 7
+        return (None,) * 8
     gradient = logprobs_backward(logp_gradient, entropy_gradient, *ctx.saved_tensors, *ctx.options)
-    return gradient, *(None,) * 6
+    return gradient, *(None,) * 7
 
 
 logprobs.register_autograd(_differentiate, setup_context=_save)

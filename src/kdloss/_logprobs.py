@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _checks
 from ._compiled_logprobs import compiled_logprobs
+from ._impl import takes_triton
 from ._logits_operator import logprobs
 
 IGNORE_INDEX = -100
@@ -49,7 +50,7 @@ def token_logprobs(
         softcap: c > 0 of c * tanh(logits / c). None: none.
         vocab_size: the true V, where the last columns are padding: they get no mass and no gradient.
         shard: a vocabulary-sharded head. Not supported yet.
-        impl: "auto" | "torch" | "triton". The last is not supported yet.
+        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
 
     Returns:
         The shape of `labels`, nats, float32 for half-precision logits. 0 without gradient where the label is ignored,
@@ -60,9 +61,9 @@ def token_logprobs(
 
     Raises:
         TypeError: `logits` is not floating-point, or `labels` not int64.
-        ValueError: shapes or devices disagree, an option is out of range, or (on the CPU) a label is outside the
-            vocabulary.
-        NotImplementedError: `shard` is given, or `impl` is "triton".
+        ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
+            run, or (on the CPU) a label is outside the vocabulary.
+        NotImplementedError: `shard` is given.
     """
     logp, _ = _evaluate(
         logits,
@@ -123,19 +124,28 @@ def _evaluate(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy), the latter empty unless it is asked for."""
-    check_options(shard=shard, impl=impl, softcap=softcap)
+    check_options(shard=shard, impl="auto", softcap=softcap)
     vocab_size = _check_logits(logits, labels, vocab_size)
     shape = logits.shape[:-1]
     temperature, row_temperature = row_temperatures(temperature, "logits", logits)
+    if takes_triton(impl, logits=logits):
+        options = (row_temperature, temperature, softcap, vocab_size, with_entropy)
+        logp, entropy, *_ = logprobs(logits, as_columns(labels, shape), *options, triton=True)
+        return logp.reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
     columns, outside = label_columns(labels, shape, vocab_size)
     run = compiled_logprobs if torch.compiler.is_compiling() else logprobs
     logp, entropy, *_ = run(logits, columns, row_temperature, temperature, softcap, vocab_size, with_entropy)
     return logp.masked_fill(outside, torch.nan).reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
 
 
+def as_columns(labels: Tensor, rows: torch.Size) -> Tensor:
+    """(T, K), whatever the labels hold."""
+    return labels.reshape(rows.numel(), labels.shape[-1] if labels.ndim > len(rows) else 1)
+
+
 def label_columns(labels: Tensor, rows: torch.Size, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Labels as (T, K) columns inside the vocabulary or -100, and where they were neither: there logp is NaN."""
-    columns = labels.reshape(rows.numel(), labels.shape[-1] if labels.ndim > len(rows) else 1)
+    columns = as_columns(labels, rows)
     outside = (columns != IGNORE_INDEX) & ((columns < 0) | (columns >= vocab_size))
     return columns.masked_fill(outside, 0), outside
 

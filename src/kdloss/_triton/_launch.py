@@ -17,12 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Labels of a row that are looked at side by side, at most.
+LABELS = 128
+
 # Programs that a launch should have at least: 16 for each of 132 multiprocessors.
 PROGRAMS = 2112
+# Up to so many logits, programs take smaller blocks: otherwise one row would not give each multiprocessor one.
+FEW_LOGITS = PROGRAMS * 4096
 
 
-class Launch(NamedTuple):
-    """One kernel launch, but for its pointers."""
+class Forward(NamedTuple):
+    """How rows are read."""
 
     lanes: int  # states that a program keeps side by side; each is folded 16 bytes of logits at a time
     width: int  # logits in 16 bytes
@@ -34,14 +39,37 @@ class Launch(NamedTuple):
         return -(-vocab_size // (self.lanes * self.width * self.splits))
 
 
-def forward(rows: int, vocab_size: int, dtype: torch.dtype) -> Launch:
+def forward(rows: int, vocab_size: int, dtype: torch.dtype) -> Forward:
     """Of the kernel that reads each row once."""
     width = 16 // dtype.itemsize
-    few = rows * vocab_size <= PROGRAMS * 4096
+    few = rows * vocab_size <= FEW_LOGITS
     lanes, warps = (1024 // width, 4) if few else (1024, 8)
     blocks = -(-vocab_size // (lanes * width))
     blocks_a_split = max(1, blocks // -(-PROGRAMS // max(1, rows)))
-    return Launch(lanes, width, -(-blocks // blocks_a_split), warps)
+    return Forward(lanes, width, -(-blocks // blocks_a_split), warps)
+
+
+class Backward(NamedTuple):
+    """How gradients are written."""
+
+    block: int  # logits that a program has at a time
+    blocks: int  # that it takes one after the other
+    chunks: int  # programs a row
+    warps: int
+
+
+def backward(rows: int, columns: int, dtype: torch.dtype) -> Backward:
+    """Of the kernel that reads and writes each row once: a thread has twice 16 bytes at a time."""
+    few = rows * columns <= FEW_LOGITS
+    block, warps = (1024, 4) if few else (512 * 16 // dtype.itemsize, 8)
+    blocks = -(-columns // block)
+    blocks_a_chunk = max(1, min(8, blocks * rows // PROGRAMS))
+    return Backward(block, blocks_a_chunk, -(-blocks // blocks_a_chunk), warps)
+
+
+def block_labels(count: int) -> int:
+    """The power of two that holds `count` labels, up to `LABELS`."""
+    return min(1 << max(0, count - 1).bit_length(), LABELS)
 
 
 class Piece(NamedTuple):

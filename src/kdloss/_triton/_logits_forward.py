@@ -26,7 +26,6 @@ from . import _launch
 from ._row_math import capped, empty_state, fold, label_logp, log_of, merge_all, row_offset, row_rate
 
 IGNORE_INDEX = -100
-LABELS_AT_A_TIME = 128
 LOWEST = -3.0e38
 
 
@@ -91,6 +90,7 @@ def forward_kernel(
     temperature,
     softcap,  # or None
     vocab_size,
+    all_columns,  # the last of them may be padding
     n_labels,
     inner,
     outer_stride,
@@ -115,8 +115,11 @@ def forward_kernel(
         first = (program % splits) * blocks * (lanes * width)
         for start in range(first, min(first + blocks * (lanes * width), vocab_size), lanes * width):
             column = start + tile
-            x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < vocab_size, other=float("-inf"))
-            c = tl.where(column < vocab_size, capped(x, None, softcap), float("-inf"))
+            # up to all_columns, which 8 divides more often, so that 16 bytes come at a time
+            x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
+            c = capped(x, None, softcap)
+            if start + lanes * width > vocab_size:  # of the row's last block alone
+                c = tl.where(column < vocab_size, c, float("-inf"))
             m, s, u = fold(m, s, u, c, rate, entropy is not None)
         m, s, u = merge_all(m, s, u, rate, entropy is not None)
         if parts is None:
@@ -155,6 +158,7 @@ def merge_kernel(
     temperature,
     softcap,
     vocab_size,
+    all_columns,
     n_labels,
     inner,
     outer_stride,
@@ -201,7 +205,7 @@ def forward(
     logp = torch.empty(columns.shape, dtype=torch.float32, device=logits.device)
     maximum, peak = logp.new_empty(rows), logp.new_empty(rows)
     entropy, mean = (logp.new_empty(rows if with_entropy else 0) for _ in range(2))
-    block_labels = min(triton.next_power_of_2(max(1, n_labels)), LABELS_AT_A_TIME)
+    block_labels = _launch.block_labels(n_labels)
     with _launch.on_device(logits):
         for place, piece in _launch.pieces(logits):
             n = piece.rows
@@ -222,6 +226,7 @@ def forward(
                 temperature,
                 softcap,
                 vocab_size,
+                logits.shape[-1],
                 n_labels,
                 piece.inner,
                 *piece.strides,

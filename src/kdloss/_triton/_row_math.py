@@ -28,9 +28,8 @@ def tanh(x):
     # odd polynomial, fitted to the smallest relative error on |x| < 0.55, where the quotient would cancel
     series = ((0.01645875908434391 * square - 0.05268414318561554) * square + 0.13320942223072052) * square
     near = x + x * (square * (series - 0.33332958817481995))
-    t = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
-    far = (1 - t) / (1 + t)
-    return tl.where(tl.abs(x) > 0.55, tl.where(x < 0, -far, far), near)
+    t = tl.exp2(tl.minimum(x * (-2 * LOG2_E), 100.0))  # beyond which 1 + t = t, and infinities would meet
+    return tl.where(tl.abs(x) > 0.55, (1 - t) / (1 + t), near)
 
 
 @triton.jit

@@ -1,0 +1,240 @@
+"""The gradient of the logits, from those of log-probs and entropies: one read and one write.
+
+    dx = softcap'(x) * rate * (sum_k g_k onehot_k - p (sum_k g_k + h (log p + entropy)))
+    p = e^(rate (c - m)) / s,   log p + entropy = rate (c - m) - rate u / s
+
+with g the gradient of the log-probs and h that of the entropy; `_row_math.py` has the rest. A program takes some
+consecutive blocks of one row. Every logit costs one exponential and a multiply-add with two numbers of its row. At the
+labels among them the program then writes again, with g: all g of one label added up in their order, so that a label
+given twice is rounded once, and no block has to look for labels.
+
+A row whose incoming gradient is 0, or whose labels are all ignored, is not read: its zeros are written.
+
+    bytes       V logits read and V written a row; some 20 + 12 K a program for what it knows of its row
+    operations  about 5 a logit, 7 with an entropy (widen, subtract, scale, e^x, multiply, round; clamp, multiply-add)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._row_math import LOG2_E, capped, capped_slope, row_offset, row_rate
+
+IGNORE_INDEX = -100
+
+
+@triton.jit
+def incoming(gradient, columns, row, n_labels, row_stride, label_stride, vocab_size, block_labels: tl.constexpr):
+    """(sum of the gradients of a row's labels, whether any is not 0, whether there is a label at all)."""
+    total, active, labelled = 0.0, 0, 0
+    for start in range(0, n_labels, block_labels):
+        k = start + tl.arange(0, block_labels)
+        label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
+        labelled += tl.sum((label != -100).to(tl.int32), 0)
+        if gradient is not None:
+            inside = (label >= 0) & (label < vocab_size)
+            g = tl.load(gradient + row.to(tl.int64) * row_stride + k * label_stride, mask=inside, other=0.0)
+            total += tl.sum(g.to(tl.float32), 0)
+            active += tl.sum((g != 0).to(tl.int32), 0)
+    return total, active > 0, labelled > 0
+
+
+@triton.jit
+def slope_of(x, softcap, m, rate, offset, share, extra, with_entropy: tl.constexpr):
+    """dx = softcap'(x) * (e^(rate d) * (offset + share * d) + extra),   d = c - m."""
+    c = capped(x, None, softcap)
+    d = c - m
+    dx = tl.exp2(d * (rate * LOG2_E))
+    if with_entropy:
+        # e^-1e4 is 0, and -inf times that would be NaN
+        dx = dx * (offset + share * tl.maximum(d, -1e4 / rate)) + extra
+    else:
+        dx = dx * offset + extra
+    if softcap is not None:
+        dx = dx * capped_slope(c, None, softcap)
+    return dx
+
+
+@triton.jit(do_not_specialize=["inner", "chunks", "blocks", "g_row_stride", "g_label_stride", "h_stride"])
+def backward_kernel(
+    logits,  # rows (outer, inner)
+    columns,  # (T, K) int64 labels, contiguous
+    row_temperature,  # (T,) or None
+    maximum,  # (T,) float32, as the next two, from the forward
+    peak,
+    mean,  # or None: no gradient of the entropy
+    logp_gradient,  # (T, K) or None
+    entropy_gradient,  # (T,) or None
+    gradient,  # rows of all_columns, in the dtype of the logits
+    temperature,
+    softcap,  # or None
+    vocab_size,
+    all_columns,  # the last of them may be padding
+    n_labels,
+    inner,
+    outer_stride,
+    inner_stride,
+    column_stride,
+    g_row_stride,
+    g_label_stride,
+    h_stride,
+    gradient_stride,
+    chunks,  # programs a row
+    blocks,  # a chunk
+    block: tl.constexpr,
+    block_labels: tl.constexpr,
+):
+    """One program a chunk of a row."""
+    program = tl.program_id(0)
+    row = program // chunks
+    first = (program % chunks) * blocks * block
+    last = min(first + blocks * block, all_columns)
+    out = gradient + row.to(tl.int64) * gradient_stride
+    total, active, labelled = incoming(
+        logp_gradient, columns, row, n_labels, g_row_stride, g_label_stride, vocab_size, block_labels
+    )
+    h = 0.0
+    if entropy_gradient is not None:
+        h = tl.load(entropy_gradient + row.to(tl.int64) * h_stride).to(tl.float32)
+        h = tl.where(labelled, h, 0.0)
+        active = active | (h != 0)
+    if active:
+        rate = row_rate(row_temperature, row, temperature)
+        m = tl.load(maximum + row)
+        weight = -tl.load(peak + row) * rate
+        offset = total * weight
+        share = 0.0
+        if entropy_gradient is not None:
+            offset = (total - h * tl.load(mean + row)) * weight
+            share = h * rate * weight
+        row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
+        for start in range(first, last, block):
+            column = start + tl.arange(0, block)
+            x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
+            dx = slope_of(x, softcap, m, rate, offset, share, 0.0, entropy_gradient is not None)
+            if start + block > vocab_size:  # of the row's last block alone
+                dx = tl.where(column < vocab_size, dx, 0.0)
+            tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
+        if logp_gradient is not None:
+            tl.debug_barrier()  # what was written at a label is written again
+            g_row = logp_gradient + row.to(tl.int64) * g_row_stride
+            for start in range(0, n_labels, block_labels):
+                k = start + tl.arange(0, block_labels)
+                label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
+                here = (label >= first) & (label < min(last, vocab_size))
+                g = tl.zeros([block_labels], tl.float32)
+                for other in range(n_labels):
+                    same = label == tl.load(columns + row.to(tl.int64) * n_labels + other)
+                    g += tl.where(same, tl.load(g_row + other * g_label_stride).to(tl.float32), 0.0)
+                x = tl.load(row_logits + label * column_stride, mask=here, other=0.0)
+                dx = slope_of(x, softcap, m, rate, offset, share, g * rate, entropy_gradient is not None)
+                tl.store(out + label, dx.to(out.dtype.element_ty), mask=here)
+    else:
+        for start in range(first, last, block):
+            column = start + tl.arange(0, block)
+            tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < all_columns)
+
+
+def backward(
+    logp_gradient: Tensor | None,  # (T, K)
+    entropy_gradient: Tensor | None,  # (T,)
+    logits: Tensor,  # (..., V)
+    columns: Tensor,  # (T, K) int64
+    row_temperature: Tensor | None,  # (T,)
+    maximum: Tensor,  # (T,), as the next two, from the forward
+    peak: Tensor,
+    mean: Tensor,  # (0,) without an entropy
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int,
+    *,
+    out: Tensor | None = None,  # (T, V) of unit column stride
+) -> Tensor:
+    """The gradient of the logits, of their shape and dtype, contiguous unless `out` is given."""
+    n_labels = columns.shape[1]
+    columns = columns.contiguous()
+    if row_temperature is not None:
+        row_temperature = row_temperature.float().contiguous()
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    rows = gradient.view(-1, gradient.shape[-1]) if out is None else out
+    block_labels = _launch.block_labels(n_labels)
+    with _launch.on_device(logits):
+        for place, piece in _launch.pieces(logits):
+            if piece.rows == 0:
+                continue
+            launch = _launch.backward(piece.rows, rows.shape[1], logits.dtype)
+            g = None if logp_gradient is None else logp_gradient[place]
+            h = None if entropy_gradient is None else entropy_gradient[place]
+            backward_kernel[(piece.rows * launch.chunks,)](
+                piece.x,
+                columns[place],
+                None if row_temperature is None else row_temperature[place],
+                maximum[place],
+                peak[place],
+                None if h is None else mean[place],
+                g,
+                h,
+                rows[place],
+                temperature,
+                softcap,
+                vocab_size,
+                rows.shape[1],
+                n_labels,
+                piece.inner,
+                *piece.strides,
+                0 if g is None else g.stride(0),
+                0 if g is None else g.stride(1),
+                0 if h is None else h.stride(0),
+                rows.stride(0),
+                launch.chunks,
+                launch.blocks,
+                launch.block,
+                block_labels,
+                num_warps=launch.warps,
+            )
+    return gradient
+
+
+def backward_in_torch(
+    logp_gradient: Tensor | None,
+    entropy_gradient: Tensor | None,
+    logits: Tensor,  # (T, V)
+    columns: Tensor,  # (T, K) inside the vocabulary or -100
+    row_temperature: Tensor | None,
+    maximum: Tensor,
+    peak: Tensor,
+    mean: Tensor,
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int,
+) -> Tensor:
+    """The same algorithm, all blocks of all rows side by side."""
+    ignored = columns == IGNORE_INDEX
+    g = (
+        torch.zeros_like(columns, dtype=torch.float32)
+        if logp_gradient is None
+        else logp_gradient.masked_fill(ignored, 0)
+    )
+    h = torch.zeros_like(maximum) if entropy_gradient is None else entropy_gradient.masked_fill(ignored.all(-1), 0)
+    skipped = ((g == 0).all(-1) & (h == 0))[:, None]
+    rate = torch.full_like(maximum, temperature) if row_temperature is None else row_temperature.float()
+    rate = rate.reciprocal()[:, None].masked_fill(skipped, 0)
+
+    x = logits[:, :vocab_size].float().masked_fill(skipped, 0)
+    c = x if softcap is None else softcap * torch.tanh(x / softcap)
+    d = (c - maximum[:, None]) * rate
+    slope = g.sum(-1, keepdim=True)
+    if entropy_gradient is not None:
+        slope = slope + h[:, None] * (d.clamp(min=-1e4) - mean[:, None])
+    dz = -torch.exp(d) * peak[:, None] * slope
+    for label, value in zip(columns.clamp(min=0).unbind(-1), g.unbind(-1), strict=True):
+        dz = dz.scatter_add(-1, label[:, None], value[:, None])
+    dx = dz * rate
+    if softcap is not None:
+        dx = dx * (1 - (c / softcap).square())
+    padding = logits.shape[-1] - vocab_size
+    return torch.nn.functional.pad(dx.masked_fill(skipped, 0).to(logits.dtype), (0, padding))
