@@ -293,7 +293,7 @@ class _Rows:
         yield from matrix.split(self.sizes) if self._walk_all else (None for _ in self.sizes)
 
     def matrix_of(self, gradient: Tensor) -> Tensor:
-        return gradient.view(self._wanted.shape[0], -1)[:, : self._vocab_size]
+        return gradient.view(self._wanted.shape[0], gradient.shape[-1])[:, : self._vocab_size]
 
     def scratch(self) -> Tensor:
         rows = max(self.sizes, default=0)
