@@ -286,7 +286,7 @@ def bad_head(head: str) -> list[Bad]:
         Bad("vocab_size is 8", {"vocab_size": 8}, ValueError, "vocab_size must be in 1 .. 7, ..., got 8"),
         Bad("vocab_size is float", {"vocab_size": 5.0}, TypeError, "vocab_size must be an int, got float"),
         Bad("vocab_size is bool", {"vocab_size": True}, TypeError, "vocab_size must be an int, got bool"),
-        Bad("shard is given", {"shard": object()}, NotImplementedError, "shard: ...not supported yet; ...pass None"),
+        Bad("shard is an object", {"shard": object()}, TypeError, "shard must be a VocabShard or None, got object"),
         Bad("impl is wrong", {"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'torch', 'triton', got 'cuda'"),
     ]
 
@@ -358,7 +358,7 @@ def bad_divergence(head: str) -> list[Bad]:
         Bad("temperatures are elsewhere", {"temperature": ELSEWHERE}, ValueError, elsewhere),
         Bad("vocab_size is 8", {"vocab_size": 8}, ValueError, "vocab_size must be in 1 .. 7, ..., got 8"),
         Bad("vocab_size is float", {"vocab_size": 5.0}, TypeError, "vocab_size must be an int, got float"),
-        Bad("shard is given", {"shard": object()}, NotImplementedError, "shard: ...not supported yet; ...pass None"),
+        Bad("shard is an object", {"shard": object()}, TypeError, "shard must be a VocabShard or None, got object"),
         Bad("impl is wrong", {"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'torch', 'triton', got 'cuda'"),
     ]
 

@@ -31,8 +31,8 @@ EXCEPTED = {
 }
 # Takes a function of the user's, which no oracle has; a file of its own holds value, gradient, compilation and errors.
 HELD_ELSEWHERE = {"fused_linear_loss": "test_fused.py"}
-# Keywords for what is not built yet: they have a bad call each, and no value.
-ONLY_REFUSED = {"shard", "group"}
+# Keywords that need other ranks: they have a bad call each, and `tests/scale_out` holds their values.
+ACROSS_RANKS = {"shard", "group"}
 
 
 def public_functions() -> list[str]:
@@ -77,8 +77,8 @@ def faults(functions: list[str], table: dict[str, Entry], bad: dict[str, list[Ba
 def keyword_faults(name: str, entry: Entry, bad: list[Bad]) -> Iterator[str]:
     for parameter in inspect.signature(public_function(name)).parameters.values():
         key, default = parameter.name, parameter.default
-        if key in ONLY_REFUSED:
-            if not any(key in call.changes and call.error is NotImplementedError for call in bad):
+        if key in ACROSS_RANKS:
+            if not any(key in call.changes and call.error is TypeError for call in bad):
                 yield f"{name}({key}=) is refused by no bad call"
             continue
         values = [arguments[key] for arguments in entry.variants.values() if key in arguments]

@@ -10,6 +10,8 @@ from ._advantages import fold_kd_reward as fold_kd_reward
 from ._advantages import group_relative_advantages as group_relative_advantages
 from ._advantages import leave_one_out_advantages as leave_one_out_advantages
 from ._diagnostics import diagnostics as diagnostics
+from ._distributed import VocabShard as VocabShard
+from ._distributed import global_token_count as global_token_count
 from ._divergences import forward_kl as forward_kl
 from ._divergences import generalized_jsd as generalized_jsd
 from ._divergences import reverse_kl as reverse_kl
@@ -73,6 +75,7 @@ __all__ = [
     "LogprobsAndEntropy",
     "LossOutput",
     "Surrogate",
+    "VocabShard",
     "broadcast_to_tokens",
     "cispo_surrogate",
     "clipped_surrogate",
@@ -85,6 +88,7 @@ __all__ = [
     "forward_kl",
     "fused_linear_loss",
     "generalized_jsd",
+    "global_token_count",
     "group_relative_advantages",
     "grpo_loss",
     "importance_sampled_surrogate",

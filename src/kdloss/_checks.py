@@ -204,12 +204,10 @@ def no_reward_options(kd_discount: float, kd_reward_clip: float | None, kd_max_r
             raise ValueError(f"{name} must be {off} with direct_penalty=True, which has no reward, got {value}")
 
 
-def unsupported(*, shard: object, impl: str) -> None:
+def unsupported(*, impl: str) -> None:
     one_of("impl", impl, ("auto", "torch", "triton"))
     if impl == "triton":
         raise NotImplementedError('impl="triton" has no kernel yet; use "auto" or "torch"')
-    if shard is not None:
-        raise NotImplementedError("shard: a vocabulary-sharded head is not supported yet; gather it, pass None")
 
 
 def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -> float | Tensor:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._divergence_rows import Scratch, block
+from ._distributed import VocabShard
+from ._divergence_rows import Scratch, block, slice_gradient, slice_state, slice_terms
 from ._rows import flat_rows
+from ._sharded_divergence import whole_divergence
 
 if TYPE_CHECKING:
     from ._triton._divergences import Pair
@@ -29,12 +31,16 @@ def divergence(
     kind: str,
     omega: float = 0.5,
     temperature: float | Tensor,  # or (...,), detached here
-    vocab_size: int,
+    vocab_size: int,  # of the slice, where there is a shard
+    shard: VocabShard | None = None,
     kernels: bool = False,
 ) -> Tensor:  # (...,)
     """`F(softmax(logits / τ), softmax(teacher_logits / τ))` of each row; differentiable in `logits` alone."""
     number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
-    result: Tensor = _divergence(logits, teacher_logits.detach(), rows, kind, omega, number, vocab_size, kernels)[0]
+    options = (rows, kind, omega, number, vocab_size)
+    if shard is not None:
+        return _Sharded.apply(logits, teacher_logits.detach(), *options, shard)  # type: ignore[no-any-return, no-untyped-call]
+    result: Tensor = _divergence(logits, teacher_logits.detach(), *options, kernels)[0]
     return result
 
 
@@ -125,6 +131,8 @@ def _divergence_backward(
     temperature: float,
     vocab_size: int,
     kernels: bool,
+    shares: Tensor | None = None,  # (..., 2), where the logits are a slice of the rows
+    slope: Tensor | None = None,  # (...,)
 ) -> Tensor:
     dtype = _checks.promoted_dtype(logits, teacher_logits)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -137,25 +145,25 @@ def _divergence_backward(
     scratch = Scratch(upstream.numel(), vocab_size, dtype=dtype, device=logits.device)
     tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], grad[..., :vocab_size])
     factors = upstream.contiguous().unsqueeze(-1)
-    for student, teacher, result, factor, tau in flat_rows(*tensors, factors, column(row_temperature, upstream)):
+    masses = factors if shares is None else shares  # the factors are a stand-in that nothing reads
+    others = (factors, column(row_temperature, upstream), masses, column(slope, upstream))
+    for student, teacher, result, factor, tau, mass, total in flat_rows(*tensors, *others):
         for rows in scratch.blocks(student.shape[0]):
             if all_zero(factor[rows]):
                 result[rows] = 0
                 continue
-            found = block(
-                kind,
-                omega,
-                student[rows],
-                teacher[rows],
-                scratch,
-                temperature=temperature,
-                row_temperature=None if row_temperature is None else tau[rows, 0],
-                value=False,
-                gradient=True,
-            )
-            assert found.gradient is not None
+            taus = None if row_temperature is None else tau[rows, 0]
+            of = (kind, omega, student[rows], teacher[rows], scratch)
+            if shares is None:
+                found = block(*of, temperature=temperature, row_temperature=taus, value=False, gradient=True)
+                dz = found.gradient
+                assert dz is not None
+            else:
+                dz = slice_gradient(
+                    *of, temperature=temperature, row_temperature=taus, shares=mass[rows], slope=total[rows, 0]
+                )
             divisor = temperature if row_temperature is None else tau[rows].to(dtype)
-            result[rows] = scaled(found.gradient, factor[rows].to(dtype), divisor)
+            result[rows] = scaled(dz, factor[rows].to(dtype), divisor)
     return grad
 
 
@@ -171,6 +179,8 @@ def _(
     temperature: float,
     vocab_size: int,
     kernels: bool,
+    shares: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -185,6 +195,84 @@ def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 _divergence.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("kdloss::divergence_slice", mutates_args=())
+def _divergence_slice(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    shares: Tensor | None,  # (..., 2)
+) -> Tensor:
+    """`slice_state` (..., 5) of all rows; with the shares, `slice_terms` (..., 2)."""
+    dtype = _checks.promoted_dtype(logits, teacher_logits)
+    out = torch.empty(*logits.shape[:-1], 5 if shares is None else 2, dtype=dtype, device=logits.device)
+    scratch = Scratch(logits.shape[:-1].numel(), vocab_size, dtype=dtype, device=logits.device)
+    tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], out)
+    masses = out if shares is None else shares
+    for student, teacher, result, tau, mass in flat_rows(*tensors, column(row_temperature, out[..., 0]), masses):
+        for rows in scratch.blocks(student.shape[0]):
+            taus = None if row_temperature is None else tau[rows, 0]
+            of = (student[rows], teacher[rows], scratch)
+            if shares is None:
+                result[rows] = slice_state(kind, *of, temperature=temperature, row_temperature=taus)
+            else:
+                result[rows] = slice_terms(
+                    kind, omega, *of, temperature=temperature, row_temperature=taus, shares=mass[rows]
+                )
+    return out
+
+
+@_divergence_slice.register_fake
+def _(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    shares: Tensor | None,
+) -> Tensor:
+    dtype = _checks.promoted_dtype(logits, teacher_logits)
+    return logits.new_empty((*logits.shape[:-1], 5 if shares is None else 2), dtype=dtype)
+
+
+class _Sharded(torch.autograd.Function):
+    """`_divergence` of logits that are a slice of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        row_temperature: Tensor | None,
+        kind: str,
+        omega: float,
+        temperature: float,
+        vocab_size: int,
+        shard: VocabShard,
+    ) -> Tensor:
+        inputs = (logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size)
+        rows = logits.shape[:-1]
+
+        def terms(shares: Tensor) -> Tensor:
+            return _divergence_slice(*inputs, shares.reshape(*rows, 2)).reshape(-1, 2)  # type: ignore[no-any-return]
+
+        found = whole_divergence(kind, _divergence_slice(*inputs, None).reshape(-1, 5), terms, shard)
+        ctx.save_for_backward(*inputs[:3], found.shares.reshape(*rows, 2), found.slope.reshape(rows))
+        ctx.options = inputs[3:]
+        return found.value.reshape(rows)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, shares, slope = ctx.saved_tensors
+        known = slope.new_empty(0)  # the kernels'
+        return _divergence_backward(upstream, *inputs, known, *ctx.options, False, shares, slope), *(None,) * 7
 
 
 def column(rows: Tensor | None, like: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ mass below 1e-45 is 0. A row with NaN, +inf or nothing but -inf is no distributi
 
 Each pass over a block is one fast kernel: `softmax` and `log_softmax` cost less than one `exp`, and a mask more than
 both, so the NaN of 0 * inf is removed after the product, and rows that are NaN by right are marked again.
+
+The `slice_*` functions do the same for ranks that hold a slice of each row: a slice's softmax times its share of the
+mass is that of the row, and sums over the slices are the row's (`_sharded_divergence.py`).
 """
 
 from __future__ import annotations
@@ -85,7 +88,7 @@ def block(
 ) -> BlockResult:
     """The divergence of each row and its gradient, where they are asked for. The inputs are left as they are."""
     room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
-    tau = temperature if row_temperature is None else row_temperature.unsqueeze(-1).to(room.dtype)
+    tau = _tau(temperature, row_temperature, room)
 
     if kind == FORWARD_KL and not value:
         _distribution(student, tau, room, probabilities=q)
@@ -97,21 +100,112 @@ def block(
     _distribution(teacher, tau, room, logs=log_p, probabilities=p if needs_p else None)
     nothing = log_q[:, 0].isnan() | log_p[:, 0].isnan()  # log_softmax makes all of a row NaN, or nothing of it
 
-    if kind == FORWARD_KL:
-        torch.sub(log_p, log_q, out=room)
-        total = _clean(room.mul_(p)).sum(-1)
-        dz = q.sub_(p) if gradient else None
-    elif kind == REVERSE_KL:
-        torch.sub(log_q, log_p, out=room)
-        total = _clean(room.mul_(q)).sum(-1)
-        dz = _through_softmax(room, q, total, nothing) if gradient else None
+    total, weighted = _terms(kind, omega, room, log_q, log_p, q, p, gradient)
+    if not gradient:
+        dz = None
+    elif kind == FORWARD_KL:
+        dz = q.sub_(p)
     else:
-        t = log_p.sub_(log_q).add_(math.log(omega) - math.log1p(-omega)).nan_to_num_(0.0, _SATURATED, -_SATURATED)
-        s = torch.abs(t, out=room).neg_().exp_().log1p_()
-        total, weighted = _MIXTURES[kind](omega, t, s, q, p, log_q, gradient)
-        dz = _through_softmax(weighted, q, weighted.sum(-1), nothing) if gradient else None
+        dz = _through_softmax(weighted, q, total if kind == REVERSE_KL else weighted.sum(-1), nothing)
     # a divergence is never negative, whatever rounding says
     return BlockResult(total.clamp(min=0).masked_fill(nothing, math.nan), dz)
+
+
+def slice_state(
+    kind: str,
+    student: Tensor,  # (R, V) logits of the slice
+    teacher: Tensor,  # (R, V)
+    scratch: Scratch,
+    *,
+    temperature: float,
+    row_temperature: Tensor | None = None,  # (R,)
+) -> Tensor:  # (R, 5)
+    """(max z, log max softmax) of student and teacher in the slice, and of the two KLs the value in it, else 0."""
+    room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
+    tau = _tau(temperature, row_temperature, room)
+    _distribution(student, tau, room, logs=log_q, probabilities=q if kind == REVERSE_KL else None)
+    _distribution(teacher, tau, room, logs=log_p, probabilities=p if kind == FORWARD_KL else None)
+    # dividing by τ and widening keep the order, so the largest z is that of the largest logit
+    peaks = [student.amax(-1, keepdim=True).to(room.dtype) / tau, log_q.amax(-1, keepdim=True)]
+    peaks += [teacher.amax(-1, keepdim=True).to(room.dtype) / tau, log_p.amax(-1, keepdim=True)]
+    value = torch.zeros_like(peaks[1])
+    if kind in (FORWARD_KL, REVERSE_KL):
+        value = _terms(kind, 0.5, room, log_q, log_p, q, p, False)[0].clamp(min=0).unsqueeze(-1)
+    return torch.cat([*peaks, value], -1)
+
+
+def slice_terms(
+    kind: str,
+    omega: float,
+    student: Tensor,  # (R, V) logits of the slice
+    teacher: Tensor,  # (R, V)
+    scratch: Scratch,
+    *,
+    temperature: float,
+    row_temperature: Tensor | None = None,  # (R,)
+    shares: Tensor,  # (R, 2) log of the mass that q and p have in the slice
+) -> Tensor:  # (R, 2)
+    """The slice's terms of the value, and of the sum of G."""
+    room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
+    tau = _tau(temperature, row_temperature, room)
+    _distribution(student, tau, room, shares[:, :1], logs=log_q, probabilities=q)
+    _distribution(teacher, tau, room, shares[:, 1:], logs=log_p, probabilities=p)
+    nothing = log_q[:, :1].isnan() | log_p[:, :1].isnan()
+    total, weighted = _terms(kind, omega, room, log_q, log_p, q, p, True)
+    return torch.stack([total, weighted.sum(-1)], -1).masked_fill(nothing, math.nan)
+
+
+def slice_gradient(
+    kind: str,
+    omega: float,
+    student: Tensor,  # (R, V) logits of the slice
+    teacher: Tensor,  # (R, V)
+    scratch: Scratch,
+    *,
+    temperature: float,
+    row_temperature: Tensor | None = None,  # (R,)
+    shares: Tensor,  # (R, 2) log of the mass that q and p have in the slice
+    slope: Tensor,  # (R,) the sum of G over all slices
+) -> Tensor:  # (R, V), lies in the scratch
+    """The slice's columns of dF/dz."""
+    room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
+    tau = _tau(temperature, row_temperature, room)
+    if kind == FORWARD_KL:
+        _distribution(student, tau, room, shares[:, :1], probabilities=q)
+        _distribution(teacher, tau, room, shares[:, 1:], probabilities=p)
+        return q.sub_(p)
+    _distribution(student, tau, room, shares[:, :1], logs=log_q, probabilities=q)
+    _distribution(teacher, tau, room, shares[:, 1:], logs=log_p, probabilities=p)
+    nothing = log_q[:, 0].isnan() | log_p[:, 0].isnan()
+    _, weighted = _terms(kind, omega, room, log_q, log_p, q, p, True)
+    return _through_softmax(weighted, q, slope, nothing)
+
+
+def _tau(temperature: float, row_temperature: Tensor | None, like: Tensor) -> float | Tensor:
+    return temperature if row_temperature is None else row_temperature.unsqueeze(-1).to(like.dtype)
+
+
+def _terms(
+    kind: str,
+    omega: float,
+    room: Tensor,
+    log_q: Tensor,
+    log_p: Tensor,
+    q: Tensor,
+    p: Tensor,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The sum over the columns of f(q, p), and of all but the forward KL the G of them, where it is asked for.
+
+    All buffers but q and p are spent.
+    """
+    if kind == FORWARD_KL:
+        return _clean(torch.sub(log_p, log_q, out=room).mul_(p)).sum(-1), room
+    if kind == REVERSE_KL:
+        return _clean(torch.sub(log_q, log_p, out=room).mul_(q)).sum(-1), room
+    t = log_p.sub_(log_q).add_(math.log(omega) - math.log1p(-omega)).nan_to_num_(0.0, _SATURATED, -_SATURATED)
+    s = torch.abs(t, out=room).neg_().exp_().log1p_()
+    return _MIXTURES[kind](omega, t, s, q, p, log_q, gradient)
 
 
 def _jsd(
@@ -151,6 +245,7 @@ def _distribution(
     logits: Tensor,
     tau: float | Tensor,
     room: Tensor,
+    share: Tensor | None = None,  # (R, 1) log of the mass of these columns, where they are a slice of the rows
     *,
     logs: Tensor | None = None,
     probabilities: Tensor | None = None,
@@ -165,6 +260,13 @@ def _distribution(
         torch.log_softmax(z, -1, out=logs)
     if probabilities is not None:
         torch.softmax(z, -1, out=probabilities)
+    if share is None:
+        return
+    massless = share == -math.inf  # the softmax of such a slice may be NaN
+    if logs is not None:
+        logs.add_(share).masked_fill_(massless, -math.inf)
+    if probabilities is not None:
+        probabilities.mul_(share.exp()).masked_fill_(massless, 0)
 
 
 def _clean(products: Tensor) -> Tensor:

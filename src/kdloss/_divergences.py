@@ -19,6 +19,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _checks
+from ._distributed import VocabShard, vocab_shard
 from ._divergence_ops import divergence
 from ._divergence_rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL
 from ._impl import takes_triton
@@ -31,7 +32,7 @@ def forward_kl(
     *,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
     """Forward KL from the teacher: KL(p || q) = sum_v p_v (log p_v - log q_v). Mass-covering.
@@ -42,8 +43,9 @@ def forward_kl(
         temperature: > 0, a number or one value a row, for both sides. It carries no gradient.
         vocab_size: the true V, where the last columns of either side are padding; needed where the sides differ in
             width. Padding gets no mass and no gradient.
-        shard: vocabulary-sharded logits. Not supported yet.
-        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
+        shard: which slice of the vocabulary these logits and the teacher's are, where ranks hold one each
+            (`VocabShard`). Logits that are DTensors placed `Shard(-1)` need none.
+        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU and whole; never; or else an error.
 
     Returns:
         (...,) nats, float32 for half-precision logits. +inf where the teacher has mass on what the student excludes.
@@ -56,12 +58,10 @@ def forward_kl(
         TypeError: logits are not floating-point.
         ValueError: shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where the
             kernels cannot run.
-        NotImplementedError: `shard` is given.
 
     Source: Hinton et al., arXiv 1503.02531, without the T² factor.
     """
-    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
-    return divergence(logits, teacher_logits, kind=FORWARD_KL, temperature=tau, vocab_size=vocab_size, kernels=kernels)
+    return _of_logits(FORWARD_KL, 0.5, logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
 def reverse_kl(
@@ -70,7 +70,7 @@ def reverse_kl(
     *,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
     """Reverse KL to the teacher: KL(q || p) = sum_v q_v (log q_v - log p_v). Mode-seeking.
@@ -87,8 +87,7 @@ def reverse_kl(
 
     Source: MiniLLM, arXiv 2306.08543, for one token.
     """
-    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
-    return divergence(logits, teacher_logits, kind=REVERSE_KL, temperature=tau, vocab_size=vocab_size, kernels=kernels)
+    return _of_logits(REVERSE_KL, 0.5, logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
 def generalized_jsd(
@@ -98,7 +97,7 @@ def generalized_jsd(
     beta: float,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
     """Generalised Jensen-Shannon divergence: β KL(p || m) + (1-β) KL(q || m), m = β p + (1-β) q.
@@ -125,16 +124,7 @@ def generalized_jsd(
     Source: GKD, arXiv 2306.13649, section 3, p being the teacher.
     """
     check_share("beta", beta, forward_kl.__name__, reverse_kl.__name__)
-    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
-    return divergence(
-        logits,
-        teacher_logits,
-        kind=GENERALIZED_JSD,
-        omega=beta,
-        temperature=tau,
-        vocab_size=vocab_size,
-        kernels=kernels,
-    )
+    return _of_logits(GENERALIZED_JSD, beta, logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
 def skewed_forward_kl(
@@ -144,7 +134,7 @@ def skewed_forward_kl(
     alpha: float,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
     """Skewed forward KL: KL(p || m), m = α p + (1-α) q. The forward KL with bounded ratios.
@@ -170,16 +160,7 @@ def skewed_forward_kl(
     Source: DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, forward_kl.__name__, None)
-    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
-    return divergence(
-        logits,
-        teacher_logits,
-        kind=SKEWED_FORWARD_KL,
-        omega=alpha,
-        temperature=tau,
-        vocab_size=vocab_size,
-        kernels=kernels,
-    )
+    return _of_logits(SKEWED_FORWARD_KL, alpha, logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
 def skewed_reverse_kl(
@@ -189,7 +170,7 @@ def skewed_reverse_kl(
     alpha: float,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
     """Skewed reverse KL: KL(q || m), m = (1-α) p + α q. The reverse KL with bounded ratios.
@@ -215,38 +196,44 @@ def skewed_reverse_kl(
     Source: DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, reverse_kl.__name__, None)
-    vocab_size, tau, kernels = check_divergence(logits, teacher_logits, temperature, vocab_size, shard, impl)
-    return divergence(
-        logits,
-        teacher_logits,
-        kind=SKEWED_REVERSE_KL,
-        omega=1 - alpha,
-        temperature=tau,
-        vocab_size=vocab_size,
-        kernels=kernels,
-    )
+    return _of_logits(SKEWED_REVERSE_KL, 1 - alpha, logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
-def check_divergence(
+def _of_logits(
+    kind: str,
+    omega: float,
     logits: Tensor,
     teacher_logits: Tensor,
     temperature: float | Tensor,
     vocab_size: int | None,
-    shard: object,
+    shard: VocabShard | None,
     impl: str,
-) -> tuple[int, float | Tensor, bool]:
-    """The true vocabulary, the temperature, a number or one value a row, and whether kernels compute."""
-    _checks.unsupported(shard=shard, impl="auto")
+) -> Tensor:
     _checks.floating(logits=logits, teacher_logits=teacher_logits)
+    logits, shard = vocab_shard("logits", logits, -1, shard)
+    teacher_logits, _ = vocab_shard("teacher_logits", teacher_logits, -1, shard)
     check_axis("logits", logits)
     check_axis("teacher_logits", teacher_logits)
     if teacher_logits.shape[:-1] != logits.shape[:-1]:
         rows = (*logits.shape[:-1], "V")
         raise ValueError(f"teacher_logits must match logits {rows}, got {tuple(teacher_logits.shape)}")
     _checks.same_device("logits", logits, teacher_logits=teacher_logits)
-    vocab_size = common_vocab_size("teacher_logits", logits.shape[-1], teacher_logits.shape[-1], vocab_size)
-    kernels = takes_triton(impl, logits=logits, teacher_logits=teacher_logits)
-    return vocab_size, _checks.row_temperature("logits", logits, temperature), kernels
+    if shard is None:
+        vocab_size = common_vocab_size("teacher_logits", logits.shape[-1], teacher_logits.shape[-1], vocab_size)
+    else:
+        vocab_size = shard.local_size(check_vocab_size(vocab_size, shard.vocab_size))
+    tau = _checks.row_temperature("logits", logits, temperature)
+    kernels = takes_triton(impl, sharded=shard is not None, logits=logits, teacher_logits=teacher_logits)
+    return divergence(
+        logits,
+        teacher_logits,
+        kind=kind,
+        omega=omega,
+        temperature=tau,
+        vocab_size=vocab_size,
+        shard=shard,
+        kernels=kernels,
+    )
 
 
 def check_axis(name: str, logits: Tensor) -> None:

@@ -11,6 +11,10 @@ with the head. Here the loss is known while a chunk of logits is there, so its g
 That takes chunks of rows with the whole vocabulary, as a token's loss needs its log-prob complete, so dw accumulates
 over chunks, in float32. The gradients wait for the backward in float32, are scaled by the gradient that comes in, and
 only then rounded to the dtypes of their inputs: scaling is exact whatever a gradient scaler does.
+
+Where the head is sharded, the states of a chunk's rows are put together before its loss: one all-gather a chunk, and as
+a slice of the vocabulary makes chunks long, there is one or a few. The gradient of hidden states is summed over the
+ranks in the backward.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._fused_passes import KernelPass, TorchPass, put_back
+from ._distributed import VocabShard, head_shard
+from ._fused_passes import KernelPass, Pass, TorchPass, put_back
 from ._impl import takes_triton
 from ._linear import as_dtype, autocast_dtype, check_head, linear_token_logprobs_and_entropy, select_rows
-from ._logprobs import IGNORE_INDEX, check_options, label_columns, row_temperatures
+from ._logprobs import IGNORE_INDEX, label_columns, row_temperatures
 from ._reductions import token_mean
 from ._rows import Scaling
 
@@ -56,7 +61,7 @@ def fused_linear_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     max_trained_tokens: int | None = None,
     impl: str = "auto",
 ) -> FusedLoss:
@@ -93,9 +98,10 @@ def fused_linear_loss(
             (t,), or, on the CPU, where the loss of one token moves with another (a sequence-level ratio, a discount):
             such a loss needs `linear_token_logprobs` and a loss on whole sequences.
     """
-    check_options(shard=shard, impl="auto", softcap=softcap)
+    _checks.positive(softcap=softcap)
     _checks.tensors(loss_mask=loss_mask)
-    vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
+    hidden, weight, bias, shard = head_shard(hidden, weight, bias, shard)
+    vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size, shard)
     _checks.normalizer(normalizer)
     shape = hidden.shape[:-1]
     if labels.shape != shape:
@@ -117,6 +123,7 @@ def fused_linear_loss(
             softcap=softcap,
             logit_scale=logit_scale,
             vocab_size=vocab_size,
+            shard=shard,
             max_trained_tokens=max_trained_tokens,
             impl=impl,
         )
@@ -130,7 +137,7 @@ def fused_linear_loss(
         as_dtype(weight, dtype),
         None if bias is None else as_dtype(bias, dtype),
     )
-    kernels = takes_triton(impl, hidden=hidden, weight=weight, bias=bias)
+    kernels = takes_triton(impl, sharded=shard is not None, hidden=hidden, weight=weight, bias=bias)
     rows, left_out = select_rows(mask, max_trained_tokens, kernels=kernels)
     assert rows is not None
     logp, entropy, total = _Fused.apply(  # type: ignore[no-untyped-call]
@@ -146,7 +153,8 @@ def fused_linear_loss(
         rows,
         row_temperature,
         Scaling(softcap, float(logit_scale), value),
-        vocab_size,
+        vocab_size if shard is None else shard.local_size(vocab_size),
+        shard,
         kernels,
     )
     if left_out is not None:
@@ -237,7 +245,8 @@ class _Fused(torch.autograd.Function):
         rows: Tensor,  # (N,) the trained tokens, and others under a static bound
         row_temperature: Tensor | None,
         scaling: Scaling,
-        vocab_size: int,
+        vocab_size: int,  # of this slice
+        shard: VocabShard | None,
         kernels: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _checks.promoted_dtype(hidden, weight, bias)
@@ -252,8 +261,14 @@ class _Fused(torch.autograd.Function):
 
         head, head_bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         kind = "cpu" if mask.device.type == "cpu" else "other"
-        size = max(1, min(_CHUNK_BYTES[kind] // (vocab_size * dtype.itemsize), rows.shape[0]))
-        over = (KernelPass if kernels else TorchPass)(hidden, head, head_bias, columns, row_temperature, scaling, size)
+        # ranks take the same rows at a time, as they put them together chunk by chunk
+        widest = vocab_size if shard is None else shard.widest
+        size = max(1, min(_CHUNK_BYTES[kind] // (widest * dtype.itemsize), rows.shape[0]))
+        over: Pass
+        if kernels:
+            over = KernelPass(hidden, head, head_bias, columns, row_temperature, scaling, size)
+        else:
+            over = TorchPass(hidden, head, head_bias, columns, row_temperature, scaling, size, shard)
         for start in range(0, rows.shape[0], size):
             chunk = rows[start : start + size]
             n = chunk.shape[0]
@@ -282,6 +297,7 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(rows, dx, dweight, dbias)
         ctx.kernels = kernels
         ctx.like = [(x.shape, x.dtype) if x is not None else None for x in (hidden, weight, bias)]
+        ctx.shard = shard
         ctx.mark_non_differentiable(logp, entropy)
         return logp, entropy, token_mean(losses, loss_mask=mask, normalizer=count)
 
@@ -292,8 +308,12 @@ class _Fused(torch.autograd.Function):
         shape, dtype = ctx.like[0]
         found: list[Tensor | None] = [None, None, None]
         if ctx.needs_input_grad[0]:
-            found[0] = put_back(dx, rows, shape[0], dtype, incoming, kernels=ctx.kernels)
+            if ctx.shard is None:
+                found[0] = put_back(dx, rows, shape[0], dtype, incoming, kernels=ctx.kernels)
+            else:
+                summed = ctx.shard.sum_gradients((dx * incoming).to(dtype))
+                found[0] = summed.new_zeros(shape).index_copy_(0, rows, summed)
         for place, x in ((1, dweight), (2, dbias)):
             if x is not None:
                 found[place] = torch.mul(x, incoming, out=x.new_empty(x.shape, dtype=ctx.like[place][1]))
-        return *found, *(None,) * 11
+        return *found, *(None,) * 12

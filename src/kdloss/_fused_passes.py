@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._distributed import VocabShard
 from ._head import head_product_, times_head
 from ._rows import RowState, Scaling, Sums, Upstream, gradient_of
+from ._sharded_rows import whole_rows
 
 
 class Pass(Protocol):
@@ -47,7 +49,9 @@ class TorchPass:
         row_temperature: Tensor | None,  # (T,)
         scaling: Scaling,
         size: int,  # rows of a chunk, at most
+        shard: VocabShard | None = None,  # of which weight and bias are this rank's slice
     ) -> None:
+        self._shard = shard
         self._hidden, self._weight, self._bias, self._columns = hidden, weight, bias, columns
         self._row_temperature, self._scaling = row_temperature, scaling
         dtype = _checks.promoted_dtype(hidden, weight, bias)
@@ -69,14 +73,18 @@ class TorchPass:
         sums = Sums.empty(rows.shape[0], like=self._z, with_entropy=True)
         sums.read_(self._z, self._other, self._seeds)
         self._state = RowState.of(sums)
-        logp = self._state.logp(self._z.gather(-1, self._place.clamp(min=0))).masked_fill(~labelled, 0)
+        local_size, shard = self._z.shape[1], self._shard
+        self._here = self._place if shard is None else shard.columns(self._place, local_size)
+        logp = self._state.logp(self._z.gather(-1, self._here.clamp(0, local_size - 1))).masked_fill(~labelled, 0)
+        if shard is not None:
+            self._state, logp = whole_rows(self._state, logp, self._place, shard)
         return logp.squeeze(-1), self._state.entropy().masked_fill(~labelled, 0).squeeze(-1)
 
     def gradient(self, g: Tensor, h: Tensor) -> None:
         dead = self._place < 0
         upstream = Upstream.of(
-            self._state, self._place, g[:, None].masked_fill(dead, 0), h[:, None].masked_fill(dead, 0)
-        )
+            self._state, self._here, g[:, None].masked_fill(dead, 0), h[:, None].masked_fill(dead, 0)
+        ).part(0, self._z.shape[1])
         self._dz = self._separate[0] if self._separate else self._z
         gradient_of(self._z, upstream, out=self._dz, seeds=self._seeds.zero_(), scratch=self._other)
         self._part.backward_(self._dz, self._z)

@@ -24,13 +24,16 @@ _installed = importlib.util.find_spec("triton") is not None
 _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def takes_triton(impl: str, **inputs: Tensor | None) -> bool:
-    """Whether the kernels compute a function of `inputs`, named as the caller's arguments; None is no input."""
+def takes_triton(impl: str, *, sharded: bool = False, **inputs: Tensor | None) -> bool:
+    """Whether the kernels compute a function of `inputs`, named as the caller's arguments; None is no input.
+
+    Where ranks hold a slice of the vocabulary each, plain torch computes: the kernels finish whole rows.
+    """
     _checks.one_of("impl", impl, CHOICES)
     given = {name: x for name, x in inputs.items() if x is not None}
     if impl == "torch" or (impl == "auto" and not any(x.device.type == "cuda" for x in given.values())):
         return False
-    reason = _obstacle(given)
+    reason = "takes whole vocabularies, got a shard of one" if sharded else _obstacle(given)
     if reason is None:
         return True
     if impl == "triton":

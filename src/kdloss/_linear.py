@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._distributed import VocabShard, head_shard
 from ._impl import takes_triton
 from ._linear_operator import DEVICE_KEPT_BYTES, KEPT_BYTES, linear_logprobs
 from ._logprobs import (
     IGNORE_INDEX,
     LogprobsAndEntropy,
     check_labels,
-    check_options,
     check_vocab_size,
     label_columns,
     row_temperatures,
 )
+from ._sharded_logprobs import sharded_linear_logprobs
 
 
 def linear_token_logprobs(
@@ -40,7 +41,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     max_trained_tokens: int | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,) or (T, K)
@@ -56,7 +57,9 @@ def linear_token_logprobs(
         softcap: c > 0 of c * tanh(logits / c). None: none.
         logit_scale: finite factor of the logits.
         vocab_size: the true V, where the last rows of `weight` are padding.
-        shard: a vocabulary-sharded head. Not supported yet.
+        shard: which slice of the vocabulary `weight` and `bias` are, where ranks hold one each (`VocabShard`). Hidden
+            states, labels, mask and the incoming gradient are the same on every rank; the gradient of `hidden` is
+            summed over them. A DTensor head beside DTensor hidden states needs none.
         max_trained_tokens: a static bound on the trained tokens: no device sync. More trained tokens than this raise
             on the CPU and give NaN elsewhere.
         impl: "auto" | "torch" | "triton": the kernels where hidden is on a GPU; never; or else an error.
@@ -72,7 +75,6 @@ def linear_token_logprobs(
         TypeError: a dtype is wrong.
         ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
             run, or (on the CPU) a label is outside the vocabulary or `max_trained_tokens` is exceeded.
-        NotImplementedError: `shard` is given.
     """
     logp, _ = _evaluate(
         hidden,
@@ -103,7 +105,7 @@ def linear_token_logprobs_and_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     max_trained_tokens: int | None = None,
     impl: str = "auto",
 ) -> LogprobsAndEntropy:
@@ -143,14 +145,15 @@ def _evaluate(
     softcap: float | None,
     logit_scale: float,
     vocab_size: int | None,
-    shard: object,
+    shard: VocabShard | None,
     max_trained_tokens: int | None,
     impl: str,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy), the latter empty unless it is asked for."""
-    check_options(shard=shard, impl="auto", softcap=softcap)
-    vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size)
+    _checks.positive(softcap=softcap)
+    hidden, weight, bias, shard = head_shard(hidden, weight, bias, shard)
+    vocab_size = check_head(hidden, weight, labels, loss_mask, bias, logit_scale, vocab_size, shard)
     shape = hidden.shape[:-1]
     temperature, row_temperature = row_temperatures(temperature, "hidden", hidden)
     columns, outside = label_columns(labels, shape, vocab_size)
@@ -163,24 +166,17 @@ def _evaluate(
         as_dtype(weight, dtype),
         None if bias is None else as_dtype(bias, dtype),
     )
-    kernels = takes_triton(impl, hidden=hidden, weight=weight, bias=bias)
+    kernels = takes_triton(impl, sharded=shard is not None, hidden=hidden, weight=weight, bias=bias)
     rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens, kernels=kernels)
-    logp, entropy, *_ = linear_logprobs(
-        hidden.flatten(0, -2),
-        weight,
-        bias,
-        columns,
-        rows,
-        row_temperature,
-        temperature,
-        softcap,
-        float(logit_scale),
-        vocab_size,
-        max_trained_tokens is None,
-        kernels,
-        with_entropy,
-        rows is not None and _keeps_logits(rows.shape[0] * vocab_size, hidden, weight, bias),
-    )
+    local_size = vocab_size if shard is None else shard.local_size(vocab_size)
+    head = (hidden.flatten(0, -2), weight, bias, columns, rows, row_temperature)
+    options = (temperature, softcap, float(logit_scale), local_size)
+    store = rows is not None and _keeps_logits(rows.shape[0] * local_size, hidden, weight, bias)
+    if shard is None:
+        compact = max_trained_tokens is None
+        logp, entropy, *_ = linear_logprobs(*head, *options, compact, kernels, with_entropy, store)
+    else:
+        logp, entropy = sharded_linear_logprobs(*head, *options, with_entropy, store, shard)
     logp = logp.masked_fill(outside, torch.nan)
     if left_out is not None:
         logp = logp.masked_fill(left_out[:, None] & (columns != IGNORE_INDEX), torch.nan)
@@ -242,7 +238,9 @@ def check_head(
     bias: Tensor | None,
     logit_scale: float,
     vocab_size: int | None,
+    shard: VocabShard | None,
 ) -> int:
+    """The true V, of the whole vocabulary."""
     _checks.tensors(hidden=hidden, weight=weight)
     _checks.boolean(loss_mask=loss_mask)
     if loss_mask is not None and loss_mask.shape != hidden.shape[:-1]:
@@ -250,7 +248,7 @@ def check_head(
             f"loss_mask must match the rows of hidden {tuple(hidden.shape[:-1])}, got {tuple(loss_mask.shape)}"
         )
     _checks.head(hidden, weight, bias, logit_scale=logit_scale)
-    vocab_size = check_vocab_size(vocab_size, weight.shape[0])
+    vocab_size = check_vocab_size(vocab_size, weight.shape[0] if shard is None else shard.vocab_size)
     _checks.tensors(labels=labels)
     _checks.same_device("hidden", hidden, weight=weight, bias=bias, labels=labels, loss_mask=loss_mask)
     check_labels(labels, hidden.shape[:-1], vocab_size, loss_mask=loss_mask)

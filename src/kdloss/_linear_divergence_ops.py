@@ -94,7 +94,7 @@ def _linear_divergence(
     out = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
     d_hidden = torch.zeros(hidden.shape if in_forward else (0,), dtype=dtype, device=hidden.device)
     options = Options(kind, omega, temperature, vocab_size)
-    for rows, over in _passes(student, teacher, loss_mask, row_temperature, options, kernels=kernels):
+    for rows, over in passes(student, teacher, loss_mask, row_temperature, options, kernels=kernels):
         value = over.divergence(None, gradient=in_forward)
         assert value is not None
         out[rows] = value
@@ -130,7 +130,7 @@ def _(
 
 
 @torch.library.custom_op("kdloss::linear_divergence_backward", mutates_args=())
-def _linear_divergence_backward(
+def linear_divergence_backward(
     upstream: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -152,6 +152,8 @@ def _linear_divergence_backward(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    shares: Tensor | None = None,  # (T, 2), where the heads are a slice of the vocabulary
+    slope: Tensor | None = None,  # (T,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
@@ -159,10 +161,10 @@ def _linear_divergence_backward(
     d_hidden = torch.zeros(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
     d_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=dtype, device=hidden.device)
     d_bias = torch.zeros(weight.shape[:1] if needs_bias else (0,), dtype=dtype, device=hidden.device)
-    options = Options(kind, omega, temperature, vocab_size)
+    options = Options(kind, omega, temperature, vocab_size, shares, slope)
     # tokens whose loss was clipped, masked or weighted away cost nothing
     trained = loss_mask & (upstream != 0)
-    for rows, over in _passes(student, teacher, trained, row_temperature, options, kernels=kernels):
+    for rows, over in passes(student, teacher, trained, row_temperature, options, kernels=kernels):
         over.divergence(upstream.index_select(0, rows), gradient=True)
         if needs_hidden:
             d_hidden[rows] = over.hidden_gradient().to(hidden.dtype)
@@ -173,7 +175,7 @@ def _linear_divergence_backward(
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype if bias is None else bias.dtype)
 
 
-@_linear_divergence_backward.register_fake
+@linear_divergence_backward.register_fake
 def _(
     upstream: Tensor,
     hidden: Tensor,
@@ -196,6 +198,8 @@ def _(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    shares: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
@@ -221,14 +225,14 @@ def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...
         factor = upstream.unsqueeze(-1)
         return torch.where(factor == 0, 0, d_hidden * factor).to(ctx.hidden_dtype), None, None, *nothing
     needs = ctx.needs_input_grad[:3]
-    found = _linear_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options, *needs)
+    found = linear_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options, *needs)
     return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *nothing
 
 
 _linear_divergence.register_autograd(_backward, setup_context=_save)
 
 
-def _passes(
+def passes(
     student: Head,
     teacher: Head,
     trained: Tensor,  # (T,) bool

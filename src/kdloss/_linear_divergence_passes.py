@@ -11,14 +11,15 @@ in this order, once a chunk; dx is the gradient of hidden @ weight.T + bias of t
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import _checks
 from ._divergence_ops import scaled
-from ._divergence_rows import Scratch, block
+from ._divergence_rows import Scratch, block, slice_gradient, slice_state, slice_terms
 from ._head import head_product_, times_head
 from ._rows import Scaling
 
@@ -39,7 +40,9 @@ class Options(NamedTuple):
     kind: str
     omega: float
     temperature: float
-    vocab_size: int
+    vocab_size: int  # of the slice, where the heads are one
+    shares: Tensor | None = None  # (T, 2), as in `slice_gradient`
+    slope: Tensor | None = None  # (T,)
 
 
 class Pass(Protocol):
@@ -74,6 +77,7 @@ class TorchPass:
         self._room = torch.empty(2, size, options.vocab_size, dtype=self._dtype, device=device)
 
     def load(self, rows: Tensor) -> None:
+        self._rows = rows
         self._hidden = self._student.hidden.index_select(0, rows).to(self._dtype)
         self._y, self._teacher_y = self._room[:, : rows.shape[0]].unbind(0)
         self._logits(self._hidden, self._student, out=self._y)
@@ -89,37 +93,50 @@ class TorchPass:
 
     def divergence(self, upstream: Tensor | None, *, gradient: bool) -> Tensor | None:
         """In a smaller scratch; dx takes the place of the logits."""
-        kind, omega, temperature, vocab_size = self._options
-        total = self._y.shape[0]
-        scratch = Scratch(total, vocab_size, dtype=self._dtype, device=self._y.device)
+        kind, omega, temperature, _, shares, slope = self._options
         values = []
-        for rows in scratch.blocks(total):
-            found = block(
-                kind,
-                omega,
-                self._y[rows],
-                self._teacher_y[rows],
-                scratch,
-                temperature=temperature,
-                row_temperature=None if self._taus is None else self._taus[rows],
-                value=upstream is None,
-                gradient=gradient,
-            )
-            if found.value is not None:
-                values.append(found.value)
+        for rows, logits, taus in self._blocks():
+            if shares is None or slope is None:
+                found = block(kind, omega, *logits, **taus, value=upstream is None, gradient=gradient)
+                dz = found.gradient
+                if found.value is not None:
+                    values.append(found.value)
+            else:
+                places = self._rows[rows]
+                dz = slice_gradient(kind, omega, *logits, **taus, shares=shares[places], slope=slope[places])
             if not gradient:
                 continue
-            assert found.gradient is not None
+            assert dz is not None
             y = self._y[rows]
             factor = torch.ones_like(y[:, :1]) if upstream is None else upstream[rows].unsqueeze(-1)
             tau = temperature if self._taus is None else self._taus[rows].unsqueeze(-1).to(self._dtype)
-            dz = scaled(found.gradient, factor * self._student.logit_scale, tau)
+            dz = scaled(dz, factor * self._student.logit_scale, tau)
             c = self._student.softcap
             if c is None:
                 y.copy_(dz)
             else:
                 y.div_(c).square_().neg_().add_(1).mul_(dz)
         return None if upstream is not None else torch.cat(values)
+
+    def slice_numbers(self) -> Tensor:
+        """`slice_state` of the chunk, or, where the shares are known, `slice_terms`."""
+        kind, omega, _, _, shares, _ = self._options
+        numbers = []
+        for rows, logits, taus in self._blocks():
+            if shares is None:
+                numbers.append(slice_state(kind, *logits, **taus))
+            else:
+                numbers.append(slice_terms(kind, omega, *logits, **taus, shares=shares[self._rows[rows]]))
+        return torch.cat(numbers)
+
+    def _blocks(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Scratch], dict[str, Any]]]:
+        """(rows of the chunk, their logits and a scratch, their temperatures)."""
+        total = self._y.shape[0]
+        scratch = Scratch(total, self._options.vocab_size, dtype=self._dtype, device=self._y.device)
+        for rows in scratch.blocks(total):
+            taus = None if self._taus is None else self._taus[rows]
+            logits = (self._y[rows], self._teacher_y[rows], scratch)
+            yield rows, logits, {"temperature": self._options.temperature, "row_temperature": taus}
 
     def hidden_gradient(self) -> Tensor:
         return times_head(self._y, self._student.weight[: self._options.vocab_size])
@@ -159,7 +176,7 @@ class KernelPass:
             for out, head in ((x, self._student), (y, self._teacher))
         ]
         taus = None if self._row_temperature is None else self._row_temperature.index_select(0, rows)
-        kind, omega, temperature, _ = self._options
+        kind, omega, temperature, *_ = self._options
         self._pair = Pair(kind, omega, sides[0], sides[1], temperature, taus, vocab_size)
 
     def _product_(self, out: Tensor, head: Head, rows: Tensor) -> Tensor:

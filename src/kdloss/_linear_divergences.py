@@ -17,11 +17,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _checks
+from ._distributed import VocabShard, head_shard
 from ._divergence_rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL
 from ._divergences import check_share, common_vocab_size
 from ._impl import takes_triton
 from ._linear_divergence_ops import linear_divergence
 from ._linear_divergence_passes import Head
+from ._logprobs import check_vocab_size
+from ._sharded_linear_divergence import sharded_linear_divergence
 
 
 def linear_forward_kl(
@@ -39,7 +42,7 @@ def linear_forward_kl(
     teacher_logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
     """`forward_kl`, KL(p || q), from hidden states, for the trained tokens only.
@@ -59,8 +62,10 @@ def linear_forward_kl(
         teacher_logit_scale: the same for the teacher.
         temperature: > 0, a number or (T,), for both sides, after all of these.
         vocab_size: the true V, where the last rows of either head are padding; needed where the heads differ in rows.
-        shard: vocabulary-sharded heads. Not supported yet.
-        impl: "auto" | "torch" | "triton": the kernels where hidden is on a GPU; never; or else an error.
+        shard: which slice of the vocabulary both heads are, where ranks hold one each (`VocabShard`): what else is the
+            same on every rank, as in `linear_token_logprobs`. The gradient is then taken in the backward, always.
+        impl: "auto" | "torch" | "triton": the kernels where hidden is on a GPU and heads are whole; never; or else an
+            error.
 
     Returns:
         The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens.
@@ -73,7 +78,6 @@ def linear_forward_kl(
         TypeError: a dtype is wrong.
         ValueError: shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where the
             kernels cannot run.
-        NotImplementedError: `shard` is given.
 
     Source: as `forward_kl`.
     """
@@ -97,7 +101,7 @@ def linear_reverse_kl(
     teacher_logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
     """`reverse_kl`, KL(q || p), from hidden states, for the trained tokens only.
@@ -125,7 +129,7 @@ def linear_generalized_jsd(
     teacher_logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
     """`generalized_jsd`, β KL(p || m) + (1-β) KL(q || m), from hidden states, for the trained tokens only.
@@ -155,7 +159,7 @@ def linear_skewed_forward_kl(
     teacher_logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
     """`skewed_forward_kl`, KL(p || α p + (1-α) q), from hidden states, for the trained tokens only.
@@ -185,7 +189,7 @@ def linear_skewed_reverse_kl(
     teacher_logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
     """`skewed_reverse_kl`, KL(q || (1-α) p + α q), from hidden states, for the trained tokens only.
@@ -207,10 +211,14 @@ def _linear(
     loss_mask: Tensor,
     temperature: float | Tensor,
     vocab_size: int | None,
-    shard: object,
+    shard: VocabShard | None,
     impl: str,
 ) -> Tensor:
-    _checks.unsupported(shard=shard, impl="auto")
+    hidden, weight, bias, shard = head_shard(*student[:3], shard)
+    student = student._replace(hidden=hidden, weight=weight, bias=bias)
+    split = None if shard is None else shard.with_rows_gathered(False)
+    hidden, weight, bias, _ = head_shard(*teacher[:3], split, "teacher_")
+    teacher = teacher._replace(hidden=hidden, weight=weight, bias=bias)
     sides = (("", student), ("teacher_", teacher))
     for side, head in sides:
         _checks.head(*head[:3], logit_scale=head.logit_scale, side=side)
@@ -233,17 +241,29 @@ def _linear(
         teacher_bias=teacher.bias,
         loss_mask=loss_mask,
     )
-    vocab_size = common_vocab_size("teacher_weight", student.weight.shape[0], teacher.weight.shape[0], vocab_size)
+    if shard is None:
+        vocab_size = common_vocab_size("teacher_weight", student.weight.shape[0], teacher.weight.shape[0], vocab_size)
+    else:
+        vocab_size = shard.local_size(check_vocab_size(vocab_size, shard.vocab_size))
     tau = _checks.row_temperature("hidden", student.hidden, temperature)
     inputs = {f"{side}{name}": getattr(head, name) for side, head in sides for name in ("hidden", "weight", "bias")}
-    value = linear_divergence(
-        student._replace(hidden=student.hidden.flatten(0, -2)),
-        teacher._replace(hidden=teacher.hidden.flatten(0, -2)),
-        loss_mask=loss_mask.flatten(),
-        kind=kind,
-        omega=omega,
-        temperature=tau.flatten() if isinstance(tau, Tensor) else tau,
-        vocab_size=vocab_size,
-        kernels=takes_triton(impl, **inputs),
-    )
+    kernels = takes_triton(impl, sharded=shard is not None, **inputs)
+    student = student._replace(hidden=student.hidden.flatten(0, -2))
+    teacher = teacher._replace(hidden=teacher.hidden.flatten(0, -2))
+    mask, tau = loss_mask.flatten(), tau.flatten() if isinstance(tau, Tensor) else tau
+    if shard is None:
+        value = linear_divergence(
+            student,
+            teacher,
+            loss_mask=mask,
+            kind=kind,
+            omega=omega,
+            temperature=tau,
+            vocab_size=vocab_size,
+            kernels=kernels,
+        )
+    else:
+        value = sharded_linear_divergence(
+            student, teacher, mask, kind=kind, omega=omega, temperature=tau, vocab_size=vocab_size, shard=shard
+        )
     return value.reshape(rows)

@@ -46,7 +46,7 @@ def linear_logprobs(
     hidden: Tensor,  # (T, D), anything in rows without a label
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    columns: Tensor,  # (T, K) int64 inside the vocabulary, -100 ignored
+    columns: Tensor,  # (T, K) int64, -100 ignored, vocab_size: in another shard
     rows: Tensor | None,  # (N,) int64: distinct rows, all with a label among them. None: those, found here
     row_temperature: Tensor | None,  # (T,)
     temperature: float,
@@ -58,7 +58,10 @@ def linear_logprobs(
     with_entropy: bool,
     store: bool,  # keep the logits; only with `rows`, as their number must be known
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean like entropy, logits (N, V) or (0, V))."""
+    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean like entropy, logits (N, V) or (0, V)).
+
+    The log-prob of a label in another shard may be anything: here it only makes its row one to be computed.
+    """
     index = _labelled(columns) if rows is None else rows
     if kernels:
         from ._triton import _linear
@@ -144,7 +147,11 @@ def linear_logprobs_backward(
     compact: bool,  # leave out rows without an incoming gradient: waits for the device once
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias in their dtypes; (0,) for one that is not wanted."""
+    """The gradients of hidden, weight and bias in their dtypes; (0,) for one that is not wanted.
+
+    With the state (maximum, peak, mean) of whole rows, the head may be a shard: the gradient of a label in another one
+    goes through the normalisation alone, and that of hidden is this shard's share.
+    """
     wide_dtype = _checks.promoted_dtype(hidden, weight, bias)
     ignored = columns < 0
     g = torch.zeros(columns.shape, dtype=wide_dtype, device=hidden.device) if logp_gradient is None else logp_gradient

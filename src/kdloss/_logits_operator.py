@@ -35,8 +35,8 @@ _DEVICE_BLOCK = 1 << 26
 @torch.library.custom_op("kdloss::logprobs", mutates_args=())
 def logprobs(
     logits: Tensor,  # (..., V)
-    # (T, K) int64 inside the vocabulary, -100 ignored; T = the product of the leading axes. For any other label the
-    # kernels give NaN
+    # (T, K) int64, -100 ignored, vocab_size: in another shard; T = the product of the leading axes. For any other label
+    # that is outside the vocabulary the kernels give NaN, and for vocab_size too
     columns: Tensor,
     row_temperature: Tensor | None,  # (T,)
     temperature: float,
@@ -59,7 +59,7 @@ def logprobs(
     state = _read(rows, with_entropy=with_entropy)
     mean = None if state.mean is None else rows.put_back(state.mean)
     state = RowState(rows.put_back(state.maximum), rows.put_back(state.peak), mean)
-    logp = state.logp(rows.pick(columns.clamp(min=0))).masked_fill(columns < 0, 0)
+    logp = state.logp(rows.pick(columns.clamp(0, vocab_size - 1))).masked_fill(columns < 0, 0)
     maximum, peak = state.maximum.squeeze(-1), state.peak.squeeze(-1)
     if mean is None:
         return logp, logp.new_empty(0), maximum, peak, logp.new_empty(0)
@@ -108,7 +108,11 @@ def logprobs_backward(
     vocab_size: int,
     triton: bool,
 ) -> Tensor:
-    """The gradient of the logits, contiguous, in their dtype; rows without an incoming gradient cost their zeros."""
+    """The gradient of the logits, contiguous, in their dtype; rows without an incoming gradient cost their zeros.
+
+    With the state (maximum, peak, mean) of whole rows, logits may be a part of them: the gradient of a label in another
+    shard goes through the normalisation alone.
+    """
     if triton:
         from ._triton._logits_backward import backward
 
@@ -133,17 +137,21 @@ def logprobs_backward(
     if h is not None:
         wanted |= h != 0
     rows = _Rows(logits, wanted, vocab_size, Scaling(softcap, 1.0, temperature), row_temperature)
-    upstream = Upstream.of(
-        # of a row that is not wanted the logits are read as 0, if at all
-        RowState(
-            rows.take(maximum.masked_fill(~wanted, 0)[:, None]),
-            rows.take(peak.masked_fill(~wanted, 1)[:, None]),
-            None if h is None else rows.take(mean.masked_fill(~wanted, 0)[:, None]),
-        ),
-        rows.take(columns),
-        rows.take(g),
-        None if h is None else rows.take(h[:, None]),
-    ).unshifted()
+    upstream = (
+        Upstream.of(
+            # of a row that is not wanted the logits are read as 0, if at all
+            RowState(
+                rows.take(maximum.masked_fill(~wanted, 0)[:, None]),
+                rows.take(peak.masked_fill(~wanted, 1)[:, None]),
+                None if h is None else rows.take(mean.masked_fill(~wanted, 0)[:, None]),
+            ),
+            rows.take(columns),
+            rows.take(g),
+            None if h is None else rows.take(h[:, None]),
+        )
+        .unshifted()
+        .part(0, vocab_size)
+    )
     z, seeds = rows.scratch(), rows.scratch().zero_()
     dz = rows.scratch() if softcap is not None else z
     scratch = None if h is None else rows.scratch()

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from . import _checks
 from ._compiled_logprobs import compiled_logprobs
+from ._distributed import VocabShard, vocab_shard
 from ._impl import takes_triton
 from ._logits_operator import logprobs
+from ._sharded_logprobs import sharded_logprobs
 
 IGNORE_INDEX = -100
 
@@ -38,7 +40,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,  # or (...,)
     softcap: float | None = None,
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,) or (..., K)
     """Log-prob of each label under its row of logits: log softmax(z)[label], z = softcap(logits) / temperature.
@@ -49,8 +51,9 @@ def token_logprobs(
         temperature: > 0, a number or one value a row; applied after the softcap. It carries no gradient.
         softcap: c > 0 of c * tanh(logits / c). None: none.
         vocab_size: the true V, where the last columns are padding: they get no mass and no gradient.
-        shard: a vocabulary-sharded head. Not supported yet.
-        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
+        shard: which slice of the vocabulary these logits are, where ranks hold one each (`VocabShard`); labels are
+            those of the whole vocabulary. Logits that are a DTensor placed `Shard(-1)` need none.
+        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU and whole; never; or else an error.
 
     Returns:
         The shape of `labels`, nats, float32 for half-precision logits. 0 without gradient where the label is ignored,
@@ -63,7 +66,6 @@ def token_logprobs(
         TypeError: `logits` is not floating-point, or `labels` not int64.
         ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
             run, or (on the CPU) a label is outside the vocabulary.
-        NotImplementedError: `shard` is given.
     """
     logp, _ = _evaluate(
         logits,
@@ -85,7 +87,7 @@ def token_logprobs_and_entropy(
     temperature: float | Tensor = 1.0,  # or (...,)
     softcap: float | None = None,
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> LogprobsAndEntropy:
     """`token_logprobs`, and the entropy -sum_v p_v log p_v of every row, p = softmax(softcap(logits) / temperature).
@@ -119,22 +121,29 @@ def _evaluate(
     temperature: float | Tensor,
     softcap: float | None,
     vocab_size: int | None,
-    shard: object,
+    shard: VocabShard | None,
     impl: str,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy), the latter empty unless it is asked for."""
-    check_options(shard=shard, impl="auto", softcap=softcap)
-    vocab_size = _check_logits(logits, labels, vocab_size)
+    _checks.positive(softcap=softcap)
+    logits, shard = vocab_shard("logits", logits, -1, shard)
+    vocab_size = _check_logits(logits, labels, vocab_size, shard)
     shape = logits.shape[:-1]
     temperature, row_temperature = row_temperatures(temperature, "logits", logits)
-    if takes_triton(impl, logits=logits):
+    if takes_triton(impl, sharded=shard is not None, logits=logits):
         options = (row_temperature, temperature, softcap, vocab_size, with_entropy)
         logp, entropy, *_ = logprobs(logits, as_columns(labels, shape), *options, triton=True)
         return logp.reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
     columns, outside = label_columns(labels, shape, vocab_size)
-    run = compiled_logprobs if torch.compiler.is_compiling() else logprobs
-    logp, entropy, *_ = run(logits, columns, row_temperature, temperature, softcap, vocab_size, with_entropy)
+    if shard is None:
+        run = compiled_logprobs if torch.compiler.is_compiling() else logprobs
+        logp, entropy, *_ = run(logits, columns, row_temperature, temperature, softcap, vocab_size, with_entropy)
+    else:
+        local_size = shard.local_size(vocab_size)
+        logp, entropy = sharded_logprobs(
+            logits, columns, row_temperature, temperature, softcap, local_size, with_entropy, shard
+        )
     return logp.masked_fill(outside, torch.nan).reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
 
 
@@ -148,11 +157,6 @@ def label_columns(labels: Tensor, rows: torch.Size, vocab_size: int) -> tuple[Te
     columns = as_columns(labels, rows)
     outside = (columns != IGNORE_INDEX) & ((columns < 0) | (columns >= vocab_size))
     return columns.masked_fill(outside, 0), outside
-
-
-def check_options(*, shard: object, impl: str, softcap: float | None) -> None:
-    _checks.unsupported(shard=shard, impl=impl)
-    _checks.positive(softcap=softcap)
 
 
 def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask: Tensor | None = None) -> None:
@@ -183,12 +187,12 @@ def check_vocab_size(vocab_size: int | None, rows: int) -> int:
     return vocab_size
 
 
-def _check_logits(logits: Tensor, labels: Tensor, vocab_size: int | None) -> int:
+def _check_logits(logits: Tensor, labels: Tensor, vocab_size: int | None, shard: VocabShard | None) -> int:
     _checks.tensors(logits=logits)
     _checks.floating(logits=logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
-    vocab_size = check_vocab_size(vocab_size, logits.shape[-1])
+    vocab_size = check_vocab_size(vocab_size, logits.shape[-1] if shard is None else shard.vocab_size)
     check_labels(labels, logits.shape[:-1], vocab_size)
     _checks.same_device("logits", logits, labels=labels)
     return vocab_size

@@ -181,7 +181,7 @@ class Upstream(NamedTuple):
 
     @classmethod
     def of(cls, state: RowState, columns: Tensor, logp: Tensor, entropy: Tensor | None) -> Upstream:
-        """From labels (n, K), -100 where ignored, of whole rows, and the gradients (n, K) and (n, 1)."""
+        """From labels (n, K) of whole rows, -100 where ignored, and the gradients (n, K) and (n, 1)."""
         ignored = columns < 0
         logp, columns = logp.masked_fill(ignored, 0), columns.masked_fill(ignored, 0)
         total = logp.sum(-1, keepdim=True)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._distributed import VocabShard, vocab_shard
 from ._divergence_ops import divergence
 from ._divergence_rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL
 from ._divergences import check_axis, check_share
@@ -49,7 +50,7 @@ def topk_forward_kl(
     tail: str,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
     """Forward KL from a teacher's K log-probs: sum_S p (log p - log q), and the tail as `tail` says.
@@ -62,7 +63,8 @@ def topk_forward_kl(
         tail: "bucket" adds (1-P) log (1-P)/(1-Q), "renormalize" divides by P and Q first, "truncate" does neither.
         temperature: > 0, a number or one value a row, for the student; the teacher's log-probs have it already.
         vocab_size: the true V, where the last columns of `logits` are padding.
-        shard: vocabulary-sharded logits. Not supported yet.
+        shard: which slice of the vocabulary these logits are, where ranks hold one each (`VocabShard`); the ids are
+            those of the whole vocabulary. Logits that are a DTensor placed `Shard(-1)` need none.
         impl: "auto" | "torch" | "triton". The last is not supported yet.
 
     Returns:
@@ -78,7 +80,7 @@ def topk_forward_kl(
         TypeError: a dtype is wrong.
         ValueError: shapes or devices disagree, an option is out of range, or (on the CPU) an id is twice in a row or
             outside the vocabulary. Elsewhere, and under `torch.compile`, such a row is NaN.
-        NotImplementedError: `shard` is given, or `impl` is "triton".
+        NotImplementedError: `impl` is "triton".
 
     Source: the bucket is the forward KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
     """
@@ -95,7 +97,7 @@ def topk_reverse_kl(
     tail: str,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
     """Reverse KL to a teacher's K log-probs: sum_S q (log q - log p), and the tail as `tail` says.
@@ -128,7 +130,7 @@ def topk_generalized_jsd(
     beta: float,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
-    shard: object = None,
+    shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
     """Generalised JSD from a teacher's K log-probs: β KL(p || m) + (1-β) KL(q || m), the tail as `tail` says.
@@ -171,12 +173,13 @@ def _topk(
     tail: str,
     temperature: float | Tensor,
     vocab_size: int | None,
-    shard: object,
+    shard: VocabShard | None,
     impl: str,
 ) -> Tensor:
-    _checks.unsupported(shard=shard, impl=impl)
+    _checks.unsupported(impl=impl)
     _checks.one_of("tail", tail, TAILS)
-    vocab_size, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size)
+    logits, shard = vocab_shard("logits", logits, -1, shard)
+    vocab_size, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size, shard)
     tau = _checks.row_temperature("logits", logits, temperature)
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
     ids = teacher_topk_ids.long()
@@ -185,10 +188,11 @@ def _topk(
     log_p = torch.where(valid, teacher_topk_logp.detach().to(dtype), -math.inf)
 
     if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed
-        student = kept_and_rest(logits, ids, temperature=tau, vocab_size=vocab_size, with_rest=False)[0].to(dtype)
+        kept, _ = kept_and_rest(logits, ids, temperature=tau, vocab_size=vocab_size, with_rest=False, shard=shard)
+        student = kept.to(dtype)
         teacher = log_p
     else:
-        kept, rest = kept_and_rest(logits, ids, temperature=tau, vocab_size=vocab_size)
+        kept, rest = kept_and_rest(logits, ids, temperature=tau, vocab_size=vocab_size, shard=shard)
         student = torch.cat([kept, rest.unsqueeze(-1)], -1).to(dtype)
         valid = torch.cat([valid, torch.ones_like(empty)], -1)
         teacher = torch.cat([log_p, _log_tail(log_p, ids, vocab_size, kind).unsqueeze(-1)], -1)
@@ -231,7 +235,9 @@ def _truncated(kind: str, omega: float, log_q: Tensor, log_p: Tensor) -> Tensor:
     return (omega * p * b + (1 - omega) * q * a).sum(-1)
 
 
-def _check_topk(logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int | None) -> tuple[int, Tensor | None]:
+def _check_topk(
+    logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int | None, shard: VocabShard | None
+) -> tuple[int, Tensor | None]:
     """The true vocabulary, and which rows have bad ids where they cannot raise."""
     _checks.floating(logits=logits, teacher_topk_logp=logp)
     check_axis("logits", logits)
@@ -242,7 +248,7 @@ def _check_topk(logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int | Non
         raise ValueError(f"teacher_topk_logp must be {(*rows, 'K')} with K >= 1, got {tuple(logp.shape)}")
     _checks.same_shape("teacher_topk_logp", logp, teacher_topk_ids=ids)
     _checks.same_device("logits", logits, teacher_topk_logp=logp)
-    vocab_size = check_vocab_size(vocab_size, logits.shape[-1])
+    vocab_size = check_vocab_size(vocab_size, logits.shape[-1] if shard is None else shard.vocab_size)
     ordered = ids.sort(-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     outside = (ids < PADDING) | (ids >= vocab_size)

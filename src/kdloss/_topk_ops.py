@@ -7,6 +7,9 @@ softmax([z_S, rest]) is the distribution with everything outside S in one bucket
 holds: 1 minus the kept mass would lose all its digits where little is left. One pass over the logits, a block of rows
 at a time; the backward is another one, and writes the gradient once.
 
+Where ranks hold a slice of the vocabulary each, an id is kept on the rank that has it, and `rest` is the log-sum-exp of
+all ranks' rests: one all-gather of K + 1 numbers a row, and none in the backward.
+
 A scratch row has one column more than the vocabulary, at -inf: padded ids (-1) point there.
 """
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._distributed import VocabShard, gather
 from ._divergence_ops import all_zero, column
 from ._rows import flat_rows
 
@@ -32,12 +36,17 @@ def kept_and_rest(
     temperature: float | Tensor,  # or (...,), detached here
     vocab_size: int,
     with_rest: bool = True,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:  # (..., K), (...,)
     """Tempered logits at `ids`, -inf at padding, and the log-sum-exp of the rest, -inf where none is left.
 
     Without the rest, which is then -inf, this is `gather`, whose own backward holds a float32 copy of the gradient.
     """
     number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
+    if shard is not None:
+        options = (number, shard.local_size(vocab_size), with_rest)
+        kept, rest = _Sharded.apply(logits, ids, rows, options, shard)  # type: ignore[no-untyped-call]
+        return kept, rest
     kept, rest = _kept_and_rest(logits, ids, rows, number, vocab_size, with_rest)
     return kept, rest
 
@@ -148,6 +157,36 @@ def _backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[T
 
 
 _kept_and_rest.register_autograd(_backward, setup_context=_save)
+
+
+class _Sharded(torch.autograd.Function):
+    """`_kept_and_rest` of logits that are a slice of the rows; the results are those of the whole rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        row_temperature: Tensor | None,
+        options: tuple[Any, ...],
+        shard: VocabShard,
+    ) -> tuple[Tensor, Tensor]:
+        here = ids - shard.start
+        here = torch.where((here < 0) | (here >= options[1]), -1, here)  # not here: as padding, at -inf
+        kept, rest = _kept_and_rest(logits, here, row_temperature, *options)
+        if options[2]:
+            parts = gather(torch.cat([kept, rest.unsqueeze(-1)], -1), shard)
+            kept, rest = parts[..., :-1].amax(0), parts[..., -1].logsumexp(0)
+        else:
+            kept = gather(kept, shard).amax(0)
+        ctx.save_for_backward(logits, here, row_temperature, rest)
+        ctx.options = options
+        return kept, rest
+
+    @staticmethod
+    def backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
+        return grad, None, None, None, None
 
 
 def _places(ids: Tensor, vocab_size: int) -> Tensor:

@@ -1,0 +1,138 @@
+"""Log-probs and entropies of a vocabulary-sharded head, around the operators that know a part of it alone.
+
+    forward    the operator on this rank's part, one all-gather (`_sharded_rows.py`), whole rows
+    backward   the operator's own, given the state of the whole rows: p = e^(z - m) / s is then the whole row's
+
+The backward needs no collective but the sum over ranks of the gradient of hidden states, which is `VocabShard.enter`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._distributed import VocabShard
+from ._linear_operator import linear_logprobs, linear_logprobs_backward
+from ._logits_operator import logprobs, logprobs_backward
+from ._rows import RowState
+from ._sharded_rows import whole_rows
+
+
+def sharded_logprobs(
+    logits: Tensor,  # (..., V of this slice)
+    columns: Tensor,  # (T, K) of the whole vocabulary, -100 ignored
+    row_temperature: Tensor | None,  # (T,)
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int,  # of this slice
+    with_entropy: bool,
+    shard: VocabShard,
+) -> tuple[Tensor, Tensor]:
+    """(logp (T, K), entropy (T,) or (0,)), the same on every rank."""
+    options = (temperature, softcap, vocab_size)
+    return _FromLogits.apply(logits, columns, row_temperature, options, with_entropy, shard)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sharded_linear_logprobs(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V of this slice, D)
+    bias: Tensor | None,
+    columns: Tensor,  # (T, K) of the whole vocabulary, -100 ignored
+    rows: Tensor | None,  # (N,) those to compute. None: those with a label
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_size: int,  # of this slice
+    with_entropy: bool,
+    store: bool,
+    shard: VocabShard,
+) -> tuple[Tensor, Tensor]:
+    """(logp (T, K), entropy (T,) or (0,)), the same on every rank."""
+    total = columns.shape[0]
+    if rows is not None:  # only they go around
+        hidden, columns = hidden.index_select(0, rows), columns.index_select(0, rows)
+        row_temperature = None if row_temperature is None else row_temperature.index_select(0, rows)
+    hidden = shard.enter(hidden)
+    options = (temperature, softcap, logit_scale, vocab_size)
+    logp, entropy = _FromHidden.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, columns, row_temperature, options, rows is not None, with_entropy, store, shard
+    )
+    if rows is not None:
+        logp = logp.new_zeros(total, *logp.shape[1:]).index_copy(0, rows, logp)
+        entropy = entropy.new_zeros(total).index_copy(0, rows, entropy) if with_entropy else entropy
+    return logp, entropy
+
+
+def _whole(
+    found: tuple[Tensor, ...], columns: Tensor, with_entropy: bool, shard: VocabShard
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """(logp, entropy, the rows' state as the backward of an operator takes it) from what an operator gave."""
+    logp, nothing, maximum, peak, mean, *_ = found
+    part = RowState(maximum[:, None], peak[:, None], mean[:, None] if with_entropy else None)
+    state, logp = whole_rows(part, logp, columns, shard)
+    maximum, peak = state.maximum.squeeze(-1), state.peak.squeeze(-1)
+    if state.mean is None:
+        return logp, nothing, (maximum, peak, nothing)
+    entropy = state.entropy().squeeze(-1).masked_fill((columns < 0).all(-1), 0)
+    return logp, entropy, (maximum, peak, state.mean.squeeze(-1))
+
+
+class _FromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        columns: Tensor,
+        row_temperature: Tensor | None,
+        options: tuple[Any, ...],
+        with_entropy: bool,
+        shard: VocabShard,
+    ) -> tuple[Tensor, Tensor]:
+        here = shard.columns(columns, options[-1])
+        found = logprobs(logits, here, row_temperature, *options, with_entropy)
+        logp, entropy, state = _whole(found, columns, with_entropy, shard)
+        ctx.save_for_backward(logits, here, row_temperature, *state)
+        ctx.options, ctx.with_entropy = options, with_entropy
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        incoming = entropy_gradient if ctx.with_entropy else None
+        return logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, *ctx.options, False), *(None,) * 5
+
+
+class _FromHidden(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        columns: Tensor,
+        row_temperature: Tensor | None,
+        options: tuple[Any, ...],
+        all_rows: bool,
+        with_entropy: bool,
+        store: bool,
+        shard: VocabShard,
+    ) -> tuple[Tensor, Tensor]:
+        here = shard.columns(columns, options[-1])
+        rows = torch.arange(columns.shape[0], device=columns.device) if all_rows else None
+        found = linear_logprobs(
+            hidden, weight, bias, here, rows, row_temperature, *options, False, False, with_entropy, store
+        )
+        logp, entropy, state = _whole(found[:5], columns, with_entropy, shard)
+        ctx.save_for_backward(hidden, weight, bias, here, rows, row_temperature, *state, found[5])
+        ctx.options, ctx.with_entropy = options, with_entropy
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        incoming = entropy_gradient if ctx.with_entropy else None
+        needs = list(ctx.needs_input_grad[:3])
+        # rows without an incoming gradient are kept: every rank has to sum the same ones
+        found = linear_logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, needs, *ctx.options, False, False)
+        return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 7

@@ -1,0 +1,41 @@
+"""From parts of rows to whole rows: the one all-gather that stands between a kernel and what is computed from it.
+
+Each rank knows its part of a row by the state that `_rows.py` reads off it: (m, 1 / s, u / s), and the log-probs of
+labels under the part alone. With all parts' states the row's own is a merge, and a log-prob is moved from the part to
+the row:
+
+    M, S from the parts,   log q = (z - m_part) + (m_part - M) - log S
+
+3 + K numbers of float32 a row go around, or 2 + K without an entropy. Every rank merges them in rank order, so all of
+them hold the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._distributed import VocabShard, gather
+from ._rows import RowState
+
+
+def whole_rows(
+    state: RowState,  # of this rank's part
+    logp: Tensor,  # (n, K) of the labels that are in the part, under it; anything for others
+    columns: Tensor,  # (n, K) labels, as columns of the whole vocabulary; -100 is ignored
+    shard: VocabShard,
+) -> tuple[RowState, Tensor]:
+    """The state of whole rows, and their log-probs (n, K), 0 where the label is ignored. One collective."""
+    # (-inf - -inf) of a part without mass is NaN, and a label in it has a logit of -inf
+    relative = torch.where(state.maximum == -torch.inf, -torch.inf, logp - state.peak.log())
+    fields = [x for x in state if x is not None]
+    parts = gather(torch.cat([*fields, relative], -1), shard).split([1] * len(fields) + [relative.shape[-1]], -1)
+    of_ranks = [RowState(*x, *[None] * (3 - len(x))) for x in zip(*(x.unbind(0) for x in parts[:-1]), strict=True)]
+    whole = of_ranks[0]
+    for part in of_ranks[1:]:
+        whole = whole.merge(part)
+    shifted = torch.zeros_like(relative)
+    for (start, stop), part, moved in zip(shard.bounds, of_ranks, parts[-1].unbind(0), strict=True):
+        own = (columns >= start) & (columns < stop)
+        shifted = torch.where(own, moved + (part.maximum - whole.maximum), shifted)
+    return whole, (shifted + whole.peak.log()).masked_fill(columns < 0, 0)

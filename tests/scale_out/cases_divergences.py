@@ -1,0 +1,163 @@
+"""Divergences of a vocabulary-sharded head: values, gradients and bits as those of the whole head in one process."""
+
+from __future__ import annotations
+
+from functools import partial
+from unittest import mock
+
+import torch
+
+import kdloss
+from kdloss import _divergence_rows, _linear_divergence_ops
+from scale_out.cases_vocabulary import UNEVEN, D, T, V, close, differentiated, part, shards
+from scale_out.ranks import Ranks, on
+
+FROM_LOGITS = {
+    "forward_kl": kdloss.forward_kl,
+    "reverse_kl": kdloss.reverse_kl,
+    "generalized_jsd": partial(kdloss.generalized_jsd, beta=0.3),
+    "skewed_forward_kl": partial(kdloss.skewed_forward_kl, alpha=0.1),
+    "skewed_reverse_kl": partial(kdloss.skewed_reverse_kl, alpha=0.1),
+}
+FROM_HIDDEN = {
+    "forward_kl": kdloss.linear_forward_kl,
+    "reverse_kl": kdloss.linear_reverse_kl,
+    "generalized_jsd": partial(kdloss.linear_generalized_jsd, beta=0.3),
+    "skewed_forward_kl": partial(kdloss.linear_skewed_forward_kl, alpha=0.1),
+    "skewed_reverse_kl": partial(kdloss.linear_skewed_reverse_kl, alpha=0.1),
+}
+TOPK = {
+    "forward": kdloss.topk_forward_kl,
+    "reverse": kdloss.topk_reverse_kl,
+    "jsd": partial(kdloss.topk_generalized_jsd, beta=0.4),
+}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@on(2, 3, 4)
+def case_divergences_from_logits(ranks: Ranks) -> None:
+    """In blocks of two rows, so that there are several of them."""
+    temperatures = torch.linspace(0.5, 2, T)
+    for shard in shards(ranks):
+        for name, divergence in FROM_LOGITS.items():
+            for dtype, options in [
+                (torch.float64, {"temperature": temperatures}),
+                (torch.float32, {"vocab_size": V - 2}),
+                (torch.bfloat16, {"temperature": 0.7}),
+            ]:
+                logits, teacher = 2 * ranks.normal(T, V, dtype=dtype), 2 * ranks.normal(T, V, seed=1, dtype=dtype)
+                teacher[5] = logits[5]  # a divergence of 0
+                what = f"{name} {shard} {dtype}"
+
+                def whole(x, f=divergence, teacher=teacher, options=options):
+                    return (f(x, teacher, **options),)
+
+                def split(x, f=divergence, teacher=teacher, options=options, shard=shard):
+                    return (f(x, part(teacher, shard, -1), shard=shard, **options),)
+
+                with mock.patch.object(_divergence_rows.Scratch, "blocks", _two_rows):
+                    expected, (gradient,) = differentiated(whole, [logits])
+                    found, (mine,) = differentiated(split, [part(logits, shard, -1)])
+                close(found[0], expected[0], wide(dtype), what)
+                close(mine, part(gradient, shard, -1), dtype, f"gradient {what}")
+                ranks.same_bits(*found)
+
+
+def _two_rows(self, total_rows):
+    return (slice(start, start + 2) for start in range(0, total_rows, 2))
+
+
+@on(2, 3)
+def case_hostile_divergences(ranks: Ranks) -> None:
+    """Masses of 0 on either side in a whole slice, no distribution at all, and logits far off centre."""
+    shard = kdloss.VocabShard(*UNEVEN[ranks.size][ranks.rank], ranks.group)
+    logits, teacher = ranks.normal(8, V), ranks.normal(8, V, seed=1)
+    logits[0, 17:] = teacher[0, 17:] = -torch.inf
+    logits[1, 17:] = -torch.inf
+    teacher[2, :17] = -torch.inf
+    logits[3] = -torch.inf
+    teacher[4, 20] = torch.inf
+    logits[5, 0] = torch.nan
+    logits[6] += 3e4
+    teacher[6] -= 3e4
+    logits[7, 3] = -torch.inf
+    for name, divergence in FROM_LOGITS.items():
+        found = divergence(part(logits, shard, -1), part(teacher, shard, -1), shard=shard)
+        close(found, divergence(logits, teacher), torch.float32, name)
+
+        def finite(x, t, f=divergence, shard=None):
+            value = f(x, t, shard=shard)
+            return (torch.where(value.isfinite(), value, 0),)  # rows without an incoming gradient get 0
+
+        _, (expected,) = differentiated(partial(finite, t=teacher), [logits])
+        _, (mine,) = differentiated(partial(finite, t=part(teacher, shard, -1), shard=shard), [part(logits, shard, -1)])
+        close(mine, part(expected, shard, -1), torch.float32, f"gradient {name}")
+
+
+@on(2, 3, 4)
+def case_divergences_from_hidden_states(ranks: Ranks) -> None:
+    """Heads of different widths and dtypes, in chunks of two rows; the head trained, and frozen."""
+    mask = torch.ones(T, dtype=torch.bool)
+    mask[[0, 7]] = False
+    for shard in shards(ranks):
+        for name, divergence in FROM_HIDDEN.items():
+            for dtype, options in [
+                (torch.float64, {"softcap": 2.0, "logit_scale": 1.3, "temperature": torch.linspace(0.5, 2, T)}),
+                (torch.float32, {"vocab_size": V - 2, "teacher_softcap": 3.0}),
+            ]:
+                hidden, weight = ranks.normal(T, D, dtype=dtype), ranks.normal(V, D, seed=1, dtype=dtype)
+                bias, teacher_hidden = ranks.normal(V, seed=2, dtype=dtype), ranks.normal(T, 5, seed=3)
+                teacher_weight, teacher_bias = ranks.normal(V, 5, seed=4).bfloat16(), ranks.normal(V, seed=5)
+                hidden[0] = teacher_hidden[7] = torch.nan
+
+                def call(h, w, b, f=divergence, teacher=(teacher_hidden, teacher_weight, teacher_bias), **options):
+                    x, y, z = teacher
+                    return (f(h, w, x, y, loss_mask=mask, bias=b, teacher_bias=z, **options),)
+
+                mine = (teacher_hidden, part(teacher_weight, shard, 0), part(teacher_bias, shard, 0))
+                with mock.patch.dict(_linear_divergence_ops._CHUNK_ENTRIES, cpu=2 * V):
+                    expected, gradients = differentiated(partial(call, **options), [hidden, weight, bias])
+                    found, own = differentiated(
+                        partial(call, teacher=mine, shard=shard, **options),
+                        [hidden, part(weight, shard, 0), part(bias, shard, 0)],
+                    )
+                    frozen = partial(call, w=part(weight, shard, 0), b=None, teacher=mine, shard=shard, **options)
+                    _, (dh,) = differentiated(frozen, [hidden])
+                    _, (dh_whole,) = differentiated(partial(call, w=weight, b=None, **options), [hidden])
+                what = f"{name} {shard} {dtype}"
+                close(found[0], expected[0], dtype, what)
+                close(own[0], gradients[0], dtype, f"dh {what}")
+                close(own[1], part(gradients[1], shard, 0), dtype, f"dw {what}")
+                close(own[2], part(gradients[2], shard, 0), dtype, f"db {what}")
+                close(dh, dh_whole, dtype, f"dh, frozen {what}")
+                ranks.same_bits(*found, own[0])
+
+
+@on(2, 3, 4)
+def case_topk(ranks: Ranks) -> None:
+    """Ids in one slice, in several, all of the vocabulary's, none, and fewer than K."""
+    ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:5] for i in range(T)])
+    ids[1] = torch.tensor([22, 21, 20, -1, -1])
+    ids[2] = -1
+    for shard in shards(ranks):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            logits = 2 * ranks.normal(T, V, dtype=dtype)
+            teacher_logp = (2 * ranks.normal(T, V, seed=1, dtype=wide(dtype))).log_softmax(-1)
+            kept = teacher_logp.gather(-1, ids.clamp(min=0))
+            everything = torch.arange(V).expand(T, V)
+            for name, divergence in TOPK.items():
+                for tail in ("bucket", "renormalize", "truncate"):
+                    for which, of in ((ids, kept), (everything, teacher_logp)):
+
+                        def call(x, f=divergence, of=of, which=which, tail=tail, shard=None):
+                            return (f(x, of, which, tail=tail, temperature=0.8, shard=shard),)
+
+                        expected, (gradient,) = differentiated(call, [logits])
+                        found, (mine,) = differentiated(partial(call, shard=shard), [part(logits, shard, -1)])
+                        what = f"{name} {tail} {shard} {dtype}"
+                        close(found[0], expected[0], wide(dtype), what)
+                        close(mine, part(gradient, shard, -1), dtype, f"gradient {what}")
+                        ranks.same_bits(*found)
