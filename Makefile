@@ -52,8 +52,8 @@ test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the t
 bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/results/; ARGS="--quick" takes a minute
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Kernels run on the GPU here, and interpreted in `make test`. What a peer brings is under no constraint but kdloss's own.
-gpu: $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/peers.stamp  ## On a GPU: the kernels' tests, then figures beside peers
+# Kernels run on the GPU here; in `make test`, where there is none, they are interpreted.
+gpu: $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/peers.stamp  ## On a GPU: the kernels' tests, then figures and peers
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
 	$(BIN)/pytest tests/test_triton_*.py tests/test_compiled_tail.py
 	$(BIN)/python -m benchmarks --core $(ARGS)
