@@ -11,7 +11,7 @@ need the scratch and nothing else, however many rows there are.
 Where `triton` is set, kernels do the same (`_triton/_logits_forward.py`, `_triton/_logits_backward.py`).
 
 Registered with `torch.library`, so that `torch.compile`, activation checkpointing and export see one operation. Where a
-compiler traces it without kernels, the same mathematics is offered as a formula instead (`_compiled_logprobs.py`), as it
+compiler traces it without kernels, the same mathematics is offered as a formula (`_compiled_logprobs.py`), as it
 fuses the passes into one; it saves the same.
 """
 

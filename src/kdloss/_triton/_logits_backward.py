@@ -80,7 +80,7 @@ def backward_kernel(
     inner_stride,
     column_stride,
     g_row_stride,
-    g_label_stride,
+    g_label_stride: tl.int64,
     h_stride,
     gradient_stride,
     chunks,  # programs a row
