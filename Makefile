@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench check demo format fuzz test test-trainers
+.PHONY: help bench check demo format fuzz gpu test test-trainers
 
 help:  ## List the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the t
 bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/results/; ARGS="--quick" takes a minute
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# Kernels run on the GPU here; in `make test`, where there is none, they are interpreted.
+gpu: $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/peers.stamp  ## On a GPU: the kernels' tests, then figures and peers
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
+	$(BIN)/pytest tests/test_triton_*.py tests/test_compiled_tail.py
+	$(BIN)/python -m benchmarks --core $(ARGS)
+
 # 100,000 examples in all; the normal suite draws a hundred for each test.
 fuzz: $(VENV)/test.stamp  ## The hypothesis tests, with many more examples: make fuzz EXAMPLES=100000
 	$(BIN)/pytest tests --fuzz $(EXAMPLES) --numprocesses auto --maxprocesses 4 --durations 5 $(ARGS)
@@ -67,6 +73,11 @@ $(VENV)/torch.stamp: constraints.txt
 $(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
 	@echo "$(VENV): kdloss[$*]"
 	@$(PIP) install --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+$(VENV)/peers.stamp: benchmarks/peers.txt $(VENV)/torch.stamp
+	@echo "$(VENV): peers"
+	@$(PIP) install --constraint constraints.txt --requirement benchmarks/peers.txt
 	@touch $@
 
 # The file lists all that the environment holds, so nothing is resolved; but torch, alone and first, brings what its build

@@ -20,12 +20,24 @@ def describe(device: str, threads: int) -> dict[str, str]:
     if device == "cuda":
         facts["memory"] = f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
         facts["cuda"] = str(torch.version.cuda)
+        facts["kernels"] = kernels()
     else:
         facts["memory"] = f"{_memory_line('MemTotal') / 2**30:.0f} GiB"
     facts["python"] = platform.python_version()
     facts.update({name: _version(name) for name in PACKAGES})
     facts["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     return facts
+
+
+def kernels() -> str:
+    """Whether kdloss takes its kernels on this GPU, and why not: a figure without them is one of plain torch."""
+    from kdloss._impl import takes_triton
+
+    try:
+        takes_triton("triton", logits=torch.empty(0, device="cuda", dtype=torch.bfloat16))
+    except ValueError as reason:
+        return f"none: {reason}"
+    return "Triton"
 
 
 def device_name(device: str) -> str:

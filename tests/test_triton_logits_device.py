@@ -1,4 +1,4 @@
-"""Holds, on a GPU, what its size and stream decide of log-probs from logits: bits, graphs, waits, tensors past 2^31."""
+"""Holds, on a GPU, what its size and stream decide of log-probs from logits: bits, graphs, waits, long tensors."""
 
 from __future__ import annotations
 

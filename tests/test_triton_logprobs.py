@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdloss
+from benchmarks import ours
 from cases import TABLE
 from contract import as_numpy, cast, fields, oracle
 from kdloss import _impl
@@ -320,6 +322,29 @@ def test_auto_takes_the_kernels_on_a_gpu_only():
         assert _impl.takes_triton("triton", logits=on_gpu)
         assert not _impl.takes_triton("torch", logits=on_gpu)
     assert not _impl.takes_triton("auto", logits=torch.zeros(ROWS, V))
+
+
+class Operators(TorchDispatchMode):
+    """Which of our operators are called, and whether with kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[tuple[str, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "kdloss":
+            named = dict(zip([x.name for x in func._schema.arguments], args, strict=False)) | (kwargs or {})
+            self.called.append((func._opname, named.get("triton", False)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_on_a_gpu_the_benchmarks_time_the_kernels(entropy):
+    """What `python -m benchmarks` calls, on a GPU's tensors without memory; the backward follows the forward."""
+    with FakeTensorMode(), Operators() as operators:
+        logits = torch.empty(64, 151936, device="cuda", dtype=torch.bfloat16)
+        ours.logits(entropy=entropy)(logits, torch.empty(64, device="cuda", dtype=torch.int64))
+    assert operators.called == [("logprobs", True)]
 
 
 OBSTACLES = {

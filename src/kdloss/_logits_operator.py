@@ -8,11 +8,11 @@ need the scratch and nothing else, however many rows there are.
     forward    reads V logits a row, writes K + 4 numbers
     backward   reads V logits a row, writes V numbers
 
-Where `triton` is set the kernels do the same in one launch (`_triton/_logits_forward.py`, `_logits_backward.py`).
+Where `triton` is set, kernels do the same (`_triton/_logits_forward.py`, `_triton/_logits_backward.py`).
 
-Registered with `torch.library`, so that `torch.compile`, activation checkpointing and export see one operation. Under
-`torch.compile` the same mathematics is offered as a formula instead (`_compiled_logprobs.py`), since a compiler fuses
-its passes into one; it saves the same.
+Registered with `torch.library`, so that `torch.compile`, activation checkpointing and export see one operation. Where a
+compiler traces it without kernels, the same mathematics is offered as a formula (`_compiled_logprobs.py`), as it
+fuses the passes into one; it saves the same.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ given twice is rounded once, and no block has to look for labels.
 A row whose incoming gradient is 0, or whose labels are all ignored, is not read: its zeros are written.
 
     bytes       V logits read and V written a row; some 20 + 12 K a program for what it knows of its row
-    operations  about 5 a logit, 7 with an entropy (widen, subtract, scale, e^x, multiply, round; clamp, multiply-add)
+    operations  about 6 a logit, 8 with an entropy (widen, subtract, scale, e^x, multiply, round; clamp, multiply-add)
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def backward_kernel(
     inner_stride,
     column_stride,
     g_row_stride,
-    g_label_stride,
+    g_label_stride: tl.int64,
     h_stride,
     gradient_stride,
     chunks,  # programs a row
