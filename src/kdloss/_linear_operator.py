@@ -11,6 +11,8 @@ accumulates in float32 too. The width of a slice follows from D and V alone, nev
 
 N rows are computed: those with a label, gathered here. The backward gathers again, those of them whose incoming
 gradient is not 0: clipped tokens and groups without advantage cost nothing.
+
+Where `kernels` is set, those of `_triton/_linear.py` do the same, in slices whose width follows from T and V.
 """
 
 from __future__ import annotations
@@ -61,6 +63,9 @@ def linear_logprobs(
     """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean like entropy, logits (N, V) or (0, V)).
 
     The log-prob of a label in another shard may be anything: here it only makes its row one to be computed.
+
+    `maximum` is that of z, and the logits are z. From the kernels it is that of softcap(logit_scale * x), before the
+    temperature, and the logits are the products with the head, before the bias.
     """
     index = _labelled(columns) if rows is None else rows
     if kernels:

@@ -236,7 +236,7 @@ def case_sequence_parallel(ranks: Ranks) -> None:
 
 @on(2, 4)
 def case_dtensors(ranks: Ranks) -> None:
-    """Logits placed Shard(-1) need no shard, nor does a head placed Shard(0) beside hidden states that are placed too."""
+    """Logits placed Shard(-1) need no shard, nor does a head placed Shard(0) beside hidden states placed too."""
     mesh = DeviceMesh.from_group(ranks.group, "cpu")
     logits, labels = ranks.normal(T, V, dtype=torch.float64), ranks.integers(V, T, seed=3)
     hidden, weight = ranks.normal(T, D, dtype=torch.float64), ranks.normal(V, D, seed=1, dtype=torch.float64)
