@@ -26,6 +26,7 @@ EXCEPTED = {
     "LogprobsAndEntropy": "a result: its fields are compared wherever a function returns it",
     "LossOutput": "a result, as above",
     "Surrogate": "a result, as above",
+    "VocabShard": "marks which slice a rank holds; tests/scale_out/ holds it",
     "config": "a module, whose one public name is KDRLConfig",
     "schedules": "a module, whose functions are walked as schedules.<name>",
 }
