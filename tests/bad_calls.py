@@ -141,7 +141,12 @@ def bad_distill_weights(first: str) -> Iterator[Bad]:
     yield Bad("weights are elsewhere", {name: ELSEWHERE}, ValueError, came)
 
 
-GROUP = Bad("group is given", {"group": object()}, NotImplementedError, "group: ...not supported yet")
+GROUP = Bad(
+    "group is an object",
+    {"group": object()},
+    TypeError,
+    "group must be a torch.distributed.ProcessGroup or None, got object",
+)
 
 BAD["cu_seqlens_from_lengths"] = [
     Bad("float", {"lengths": LENGTHS.double()}, TypeError, "lengths must be int32 or int64, got torch.float64"),
@@ -172,6 +177,7 @@ BAD["broadcast_to_tokens"] = [
 BAD["next_token_labels"] = [
     Bad("float", {"input_ids": SHORT}, TypeError, "input_ids must be int32 or int64, got torch.float64"),
     *bad_stream("input_ids", of="next_token_labels")[:-1],
+    GROUP,
     Bad(
         "elsewhere",
         {"input_ids": INTEGERS.to("meta")},
@@ -506,6 +512,7 @@ BAD["discounted_returns"] = [
     *bad_per_token("rewards"),
     *bad_stream("rewards", of="discounted_returns"),
     *unit_interval("discount"),
+    GROUP,
 ]
 
 GROUPED = base("leave_one_out_advantages")["rewards"]
@@ -560,6 +567,7 @@ BAD["sequence_importance_weights"] = [
     Bad("crossed", {"min_weight": 2}, ValueError, "min_weight must not exceed max_weight = 1.5, got 2"),
     Bad("aggregate", {"aggregate": "max"}, ValueError, "aggregate must be one of 'sum', 'mean', got 'max'"),
     Bad("action", {"action": "clip"}, ValueError, "action must be one of 'truncate', 'mask', got 'clip'"),
+    GROUP,
 ]
 
 _BAD_PG = bad_per_token("logp", "old_logp", "advantages", "weights")
@@ -579,6 +587,22 @@ BAD["cispo_surrogate"] = [*_BAD_PG, *_BAD_CLIPS]
 BAD["sapo_surrogate"] = [*_BAD_PG, *positive("tau_positive"), *positive("tau_negative")]
 BAD["token_mean"] = [*bad_per_token("x"), *bad_normalizer()]
 BAD["sequence_mean"] = [*bad_per_token("x"), *bad_stream("x", of="sequence_mean"), *bad_normalizer(), GROUP]
+
+_BAD_COUNT = [
+    Bad("float", {"loss_mask": MASK.double()}, TypeError, "loss_mask must be torch.bool, got torch.float64; ..."),
+    GROUP,
+]
+BAD["global_token_count"] = _BAD_COUNT
+BAD["global_sequence_count"] = [
+    *_BAD_COUNT,
+    *bad_stream("loss_mask", of="global_sequence_count"),
+    Bad(
+        "split_group is an object",
+        {"split_group": object()},
+        TypeError,
+        "split_group must be a ...ProcessGroup or None, got object",
+    ),
+]
 
 BAD["sft_loss"] = [*bad_per_token("logp"), *bad_normalizer()]
 
@@ -617,6 +641,7 @@ BAD["grpo_loss"] = [
     *bad_stream("logp", of="grpo_loss", reduction="sequence_mean", cu_seqlens=CU),
     *_BAD_RL,
     *_BAD_REDUCTION,
+    GROUP,
 ]
 
 BAD["distillation_loss"] = [
@@ -626,6 +651,7 @@ BAD["distillation_loss"] = [
     *_BAD_KD,
     *_BAD_DISCOUNT,
     *_BAD_REDUCTION,
+    GROUP,
 ]
 
 _BAD_TERMS = [
@@ -684,6 +710,7 @@ BAD["kdrl_loss"] = [
         for bad in _BAD_DISCOUNT
     ),
     *_BAD_REDUCTION,
+    GROUP,
     Bad(
         "direct_penalty with kd_discount",
         {"direct_penalty": True, "kd_discount": 0.5, "cu_seqlens": CU},

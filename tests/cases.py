@@ -586,6 +586,20 @@ TABLE["sequence_mean"] = Entry(
     compiled=("base", "normalizer is a float tensor"),
 )
 
+# of this process alone: tests/scale_out counts over ranks
+TABLE["global_token_count"] = Entry(
+    gradient="integer",
+    variants=variants({"loss_mask": MASK}, nothing={"loss_mask": NOTHING}, rows={"loss_mask": MASK[:16].reshape(4, 4)}),
+    compiled=("base",),
+)
+TABLE["global_sequence_count"] = Entry(
+    gradient="integer",
+    variants=variants(
+        {"loss_mask": MASK, "cu_seqlens": CU}, int32={"cu_seqlens": CU32}, nothing={"loss_mask": NOTHING}
+    ),
+    compiled=("base",),
+)
+
 # --- objectives ------------------------------------------------------------------------------------------------------
 
 _SFT = {"logp": LOGP, "loss_mask": MASK}

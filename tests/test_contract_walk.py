@@ -33,7 +33,7 @@ EXCEPTED = {
 # Takes a function of the user's, which no oracle has; a file of its own holds value, gradient, compilation and errors.
 HELD_ELSEWHERE = {"fused_linear_loss": "test_fused.py"}
 # Keywords that need other ranks: they have a bad call each, and `tests/scale_out` holds their values.
-ACROSS_RANKS = {"shard", "group"}
+ACROSS_RANKS = {"shard", "group", "split_group"}
 
 
 def public_functions() -> list[str]:

@@ -384,3 +384,20 @@ def test_log_probs_alone_are_those_beside_the_entropy(rows: LogitsBatch, head: H
     gradients = [torch.autograd.grad(x.sum(), list(leaves.values())) for x in (alone, beside)]
     for name, x, y in zip(leaves, *gradients, strict=True):
         close(x, y, scale=30, what=name)
+
+
+@given(batch=packed_batches())
+def test_counts_are_the_sums_of_those_of_the_sequences(batch: PackedBatch):
+    parts = [batch.take(b) for b in range(batch.size)]
+    tokens = kdloss.global_token_count(batch.loss_mask)
+    assert tokens.shape == ()
+    assert tokens == sum(kdloss.global_token_count(part.loss_mask) for part in parts)
+    sequences = kdloss.global_sequence_count(batch.loss_mask, cu_seqlens=batch.cu_seqlens)
+    assert sequences == sum(int(part.loss_mask.any()) for part in parts)
+    # as a denominator each is the one that is taken by default
+    for mean, count, rest in (
+        (kdloss.token_mean, tokens, {}),
+        (kdloss.sequence_mean, sequences, {"cu_seqlens": batch.cu_seqlens}),
+    ):
+        given_count = mean(batch.entropy, loss_mask=batch.loss_mask, normalizer=count, **rest)
+        assert torch.equal(given_count, mean(batch.entropy, loss_mask=batch.loss_mask, **rest))

@@ -19,6 +19,7 @@ LAYERS = (
     "_checks",
     "_impl",
     "_distributed",
+    "_context_parallel",
     "_packing",
     "_reductions",
     "_triton",

@@ -51,6 +51,7 @@ from ._packing import segment_sum as segment_sum
 from ._packing import to_prediction_positions as to_prediction_positions
 from ._packing import to_token_positions as to_token_positions
 from ._packing import unpack as unpack
+from ._reductions import global_sequence_count as global_sequence_count
 from ._reductions import sequence_mean as sequence_mean
 from ._reductions import token_mean as token_mean
 from ._surrogates import Surrogate as Surrogate
@@ -88,6 +89,7 @@ __all__ = [
     "forward_kl",
     "fused_linear_loss",
     "generalized_jsd",
+    "global_sequence_count",
     "global_token_count",
     "group_relative_advantages",
     "grpo_loss",

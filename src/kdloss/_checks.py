@@ -240,11 +240,6 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: fl
         raise ValueError(f"{names[2]} must match the rows of {names[1]} ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def no_group(group: object) -> None:
-    if group is not None:
-        raise NotImplementedError("group: sequences split across ranks are not supported yet; pass whole sequences")
-
-
 def value_checks_allowed(x: Tensor) -> bool:
     """Whether reading the values of `x` is free of device syncs and graph breaks."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)

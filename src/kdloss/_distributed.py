@@ -12,6 +12,8 @@ is computed from it. Collectives are torch's functional ones, which run as they 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -224,12 +226,47 @@ def ordered_sum(x: Tensor, group: ProcessGroup | VocabShard) -> Tensor:
     return total
 
 
-def check_group(group: object, x: Tensor) -> None:
+def in_step(group: ProcessGroup | None, x: object) -> AbstractContextManager[dict[str, Any]]:
+    """This rank's checks stand inside: what one rank raises, all raise, and so where they differ in what they put in.
+
+    A rank that raised by itself would leave the others waiting in the next collective. Telling one another takes a
+    collective that waits, so it is left out where other checks of values are: off the CPU and under `torch.compile`.
+
+    Args:
+        group: None: nothing is told.
+        x: the first argument of the checked function, a tensor or what came in its place.
+    """
+    if group is None or torch.compiler.is_compiling():
+        return nullcontext({})
+    like = x if isinstance(x, Tensor) else torch.empty(0)
+    check_group(group, like)
+    return _told(group) if _checks.value_checks_allowed(like) else nullcontext({})
+
+
+@contextmanager
+def _told(group: ProcessGroup) -> Iterator[dict[str, Any]]:
+    agreed: dict[str, Any] = {}
+    error = None
+    try:
+        yield agreed
+    except (TypeError, ValueError) as caught:
+        error = caught
+    told = _gather_objects((None if error is None else (isinstance(error, TypeError), str(error)), agreed), group)
+    if error is not None:
+        raise error
+    for rank, (failed, _) in enumerate(told):
+        if failed is not None:
+            raise (TypeError if failed[0] else ValueError)(f"on rank {rank} of the group: {failed[1]}")
+    for name in sorted({name for _, theirs in told for name in theirs}):
+        _same(name, [theirs.get(name) for _, theirs in told])
+
+
+def check_group(group: object, x: Tensor, name: str = "group") -> None:
     """`group` is a process group that this process is in and that takes tensors like `x`; None is passed over."""
     if group is None or torch.compiler.is_compiling():
         return
     if not isinstance(group, ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     check_backend("the tensors", x, group)
 
 
@@ -262,15 +299,20 @@ def global_token_count(
     Raises:
         TypeError: `loss_mask` is not bool, or `group` no process group.
     """
-    _checks.tensors(loss_mask=loss_mask)
-    _checks.boolean(loss_mask=loss_mask)
+    with in_step(all_ranks(group), loss_mask):
+        _checks.tensors(loss_mask=loss_mask)
+        _checks.boolean(loss_mask=loss_mask)
     return global_sum(loss_mask.sum(), group)
+
+
+def all_ranks(group: ProcessGroup | None) -> ProcessGroup | None:
+    """`group`, or that of all ranks where there are any."""
+    return dist.group.WORLD if group is None and dist.is_available() and dist.is_initialized() else group
 
 
 def global_sum(count: Tensor, group: ProcessGroup | None) -> Tensor:
     """Over `group`, or over all ranks where there are any."""
-    if group is None and dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
+    group = all_ranks(group)
     if group is None:
         return count
     check_group(group, count)

@@ -12,11 +12,18 @@ All four estimate KL(q || p) in value (the last one negated). Only k2 and the re
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._packing import segment_ids_and_fit
+from ._context_parallel import returns_of_later_parts
+from ._distributed import in_step
+from ._packing import SEQUENCES, at_starts, segment_ids_and_fit
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def kl_k1(
@@ -131,6 +138,7 @@ def discounted_returns(
     loss_mask: Tensor,  # (T,) bool
     cu_seqlens: Tensor,  # (B + 1,)
     discount: float,
+    group: ProcessGroup | None = None,
 ) -> Tensor:  # (T,)
     """Return-to-go over the trained tokens of each sequence: R_t = r_t + discount * R_{next trained token}. Detached.
 
@@ -144,6 +152,8 @@ def discounted_returns(
         loss_mask: (T,) bool.
         cu_seqlens: (B + 1,).
         discount: 0 .. 1. 0 returns the rewards themselves, 1 their sum to the end of the sequence.
+        group: the ranks that each hold a part of every sequence, as in `segment_sum`, with parts in rank order. One
+            collective brings what later parts return.
 
     Returns:
         (T,) without gradient, 0 at untrained positions.
@@ -153,15 +163,18 @@ def discounted_returns(
         gradient of the KL between whole sequences on-policy; in between, and off-policy with discount > 0, neither.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: shapes differ, the stream is not flat, `cu_seqlens` does not fit or `discount` is outside 0 .. 1.
+        TypeError: a dtype is wrong, or `group` is no process group.
+        ValueError: shapes differ, the stream is not flat, `cu_seqlens` does not fit or `discount` is outside 0 .. 1;
+            with `group` as in `segment_sum`, or where ranks differ in `discount`.
     """
-    _checks.per_token("rewards", rewards, loss_mask=loss_mask)
-    _checks.packed_stream("rewards", rewards, cu_seqlens)
-    _checks.unit_interval(discount=discount)
+    with in_step(group, rewards) as agreed:
+        _checks.per_token("rewards", rewards, loss_mask=loss_mask)
+        _checks.packed_stream("rewards", rewards, cu_seqlens)
+        _checks.unit_interval(discount=discount)
+        total = rewards.shape[0]
+        ids, fits = segment_ids_and_fit(cu_seqlens, total_tokens=total)
+        agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1, "discount": discount})
 
-    total = rewards.shape[0]
-    ids, fits = segment_ids_and_fit(cu_seqlens, total_tokens=total)
     dtype = _checks.promoted_dtype(rewards)
     # in float64 where there is one: a discount rounded to float32 is off by a factor of its own at every step
     returns = torch.where(loss_mask, rewards.detach().to(_checks.accumulator_dtype(rewards)), 0)
@@ -177,7 +190,22 @@ def discounted_returns(
         returns = torch.cat([returns[:-step] + ahead, returns[-step:]])
         decay = torch.cat([decay[:-step] * decay[step:], decay[-step:]])
         step *= 2
-    return torch.where(fits, torch.where(loss_mask, returns, 0), torch.nan).to(dtype)
+    returns = torch.where(fits, returns, torch.nan)
+    if group is not None:
+        returns = returns + _from_later_parts(returns, ids, loss_mask, cu_seqlens, discount, group)
+    return torch.where(fits & ~loss_mask, 0, returns).to(dtype)
+
+
+def _from_later_parts(
+    returns: Tensor, ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, discount: float, group: ProcessGroup
+) -> Tensor:
+    """(T,): what later ranks' parts add to the return-to-go within this part."""
+    before = torch.cat([loss_mask.new_zeros(1, dtype=torch.int64), loss_mask.cumsum(0)])  # trained tokens before t
+    ends = before.index_select(0, cu_seqlens.clamp(0, ids.shape[0]))
+    head, _ = at_starts(returns, cu_seqlens)
+    following = returns_of_later_parts(head, torch.full_like(head, discount).pow(ends.diff()), group)
+    steps = ends[1:].index_select(0, ids) - before[:-1]
+    return torch.full_like(returns, discount).pow(steps) * following.index_select(0, ids)
 
 
 def _teacher_log_ratio(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:

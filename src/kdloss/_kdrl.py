@@ -7,15 +7,19 @@ there for parity, as `direct_penalty=True`, and says so when it runs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._distributed import in_step
 from ._estimators import kl_k1
-from ._objectives import LossOutput, _kd_returns, _no_surrogate, _output, _Reduction, _teacher_mask
+from ._objectives import LossOutput, _kd_returns, _kd_reward, _no_surrogate, _output, _Reduction, _teacher_mask
 from ._surrogates import Surrogate, clipped_surrogate, importance_sampled_surrogate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _DIRECT_PENALTY_WARNING = (
     "direct_penalty=True descends logp - teacher_logp itself. Its value is the reverse KL, but the teacher is not in "
@@ -46,6 +50,7 @@ def kdrl_loss(
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: float | Tensor | None = None,
     direct_penalty: bool = False,
+    group: ProcessGroup | None = None,
 ) -> LossOutput:
     """KDRL: rl_loss_weight * GRPO + distill_loss_weight * reverse KL, on the same samples.
 
@@ -62,6 +67,7 @@ def kdrl_loss(
             tuned on a penalty without a teacher gradient, so expect to want another.
         direct_penalty: descend logp - teacher_logp itself instead of the surrogate, at every RL weight. For parity
             with trainers that do; warns.
+        group: the ranks that each hold a part of every sequence, as in the two; the scalars are this rank's shares.
 
     Returns:
         `LossOutput`. `loss = rl_loss_weight * rl + distill_loss_weight * kd` in value for a scalar weight. A term that
@@ -75,31 +81,43 @@ def kdrl_loss(
         TypeError: a per-token tensor is not floating-point, or a mask or `direct_penalty` is not bool.
         ValueError: shapes or devices differ, a hyperparameter is out of range (of a skipped term, too), `cu_seqlens` is
             missing or does not fit, or `direct_penalty` is combined with `kd_discount`, `kd_reward_clip` or
-            `kd_max_ratio`.
+            `kd_max_ratio`; with `group` as in `segment_sum`.
 
     Source:
         KDRL (arXiv 2506.02208), eq. 8.
     """
-    reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer)
-    terms = _kdrl_terms(
-        logp,
+    with in_step(group, logp) as agreed:
+        reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer, group)
+        local = _local_terms(
+            logp,
+            old_logp,
+            teacher_logp,
+            advantages,
+            loss_mask=loss_mask,
+            rl_loss_weight=rl_loss_weight,
+            distill_loss_weight=distill_loss_weight,
+            prox_logp=prox_logp,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            weights=weights,
+            kd_mask=kd_mask,
+            kd_discount=kd_discount,
+            kd_reward_clip=kd_reward_clip,
+            kd_max_ratio=kd_max_ratio,
+            cu_seqlens=cu_seqlens,
+            direct_penalty=direct_penalty,
+        )
+        agreed.update(reduce.agreed() | {"kd_discount": kd_discount, "distill_loss_weight=0": local.penalty is None})
+    terms = _terms(
+        local,
         old_logp,
-        teacher_logp,
-        advantages,
         loss_mask=loss_mask,
-        rl_loss_weight=rl_loss_weight,
         distill_loss_weight=distill_loss_weight,
-        prox_logp=prox_logp,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        weights=weights,
-        kd_mask=kd_mask,
         kd_discount=kd_discount,
-        kd_reward_clip=kd_reward_clip,
         kd_max_ratio=kd_max_ratio,
         cu_seqlens=cu_seqlens,
-        direct_penalty=direct_penalty,
+        group=group,
     )
     if direct_penalty:
         _checks.warn(_DIRECT_PENALTY_WARNING)
@@ -143,7 +161,7 @@ def kdrl_token_loss(
     _checks.tensors(logp=logp)
     if loss_mask is None:
         loss_mask = torch.ones_like(logp, dtype=torch.bool)
-    terms = _kdrl_terms(
+    local = _local_terms(
         logp,
         old_logp,
         teacher_logp,
@@ -163,9 +181,29 @@ def kdrl_token_loss(
         cu_seqlens=None,
         direct_penalty=direct_penalty,
     )
+    terms = _terms(
+        local,
+        old_logp,
+        loss_mask=loss_mask,
+        distill_loss_weight=distill_loss_weight,
+        kd_discount=0.0,
+        kd_max_ratio=kd_max_ratio,
+        cu_seqlens=None,
+        group=None,
+    )
     if direct_penalty:
         _checks.warn(_DIRECT_PENALTY_WARNING)
     return rl_loss_weight * terms.rl.loss + terms.weighted_kd
+
+
+class _Local(NamedTuple):
+    """What a rank knows by itself: the RL term, and what the distillation term is made of."""
+
+    logp: Tensor  # (T,) widened
+    rl: Surrogate
+    penalty: Tensor | None  # (T,) log q - log p, attached; None: the term is skipped
+    reward: Tensor | None  # (T,) detached; None: the penalty itself is descended
+    teacher_mask: Tensor
 
 
 class _Terms(NamedTuple):
@@ -175,7 +213,7 @@ class _Terms(NamedTuple):
     reverse_kl: Tensor  # (T,)
 
 
-def _kdrl_terms(
+def _local_terms(
     logp: Tensor,
     old_logp: Tensor | None,
     teacher_logp: Tensor | None,
@@ -195,8 +233,8 @@ def _kdrl_terms(
     kd_max_ratio: float | None,
     cu_seqlens: Tensor | None,
     direct_penalty: bool,
-) -> _Terms:
-    """The per-token terms of KDRL; a term of weight 0 is an attached zero that has read nothing."""
+) -> _Local:
+    """All checks and all that needs no other token; a term of weight 0 has read nothing."""
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, prox_logp=prox_logp)
     # hyperparameters are checked whatever the weights: a weight that is scheduled to rise must not fail then
     _checks.finite(rl_loss_weight=rl_loss_weight)
@@ -212,9 +250,8 @@ def _kdrl_terms(
 
     # widened once: the gradients of both terms meet in float32 and are rounded to the dtype of logp together
     logp = logp.to(_checks.promoted_dtype(logp))
-    nothing = _attached_zeros(logp)
     if rl_loss_weight == 0:
-        rl = _no_surrogate(logp)._replace(loss=nothing)
+        rl = _no_surrogate(logp)._replace(loss=_attached_zeros(logp))
     elif advantages is None:
         raise ValueError(f"advantages must be given where rl_loss_weight is not 0 (it is {rl_loss_weight})")
     else:
@@ -229,29 +266,49 @@ def _kdrl_terms(
             weights=weights,
         )
 
-    scalar_weight = None if isinstance(distill_loss_weight, Tensor) else distill_loss_weight
-    if scalar_weight == 0:
-        return _Terms(rl, nothing, nothing, nothing.detach())
+    if not isinstance(distill_loss_weight, Tensor) and distill_loss_weight == 0:
+        return _Local(logp, rl, None, None, loss_mask)
     if teacher_logp is None:
         raise ValueError(f"teacher_logp must be given where distill_loss_weight is not 0 (it is {distill_loss_weight})")
     teacher_mask = _teacher_mask(logp, old_logp, teacher_logp, loss_mask, kd_mask)
     penalty = kl_k1(logp, teacher_logp, loss_mask=teacher_mask)
-    reverse_kl = penalty.detach()
     if direct_penalty:
-        if isinstance(distill_loss_weight, Tensor):
-            weight = torch.where(teacher_mask, distill_loss_weight.detach().to(penalty.dtype), 0)
-            return _Terms(rl, reverse_kl, weight * torch.where(weight == 0, 0, penalty), reverse_kl)
-        return _Terms(rl, penalty, distill_loss_weight * penalty, reverse_kl)
-
-    returns = _kd_returns(
+        return _Local(logp, rl, penalty, None, teacher_mask)
+    reward = _kd_reward(
         logp,
         teacher_logp,
-        loss_mask=loss_mask,
         teacher_mask=teacher_mask,
         kd_discount=kd_discount,
         kd_reward_clip=kd_reward_clip,
         cu_seqlens=cu_seqlens,
     )
+    return _Local(logp, rl, penalty, reward, teacher_mask)
+
+
+def _terms(
+    local: _Local,
+    old_logp: Tensor | None,
+    *,
+    loss_mask: Tensor,
+    distill_loss_weight: float | Tensor,
+    kd_discount: float,
+    kd_max_ratio: float | None,
+    cu_seqlens: Tensor | None,
+    group: ProcessGroup | None,
+) -> _Terms:
+    """The per-token terms of KDRL; a term of weight 0 is an attached zero."""
+    logp, rl, penalty, reward, teacher_mask = local
+    if penalty is None:
+        nothing = _attached_zeros(logp)
+        return _Terms(rl, nothing, nothing, nothing.detach())
+    reverse_kl = penalty.detach()
+    if reward is None:
+        if isinstance(distill_loss_weight, Tensor):
+            weight = torch.where(teacher_mask, distill_loss_weight.detach().to(penalty.dtype), 0)
+            return _Terms(rl, reverse_kl, weight * torch.where(weight == 0, 0, penalty), reverse_kl)
+        return _Terms(rl, penalty, distill_loss_weight * penalty, reverse_kl)
+
+    returns = _kd_returns(reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, kd_discount=kd_discount, group=group)
     kd = importance_sampled_surrogate(logp, old_logp, returns, loss_mask=loss_mask, max_ratio=kd_max_ratio).loss
     if isinstance(distill_loss_weight, Tensor):
         # as weights of the surrogate, a weight of 0 silences an infinite reward as well

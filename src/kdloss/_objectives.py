@@ -6,15 +6,20 @@ the importance-sampled surrogate on the reward R = log p - log q, whose expectat
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._distributed import global_sum, in_step
 from ._estimators import discounted_returns, kl_k1, reverse_kl_reward
-from ._reductions import sequence_mean, token_mean
+from ._packing import SEQUENCES, segment_sum
+from ._reductions import mean_of_sequences, token_mean
 from ._surrogates import Surrogate, clipped_surrogate, importance_sampled_surrogate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LossOutput(NamedTuple):
@@ -75,6 +80,7 @@ def grpo_loss(
     reduction: str = "token_mean",
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: float | Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> LossOutput:
     """GRPO: `clipped_surrogate` with the ratio exp(logp - prox_logp), reduced to a scalar.
 
@@ -89,7 +95,9 @@ def grpo_loss(
         weights: per-token factors of the loss, detached: one of the importance weights.
         reduction: "token_mean" | "sequence_mean".
         cu_seqlens: (B + 1,), for "sequence_mean".
-        normalizer: the denominator, in tokens or sequences by `reduction`. None: the local count.
+        normalizer: the denominator, in tokens or sequences by `reduction`. None: the local count, or that of `group`.
+        group: the ranks that each hold a part of every sequence, as in `segment_sum`. `loss` and the
+            scalars beside it are then this rank's shares: those of all ranks sum to the whole's.
 
     Returns:
         `LossOutput` with loss = rl; `kd` and `reverse_kl` are 0.
@@ -101,24 +109,26 @@ def grpo_loss(
     Raises:
         TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
         ValueError: shapes or devices differ, a hyperparameter is out of range, or `cu_seqlens` is missing or does not
-            fit.
+            fit; with `group` as in `segment_sum`.
 
     Source:
         GRPO (arXiv 2402.03300), eq. 3; token mean: DAPO (arXiv 2503.14476), eq. 8; the decoupled ratio: Hilton et al.
         (arXiv 2110.00641).
     """
-    reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer)
-    _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, prox_logp=prox_logp)
-    surrogate = clipped_surrogate(
-        logp,
-        old_logp if prox_logp is None else prox_logp,
-        advantages,
-        loss_mask=loss_mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        weights=weights,
-    )
+    with in_step(group, logp) as agreed:
+        reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer, group)
+        agreed.update(reduce.agreed())
+        _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, prox_logp=prox_logp)
+        surrogate = clipped_surrogate(
+            logp,
+            old_logp if prox_logp is None else prox_logp,
+            advantages,
+            loss_mask=loss_mask,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            weights=weights,
+        )
     loss = reduce(surrogate.loss)
     zero = torch.zeros_like(loss)
     return _output(loss, loss, zero, zero, surrogate)
@@ -137,6 +147,7 @@ def distillation_loss(
     reduction: str = "token_mean",
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: float | Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> LossOutput:
     """On-policy distillation: loss_t = -rho_t * sg(R_t), rho = exp(logp - old_logp), R = teacher_logp - logp.
 
@@ -152,7 +163,9 @@ def distillation_loss(
         kd_max_ratio: bound of the ratio, > 0, as `max_ratio` of `importance_sampled_surrogate`.
         reduction: "token_mean" | "sequence_mean".
         cu_seqlens: (B + 1,), for "sequence_mean" or a discount.
-        normalizer: the denominator, in tokens or sequences by `reduction`. None: the local count.
+        normalizer: the denominator, in tokens or sequences by `reduction`. None: the local count, or that of `group`.
+        group: the ranks that each hold a part of every sequence, as in `segment_sum`, with parts in rank order. `loss`
+            and the scalars beside it are then this rank's shares: those of all ranks sum to the whole's.
 
     Returns:
         `LossOutput` with loss = kd, the surrogate's value; `reverse_kl` is the number to watch. `rl`, `ratio` are 0.
@@ -167,49 +180,64 @@ def distillation_loss(
     Raises:
         TypeError: a per-token tensor is not floating-point, or a mask is not bool.
         ValueError: shapes or devices differ, a hyperparameter is out of range, or `cu_seqlens` is missing or does not
-            fit.
+            fit; with `group` as in `segment_sum`.
 
     Source:
         KDRL (arXiv 2506.02208), J_RKL.
     """
-    reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer)
-    _checks.positive(kd_max_ratio=kd_max_ratio)
-    teacher_mask = _teacher_mask(logp, old_logp, teacher_logp, loss_mask, kd_mask)
-    returns = _kd_returns(
-        logp,
-        teacher_logp,
-        loss_mask=loss_mask,
-        teacher_mask=teacher_mask,
-        kd_discount=kd_discount,
-        kd_reward_clip=kd_reward_clip,
-        cu_seqlens=cu_seqlens,
-    )
+    with in_step(group, logp) as agreed:
+        reduce = _Reduction(reduction, logp, loss_mask, cu_seqlens, normalizer, group)
+        _checks.positive(kd_max_ratio=kd_max_ratio)
+        teacher_mask = _teacher_mask(logp, old_logp, teacher_logp, loss_mask, kd_mask)
+        reward = _kd_reward(
+            logp,
+            teacher_logp,
+            teacher_mask=teacher_mask,
+            kd_discount=kd_discount,
+            kd_reward_clip=kd_reward_clip,
+            cu_seqlens=cu_seqlens,
+        )
+        agreed.update(reduce.agreed() | {"kd_discount": kd_discount})
+    returns = _kd_returns(reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, kd_discount=kd_discount, group=group)
     surrogate = importance_sampled_surrogate(logp, old_logp, returns, loss_mask=loss_mask, max_ratio=kd_max_ratio)
     loss = reduce(surrogate.loss)
     reverse_kl = reduce(kl_k1(logp, teacher_logp, loss_mask=teacher_mask))
     return _output(loss, torch.zeros_like(loss), loss, reverse_kl, _no_surrogate(logp))
 
 
-def _kd_returns(
+def _kd_reward(
     logp: Tensor,
     teacher_logp: Tensor,
     *,
-    loss_mask: Tensor,
     teacher_mask: Tensor,
     kd_discount: float,
     kd_reward_clip: float | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """(T,) detached: the reverse-KL reward, or its discounted return-to-go."""
+    """(T,) detached: the reverse-KL reward, where it can be discounted as asked."""
     _checks.positive(kd_reward_clip=kd_reward_clip)
     reward = reverse_kl_reward(logp, teacher_logp, loss_mask=teacher_mask, clip=kd_reward_clip)
     _checks.unit_interval(kd_discount=kd_discount)
+    if kd_discount != 0:
+        if cu_seqlens is None:
+            raise ValueError(f"cu_seqlens must be given where kd_discount is not 0 (it is {kd_discount})")
+        _checks.packed_stream("logp", logp, cu_seqlens)
+    return reward
+
+
+def _kd_returns(
+    reward: Tensor,
+    *,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor | None,
+    kd_discount: float,
+    group: ProcessGroup | None,
+) -> Tensor:
+    """(T,) detached: the reward, or its discounted return-to-go."""
     if kd_discount == 0:
         return reward
-    if cu_seqlens is None:
-        raise ValueError(f"cu_seqlens must be given where kd_discount is not 0 (it is {kd_discount})")
-    _checks.packed_stream("logp", logp, cu_seqlens)
-    return discounted_returns(reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, discount=kd_discount)
+    assert cu_seqlens is not None
+    return discounted_returns(reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, discount=kd_discount, group=group)
 
 
 def _teacher_mask(
@@ -235,20 +263,35 @@ class _Reduction:
         loss_mask: Tensor,
         cu_seqlens: Tensor | None,
         normalizer: float | Tensor | None,
+        group: ProcessGroup | None,
     ) -> None:
         _checks.per_token("logp", logp, loss_mask=loss_mask)
         _checks.one_of("reduction", reduction, ("token_mean", "sequence_mean"))
+        _checks.normalizer(normalizer)
         if reduction == "sequence_mean":
             if cu_seqlens is None:
                 raise ValueError('cu_seqlens must be given where reduction="sequence_mean", got None')
             _checks.packed_stream("logp", logp, cu_seqlens)
+            _checks.cumulative_lengths(cu_seqlens, total_tokens=logp.shape[0])
         self.reduction, self.loss_mask, self.cu_seqlens, self.normalizer = reduction, loss_mask, cu_seqlens, normalizer
+        self.group = group
+        self.trained: Tensor | None = None  # tokens of each whole sequence, once they are known
+
+    def agreed(self) -> dict[str, Any]:
+        """What ranks that share sequences have to agree on."""
+        sequences = None if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return {"reduction": self.reduction, "normalizer=None": self.normalizer is None, SEQUENCES: sequences}
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.reduction == "token_mean":
+            if self.normalizer is None and self.group is not None:
+                self.normalizer = global_sum(self.loss_mask.sum(), self.group)
             return token_mean(x, loss_mask=self.loss_mask, normalizer=self.normalizer)
         assert self.cu_seqlens is not None
-        return sequence_mean(x, loss_mask=self.loss_mask, cu_seqlens=self.cu_seqlens, normalizer=self.normalizer)
+        sequences = {"loss_mask": self.loss_mask, "cu_seqlens": self.cu_seqlens}
+        if self.trained is None:
+            self.trained = segment_sum(torch.ones_like(x), **sequences, group=self.group)
+        return mean_of_sequences(x, self.trained, **sequences, normalizer=self.normalizer)
 
 
 def _output(loss: Tensor, rl: Tensor, kd: Tensor, reverse_kl: Tensor, surrogate: Surrogate) -> LossOutput:

@@ -8,6 +8,8 @@ at *token positions* (inference servers) it speaks of the token at t. They diffe
 
 A `cu_seqlens` that does not fit the stream raises on the CPU. On other devices, and under `torch.compile`, where
 looking would wait for the device, nothing is read out of bounds; floating results are NaN, and so are their gradients.
+
+Sequences may be split across ranks: then each passes its own parts of the same B sequences, and `group=`.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._context_parallel import first_of_later_parts, sum_of_parts
+from ._distributed import in_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+SEQUENCES = "the number of sequences of cu_seqlens"  # what ranks that share sequences have to agree on
 
 
 def cu_seqlens_from_lengths(
@@ -92,23 +98,26 @@ def segment_sum(
         x: (T,) any per-token quantity; NaN or inf at untrained positions leaves no trace.
         loss_mask: (T,) bool.
         cu_seqlens: (B + 1,).
-        group: ranks that each hold a contiguous part of every sequence. Not supported yet.
+        group: the ranks that each hold a part of every sequence (cut anywhere). Each passes its own part, with the
+            `cu_seqlens` of that part: T differs by rank, and is 0 on a rank with nothing; B does not. None: sequences
+            are whole.
 
     Returns:
-        (B,), differentiable in `x`; 0 for a sequence without a trained token.
+        (B,), differentiable in `x`; 0 for a sequence without a trained token. With `group` it is the sum over all
+        parts, the same to the bit on every rank.
+
+    Gradient with `group`:
+        That of the sum over ranks of what each rank descends, in this rank's `x`: what comes in is summed over the
+        ranks. So the backward is a collective too, and runs on every rank: `x` needs a gradient on all of them or on
+        none, a rank without tokens included.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: shapes differ, the stream is not flat, or `cu_seqlens` does not fit.
-        NotImplementedError: `group` is given.
+        TypeError: a dtype is wrong, or `group` is no process group.
+        ValueError: shapes differ, the stream is not flat, or `cu_seqlens` does not fit; with `group` also where its
+            backend cannot carry the tensors or, on the CPU, ranks differ in B. There all ranks raise what one does.
     """
-    _checks.per_token("x", x, loss_mask=loss_mask)
-    _checks.packed_stream("x", x, cu_seqlens)
-    _checks.no_group(group)
-    layout = _layout(cu_seqlens, x.shape[0])
-    kept = torch.where(loss_mask, x, 0).to(_checks.accumulator_dtype(x))
-    sums = kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, layout.ids, kept)
-    return _poison(sums, layout.fits).to(_checks.promoted_dtype(x))
+    total = sum_of_parts(_sum_of_part(x, loss_mask, cu_seqlens, group), group)
+    return total.to(_checks.promoted_dtype(x))
 
 
 def segment_mean(
@@ -122,8 +131,9 @@ def segment_mean(
 
     Args, gradient and errors as in `segment_sum`. A sequence without a trained token gives 0, still attached.
     """
-    total = segment_sum(x, loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
-    count = segment_sum(torch.ones_like(x), loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
+    total = _sum_of_part(x, loss_mask, cu_seqlens, group)
+    count = _sum_of_part(torch.ones_like(x), loss_mask, cu_seqlens, None)
+    total, count = sum_of_parts(torch.stack([total, count]), group).to(_checks.promoted_dtype(x)).unbind(0)
     return total / count.clamp(min=1)
 
 
@@ -159,6 +169,7 @@ def next_token_labels(
     *,
     cu_seqlens: Tensor,  # (B + 1,)
     ignore_index: int = -100,
+    group: ProcessGroup | None = None,
 ) -> Tensor:  # (T,) int64
     """The token that each position predicts: labels[t] = input_ids[t + 1] inside a sequence, `ignore_index` at its end.
 
@@ -166,19 +177,31 @@ def next_token_labels(
         input_ids: (T,) integer token ids of the packed stream.
         cu_seqlens: (B + 1,).
         ignore_index: written where nothing follows. The library's own functions ignore -100.
+        group: as in `segment_sum`, with parts in rank order: the label at the end of a part is the first token of the
+            next part of that sequence that is not empty.
 
     Returns:
         (T,) int64. No label crosses from one sequence into the next.
 
     Raises:
-        TypeError: `input_ids` is not int32 or int64.
-        ValueError: the stream is not flat, or `cu_seqlens` does not fit.
+        TypeError: `input_ids` is not int32 or int64, or `group` is no process group.
+        ValueError: the stream is not flat, or `cu_seqlens` does not fit; with `group` as in `segment_sum`.
     """
-    _checks.integral(input_ids=input_ids)
-    _checks.tensors(cu_seqlens=cu_seqlens)
-    _checks.same_device("cu_seqlens", cu_seqlens, input_ids=input_ids)
-    _checks.packed_stream("input_ids", input_ids, cu_seqlens)
-    return to_prediction_positions(input_ids.to(torch.int64), cu_seqlens=cu_seqlens, fill=ignore_index)
+    with in_step(group, input_ids) as agreed:
+        _checks.integral(input_ids=input_ids)
+        _checks.tensors(cu_seqlens=cu_seqlens)
+        _checks.same_device("cu_seqlens", cu_seqlens, input_ids=input_ids)
+        _checks.packed_stream("input_ids", input_ids, cu_seqlens)
+        input_ids = input_ids.to(torch.int64)
+        labels = to_prediction_positions(input_ids, cu_seqlens=cu_seqlens, fill=ignore_index)
+        agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1, "ignore_index": ignore_index})
+    if group is None:
+        return labels
+    first, present = at_starts(input_ids, cu_seqlens)
+    following = first_of_later_parts(first, present, ignore_index, group)
+    layout = _layout(cu_seqlens, input_ids.shape[0])
+    at_cut = layout.fits & (layout.offset + 1 == layout.length)
+    return torch.where(at_cut, following.index_select(0, layout.ids), labels)
 
 
 def response_mask(
@@ -332,6 +355,26 @@ def unpack(
     rows = packed.index_select(0, index.flatten()).unflatten(0, index.shape)
     rows = torch.where(_like(column < lengths[:, None], rows), rows, rows.new_full((), fill))
     return _poison(rows, layout.fits & (lengths <= length).all())
+
+
+def at_starts(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (T,) where each sequence begins, 0 where it is empty, and () bool: whether it is not. Both (B,)."""
+    present = cu_seqlens[1:] > cu_seqlens[:-1]
+    x = torch.cat([x, x.new_zeros(1)])  # to be read where a sequence has no token
+    first = x.index_select(0, cu_seqlens[:-1].clamp(0, x.shape[0] - 1))
+    return torch.where(present, first, 0), present
+
+
+def _sum_of_part(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: ProcessGroup | None) -> Tensor:
+    """(B,) in the dtype for long sums: of this rank's part, checked in step with the other ranks."""
+    with in_step(group, x) as agreed:
+        _checks.per_token("x", x, loss_mask=loss_mask)
+        _checks.packed_stream("x", x, cu_seqlens)
+        layout = _layout(cu_seqlens, x.shape[0])
+        agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1})
+    kept = torch.where(loss_mask, x, 0).to(_checks.accumulator_dtype(x))
+    sums = kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, layout.ids, kept)
+    return _poison(sums, layout.fits)
 
 
 class _Layout(NamedTuple):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._packing import segment_mean, segment_sum
+from ._distributed import all_ranks, check_group, global_sum, in_step
+from ._packing import segment_sum
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,26 +66,75 @@ def sequence_mean(
         x: (T,) per-token values; NaN or inf at untrained positions leaves no trace.
         loss_mask: (T,) bool.
         cu_seqlens: (B + 1,).
-        normalizer: the denominator in sequences, detached. None: the sequences with a trained token.
-        group: ranks that each hold a contiguous part of every sequence. Not supported yet.
+        normalizer: the denominator in sequences, detached. None: the sequences with a trained token, on any rank of
+            `group`.
+        group: the ranks that each hold a part of every sequence, as in `segment_sum`. |o_b| counts all parts.
 
     Returns:
-        (), differentiable in `x`; an attached 0 where the count or the normalizer is 0.
+        (), differentiable in `x`; an attached 0 where the count or the normalizer is 0. With `group` it is this rank's
+        share: the shares of all ranks sum to the mean, in value and in gradient. The backward is no collective.
 
     Expected gradient:
         Each token is weighted by 1/|o| of its own sampled sequence. That is a different objective from the KL or the
         expected reward, also for estimators that are unbiased token by token.
 
     Raises:
-        TypeError, ValueError: as `token_mean`; also where `x` is not flat or `cu_seqlens` does not fit.
-        NotImplementedError: `group` is given.
+        TypeError, ValueError: as `token_mean`; also where `x` is not flat or `cu_seqlens` does not fit, and with
+            `group` as in `segment_sum`.
     """
-    _checks.normalizer(normalizer)
-    means = segment_mean(x, loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
+    with in_step(group, x):
+        _checks.tensors(x=x)
+        _checks.normalizer(normalizer)
+    trained = segment_sum(torch.ones_like(x), loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
+    return mean_of_sequences(x, trained, loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer)
+
+
+def mean_of_sequences(
+    x: Tensor, trained: Tensor, *, loss_mask: Tensor, cu_seqlens: Tensor, normalizer: float | Tensor | None
+) -> Tensor:
+    """`sequence_mean`, where the trained tokens of each whole sequence (B,) are known."""
+    means = segment_sum(x, loss_mask=loss_mask, cu_seqlens=cu_seqlens) / trained.clamp(min=1)
     if normalizer is None:
-        trained = segment_sum(torch.ones_like(x), loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
         normalizer = (trained != 0).sum()  # of NaN too, where cu_seqlens does not fit: the mean must show it
     return _divide(means.sum(), normalizer)
+
+
+def global_sequence_count(
+    loss_mask: Tensor,  # (T,) bool
+    *,
+    cu_seqlens: Tensor,  # (B + 1,)
+    group: ProcessGroup | None = None,
+    split_group: ProcessGroup | None = None,
+) -> Tensor:  # () int64
+    """Sequences with a trained token, of all ranks: the `normalizer` of "sequence_mean" in a data-parallel step.
+
+    Args:
+        loss_mask: (T,) bool, of this rank's tokens. A rank may have none.
+        cu_seqlens: (B + 1,), of this rank.
+        group: the ranks to count. None: all of them, or this process alone where torch.distributed is not in use.
+        split_group: the ranks that each hold a part of every one of this rank's sequences, all of them in `group`: a
+            sequence counts once, wherever its trained tokens lie. None: sequences are whole.
+
+    Returns:
+        () int64, the same on every rank. Divide it by the world size under wrappers that average gradients.
+
+    Raises:
+        TypeError: `loss_mask` is not bool, or a group is no process group.
+        ValueError: shapes differ or `cu_seqlens` does not fit; with groups as in `segment_sum`.
+    """
+    ranks = all_ranks(group)
+    with in_step(ranks, loss_mask):
+        _checks.tensors(loss_mask=loss_mask)
+        _checks.boolean(loss_mask=loss_mask)
+        _checks.packed_stream("loss_mask", loss_mask, cu_seqlens)
+        check_group(split_group, loss_mask, "split_group")
+    with in_step(ranks, loss_mask):  # a second time, as ranks of one split_group fail together, and not the others
+        ones = torch.ones_like(loss_mask, dtype=torch.float32)
+        trained = segment_sum(ones, loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=split_group)
+    count = (trained != 0).sum()
+    # of the ranks that share sequences one counts them
+    counts = split_group is None or split_group.rank() == 0
+    return global_sum(count if counts else torch.zeros_like(count), group)
 
 
 def _divide(total: Tensor, normalizer: float | Tensor) -> Tensor:

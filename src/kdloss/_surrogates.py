@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._distributed import in_step
 from ._estimators import _log_ratio
 from ._packing import broadcast_to_tokens, segment_mean
 
@@ -150,10 +151,11 @@ def sequence_clipped_surrogate(
         loss_mask: (T,) bool.
         cu_seqlens: (B + 1,).
         clip_low, clip_high: distances from 1, >= 0.
-        group: ranks that each hold a contiguous part of every sequence. Not supported yet.
+        group: the ranks that each hold a part of every sequence, as in `segment_sum`; s_b is of the whole sequence.
 
     Returns:
-        `Surrogate`; `ratio` is s_b at every trained token of its sequence.
+        `Surrogate` of this rank's tokens; `ratio` is s_b at every trained token of its sequence. The backward is no
+        collective: s_b is detached.
 
     Expected gradient:
         At ratio 1 that of the other surrogates. Off-policy s_b is a geometric mean and not the probability ratio of
@@ -161,15 +163,16 @@ def sequence_clipped_surrogate(
         is GSPO.
 
     Raises:
-        TypeError, ValueError: as `clipped_surrogate`; also where a tensor is not flat or `cu_seqlens` does not fit.
-        NotImplementedError: `group` is given.
+        TypeError, ValueError: as `clipped_surrogate`; also where a tensor is not flat or `cu_seqlens` does not fit, and
+            with `group` as in `segment_sum`.
 
     Source:
         GSPO (arXiv 2507.18071), eqs. 5, 7 and 13.
     """
-    _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
-    _checks.packed_stream("logp", logp, cu_seqlens)
-    log_ratio, _, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
+    with in_step(group, logp):
+        _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
+        _checks.packed_stream("logp", logp, cu_seqlens)
+        log_ratio, _, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
     mean = segment_mean(log_ratio.detach(), loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
     mean = broadcast_to_tokens(mean, cu_seqlens=cu_seqlens, total_tokens=logp.shape[0])
     ratio = torch.where(loss_mask, mean, 0).exp()

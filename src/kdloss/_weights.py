@@ -10,12 +10,18 @@ keeps its place in the denominator.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._distributed import in_step
 from ._estimators import _log_ratio
 from ._packing import broadcast_to_tokens, segment_mean, segment_sum
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def truncated_importance_weights(
@@ -85,6 +91,7 @@ def sequence_importance_weights(
     action: str,
     min_weight: float = 0.0,
     max_weight: float,
+    group: ProcessGroup | None = None,
 ) -> Tensor:  # (T,)
     """One weight a sequence: W_b = exp(aggregate over trained t of log prox_t - log old_t), bounded. Detached.
 
@@ -97,25 +104,28 @@ def sequence_importance_weights(
         action: "truncate" clamps W to [min_weight, max_weight]; "mask" sets it to 0 outside.
         min_weight: absolute lower bound, >= 0.
         max_weight: absolute upper bound, >= min_weight; `math.inf` for none.
+        group: the ranks that each hold a part of every sequence, as in `segment_sum`; W_b is of the whole sequence.
 
     Returns:
         (T,) without gradient: the weight of its sequence at every token, trained or not.
 
     Raises:
-        TypeError: a dtype is wrong.
+        TypeError: a dtype is wrong, or `group` is no process group.
         ValueError: shapes differ, `cu_seqlens` does not fit, a bound is out of order, or `aggregate` or `action` is
-            none of the two.
+            none of the two; with `group` as in `segment_sum`.
 
     Source:
         Liu et al., "When Speed Kills Stability" (2025), sequence-level TIS and MIS; GSPO (arXiv 2507.18071) for "mean".
     """
-    _checks.one_of("aggregate", aggregate, ("sum", "mean"))
-    _checks.one_of("action", action, ("truncate", "mask"))
-    _checks.interval(("min_weight", min_weight), ("max_weight", max_weight))
-    _checks.packed_stream("prox_logp", prox_logp, cu_seqlens)
-    log_ratio = _detached_log_ratio(prox_logp, old_logp, loss_mask)
+    with in_step(group, prox_logp) as agreed:
+        _checks.one_of("aggregate", aggregate, ("sum", "mean"))
+        _checks.one_of("action", action, ("truncate", "mask"))
+        _checks.interval(("min_weight", min_weight), ("max_weight", max_weight))
+        _checks.packed_stream("prox_logp", prox_logp, cu_seqlens)
+        log_ratio = _detached_log_ratio(prox_logp, old_logp, loss_mask)
+        agreed.update({"aggregate": aggregate})
     reduce = segment_sum if aggregate == "sum" else segment_mean
-    weight = reduce(log_ratio, loss_mask=loss_mask, cu_seqlens=cu_seqlens).exp()
+    weight = reduce(log_ratio, loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group).exp()
     if action == "truncate":
         weight = weight.clamp(min_weight, max_weight)
     else:

@@ -68,7 +68,7 @@ def on(*sizes: int) -> Callable[[Callable[[Ranks], None]], Callable[[Ranks], Non
 
 
 def cases(module: ModuleType) -> Iterator[tuple[str, int, Callable[[Ranks], None]]]:
-    for name, case in list(vars(module).items()):
+    for name, case in list(vars(module).items()):  # a compiled case adds names to its module
         if name.startswith("case_"):
             for size in case.sizes:
                 yield f"{name.removeprefix('case_')}-{size}", size, case

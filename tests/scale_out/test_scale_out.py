@@ -8,7 +8,7 @@ import pytest
 
 from scale_out.ranks import cases, run
 
-MODULES = ["scale_out.cases_vocabulary", "scale_out.cases_divergences"]
+MODULES = ["scale_out.cases_vocabulary", "scale_out.cases_divergences", "scale_out.cases_context"]
 
 
 @pytest.fixture(scope="module")

@@ -77,3 +77,22 @@ def sequence_mean_grad(
     denominator = _denominator(normalizer, _sequences_with_a_trained_token(mask, cu_seqlens))
     upstream = np.full(len(segments(cu_seqlens, mask.size)), 1 / denominator if denominator != 0 else 0.0)
     return segment_mean_grad(np.zeros(mask.shape), loss_mask=mask, cu_seqlens=cu_seqlens, upstream=upstream)
+
+
+def global_token_count(loss_mask: ArrayLike) -> int:
+    """`n = the number of trained tokens`, where there is one rank.
+
+    loss_mask: any shape, bool. Source: design.md section 4.
+    """
+    mask = np.asarray(loss_mask)
+    return sum(1 for _ in trained(as_mask("loss_mask", mask, shape=mask.shape)))
+
+
+def global_sequence_count(loss_mask: ArrayLike, *, cu_seqlens: ArrayLike) -> int:
+    """`n = the number of sequences b with a trained token`, where there is one rank.
+
+    loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Source: design.md section 4.
+    """
+    flat = np.asarray(loss_mask)
+    mask = as_mask("loss_mask", flat, shape=flat.shape)
+    return _sequences_with_a_trained_token(mask, cu_seqlens)

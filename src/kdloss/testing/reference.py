@@ -190,6 +190,12 @@ from kdloss.testing._reference_packing import (
     unpack_grad as unpack_grad,
 )
 from kdloss.testing._reference_reductions import (
+    global_sequence_count as global_sequence_count,
+)
+from kdloss.testing._reference_reductions import (
+    global_token_count as global_token_count,
+)
+from kdloss.testing._reference_reductions import (
     sequence_mean as sequence_mean,
 )
 from kdloss.testing._reference_reductions import (
@@ -327,6 +333,8 @@ __all__ = [
     "forward_kl_grad",
     "generalized_jsd",
     "generalized_jsd_grad",
+    "global_sequence_count",
+    "global_token_count",
     "group_relative_advantages",
     "grpo_loss",
     "grpo_loss_grad",
