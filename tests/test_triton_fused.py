@@ -152,3 +152,30 @@ def test_rows_are_taken_and_put_back(width, dtype):
     assert torch.equal(taken, expected)
     assert torch.equal(back, torch.zeros_like(hidden).index_copy_(0, rows, 2 * expected))
     assert torch.equal(every, expected[[1, 2, 0]])
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_masks_and_tokens_of_any_strides_under_a_static_bound(layout):
+    """The kernels read one entry after another what a caller may hand over as a column or expanded."""
+
+    def laid_out(x: Tensor) -> Tensor:
+        return torch.stack([x, x.flip(0), x.flip(0)], -1)[..., 0] if layout == "strided" else x[:1].expand(x.shape)
+
+    mask, labels = laid_out(MASK), laid_out(LABELS)
+    temperature = laid_out(torch.linspace(0.5, 2, T, device=DEVICE))
+    assert not mask.is_contiguous()
+
+    def found(impl: str, **options: Tensor) -> list[Tensor]:
+        inputs = [x.detach().nan_to_num(0).requires_grad_() for x in leaves(torch.float32, bias=False)]
+        given = {"loss_mask": mask, "labels": labels, "temperature": temperature} | options
+        tokens, target = (given.pop(name) for name in ("loss_mask", "labels"))
+        out = kdloss.fused_linear_loss(
+            *inputs, target, lambda lp, h: h - lp, loss_mask=tokens, max_trained_tokens=T, impl=impl, **given
+        )
+        return [*(x.detach() for x in out), *torch.autograd.grad(out.loss, inputs)]
+
+    with poisoned():
+        strided = found("triton")
+    for x, y in zip(strided, found("torch"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_compaction.order(mask, T), _compaction.order(mask.contiguous(), T))

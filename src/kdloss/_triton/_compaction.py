@@ -30,6 +30,7 @@ _TOKENS, _WIDTH = 1024, 2048
 def order(trained: Tensor, count: int) -> Tensor:
     """The first `count` of all rows, (min(count, T),) int64, where those that are `trained` (T,) come first."""
     rows = torch.empty(min(count, trained.shape[0]), dtype=torch.int64, device=trained.device)
+    trained = trained.contiguous()  # flattening a mask of one axis copies nothing
     if rows.numel():
         with on_device(trained):
             order_kernel[(triton.cdiv(trained.shape[0], _TOKENS),)](
