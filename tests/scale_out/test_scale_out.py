@@ -8,7 +8,12 @@ import pytest
 
 from scale_out.ranks import cases, run
 
-MODULES = ["scale_out.cases_vocabulary", "scale_out.cases_divergences", "scale_out.cases_context"]
+MODULES = [
+    "scale_out.cases_vocabulary",
+    "scale_out.cases_divergences",
+    "scale_out.cases_context",
+    "scale_out.cases_models",
+]
 
 
 @pytest.fixture(scope="module")
