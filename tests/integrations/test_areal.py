@@ -444,3 +444,12 @@ def test_without_areal_the_error_says_what_to_install(monkeypatch) -> None:
     areal._areal.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'areal>=1\.0\.4,<1\.1'"):
         areal.install()
+
+
+@pytest.mark.parametrize("layout", [pack, dict])
+def test_a_rollout_teacher_of_several_turns_is_refused(layout: Any) -> None:
+    batch = rollout()
+    run(layout(batch), student(layout(batch)), teacher_alignment="token")
+    batch["loss_mask"][1, 3] = 0  # between two turns
+    with pytest.raises(ValueError, match=r"one run up to its end.*several turns are wrong"):
+        run(layout(batch), student(layout(batch)), teacher_alignment="token")

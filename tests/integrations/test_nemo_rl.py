@@ -153,5 +153,5 @@ def test_what_is_not_trained_leaves_no_trace() -> None:
 
 def test_without_nemo_rl_the_error_says_what_is_supported(monkeypatch) -> None:
     monkeypatch.undo()
-    with pytest.raises(ImportError, match=r"nemo-rl>=0\.6,<0\.7"):
+    with pytest.raises(ImportError, match=r"nemo-rl>=0\.6,<0\.8"):
         _ = KDRLLossFn().loss_type

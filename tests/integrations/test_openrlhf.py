@@ -173,3 +173,15 @@ def test_a_correction_needs_the_policy_that_sampled() -> None:
     inputs = batch() | {"rollout_log_probs": None}
     with pytest.raises(ValueError, match="rollout_log_probs must be given where is_correction_level is not 'off'"):
         KDRLPolicyLoss(policy_loss(is_correction_level="token"), distill_loss_weight=0.0)(**inputs)
+
+
+def test_a_weight_of_zero_leaves_the_term_out() -> None:
+    inputs = batch()
+    inputs["advantages"] = torch.full_like(inputs["advantages"], torch.nan)
+    loss = KDRLPolicyLoss(policy_loss(), rl_loss_weight=0.0)
+    loss.teacher_log_probs = inputs["old_log_probs"]
+    out = loss(**inputs).loss
+    assert out.isfinite()
+    assert torch.autograd.grad(out, inputs["log_probs"])[0].isfinite().all()
+    nothing = KDRLPolicyLoss(policy_loss(), rl_loss_weight=0.0, distill_loss_weight=0.0)(**inputs).loss
+    assert (torch.autograd.grad(nothing, inputs["log_probs"])[0] == 0).all()

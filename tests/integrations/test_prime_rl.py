@@ -129,3 +129,11 @@ def test_without_prime_rl_the_error_says_what_to_install(monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ImportError, match=r"prime-rl>=0\.8,<0\.9"):
         prime_rl.kdrl_loss(inputs())
+
+
+def test_zeros_are_no_teacher() -> None:
+    """What prime-rl's packer writes for a sample without a teacher beside one that has it."""
+    sample = inputs(ref_logprobs=torch.zeros(9, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"0 at every trained token.*no teacher scored where it is packed"):
+        prime_rl.kdrl_loss(sample)
+    assert prime_rl.kdrl_loss(sample, distill_loss_weight=0.0).loss.isfinite()

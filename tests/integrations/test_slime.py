@@ -198,3 +198,32 @@ def test_without_slime_the_error_says_what_is_supported(monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ImportError, match=r"slime>=0\.3\.1,<0\.4"):
         slime.kdrl_loss(*joint_case())
+
+
+def test_a_server_scores_at_temperature_one() -> None:
+    args, batch, logits, mean = joint_case()
+    warm = SimpleNamespace(**vars(args) | {"rollout_temperature": 0.7})
+    with pytest.raises(ValueError, match=r"--rollout-temperature must be 1 with --opd-type sglang, got 0\.7"):
+        run(warm, batch, logits, mean)
+    warm.opd_type = "megatron"
+    assert run(warm, batch, logits, mean)[0].isfinite()
+
+
+def test_a_weight_of_zero_leaves_the_term_out() -> None:
+    args, batch, logits, mean = joint_case()
+    batch["advantages"] = [x * torch.nan for x in batch["advantages"]]
+    loss, gradient, _ = run(args, batch, logits, mean, rl_loss_weight=0.0)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_masked_tokens_leave_no_trace() -> None:
+    args, batch, logits, mean = joint_case()
+    clean = run(args, batch, logits, mean)
+    masked = [mask == 0 for mask in batch["loss_masks"]]
+    assert any(x.any() for x in masked)
+    for name in ("teacher_log_probs", "advantages"):
+        batch[name] = [x.masked_fill(m, torch.nan) for x, m in zip(batch[name], masked, strict=True)]
+    dirty = run(args, batch, logits, mean)
+    close(dirty[0], clean[0], rtol=1e-6)
+    close(dirty[1], clean[1], rtol=1e-6)

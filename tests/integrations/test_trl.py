@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -179,7 +179,11 @@ def test_what_cannot_work_is_refused(inputs):
 
 def test_without_trl_the_trainer_says_what_installs_it(monkeypatch):
     monkeypatch.undo()
-    assert importlib.util.find_spec("trl") is None, "the test environment holds no trainer"
+
+    def missing(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     for ask in (lambda: adapter.KDRLTrainer, adapter.install_distillation, adapter.install_gkd, adapter.KDRLMixin):
         with pytest.raises(ImportError, match=r"needs trl, which is not installed: pip install 'trl>=1.16,<1.17'"):
             ask()

@@ -269,3 +269,19 @@ def test_without_verl_the_error_says_what_to_install(monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ImportError, match=r"pip install 'verl>=0\.9\.1,<0\.10'"):
         verl.register()
+
+
+def test_a_token_that_the_teacher_excludes_has_an_infinite_loss() -> None:
+    config, output, data = distillation_inputs()
+    data["teacher_logprobs"].values()[1] = -torch.inf
+    loss, _ = verl.reverse_kl(None, config, output, data)
+    assert loss[0, 0] == torch.inf
+    assert loss[1:].isfinite().all()
+
+
+def test_the_policy_that_sampled_comes_before_the_one_that_was_updated() -> None:
+    config, output, data = distillation_inputs()
+    alone, _ = verl.reverse_kl(None, config, output, data)
+    both, _ = verl.reverse_kl(None, config, output, data | {"old_log_probs": data["rollout_log_probs"] - 1})
+    gradients = [torch.autograd.grad(x.sum(), output["log_probs"])[0] for x in (alone, both)]
+    torch.testing.assert_close(*gradients)

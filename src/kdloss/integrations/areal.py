@@ -101,7 +101,7 @@ def grpo_loss_fn(
 
     Raises:
         ValueError: options that exclude each other, a level or an alignment that the layout cannot give, a
-            `teacher_logp` that is visibly shifted, or no `prox_logp` where none can be derived.
+            `teacher_logp` that is visibly shifted, "token" where the trained tokens are not the end of each sequence, or no `prox_logp` where none can be derived.
         ImportError: AReaL is missing, or of a version that the adapter was not proven with.
     """
     _check_modes(
@@ -198,7 +198,20 @@ class _Batch:
         if len(self.shape) == 2:
             return True
         cu_seqlens = self.data.get("cu_seqlens")
-        return cu_seqlens is not None and int(cu_seqlens[-1]) == self.shape[0]
+        return cu_seqlens is not None and self._read["tokens"] == self.shape[0]
+
+    @functools.cached_property
+    def _read(self) -> dict[str, int]:
+        """All that is asked of the values of a micro-batch, in one wait for the device."""
+        asked = {}
+        if len(self.shape) == 1 and self.data.get("cu_seqlens") is not None:
+            asked["tokens"] = self.data["cu_seqlens"][-1]
+        if self.data.get("teacher_logp") is not None:
+            # a rollout engine writes its scores at the tokens' own positions, one later, and 0 everywhere else
+            scored, own = self.data["teacher_logp"].flatten() != 0, self.loss_mask.roll(1)
+            asked["late"] = (own & ~self.loss_mask & scored).any() & ~(scored & ~own).any()
+        read = torch.stack([x.to(self.logp.device, torch.int64) for x in asked.values()]).tolist() if asked else []
+        return dict(zip(asked, read, strict=True))
 
     def versions(self) -> Tensor | None:
         """Policy versions, moved from the token's own position to that of its log-prob; None of part of a sequence."""
@@ -229,17 +242,42 @@ class _Batch:
     def teacher_logp(self, alignment: str) -> Tensor:
         teacher_logp: Tensor = self.data["teacher_logp"].detach().flatten()
         if alignment == "token":
+            self._check_runs()
             return kdloss.to_prediction_positions(teacher_logp, cu_seqlens=self.cu_seqlens, fill=0)
         if alignment != "prediction":
             raise ValueError(f"teacher_alignment must be 'prediction' or 'token', got {alignment!r}")
-        # a rollout engine writes its scores at the tokens' own positions, one later, and 0 everywhere else
-        scored, own = teacher_logp != 0, self.loss_mask.roll(1)
-        if bool((own & ~self.loss_mask & scored).any() & ~(scored & ~own).any()):
+        if self._read["late"]:
             raise ValueError(
                 "teacher_logp has scores at the tokens' own positions and nowhere else: AReaL's rollout teacher "
                 "(teacher.engine_type='rollout') leaves it one position late; use teacher_alignment='token'"
             )
         return teacher_logp
+
+    def _check_runs(self) -> None:
+        """AReaL asks its rollout teacher for the last n scores of a sequence that trains on n tokens."""
+        cu_seqlens, total = self.cu_seqlens, self.logp.shape[0]
+        position = torch.arange(total, device=self.logp.device)
+        valid = self.data.get("attention_mask")
+        valid = self.loss_mask.roll(1) if valid is None else valid.bool().flatten()
+        if len(self.shape) == 1:  # packed: nothing but tokens
+            valid = torch.ones_like(self.loss_mask)
+        one = functools.partial(kdloss.segment_sum, loss_mask=torch.ones_like(valid), cu_seqlens=cu_seqlens)
+        count = one(self.loss_mask.double())
+        ids = kdloss.segment_ids(cu_seqlens, total_tokens=total)
+        last = (
+            torch.zeros_like(cu_seqlens[1:])
+            .to(position)
+            .scatter_reduce(0, ids, torch.where(valid, position, 0), "amax")
+        )
+        spread = functools.partial(kdloss.broadcast_to_tokens, cu_seqlens=cu_seqlens, total_tokens=total)
+        end = spread(last)  # it predicts nothing
+        run = (position < end) & (position >= end - spread(count).long())
+        if bool((run != self.loss_mask).any()):
+            raise ValueError(
+                "teacher_alignment='token' needs the trained tokens of each sequence to be one run up to its end: "
+                "AReaL's rollout teacher gives the last n scores to the n trained tokens, whatever lies between, so "
+                "those of several turns are wrong; use a teacher that is not behind a rollout engine"
+            )
 
     def per_sequence(self, prox_logp: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """GSPO: every token gets its sequence's mean log-ratio, against 0, and its mean advantage."""

@@ -17,7 +17,7 @@ import kdloss
 from ._layout import row_cu_seqlens
 from ._lazy import require
 
-_require = functools.cache(functools.partial(require, "nemo-rl", at_least="0.6", below="0.7"))
+_require = functools.cache(functools.partial(require, "nemo-rl", at_least="0.6", below="0.8"))
 
 
 class KDRLLossFn:

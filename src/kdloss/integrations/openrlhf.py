@@ -1,7 +1,7 @@
 """OpenRLHF: `KDRLPolicyLoss` in the place of its `PolicyLoss`, with a teacher.
 
     from kdloss.integrations.openrlhf import attach
-    attach(trainer, teacher=lambda experience: experience.base_action_log_probs, distill_loss_weight=0.1)
+    attach(trainer, teacher=lambda experience: experience.teacher_log_probs, distill_loss_weight=0.1)
 
 OpenRLHF hands its loss no teacher, so `attach` sets one before each step of an `ActorPPOTrainer`. Tensors are (B, A),
 responses alone; the denominators are OpenRLHF's, of the whole optimizer step.
@@ -147,7 +147,9 @@ class KDRLPolicyLoss(torch.nn.Module):
             dual_clip=self.settings.dual_clip,
             weights=weights,
         )
-        loss = self.rl_loss_weight * reduce(surrogate.loss, normalizer=normalizer)
+        loss = 0 * torch.where(loss_mask, logp, 0).sum()
+        if self.rl_loss_weight != 0:
+            loss = self.rl_loss_weight * reduce(surrogate.loss, normalizer=normalizer)
         if self.distill_loss_weight != 0:
             token_loss = self._distillation(logp, prox_logp if sampled is None else sampled, loss_mask)
             loss = loss + reduce(token_loss, normalizer=normalizer)

@@ -16,8 +16,10 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import kdloss
+from kdloss._checks import value_checks_allowed
 
 from ._lazy import require
 
@@ -49,7 +51,8 @@ def kdrl_loss(
         That of `kdloss.kdrl_loss`, in a sum.
 
     Raises:
-        ValueError: the sample has no `ref_logprobs` and distill_loss_weight is not 0.
+        ValueError: distill_loss_weight is not 0, and the sample has no `ref_logprobs`, or zeros at every trained token
+            (a CPU tensor's; on a GPU, where looking would wait for the device, the loss is NaN).
         ImportError: prime-rl is missing, or of a version that the adapter was not proven with.
     """
     if inputs.ref_logprobs is None and distill_loss_weight != 0:
@@ -58,12 +61,15 @@ def kdrl_loss(
             "does) and still route it to the rl component, or set distill_loss_weight to 0 (it is "
             f"{distill_loss_weight})"
         )
+    teacher_logp = inputs.ref_logprobs
+    if distill_loss_weight != 0:
+        teacher_logp = _scored(teacher_logp, inputs.loss_mask)
     logp, loss_mask, weights = inputs.trainer_logprobs, inputs.loss_mask, inputs.loss_weights
     kd_weight = distill_loss_weight if weights is None or distill_loss_weight == 0 else distill_loss_weight * weights
     out = kdloss.kdrl_loss(
         logp,
         inputs.inference_logprobs,
-        inputs.ref_logprobs,
+        teacher_logp,
         inputs.advantages,
         loss_mask=loss_mask,
         rl_loss_weight=rl_loss_weight,
@@ -89,6 +95,17 @@ def kdrl_loss(
         "kdrl/clipped": mean(out.clipped.to(out.ratio.dtype)),
     }
     return _prime_rl().LossOutputs(loss=out.loss, metrics=metrics)
+
+
+def _scored(teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
+    """The log-probs, unless each is 0: prime-rl fills with zeros what no teacher scored beside what one did."""
+    unscored = loss_mask.any() & ~(loss_mask & (teacher_logp != 0)).any()
+    if value_checks_allowed(unscored) and unscored:
+        raise ValueError(
+            "ref_logprobs are 0 at every trained token, a teacher of probability 1: prime-rl writes zeros for a sample "
+            "that no teacher scored where it is packed beside one that was; score every sample of the batch"
+        )
+    return torch.where(unscored, torch.nan, teacher_logp)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """slime: a custom loss with the teacher's log-probs beside PPO's clip, instead of inside the advantages.
 
     --loss-type custom_loss --custom-loss-function-path kdloss.integrations.slime.kdrl_loss
-    --use-opd --opd-type sglang --opd-kl-coef 0
+    --use-opd --opd-type megatron --opd-teacher-load ... --opd-kl-coef 0
 
 slime takes no arguments for it, so other weights are given by a `functools.partial` in a module of yours. Log-probs
 come from slime's own function, which knows its context and tensor parallelism; the mean is its `sum_of_sample_mean`.
@@ -86,7 +86,9 @@ def kdrl_loss(
         weights=weights,
     )
     pg_loss, entropy_loss = sum_of_sample_mean(surrogate.loss), sum_of_sample_mean(entropy)
-    loss = rl_loss_weight * pg_loss - args.entropy_coef * entropy_loss
+    loss = -args.entropy_coef * entropy_loss
+    if rl_loss_weight != 0:
+        loss = loss + rl_loss_weight * pg_loss
     reported = {
         "pg_loss": pg_loss,
         "entropy_loss": entropy_loss,
@@ -141,13 +143,20 @@ def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: flo
     option = functools.partial(getattr, args)
     if distill_loss_weight != 0 and not batch.get("teacher_log_probs"):
         raise ValueError(
-            "the batch has no teacher_log_probs: set --use-opd with --opd-type, which makes slime collect them, or "
-            "distill_loss_weight=0"
+            "the batch has no teacher_log_probs: set --use-opd with --opd-type megatron and --opd-teacher-load, or with "
+            "--opd-type sglang, --custom-rm-path and --custom-reward-post-process-path, of functions that keep the task "
+            "reward (slime's own set it to 0), or distill_loss_weight=0"
         )
     if option("use_opd", False) and option("opd_kl_coef", 0.0) != 0:
         raise ValueError(
             f"--opd-kl-coef must be 0 with this loss, got {args.opd_kl_coef}: the advantages hold the teacher already, "
             "and it would count twice; the weight is distill_loss_weight"
+        )
+    temperature = option("rollout_temperature", 1.0)
+    if distill_loss_weight != 0 and option("opd_type", None) == "sglang" and temperature != 1:
+        raise ValueError(
+            f"--rollout-temperature must be 1 with --opd-type sglang, got {temperature}: the server scores at 1, and two "
+            "temperatures are two distributions; use --opd-type megatron"
         )
     if option("advantage_estimator", "grpo") in ("gspo", "cispo"):
         raise ValueError(

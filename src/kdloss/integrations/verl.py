@@ -187,7 +187,9 @@ def reverse_kl(
     value = -kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=mask, clip=clip)
     metric = _require(module="verl.utils.metric")
     size = metric.Metric(metric.AggregationType.MEAN, kdloss.token_mean(value.abs(), loss_mask=mask))
-    return value + (surrogate - surrogate.detach()), {"distillation/abs_loss": size}
+    # of an infinite loss there is no difference with itself: inf - inf is NaN
+    attached = torch.where(surrogate.isfinite(), value + (surrogate - surrogate.detach()), surrogate)
+    return attached, {"distillation/abs_loss": size}
 
 
 def aggregate(
