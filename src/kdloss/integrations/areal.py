@@ -101,7 +101,8 @@ def grpo_loss_fn(
 
     Raises:
         ValueError: options that exclude each other, a level or an alignment that the layout cannot give, a
-            `teacher_logp` that is visibly shifted, "token" where the trained tokens are not the end of each sequence, or no `prox_logp` where none can be derived.
+            `teacher_logp` that is visibly shifted, "token" where the trained tokens are not the end of each sequence,
+            or no `prox_logp` where none can be derived.
         ImportError: AReaL is missing, or of a version that the adapter was not proven with.
     """
     _check_modes(

@@ -143,9 +143,9 @@ def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: flo
     option = functools.partial(getattr, args)
     if distill_loss_weight != 0 and not batch.get("teacher_log_probs"):
         raise ValueError(
-            "the batch has no teacher_log_probs: set --use-opd with --opd-type megatron and --opd-teacher-load, or with "
-            "--opd-type sglang, --custom-rm-path and --custom-reward-post-process-path, of functions that keep the task "
-            "reward (slime's own set it to 0), or distill_loss_weight=0"
+            "the batch has no teacher_log_probs: set --use-opd with --opd-type megatron and --opd-teacher-load, or "
+            "with --opd-type sglang, --custom-rm-path and --custom-reward-post-process-path, of functions that keep "
+            "the task reward (slime's own set it to 0), or distill_loss_weight=0"
         )
     if option("use_opd", False) and option("opd_kl_coef", 0.0) != 0:
         raise ValueError(
@@ -155,8 +155,8 @@ def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: flo
     temperature = option("rollout_temperature", 1.0)
     if distill_loss_weight != 0 and option("opd_type", None) == "sglang" and temperature != 1:
         raise ValueError(
-            f"--rollout-temperature must be 1 with --opd-type sglang, got {temperature}: the server scores at 1, and two "
-            "temperatures are two distributions; use --opd-type megatron"
+            f"--rollout-temperature must be 1 with --opd-type sglang, got {temperature}: the server scores at 1, and "
+            "two temperatures are two distributions; use --opd-type megatron"
         )
     if option("advantage_estimator", "grpo") in ("gspo", "cispo"):
         raise ValueError(
