@@ -189,25 +189,27 @@ def test_an_incoming_nan_is_no_zero():
 
 
 def test_rows_far_apart_are_read_and_written_where_they_are():
-    """Row 1 begins past 2^31 elements, forward, backward and in the gradient."""
-    rows = normal(ROWS, 33, dtype=torch.bfloat16)
+    """Row 2 begins past 2^31 elements, which its stride does not pass, forward, backward and in the gradient."""
+    stride, labelled = 2**30 + 16, torch.tensor([0, 1, 4, 5], device=DEVICE)
+    rows = normal(4, 33, dtype=torch.bfloat16)
     given = arguments(rows, {})
-    spread = (far_apart(rows[:3], 2**31 + 16), given[1][:3], *given[2:])
-    near = (rows[:3], given[1][:3], *given[2:])
+    near = (rows, given[1][labelled], *given[2:])
+    spread = (far_apart(rows, stride), *near[1:])
     expected = forward_kernels.forward(*near)
     with poisoned():
         found = forward_kernels.forward(*spread)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     gradient = backward_kernels.backward(*backward_arguments(near))
-    out = far_apart(torch.full_like(rows[:3], torch.nan), 2**31 + 16)
+    assert gradient[2].any()
+    out = far_apart(torch.full_like(rows, torch.nan), stride)
     assert torch.equal(backward_kernels.backward(*backward_arguments(spread), out=out), gradient)
 
 
 def test_columns_far_apart_are_read_where_they_are():
-    """Of transposed logits, the column of a label lies past 2^31 elements."""
+    """Of transposed logits, the last column lies past 2^31 elements."""
     rows = normal(ROWS, 3, dtype=torch.bfloat16)
     given = arguments(rows, {})
-    spread = (far_apart(rows.T.contiguous(), 2**31 + 16).T, *given[1:])
+    spread = (far_apart(rows.T.contiguous(), 2**30 + 16).T, *given[1:])
     found, expected = forward_kernels.forward(*spread), forward_kernels.forward(*given)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     gradients = [backward_kernels.backward(*backward_arguments(x)) for x in (spread, given)]
