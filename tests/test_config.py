@@ -180,7 +180,7 @@ def test_fields_are_keywords_of_kdrl_loss_with_its_defaults():
     assert KDRLConfig().as_kwargs() == {name: keywords[name] for name in KDRLConfig().as_kwargs()}
     # what is missing is a tensor, or goes with a batch
     tensors = {"logp", "old_logp", "teacher_logp", "advantages", "loss_mask", "prox_logp", "weights", "kd_mask"}
-    assert set(keywords) - set(KDRLConfig().as_kwargs()) == tensors | {"cu_seqlens", "normalizer"}
+    assert set(keywords) - set(KDRLConfig().as_kwargs()) == tensors | {"cu_seqlens", "normalizer", "group"}
 
 
 @pytest.mark.parametrize("config", [KDRLConfig.from_mapping(BLOCK), ALL])
