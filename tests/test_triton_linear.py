@@ -8,6 +8,7 @@ interpreter cuts bfloat16 off where a GPU rounds it: twice as much.)
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,9 +19,9 @@ import kdloss
 from kdloss import _linear, _linear_operator
 from kdloss._fused_passes import KernelPass
 from kdloss._rows import Scaling
-from kdloss._triton import _compaction, _products
+from kdloss._triton import _compaction, _launch, _products
 from kdloss._triton import _linear as kernels
-from triton_aot import compiled
+from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
 T, D = 6, 5
@@ -343,36 +344,66 @@ def test_opcheck():
     torch.library.opcheck(_linear_operator.linear_logprobs, (*given.leaves, given.labels.clamp(max=35), rows, *options))
 
 
-def aot_calls() -> None:
-    """The kernels bare and with all of their parts; both widths of a block of labels; few rows and many.
+def step(
+    dtype: torch.dtype,
+    vocab: int,
+    *,
+    tokens: int = 8192,
+    rows: int | None = None,
+    labels: int = 1,
+    everything: bool = False,
+    kept: bool = False,
+    fused: bool = False,
+) -> None:
+    """Forward and backward of inputs without memory, of which `rows` take part; or a chunk of `fused_linear_loss`."""
+    meta, rows, width = torch.device("meta"), tokens if rows is None else rows, 1024
+    bias = torch.empty(151936, dtype=dtype, device=meta) if everything else None
+    taus = torch.empty(tokens, device=meta) if everything else None
+    hidden, weight = (torch.empty(n, width, dtype=dtype, device=meta) for n in (tokens, 151936))
+    columns = torch.empty(tokens, labels, dtype=torch.int64, device=meta)
+    if fused:
+        over = KernelPass(
+            hidden,
+            weight[:vocab],
+            bias,
+            columns,
+            taus,
+            Scaling(30.0, 1.3, 1.0) if everything else Scaling(None, 1.0, 1.0),
+            1024,
+        )
+        over.logprobs(torch.empty(1024, dtype=torch.int64, device=meta))
+        over.gradient(*torch.empty(2, 1024, device=meta))
+        return
+    scaling = kernels.Scaling(bias, *((1.3, 30.0) if everything else (1.0, None)), 1.0, taus)
+    products = _launch.room(tokens if kept else 0, vocab, dtype=torch.float32, device=meta)
+    index, active = (torch.empty(n, dtype=torch.int64, device=meta) for n in (tokens if kept else rows, rows))
+    known = kernels.forward(hidden, weight, columns, index, scaling, products, everything)
+    state = kernels.State(columns, *known[2:4], known[4] if everything else None)
+    incoming = torch.empty(tokens, labels, device=meta), torch.empty(tokens, device=meta) if everything else None
+    places = active if kept else None
+    kernels.backward(*incoming, state, hidden, weight, active, places, scaling, products, [True, True, True])
 
-    Then those of `fused_linear_loss`, whose one slice is the first and the last, and of a static bound.
-    """
-    tokens, vocab, width = 8192, 151936, 1024
-    meta = {"device": "meta"}
-    for dtype, everything, count, kept_rows, rows in (
-        (torch.float32, False, 1, 0, tokens),
-        (torch.bfloat16, False, 1, 0, tokens),
-        (torch.bfloat16, True, 1, tokens, 64),
-        (torch.float16, True, 300, 0, tokens),
-    ):
-        bias = torch.empty(vocab, dtype=dtype, **meta) if everything else None
-        options = (1.3, 30.0, 1.0, torch.empty(tokens, **meta)) if everything else (1.0, None, 1.0, None)
-        scaling, kept = kernels.Scaling(bias, *options), torch.empty(kept_rows, vocab, **meta)
-        hidden, weight = (torch.empty(n, width, dtype=dtype, **meta) for n in (tokens, vocab))
-        columns = torch.empty(tokens, count, dtype=torch.int64, **meta)
-        index, active = (torch.empty(n, dtype=torch.int64, **meta) for n in (kept_rows or rows, rows))
-        known = kernels.forward(hidden, weight, columns, index, scaling, kept, everything)
-        state = kernels.State(columns, *known[2:4], known[4] if everything else None)
-        incoming = torch.empty(tokens, count, **meta), torch.empty(tokens, **meta) if everything else None
-        places = active if kept_rows else None
-        kernels.backward(*incoming, state, hidden, weight, active, places, scaling, kept, [True, True, True])
-        if count == 1:
-            numbers = Scaling(30.0, 1.3, 1.0) if everything else Scaling(None, 1.0, 1.0)
-            over = KernelPass(hidden, weight, bias, columns, options[3], numbers, 1024)
-            over.logprobs(torch.empty(1024, dtype=torch.int64, **meta))
-            over.gradient(*torch.empty(2, 1024, **meta))
-    _compaction.order(torch.empty(tokens, dtype=torch.bool, **meta), 500)
+
+def aot_calls() -> None:
+    """The kernels bare and with all of their parts, one label and several; few rows and many, kept logits and fused."""
+    step(torch.float32, 151936)
+    step(torch.bfloat16, 151936)
+    step(torch.bfloat16, 151669, everything=True, kept=True, rows=64)
+    step(torch.bfloat16, 151669, labels=8, kept=True, tokens=512)
+    step(torch.bfloat16, 151669, labels=64, tokens=512)
+    step(torch.float16, 128257, labels=300, everything=True)
+    for everything in (False, True):
+        step(torch.bfloat16, 128257, everything=everything, fused=True)
+    _compaction.order(torch.empty(8192, dtype=torch.bool, device="meta"), 500)
+
+
+def aot_table() -> None:
+    flags = list(itertools.product((False, True), repeat=2))
+    for dtype, vocab in itertools.product((torch.float32, torch.bfloat16, torch.float16), (151936, 151669, 128257)):
+        for everything, fused in flags:
+            step(dtype, vocab, everything=everything, fused=fused)
+        for tokens, labels, (everything, kept) in itertools.product((64, 512, 8192, 1 << 18), (1, 8, 64, 300), flags):
+            step(dtype, vocab, tokens=tokens, labels=labels, everything=everything, kept=kept)
 
 
 def test_nothing_spills_and_every_grid_is_legal():
@@ -384,8 +415,4 @@ def test_nothing_spills_and_every_grid_is_legal():
         "gradient_kernel",
         "put_back_kernel",
     }
-    for launch in launches:
-        assert launch.spilled_bytes == 0, launch
-        assert launch.registers <= 128, launch
-        assert launch.grid[0] < 2**31, launch
-        assert all(n < 2**16 for n in launch.grid[1:]), launch
+    assert_within_bounds(launches)

@@ -18,7 +18,7 @@ from torch import Tensor
 from kdloss._triton import _launch
 from kdloss._triton import _logits_backward as backward_kernels
 from kdloss._triton import _logits_forward as forward_kernels
-from triton_aot import compiled
+from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
 ROWS = 6
@@ -216,33 +216,79 @@ def test_columns_far_apart_are_read_where_they_are():
     assert torch.equal(*gradients)
 
 
+def step(logits: Tensor, vocab: int, *, labels: int = 1, with_entropy: bool = True, every_option: bool = False) -> None:
+    """Forward and backward of logits without memory."""
+    rows = logits.shape[0]
+    columns = torch.empty(rows, labels, dtype=torch.int64, device="meta")
+    state = [torch.empty(rows, device="meta") for _ in range(3)]
+    row_temperature, *options = (state[0], 1.0, 30.0, vocab) if every_option else (None, 1.0, None, vocab)
+    forward_kernels.forward(logits, columns, row_temperature, *options, with_entropy)
+    g, h = torch.empty(columns.shape, device="meta"), state[0] if with_entropy else None
+    backward_kernels.backward(g, h, logits, columns, row_temperature, *state, *options)
+
+
+def aot_layouts(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
+    """(logits, vocabulary): even rows, the same with padding or cut off, odd ones, and columns that lie apart."""
+    x = torch.empty(rows, 151936, dtype=dtype, device="meta")
+    odd, apart = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((rows, 128257), (151936, rows)))
+    return {"even": (x, 151936), "padded": (x, 151669), "cut": (x[:, :151669], 151669), "odd": (odd, 128257)} | {
+        "apart": (apart.T, 151936)
+    }
+
+
 def aot_calls() -> None:
-    """Every code that the launch table leads to: few rows and many, each part of the kernels with and without."""
-    vocab = 151936
+    """Few rows and many, each part of the kernels with and without; layouts where a thread has most to keep."""
     for dtype in (torch.bfloat16, torch.float32):
         for rows, with_entropy, every_option in itertools.product((1, 256, 8192), (False, True), (False, True)):
-            logits = torch.empty(rows, vocab, dtype=dtype, device="meta")
-            columns = torch.empty(rows, 1 + 3 * every_option, dtype=torch.int64, device="meta")
-            state = [torch.empty(rows, device="meta") for _ in range(3)]
-            row_temperature, softcap = (state[0], 30.0) if every_option else (None, None)
-            options = (1.0, softcap, vocab - 293 * every_option)
-            forward_kernels.forward(logits, columns, row_temperature, *options, with_entropy)
-            g, h = torch.empty(columns.shape, device="meta"), state[0] if with_entropy else None
-            backward_kernels.backward(g, h, logits, columns, row_temperature, *state, *options)
-    # strides that no vector load can take, an entropy's gradient alone
-    logits, columns = torch.empty(151, 4096, device="meta").T, torch.empty(4096, 1, dtype=torch.int64, device="meta")
-    state = [torch.empty(4096, device="meta") for _ in range(3)]
-    forward_kernels.forward(logits, columns, None, 1.0, None, 151, True)
-    backward_kernels.backward(None, state[0], logits, columns, None, *state, 1.0, None, 151)
+            vocab = 151936 - 267 * every_option
+            logits = torch.empty(rows, 151936, dtype=dtype, device="meta")
+            labels = 1 + 3 * every_option
+            step(logits, vocab, labels=labels, with_entropy=with_entropy, every_option=every_option)
+    layouts = aot_layouts(8192, torch.bfloat16)
+    step(*layouts["odd"])
+    step(*layouts["odd"], with_entropy=False, labels=8)
+    step(*layouts["odd"], every_option=True, labels=64)
+    step(*layouts["apart"])
+    step(*layouts["cut"], labels=64)
+    # an entropy's gradient alone
+    x, state = layouts["odd"][0], [torch.empty(8192, device="meta") for _ in range(3)]
+    columns = torch.empty(8192, 1, dtype=torch.int64, device="meta")
+    backward_kernels.backward(None, state[0], x, columns, None, *state, 1.0, None, 128257)
+
+
+def aot_table() -> None:
+    dtypes, options = (torch.bfloat16, torch.float16, torch.float32), itertools.product((False, True), repeat=2)
+    rows_and_labels = itertools.product((1, 64, 8192), (1, 8, 64, 300))
+    for dtype, (rows, labels), (with_entropy, every_option) in itertools.product(dtypes, rows_and_labels, options):
+        for logits, vocab in aot_layouts(rows, dtype).values():
+            step(logits, vocab, labels=labels, with_entropy=with_entropy, every_option=every_option)
 
 
 def test_nothing_spills():
     launches = compiled("test_triton_logits:aot_calls")
     assert {launch.kernel for launch in launches} == {"forward_kernel", "merge_kernel", "backward_kernel"}
-    for launch in launches:
-        assert launch.spilled_bytes == 0, launch
-        assert launch.registers <= 128, launch
-        assert len(launch.grid) == 1, launch  # other axes end at 65535
+    assert_within_bounds(launches)
+    assert all(len(launch.grid) == 1 for launch in launches)
+
+
+def test_rows_are_read_past_their_end_where_memory_goes_on():
+    """And written only where no other row lies: what a kernel may touch, and whether 16 bytes at a time."""
+    room = _launch.room(3, 37, dtype=torch.bfloat16, device=torch.device(DEVICE))
+    assert (room.shape, room.stride()) == ((3, 37), (48, 1))
+    assert (_launch.readable(room, 37), _launch.writable(room)) == (48, 48)
+    assert _launch.aligned(room, 48)
+    assert not _launch.aligned(room, 37)
+    tight = torch.zeros(3 * 37, device=DEVICE).view(3, 37)
+    assert (_launch.readable(tight, 37), _launch.writable(tight)) == (37, 37)
+    assert (_launch.readable(tight[:2], 37), _launch.writable(tight[:2])) == (48, 37)  # into the third row
+    assert not _launch.aligned(tight[:2], 48)
+    last = torch.zeros(2 * 48 + 37, device=DEVICE).as_strided((3, 37), (48, 1))  # ends with its last row
+    assert (_launch.readable(last, 37), _launch.writable(last)) == (37, 37)
+    assert not _launch.aligned(room[:, 1:], 32)  # begins between 16 bytes
+    assert _launch.aligned(tight[:1, :32], 32)  # a stride of one row moves nothing
+    apart = torch.zeros(64, 4, device=DEVICE).T
+    assert _launch.readable(apart, 37) == 37
+    assert not _launch.aligned(apart, 64)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 256, 2048, 65536, 2**20])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,6 +188,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second column": lambda x: torch.stack([x, x + 1], -1).flatten(-2)[:, ::2],
     "every second row": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
     "rows inside a wider matrix": lambda x: torch.cat([x, x, x], -1)[:, x.shape[1] : 2 * x.shape[1]],
+    "rows apart by 48, NaN between them": lambda x: F.pad(x, (0, 48 - x.shape[1]), value=math.nan)[:, : x.shape[1]],
     "an odd storage offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
     "one row for all": lambda x: x[:1].expand(x.shape),
 }

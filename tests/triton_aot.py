@@ -1,11 +1,14 @@
 """Compiles every kernel that some calls launch, ahead of time for sm_90, and reads what ptxas says of it. No GPU.
 
-    python tests/triton_aot.py test_triton_logits_forward:aot_calls
+    python tests/triton_aot.py test_triton_logits:aot_table
 
 runs the named function, which calls launchers with tensors on the meta device, and prints a line of JSON for each
-launch: the kernel, its grid, the constants it was compiled for, registers, spills. Triton specializes the arguments as
-it would on the device, so this is what a GPU would run. `compiled` does so in a fresh process: one in which kernels are
-interpreted cannot compile them.
+launch: the kernel, its grid, the constants it was compiled for, registers, spills; it ends with an error where a bound
+is broken. Triton specializes the arguments as it would on the device, so this is what a GPU would run. `compiled` does
+so in a fresh process: one in which kernels are interpreted cannot compile them.
+
+In a test module, `aot_calls` are the launches that come nearest to the bounds, for every run of the tests, and
+`aot_table` are all combinations of what decides a kernel's code, which takes minutes.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +37,15 @@ class Compiled(NamedTuple):
     registers: int  # a thread
     spilled_bytes: int
     shared_bytes: int
+
+
+def assert_within_bounds(launches: Iterable[Compiled]) -> None:
+    """Of registers, and of grids: axes but the first end at 65535."""
+    for launch in launches:
+        assert launch.spilled_bytes == 0, launch
+        assert launch.registers <= 128, launch
+        assert launch.grid[0] < 2**31, launch
+        assert all(n < 2**16 for n in launch.grid[1:]), launch
 
 
 def compiled(calls: str) -> list[Compiled]:
@@ -80,6 +93,7 @@ def main(calls: str) -> None:
 
     triton.runtime.driver.set_active(_Hopper())
     seen: dict[str, dict[str, int]] = {}
+    launches: list[Compiled] = []
 
     def launch(kernel: JITFunction, grid: tuple[int, ...]) -> Any:
         def compile_only(*arguments: Any, **keywords: Any) -> None:
@@ -95,13 +109,18 @@ def main(calls: str) -> None:
                 shared_bytes=found.metadata.shared,
                 **seen[found.hash],
             )
-            print(json.dumps(out._asdict()))
+            print(json.dumps(out._asdict()), flush=True)
+            launches.append(out)
 
         return compile_only
 
     JITFunction.__getitem__ = launch
     module, function = calls.split(":")
     getattr(importlib.import_module(module), function)()
+    if function == "aot_table":
+        assert_within_bounds(launches)
+        most = max(launches, key=lambda launch: launch.registers)
+        print(f"{len(launches)} launches, {len(seen)} codes, {most.registers} registers at most", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ in this order, once a chunk. Labels that are ignored have log-prob and entropy 0
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -112,7 +113,7 @@ class KernelPass:
         scaling: Scaling,
         size: int,
     ) -> None:
-        from ._triton import _linear, _products
+        from ._triton import _launch, _linear, _products
 
         assert not isinstance(scaling.temperature, Tensor)
         self._hidden, self._weight = hidden, weight
@@ -123,9 +124,10 @@ class KernelPass:
         self._logp, self._g = (torch.zeros(columns.shape, device=columns.device) for _ in range(2))
         self._entropy, self._h = (torch.zeros_like(self._state.peak) for _ in range(2))
         self._dtype = _products.product_dtype(hidden, weight)
-        self._room = torch.empty(size, weight.shape[0], dtype=torch.float32, device=hidden.device)
+        space = partial(_launch.room, size, weight.shape[0], device=hidden.device)
+        self._room = space(dtype=torch.float32)
         # float32 gradients overwrite the logits
-        self._separate = self._room if self._dtype == torch.float32 else torch.empty_like(self._room, dtype=self._dtype)
+        self._separate = self._room if self._dtype == torch.float32 else space(dtype=self._dtype)
         self._unscaled: Tensor | None = None
 
     def logprobs(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -157,12 +157,15 @@ class KernelPass:
     def __init__(
         self, student: Head, teacher: Head, row_temperature: Tensor | None, options: Options, size: int
     ) -> None:
+        from ._triton import _launch
+
         self._student, self._teacher, self._options = student, teacher, options
         self._row_temperature = row_temperature
-        device = student.hidden.device
-        self._room = torch.empty(2, size, options.vocab_size, dtype=torch.float32, device=device)
+        shape, device = (size, options.vocab_size), student.hidden.device
+        self._room = _launch.room(2, *shape, dtype=torch.float32, device=device)
         self._rounds = student.hidden.dtype == student.weight.dtype == torch.bfloat16
-        self._separate = torch.empty_like(self._room[0], dtype=torch.bfloat16) if self._rounds else self._room[0]
+        separate = _launch.room(*shape, dtype=torch.bfloat16, device=device) if self._rounds else self._room[0]
+        self._separate = separate
 
     def load(self, rows: Tensor) -> None:
         from ._triton._divergences import Pair, Side

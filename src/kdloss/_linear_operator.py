@@ -69,9 +69,10 @@ def linear_logprobs(
     """
     index = _labelled(columns) if rows is None else rows
     if kernels:
-        from ._triton import _linear
+        from ._triton import _launch, _linear
 
-        products = hidden.new_empty(index.shape[0] if store else 0, vocab_size, dtype=torch.float32)
+        count = index.shape[0] if store else 0
+        products = _launch.room(count, vocab_size, dtype=torch.float32, device=hidden.device)
         stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
         return *_linear.forward(hidden, weight, columns, index, stages, products, with_entropy), products
     n_tokens, columns = columns.shape[0], columns[index]
@@ -126,7 +127,13 @@ def _(
     logp = hidden.new_empty(columns.shape, dtype=_checks.promoted_dtype(hidden, weight, bias))
     maximum = logp.new_empty(columns.shape[0])
     entropy = logp.new_empty(columns.shape[0] if with_entropy else 0)
-    kept = logp.new_empty(rows.shape[0] if store and rows is not None else 0, vocab_size)
+    count = rows.shape[0] if store and rows is not None else 0
+    if kernels:
+        from ._triton import _launch
+
+        kept = _launch.room(count, vocab_size, dtype=torch.float32, device=logp.device)
+    else:
+        kept = logp.new_empty(count, vocab_size)
     return logp, entropy, maximum, torch.empty_like(maximum), torch.empty_like(entropy), kept
 
 

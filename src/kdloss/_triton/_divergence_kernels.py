@@ -28,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._row_math import LOG2_E, capped, capped_slope, log_of, row_rate
+from ._row_math import LOG2_E, capped, capped_slope, load_tile, log_of, row_rate, tile_columns
 
 # Beyond it, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in float32.
 SATURATED = tl.constexpr(1e4)
@@ -36,8 +36,8 @@ SATURATED = tl.constexpr(1e4)
 
 @triton.jit
 def side(x, bias, column, inside, logit_scale, softcap):
-    """c of one side in some columns."""
-    value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+    """c of one side from x in some columns; anything where they are not `inside`."""
+    value = x.to(tl.float32)
     if bias is not None:
         value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     return capped(value, logit_scale, softcap)
@@ -143,12 +143,15 @@ def state_kernel(
     teacher_logit_scale,
     teacher_softcap,
     size,
+    x_columns,  # that may be read: `size` of them, and some that have no say
+    y_columns,
     plane,
     x_stride,
     y_stride,
     kind: tl.constexpr,
     lanes: tl.constexpr,
     width: tl.constexpr,
+    aligned: tl.constexpr,
 ):
     row = tl.program_id(0)
     x += row.to(tl.int64) * x_stride
@@ -156,12 +159,13 @@ def state_kernel(
     rate = row_rate(row_temperature, row, temperature)
     zero = tl.zeros([lanes], tl.float32)
     m_of, s_of, m_to, s_to, w = zero + float("-inf"), zero, zero + float("-inf"), zero, zero
-    tile = tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
     for start in range(0, size, lanes * width):
-        column = start + tile
+        column = tile_columns(start, lanes, width)
         inside = column < size
-        of = tl.where(inside, side(x, bias, column, inside, logit_scale, softcap), float("-inf"))
-        to = side(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
+        of = load_tile(x, start, 1, x_columns, lanes, width, aligned)
+        to = load_tile(y, start, 1, y_columns, lanes, width, aligned)
+        of = tl.where(inside, side(of, bias, column, inside, logit_scale, softcap), float("-inf"))
+        to = side(to, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
         to = tl.where(inside, to, float("-inf"))
         if kind == "forward_kl":  # the teacher is what the expectation is of
             of, to = to, of
@@ -205,6 +209,8 @@ def mixture_kernel(
     log_omega,
     log_rest,  # log(1 - omega)
     size,
+    x_columns,
+    y_columns,
     plane,
     x_stride,
     y_stride,
@@ -225,8 +231,10 @@ def mixture_kernel(
         for start in range(0, size, block):
             column = start + tl.arange(0, block)
             inside = column < size
-            log_q = (side(x, bias, column, inside, logit_scale, softcap) - m_q) * rate - log_s_q
-            c = side(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
+            c = tl.load(x + column, mask=column < x_columns, other=0.0)
+            log_q = (side(c, bias, column, inside, logit_scale, softcap) - m_q) * rate - log_s_q
+            c = tl.load(y + column, mask=column < y_columns, other=0.0)
+            c = side(c, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
             log_p = (c - m_p) * rate - log_s_p
             log_q, log_p = tl.where(inside, log_q, float("-inf")), tl.where(inside, log_p, float("-inf"))
             q, p = tl.exp2(log_q * LOG2_E), tl.exp2(log_p * LOG2_E)
@@ -258,7 +266,9 @@ def divergence_gradient_kernel(
     log_omega,
     log_rest,
     size,
-    all_columns,  # the last of them may be padding
+    x_columns,
+    y_columns,
+    out_columns,  # to be written: the last of them may be padding
     plane,
     x_stride,
     y_stride,
@@ -278,20 +288,22 @@ def divergence_gradient_kernel(
         m_q, log_s_q = tl.load(numbers + row), tl.load(numbers + plane + row)
         m_p, log_s_p = tl.load(numbers + 2 * plane + row), tl.load(numbers + 3 * plane + row)
         sum_g = tl.load(total + row)
-        for start in range(first, min(first + span, all_columns), block):
+        for start in range(first, min(first + span, out_columns), block):
             column = start + tl.arange(0, block)
             inside = column < size
-            c = side(x, bias, column, inside, logit_scale, softcap)
+            c = tl.load(x + column, mask=column < x_columns, other=0.0)
+            c = side(c, bias, column, inside, logit_scale, softcap)
             log_q = (c - m_q) * rate - log_s_q
-            c_p = side(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
+            c_p = tl.load(y + column, mask=column < y_columns, other=0.0)
+            c_p = side(c_p, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
             log_p = (c_p - m_p) * rate - log_s_p
             log_q, log_p = tl.where(inside, log_q, float("-inf")), tl.where(inside, log_p, float("-inf"))
             q, p = tl.exp2(log_q * LOG2_E), tl.exp2(log_p * LOG2_E)
             _, g = terms(kind, q, p, log_q, log_p, omega, log_omega, log_rest)
             dx = (g - q * sum_g) * (incoming * rate) * capped_slope(c, logit_scale, softcap)
             dx = tl.where(inside, dx, 0.0)
-            tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
+            tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < out_columns)
     else:
-        for start in range(first, min(first + span, all_columns), block):
+        for start in range(first, min(first + span, out_columns), block):
             column = start + tl.arange(0, block)
-            tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < all_columns)
+            tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < out_columns)

@@ -38,6 +38,10 @@ class Side(NamedTuple):
     def numbers(self) -> tuple[float | None, float | None]:
         return None if self.logit_scale == 1 else self.logit_scale, self.softcap
 
+    def columns(self, vocab_size: int) -> int:
+        """That may be read, whatever they hold."""
+        return _launch.readable(self.x, vocab_size)
+
 
 class Pair(NamedTuple):
     """What is compared, and how."""
@@ -59,6 +63,10 @@ class Pair(NamedTuple):
         return self.temperature, *self.student.numbers, *self.teacher.numbers
 
     @property
+    def _columns(self) -> tuple[int, int, int]:
+        return self.vocab_size, self.student.columns(self.vocab_size), self.teacher.columns(self.vocab_size)
+
+    @property
     def _shares(self) -> tuple[float, float, float]:
         return self.omega, math.log(self.omega), math.log1p(-self.omega)
 
@@ -68,6 +76,9 @@ class Pair(NamedTuple):
         if rows == 0:
             return
         strides = known.stride(0), self.student.x.stride(0), self.teacher.x.stride(0)
+        size, *bounds = self._columns
+        sides = zip((self.student.x, self.teacher.x), bounds, strict=True)
+        aligned = all(_launch.aligned(x, bound) for x, bound in sides)
         width = 16 // max(self.student.x.element_size(), self.teacher.x.element_size())
         with _launch.on_device(out):
             state_kernel[(rows,)](
@@ -76,11 +87,13 @@ class Pair(NamedTuple):
                 known[4],
                 known,
                 *self._numbers,
-                self.vocab_size,
+                size,
+                *bounds,
                 *strides,
                 self.kind,
                 _TILE // width,
                 width,
+                aligned,
                 num_warps=_WARPS,
             )
             if self.kind not in KLS:
@@ -91,7 +104,8 @@ class Pair(NamedTuple):
                     known,
                     *self._numbers,
                     *self._shares,
-                    self.vocab_size,
+                    size,
+                    *bounds,
                     *strides,
                     self.kind,
                     _BLOCK,
@@ -99,7 +113,10 @@ class Pair(NamedTuple):
                 )
 
     def gradient_(self, out: Tensor, known: Tensor, factor: Tensor) -> Tensor:
-        """`factor` (R,) times the gradient of x into `out`, which may be x; 0 in columns past the vocabulary."""
+        """`factor` (R,) times the gradient of x into `out`, which may be x; 0 in columns past the vocabulary.
+
+        Where rows of `out` lie further apart than it is wide, so is what is between them, up to a multiple of 16.
+        """
         rows, columns = out.shape
         if rows:
             with _launch.on_device(out):
@@ -111,8 +128,8 @@ class Pair(NamedTuple):
                     out,
                     *self._numbers,
                     *self._shares,
-                    self.vocab_size,
-                    columns,
+                    *self._columns,
+                    _launch.writable(out),
                     known.stride(0),
                     self.student.x.stride(0),
                     self.teacher.x.stride(0),

@@ -39,11 +39,11 @@ class Forward(NamedTuple):
         return -(-vocab_size // (self.lanes * self.width * self.splits))
 
 
-def forward(rows: int, vocab_size: int, dtype: torch.dtype) -> Forward:
-    """Of the kernel that reads each row once."""
+def forward(rows: int, vocab_size: int, dtype: torch.dtype, *, apart: bool = False) -> Forward:
+    """Of the kernel that reads each row once. Columns that lie `apart` take an address each, so a thread has half."""
     width = 16 // dtype.itemsize
     few = rows * vocab_size <= FEW_LOGITS
-    lanes, warps = (1024 // width, 4) if few else (1024, 8)
+    lanes, warps = (1024 // width, 4) if few else (512 if apart else 1024, 8)
     blocks = -(-vocab_size // (lanes * width))
     blocks_a_split = max(1, blocks // -(-PROGRAMS // max(1, rows)))
     return Forward(lanes, width, -(-blocks // blocks_a_split), warps)
@@ -104,6 +104,43 @@ def _view(x: Tensor, outer: int, inner: int) -> Tensor | None:
         return x.view(outer, inner, x.shape[-1])
     except RuntimeError:  # the strides allow none
         return None
+
+
+# Triton reads and writes 16 bytes at a time where it knows 16 to divide an address in bytes, and strides and bounds in
+# elements: it looks for no other divisor.
+_UNIT = 16
+
+
+def room(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(..., V), not initialised, whose rows begin at multiples of 16 elements, with memory up to another one."""
+    *rows, columns = shape
+    return torch.empty(*rows, _rounded(columns), dtype=dtype, device=device)[..., :columns]
+
+
+def readable(x: Tensor, columns: int) -> int:
+    """Columns of the rows (..., V) that a kernel may read, whatever they hold: a multiple of 16 where memory allows."""
+    last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    fits = x.stride(-1) == 1 and (last + _rounded(columns)) * x.element_size() <= x.untyped_storage().nbytes()
+    return _rounded(columns) if fits else columns
+
+
+def writable(x: Tensor) -> int:
+    """Columns of the rows of (R, V) that a kernel may write: up to the next multiple of 16 where rows lie so far apart.
+
+    Only of memory that is ours, as `room` makes it.
+    """
+    rounded = _rounded(x.shape[1])
+    return rounded if x.stride(0) >= rounded == readable(x, x.shape[1]) else x.shape[1]
+
+
+def aligned(x: Tensor, columns: int) -> bool:
+    """Whether the first `columns` of the rows (..., V) are read 16 bytes at a time."""
+    strides = (stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
+    return x.stride(-1) == 1 and x.data_ptr() % _UNIT == columns % _UNIT == 0 and all(n % _UNIT == 0 for n in strides)
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // _UNIT) * _UNIT
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

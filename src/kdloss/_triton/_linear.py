@@ -18,6 +18,7 @@ are multiplied by a power of two before and divided by it after, in float32; its
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,7 @@ def fold_(
 ) -> None:
     """Fold one slice into the state. With the last one it, the log-probs and the entropies are complete."""
     n_labels = state.columns.shape[1]
+    x_columns = _launch.readable(x, x.shape[1])
     fold_kernel[(rows.shape[0],)](
         x,
         rows,
@@ -103,12 +105,14 @@ def fold_(
         *scaling.numbers,
         start,
         x.shape[1],
+        x_columns,
         n_labels,
         x.stride(0),
         first,
         last,
         LANES,
         WIDTH,
+        _launch.aligned(x, x_columns),
         _block_labels(n_labels),
         num_warps=WARPS,
     )
@@ -125,7 +129,10 @@ def gradient_(
     scaling: Scaling,
     start: int,
 ) -> Tensor:
-    """The gradient of the products x, into `out`, which may be x itself where every row of it is wanted."""
+    """The gradient of the products x, into `out`, which may be x itself where every row of it is wanted.
+
+    Where rows of `out` lie further apart than `size`, what is between them is overwritten, up to a multiple of 16.
+    """
     n_labels = state.columns.shape[1]
     gradient_kernel[rows.shape[0], triton.cdiv(x.shape[1], SPAN)](
         x,
@@ -143,6 +150,8 @@ def gradient_(
         *scaling.numbers,
         start,
         x.shape[1],
+        _launch.readable(x, x.shape[1]),
+        _launch.writable(out),
         n_labels,
         x.stride(0),
         out.stride(0),
@@ -170,7 +179,8 @@ def forward(
     tokens, vocab_size = hidden.shape[0], kept.shape[1]
     with _launch.on_device(hidden):
         h = take(hidden, rows, state.columns, product_dtype(hidden, weight))
-        room = None if kept.shape[0] else logp.new_empty(rows.shape[0], widest_slice(tokens, vocab_size))
+        width = widest_slice(tokens, vocab_size)
+        room = None if kept.shape[0] else _launch.room(rows.shape[0], width, dtype=logp.dtype, device=logp.device)
         for part in slices(tokens, vocab_size) if rows.shape[0] else ():
             x = kept[:, part] if room is None else room[:, : part.stop - part.start]
             product_(x, h, weight[part].to(h.dtype).T)
@@ -208,9 +218,10 @@ def backward(
             unscaled, g, h = factor.reciprocal(), g * factor, None if h is None else h * factor
         g, h = g.contiguous(), None if h is None else h.contiguous()
         width = widest_slice(tokens, vocab_size)
-        room = None if kept.shape[0] else picked.new_empty(count, width, dtype=torch.float32)
+        space = partial(_launch.room, count, width, device=picked.device)
+        room = None if kept.shape[0] else space(dtype=torch.float32)
         # float32 gradients overwrite their slice, unless that is kept
-        separate = picked.new_empty(count, width) if room is None or picked.dtype != torch.float32 else room
+        separate = space(dtype=picked.dtype) if room is None or picked.dtype != torch.float32 else room
         dh = picked.new_empty(picked.shape if needs[0] else (0,), dtype=torch.float32)
         rounds = picked.dtype != weight.dtype or unscaled is not None
         total = picked.new_empty((width, picked.shape[1]) if needs[1] and rounds else (0, 0), dtype=torch.float32)

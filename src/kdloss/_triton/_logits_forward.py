@@ -13,7 +13,8 @@ ignored is not read.
     operations  about 8 a logit with the entropy (widen, subtract, scale, e^x, add, clamp, multiply-add, and the max)
 
 At 2 bytes a logit and 4.3 TB/s a multiprocessor has 13 instructions for each. ptxas makes 9 of this, 11 with the
-entropy; a softcap takes about 20 more.
+entropy; a softcap takes about 20 more. These are for rows that begin at multiples of 16 elements. Of others each logit
+is read by itself, in the same lanes: 1 load for each instead of 1/8, and its address and mask.
 """
 
 from __future__ import annotations
@@ -24,7 +25,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._row_math import capped, empty_state, fold, label_logp, log_of, merge_all, row_offset, row_rate
+from ._row_math import (
+    capped,
+    empty_state,
+    fold,
+    label_logp,
+    load_tile,
+    log_of,
+    merge_all,
+    row_offset,
+    row_rate,
+    tile_columns,
+)
 
 IGNORE_INDEX = -100
 LOWEST = -3.0e38
@@ -91,7 +103,7 @@ def forward_kernel(
     temperature,
     softcap,  # or None
     vocab_size,
-    all_columns,  # the last of them may be padding
+    all_columns,  # that may be read: the last of them may be padding, or not belong to the row
     n_labels,
     inner,
     outer_stride,
@@ -102,6 +114,7 @@ def forward_kernel(
     splits,
     lanes: tl.constexpr,
     width: tl.constexpr,
+    aligned: tl.constexpr,
     block_labels: tl.constexpr,
 ):
     """One program a row, or a split of one."""
@@ -112,15 +125,12 @@ def forward_kernel(
         rate = row_rate(row_temperature, row, temperature)
         row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
         m, s, u = empty_state(lanes)
-        tile = tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
         first = (program % splits) * blocks * (lanes * width)
         for start in range(first, min(first + blocks * (lanes * width), vocab_size), lanes * width):
-            column = start + tile
-            # up to all_columns, which 8 divides more often, so that 16 bytes come at a time
-            x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
+            x = load_tile(row_logits, start, column_stride, all_columns, lanes, width, aligned)
             c = capped(x, None, softcap)
             if start + lanes * width > vocab_size:  # of the row's last block alone
-                c = tl.where(column < vocab_size, c, float("-inf"))
+                c = tl.where(tile_columns(start, lanes, width) < vocab_size, c, float("-inf"))
             m, s, u = fold(m, s, u, c, rate, entropy is not None)
         m, s, u = merge_all(m, s, u, rate, entropy is not None)
         if parts is None:
@@ -212,7 +222,8 @@ def forward(
             n = piece.rows
             if n == 0:
                 continue
-            launch = _launch.forward(n, vocab_size, logits.dtype)
+            launch = _launch.forward(n, vocab_size, logits.dtype, apart=piece.strides[-1] != 1)
+            all_columns = _launch.readable(piece.x, logits.shape[-1])
             parts = logp.new_empty(3, n, launch.splits) if launch.splits > 1 else None
             arguments = (
                 piece.x,
@@ -227,7 +238,7 @@ def forward(
                 temperature,
                 softcap,
                 vocab_size,
-                logits.shape[-1],
+                all_columns,
                 n_labels,
                 piece.inner,
                 *piece.strides,
@@ -239,6 +250,7 @@ def forward(
                 launch.splits,
                 launch.lanes,
                 launch.width,
+                _launch.aligned(piece.x, all_columns),
                 block_labels,
                 num_warps=launch.warps,
             )

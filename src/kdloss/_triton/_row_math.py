@@ -70,6 +70,44 @@ def row_offset(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
+def _quad(x, column, step: tl.constexpr, stride, bound):
+    """x at four columns `step` apart from each of `column` (n,): (n, 4), and 0 from `bound` on."""
+    place = x + column.to(tl.int64) * stride
+    apart = tl.full([], step, tl.int64) * stride
+    a = tl.load(place, mask=column < bound, other=0.0)
+    b = tl.load(place + apart, mask=column < bound - step, other=0.0)
+    c = tl.load(place + 2 * apart, mask=column < bound - 2 * step, other=0.0)
+    d = tl.load(place + 3 * apart, mask=column < bound - 3 * step, other=0.0)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [column.shape[0], 4])
+
+
+@triton.jit
+def tile_columns(start, lanes: tl.constexpr, width: tl.constexpr):
+    """Which columns a tile has from `start`: `width` in a row for each lane."""
+    return start + tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
+
+
+@triton.jit
+def load_tile(x, start, stride, bound, lanes: tl.constexpr, width: tl.constexpr, aligned: tl.constexpr):
+    """x at the columns of a tile, (lanes, width), and 0 from `bound` on.
+
+    A lane's logits belong to one thread. Where rows are `aligned` one instruction reads 16 bytes of them. Elsewhere
+    Triton would spread a lane over threads, and then exchange between them: so each logit is read by itself.
+    """
+    lane = start + tl.arange(0, lanes) * width
+    if aligned:
+        column = tile_columns(start, lanes, width)
+        tile = tl.load(x + column, mask=column < bound, other=0.0)
+    elif width == 4:
+        tile = _quad(x, lane, 1, stride, bound)
+    else:
+        tl.static_assert(width == 8)
+        even, odd = _quad(x, lane, 2, stride, bound), _quad(x + stride, lane, 2, stride, bound - 1)
+        tile = tl.reshape(tl.join(even, odd), [lanes, 8])
+    return tile
+
+
+@triton.jit
 def empty_state(n: tl.constexpr):
     """(m, s, u) of n rows, or lanes of one, that have seen nothing."""
     zero = tl.zeros([n], tl.float32)

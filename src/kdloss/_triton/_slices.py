@@ -39,10 +39,12 @@ from ._row_math import (
     empty_state,
     fold,
     label_logp,
+    load_tile,
     log_of,
     merge,
     merge_all,
     row_rate,
+    tile_columns,
 )
 
 # Chosen by arithmetic, not measured: 16 logits a thread are in flight, as in `_launch.py`.
@@ -52,9 +54,8 @@ LABELS_AT_A_TIME = 32
 
 
 @triton.jit
-def logit_at(x, place, bias, column, inside, logit_scale, softcap):
-    """c at x[place], which is `column` of the vocabulary."""
-    value = tl.load(x + place, mask=inside, other=0.0)
+def logit_of(value, bias, column, inside, logit_scale, softcap):
+    """c of products of some columns of the vocabulary, with a bias where they are `inside` the slice."""
     if bias is not None:
         value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     return capped(value, logit_scale, softcap)
@@ -87,12 +88,14 @@ def fold_kernel(
     softcap,  # or None
     start,  # of the slice
     size,
+    x_columns,  # that may be read, `size` of them and some padding
     n_labels,
     x_stride,
     first: tl.constexpr,  # of the slices
     last: tl.constexpr,
     lanes: tl.constexpr,
     width: tl.constexpr,
+    aligned: tl.constexpr,
     block_labels: tl.constexpr,
 ):
     row = tl.load(rows + tl.program_id(0))
@@ -100,10 +103,10 @@ def fold_kernel(
         rate = row_rate(row_temperature, row, temperature)
         x += tl.program_id(0).to(tl.int64) * x_stride
         m, s, u = empty_state(lanes)
-        tile = tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
         for block in range(0, size, lanes * width):
-            place = block + tile
-            c = logit_at(x, place, bias, start + place, place < size, logit_scale, softcap)
+            place = tile_columns(block, lanes, width)
+            value = load_tile(x, block, 1, x_columns, lanes, width, aligned)
+            c = logit_of(value, bias, start + place, place < size, logit_scale, softcap)
             m, s, u = fold(m, s, u, tl.where(place < size, c, float("-inf")), rate, entropy is not None)
         m, s, u = merge_all(m, s, u, rate, entropy is not None)
         if not first:
@@ -114,7 +117,8 @@ def fold_kernel(
             mine = k < n_labels
             label = tl.load(columns + row * n_labels + k, mask=mine, other=-100)
             inside = (label >= start) & (label < start + size)
-            c = logit_at(x, label - start, bias, label, inside, logit_scale, softcap)
+            value = tl.load(x + (label - start), mask=inside, other=0.0)
+            c = logit_of(value, bias, label, inside, logit_scale, softcap)
             if not first:
                 c = tl.where(inside, c, tl.load(logp + row * n_labels + k, mask=mine, other=0.0))
             if last:
@@ -161,6 +165,8 @@ def gradient_kernel(
     softcap,
     start,
     size,
+    x_columns,  # that may be read, `size` of them and some padding
+    out_columns,  # that may be written, likewise
     n_labels,
     x_stride,
     out_stride,
@@ -197,7 +203,8 @@ def gradient_kernel(
         for begin in range(first, min(first + span, size), block):
             here = begin + tl.arange(0, block)
             column = start + here
-            c = logit_at(x, here, bias, column, here < size, logit_scale, softcap)
+            value = tl.load(x + here, mask=here < x_columns, other=0.0)
+            c = logit_of(value, bias, column, here < size, logit_scale, softcap)
             d = tl.where(here < size, c - m, 0.0)
             p = tl.exp2(d * (rate * LOG2_E)) * top
             slope = total + tl.zeros_like(p)
@@ -206,11 +213,11 @@ def gradient_kernel(
             dz = -p * slope
             dz = with_labels(dz, column, begin + start, columns, logp_gradient, row, n_labels, block, block_labels)
             dx = dz * rate * capped_slope(c, logit_scale, softcap)
-            tl.store(out + here, dx.to(out.dtype.element_ty), mask=here < size)
+            tl.store(out + here, dx.to(out.dtype.element_ty), mask=here < out_columns)
     else:
         for begin in range(first, min(first + span, size), block):
             here = begin + tl.arange(0, block)
-            tl.store(out + here, tl.zeros([block], out.dtype.element_ty), mask=here < size)
+            tl.store(out + here, tl.zeros([block], out.dtype.element_ty), mask=here < out_columns)
 
 
 @triton.jit
