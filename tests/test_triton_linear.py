@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from kdloss._fused_passes import KernelPass
 from kdloss._rows import Scaling
 from kdloss._triton import _compaction, _launch, _products
 from kdloss._triton import _linear as kernels
+from kdloss.testing import reference
 from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
@@ -255,6 +257,37 @@ def test_logits_of_minus_infinity_have_no_mass():
     assert found[0][0][0] == -torch.inf
     for x, y in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "compiled"])
+@pytest.mark.parametrize("bad", [-torch.inf, torch.nan])
+def test_a_row_that_is_no_distribution_is_nan_by_every_path(impl, bad):
+    """From logits, from hidden states, in one pass with the loss; as by the oracle, and by log-softmax."""
+    logits = normal(2, 300)
+    logits[0, slice(None) if bad == -torch.inf else 7] = bad
+    bias, labels = logits[0].clone(), torch.tensor([5, 7], device=DEVICE)
+    leaves = [torch.zeros(shape, device=DEVICE, requires_grad=True) for shape in ((2, D), (300, D))]
+    with np.errstate(invalid="ignore"):  # -inf less -inf
+        oracle = reference.token_logprobs_and_entropy(logits.double().cpu().numpy(), labels.cpu().numpy())
+    options = {"impl": "torch" if impl == "compiled" else impl}
+
+    def run() -> list[Tensor]:
+        leaf = logits.detach().requires_grad_()
+        found = [*kdloss.token_logprobs_and_entropy(leaf, labels, **options)]
+        linear = [*kdloss.linear_token_logprobs_and_entropy(*leaves, labels, bias=bias, **options)]
+        return [leaf, *found, *linear]
+
+    leaf, *found = (torch.compile(run, backend="aot_eager") if impl == "compiled" else run)()
+    for x, expected in zip(found, [*oracle, None, None], strict=True):
+        assert x.isnan().tolist() == ([True, True] if expected is None else [True, False])
+        assert expected is None or torch.isnan(torch.from_numpy(expected)).tolist() == [True, False]
+    for x in found:
+        wanted = [leaf] if x is found[0] or x is found[1] else leaves
+        assert all(g[0].isnan().all() for g in torch.autograd.grad(x.sum(), wanted, retain_graph=True))
+    if impl != "compiled":
+        mask = torch.ones(2, dtype=torch.bool, device=DEVICE)
+        fused = kdloss.fused_linear_loss(*leaves, labels, lambda a, b: b - a, bias=bias, loss_mask=mask, **options)
+        assert all(x.isnan().all() for x in fused)
 
 
 def test_rows_under_a_static_bound():

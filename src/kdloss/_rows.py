@@ -152,8 +152,9 @@ class RowState(NamedTuple):
         return (z - self.maximum) + self.peak.log()
 
     def entropy(self) -> Tensor:
+        """NaN of no mass at all, which is no distribution."""
         assert self.mean is not None
-        return -self.peak.log() - self.mean
+        return (-self.peak.log() - self.mean).masked_fill(self.peak == torch.inf, torch.nan)
 
     def merge(self, other: RowState) -> RowState:
         """The state of two parts of the same rows side by side: a e^(m - m') for each, m' the larger maximum."""

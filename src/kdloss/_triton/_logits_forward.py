@@ -28,10 +28,11 @@ from . import _launch
 from ._row_math import (
     capped,
     empty_state,
+    entropy_of,
     fold,
     label_logp,
     load_tile,
-    log_of,
+    mean_of,
     merge_all,
     row_offset,
     row_rate,
@@ -70,9 +71,9 @@ def write_row(row_logits, column_stride, columns, row, n_labels, vocab_size, sof
     tl.store(maximum + row, m)
     tl.store(peak + row, tl.div_rn(1.0, s))
     if entropy is not None:
-        average = tl.div_rn(u * rate, s)
+        average = mean_of(s, u, rate)
         tl.store(mean + row, average)
-        tl.store(entropy + row, log_of(s) - average)
+        tl.store(entropy + row, entropy_of(s, average))
 
 
 @triton.jit
@@ -302,6 +303,8 @@ def forward_in_torch(
     picked = c.gather(-1, columns.clamp(min=0))
     logp = ((picked - m[:, None]) * rate[:, None] - s.log()[:, None]).masked_fill(columns == IGNORE_INDEX, 0)
     m, peak, mean = m.masked_fill(ignored, 0), s.reciprocal().masked_fill(ignored, 1), rate * u / s
+    mean = mean.masked_fill(s == 0, 0)
     if not with_entropy:
         return logp, logp.new_empty(0), m, peak, logp.new_empty(0)
-    return logp, (s.log() - mean).masked_fill(ignored, 0), m, peak, mean.masked_fill(ignored, 0)
+    entropy = (s.log() - mean).masked_fill(s == 0, torch.nan).masked_fill(ignored, 0)
+    return logp, entropy, m, peak, mean.masked_fill(ignored, 0)

@@ -8,7 +8,7 @@ A row's state is (m, s, u) in terms of c, so that the temperature costs nothing 
     logp = rate (c_label - m) - log s,   entropy = log s - rate u / s
 
 The difference to the maximum is taken before it is multiplied: logits far off centre lose no digits. Without any mass
-(every c is -inf) the state is (-inf, 0, 0), and it merges as nothing.
+(every c is -inf) the state is (-inf, 0, 0), and it merges as nothing; a whole row of it has NaN for its results.
 """
 
 from __future__ import annotations
@@ -162,6 +162,18 @@ def merge_all(m, s, u, rate, with_entropy: tl.constexpr):
 def log_of(s):
     """log s, which the float32 logarithm would give to 2e-7: more than a log-prob near 0 can bear. One a row."""
     return tl.log(s.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def mean_of(s, u, rate):
+    """rate u / s, and 0 without any mass, so that it merges as nothing."""
+    return tl.where(s == 0, 0.0, tl.div_rn(u * rate, s))
+
+
+@triton.jit
+def entropy_of(s, mean):
+    """log s - mean, and NaN without any mass: that is no distribution."""
+    return tl.where(s == 0, float("nan"), log_of(s) - mean)
 
 
 @triton.jit

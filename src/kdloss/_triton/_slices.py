@@ -37,10 +37,11 @@ from ._row_math import (
     capped,
     capped_slope,
     empty_state,
+    entropy_of,
     fold,
     label_logp,
     load_tile,
-    log_of,
+    mean_of,
     merge,
     merge_all,
     row_rate,
@@ -128,9 +129,9 @@ def fold_kernel(
         if last:
             tl.store(peak + row, tl.div_rn(1.0, s))
             if entropy is not None:
-                average = tl.where(s > 0, tl.div_rn(u * rate, s), 0.0)
+                average = mean_of(s, u, rate)
                 tl.store(mean + row, average)
-                tl.store(entropy + row, log_of(s) - average)
+                tl.store(entropy + row, entropy_of(s, average))
         else:
             tl.store(peak + row, s)
             if entropy is not None:

@@ -36,8 +36,8 @@ def _log_softmax(logits: FloatArray, temperature: float, softcap: float | None) 
 
 
 def _entropy(logp: FloatArray) -> float:
-    """`-sum p log p` of one row, where an entry of probability 0 adds 0."""
-    present = logp[logp > -np.inf]
+    """`-sum p log p` of one row, where an entry of probability 0 adds 0. NaN stays: it is no distribution."""
+    present = logp[logp != -np.inf]
     return -float((np.exp(present) * present).sum())
 
 
