@@ -37,6 +37,7 @@ class Compiled(NamedTuple):
     registers: int  # a thread
     spilled_bytes: int
     shared_bytes: int
+    code: str  # a hash: launches of the same are compiled once
 
 
 def assert_within_bounds(launches: Iterable[Compiled]) -> None:
@@ -107,6 +108,7 @@ def main(calls: str) -> None:
                 found.metadata.num_warps,
                 constants,
                 shared_bytes=found.metadata.shared,
+                code=found.hash,
                 **seen[found.hash],
             )
             print(json.dumps(out._asdict()), flush=True)

@@ -151,7 +151,9 @@ class TorchPass:
 class KernelPass:
     """By the kernels of `_triton`, from products in half precision with float32 results where a side shares one.
 
-    dx is rounded to bfloat16 for such products; of float16, whose smallest number is 6e-8, it stays float32.
+    dx is rounded to bfloat16 for such products. For float16 it stays float32, and so do its products: a scaled loss and
+    a log-ratio of some tens pass 65504, small masses fall below 6e-8, and unlike the gradient of a log-prob, which a
+    power of two brings into range (`_triton/_linear.py`), that of a divergence has no bound that is known before.
     """
 
     def __init__(

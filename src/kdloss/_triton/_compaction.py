@@ -73,7 +73,7 @@ def put_back(x: Tensor, rows: Tensor, tokens: int, dtype: torch.dtype, factor: T
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows", "count"])
 def order_kernel(trained, prefix, rows, total_rows, count, block: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = t < total_rows
@@ -83,7 +83,7 @@ def order_kernel(trained, prefix, rows, total_rows, count, block: tl.constexpr):
     tl.store(rows + place, t, mask=inside & (place < count))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["K"])
 def take_kernel(hidden, rows, columns, out, row_stride, D, K, block: tl.constexpr, block_labels: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + place)

@@ -127,7 +127,7 @@ def no_distribution(log_s_q, log_s_p):
     return (log_s_q == float("-inf")) | (log_s_q != log_s_q) | (log_s_p == float("-inf")) | (log_s_p != log_s_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["value", "total", "numbers", "size", "plane"])
 def state_kernel(
     x,  # (R, V) logits of the student, or products with its head
     y,  # (R, V) of the teacher
@@ -190,7 +190,7 @@ def state_kernel(
     tl.store(numbers + 3 * plane + row, log_to_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["value", "total", "numbers", "size", "plane"])
 def mixture_kernel(
     x,
     y,
@@ -246,7 +246,7 @@ def mixture_kernel(
         tl.store(total + row, tl.sum(gradients, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor", "total", "numbers", "size", "plane"])
 def divergence_gradient_kernel(
     x,
     y,

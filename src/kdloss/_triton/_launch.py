@@ -86,7 +86,9 @@ def pieces(x: Tensor) -> Iterator[tuple[slice, Piece]]:
     start = 0
     for part in _matrices(x):
         outer, inner, _ = part.shape
-        yield slice(start, start + outer * inner), Piece(part, outer * inner, max(1, inner), part.stride())
+        # of an axis of one, the stride moves nothing: 0 is aligned, and of one type, whatever the shapes
+        strides = [stride if n > 1 else 0 for n, stride in zip((outer, inner), part.stride()[:2], strict=True)]
+        yield slice(start, start + outer * inner), Piece(part, outer * inner, max(1, inner), (*strides, part.stride(2)))
         start += outer * inner
 
 

@@ -59,7 +59,10 @@ def slope_of(x, softcap, m, rate, offset, share, extra, with_entropy: tl.constex
     return dx
 
 
-@triton.jit(do_not_specialize=["inner", "chunks", "blocks", "g_row_stride", "g_label_stride", "h_stride"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "inner", "chunks", "blocks", "g_row_stride", "g_label_stride", "h_stride"],
+    do_not_specialize_on_alignment=["n_labels"],
+)
 def backward_kernel(
     logits,  # rows (outer, inner)
     columns,  # (T, K) int64 labels, contiguous
@@ -76,7 +79,7 @@ def backward_kernel(
     all_columns,  # the last of them may be padding
     n_labels,
     inner,
-    outer_stride,
+    outer_stride: tl.int64,
     inner_stride,
     column_stride,
     g_row_stride,
@@ -120,19 +123,20 @@ def backward_kernel(
                 dx = tl.where(column < vocab_size, dx, 0.0)
             tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
         if logp_gradient is not None:
-            tl.debug_barrier()  # what was written at a label is written again
             g_row = logp_gradient + row.to(tl.int64) * g_row_stride
             for start in range(0, n_labels, block_labels):
                 k = start + tl.arange(0, block_labels)
                 label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
                 here = (label >= first) & (label < min(last, vocab_size))
-                g = tl.zeros([block_labels], tl.float32)
-                for other in range(n_labels):
-                    same = label == tl.load(columns + row.to(tl.int64) * n_labels + other)
-                    g += tl.where(same, tl.load(g_row + other * g_label_stride).to(tl.float32), 0.0)
-                x = tl.load(row_logits + label * column_stride, mask=here, other=0.0)
-                dx = slope_of(x, softcap, m, rate, offset, share, g * rate, entropy_gradient is not None)
-                tl.store(out + label, dx.to(out.dtype.element_ty), mask=here)
+                if tl.sum(here.to(tl.int32), 0) > 0:  # seldom: K labels over all chunks
+                    tl.debug_barrier()  # what was written at a label is written again
+                    g = tl.zeros([block_labels], tl.float32)
+                    for other in range(n_labels):
+                        same = label == tl.load(columns + row.to(tl.int64) * n_labels + other)
+                        g += tl.where(same, tl.load(g_row + other * g_label_stride).to(tl.float32), 0.0)
+                    x = tl.load(row_logits + label * column_stride, mask=here, other=0.0)
+                    dx = slope_of(x, softcap, m, rate, offset, share, g * rate, entropy_gradient is not None)
+                    tl.store(out + label, dx.to(out.dtype.element_ty), mask=here)
     else:
         for start in range(first, last, block):
             column = start + tl.arange(0, block)

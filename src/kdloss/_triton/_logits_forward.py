@@ -41,6 +41,8 @@ from ._row_math import (
 
 IGNORE_INDEX = -100
 LOWEST = -3.0e38
+# Splits that are merged side by side, at least: one code for the row counts of 150k logits and fewer.
+LEAST_SPLITS = 256
 
 
 @triton.jit
@@ -90,7 +92,10 @@ def write_ignored_row(row, n_labels, out, block_labels: tl.constexpr):
         tl.store(entropy + row, 0.0)
 
 
-@triton.jit(do_not_specialize=["inner", "part_stride", "blocks", "splits"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "inner", "part_stride", "blocks", "splits"],
+    do_not_specialize_on_alignment=["n_labels"],
+)
 def forward_kernel(
     logits,  # rows (outer, inner)
     columns,  # (T, K) int64 labels, contiguous: -100 ignored, NaN for any other outside the vocabulary
@@ -107,7 +112,7 @@ def forward_kernel(
     all_columns,  # that may be read: the last of them may be padding, or not belong to the row
     n_labels,
     inner,
-    outer_stride,
+    outer_stride: tl.int64,
     inner_stride,
     column_stride,
     part_stride,  # T * splits
@@ -156,7 +161,10 @@ def forward_kernel(
         write_ignored_row(row, n_labels, out, block_labels)
 
 
-@triton.jit(do_not_specialize=["inner", "part_stride", "splits"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "all_columns", "inner", "part_stride", "splits"],
+    do_not_specialize_on_alignment=["n_labels"],
+)
 def merge_kernel(
     logits,
     columns,
@@ -173,12 +181,12 @@ def merge_kernel(
     all_columns,
     n_labels,
     inner,
-    outer_stride,
+    outer_stride: tl.int64,
     inner_stride,
     column_stride,
     part_stride,
     splits,
-    block_splits: tl.constexpr,  # the next power of two
+    block_splits: tl.constexpr,  # a power of two
     block_labels: tl.constexpr,
 ):
     """One program a row: its splits, merged. Arguments as of `forward_kernel`."""
@@ -256,7 +264,7 @@ def forward(
                 num_warps=launch.warps,
             )
             if parts is not None:
-                block_splits = triton.next_power_of_2(launch.splits)
+                block_splits = max(LEAST_SPLITS, triton.next_power_of_2(launch.splits))
                 merge_kernel[(n,)](*arguments, launch.splits, block_splits, block_labels, num_warps=1)
     return logp, entropy, maximum, peak, mean
 

@@ -72,7 +72,7 @@ def labelled(columns, row, n_labels, block_labels: tl.constexpr):
     return found > 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["n_labels"])
 def fold_kernel(
     x,  # (N, size) float32, contiguous rows x_stride apart
     rows,  # (N,) int64, distinct
@@ -124,6 +124,8 @@ def fold_kernel(
                 c = tl.where(inside, c, tl.load(logp + row * n_labels + k, mask=mine, other=0.0))
             if last:
                 c = tl.where(label >= 0, label_logp(c, m, s, rate), 0.0)
+            if not first:
+                tl.debug_barrier()  # every thread has read the state, here and above, before one writes it
             tl.store(logp + row * n_labels + k, c, mask=mine)
         tl.store(maximum + row, m)
         if last:
@@ -147,7 +149,7 @@ def fold_kernel(
             tl.store(entropy + row, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["n_labels"])
 def gradient_kernel(
     x,  # (M, size) float32
     places,  # (N,) int64: which rows of x; None: the first N
