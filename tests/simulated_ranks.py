@@ -78,6 +78,9 @@ class _Shard(VocabShard):
         self.sequence_parallel = self.gathered = False
         self.group = SimpleNamespace(_device_types=[torch.device("cpu"), torch.device("cuda")])
 
+    def with_rows_gathered(self, gathered: bool) -> VocabShard:
+        return self
+
     def sum_gradients(self, gradient: Tensor) -> Tensor:
         return gradient
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 import kdloss
-from kdloss import _checks, _fused, _linear, _logits_operator
+from kdloss import _checks, _fused, _linear, _linear_divergence_ops, _logits_operator
 from kdloss._triton import _products
 from kdloss.testing import reference
 from simulated_ranks import Ranks
@@ -146,21 +147,19 @@ def as_numpy(options: dict[str, Any]) -> dict[str, Any]:
     return {name: x.cpu().nan_to_num(1).numpy() if isinstance(x, Tensor) else x for name, x in options.items()}
 
 
-@pytest.mark.parametrize("offset", [1e3, -1e3])
-def test_an_offset_of_all_logits_changes_nothing(offset):
+def test_an_offset_of_all_logits_changes_nothing():
     """The differences of maxima are taken before they meet 1 / 0.7, which no float32 is."""
     logits = (normal(T, V) * 1024).round() / 1024  # which an offset of 1000 leaves exact in float32
 
     def call(x, **more):
         return kdloss.token_logprobs_and_entropy(x, label_rows(3), temperature=0.7, **more)
 
-    plain, moved = (split(Ranks(BOUNDS["uneven"]), call, [x], [-1]) for x in (logits, logits + offset))
+    plain, moved = (split(Ranks(BOUNDS["uneven"]), call, [x], [-1]) for x in (logits, logits + 1000))
     for x, y in zip([*plain[0], *plain[1]], [*moved[0], *moved[1]], strict=True):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_hostile_logits(temperature):
+def test_hostile_logits():
     """Slices without mass, a label without one, infinities, NaN and nothing at all, as in one process."""
     logits = normal(8, V)
     logits[0] += 3e4
@@ -174,7 +173,7 @@ def test_hostile_logits(temperature):
     labels = torch.tensor([20, 1, 5, 4, 2, 20, 3, 1], device=DEVICE)
 
     def call(x, **more):
-        return kdloss.token_logprobs_and_entropy(x, labels, temperature=temperature, **more)
+        return kdloss.token_logprobs_and_entropy(x, labels, temperature=0.7, **more)
 
     found = split(Ranks(BOUNDS["uneven"]), call, [logits], [-1])
     exact = outcome(call, [logits.double()])
@@ -312,3 +311,109 @@ def test_fused(options, dtype, bounds, monkeypatch):
     found = split(ranks, call, leaves, [None, 0, 0][: len(leaves)])
     assert ranks.collectives == 3
     assert_like(found, outcome(call, wide(leaves)))
+
+
+# Divergences
+
+FORMS: dict[str, dict[str, float]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "generalized_jsd": {"beta": 0.3},
+    "skewed_forward_kl": {"alpha": 0.1},
+    "skewed_reverse_kl": {"alpha": 0.1},
+}
+every_form = pytest.mark.parametrize("name", FORMS)
+
+
+def collectives(name: str) -> int:
+    return 1 if name.endswith("_kl") and "skewed" not in name else 2
+
+
+FULL = [(name, "uneven") for name in FORMS]
+HALVES = [(name, "even") for name in ("forward_kl", "generalized_jsd")]
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "name", "bounds"),
+    [
+        *(("temperature", torch.float32, *case) for case in FULL),
+        *(("everything", torch.bfloat16, *case) for case in HALVES),
+    ],
+)
+def test_divergences_from_logits(name, options, dtype, bounds):
+    given = {key: x for key, x in OPTIONS[options].items() if key != "softcap"}
+    if isinstance(given.get("temperature"), Tensor):
+        given["temperature"] = given["temperature"].nan_to_num(0.7)
+    logits, teacher = normal(T, V, dtype=dtype, scale=2), normal(T, V, seed=1, dtype=dtype, scale=2)
+    teacher[5] = logits[5]  # a divergence of 0
+    logits[0] += 1e3 if dtype == torch.float32 else 0
+
+    def call(x, y, shard=None, **more):
+        y = y if shard is None else shard.part(y, -1)
+        return (getattr(kdloss, name)(x, y, shard=shard, **FORMS[name], **given, **more),)
+
+    ranks = Ranks(BOUNDS[bounds])
+    found = split(ranks, lambda x, **more: call(x, teacher, **more), [logits], [-1])
+    assert ranks.collectives == collectives(name)
+    assert_like(found, outcome(lambda x: call(x, teacher.double()), [logits.double()]))
+
+
+@every_form
+def test_hostile_divergences(name):
+    """Slices without mass on either side, no distribution at all, NaN in all of a slice, rows far off centre."""
+    logits, teacher = normal(10, V), normal(10, V, seed=1)
+    logits[0, 13:] = teacher[0, 13:] = -math.inf
+    logits[1, 13:] = -math.inf
+    teacher[2, :13] = -math.inf
+    logits[3] = -math.inf
+    teacher[4, 20] = math.inf
+    logits[5, 12] = math.nan
+    logits[6] += 3e4
+    teacher[6] -= 3e4
+    logits[7, 3] = -math.inf
+    teacher[8] = -math.inf
+    teacher[9, 12] = logits[9, 12] = -math.inf
+
+    def call(x, y, shard=None, **more):
+        y = y if shard is None else shard.part(y, -1)
+        return (getattr(kdloss, name)(x, y, temperature=0.7, shard=shard, **FORMS[name], **more),)
+
+    found = split(Ranks(BOUNDS["uneven"]), lambda x, **more: call(x, teacher, **more), [logits], [-1])
+    exact = outcome(lambda x: call(x, teacher.double()), [logits.double()])
+    torch.testing.assert_close(found[0][0].double(), exact[0][0], rtol=ROUNDING, atol=ROUNDING, equal_nan=True)
+    finite = exact[0][0].isfinite()
+    assert finite.sum() >= 4
+    torch.testing.assert_close(found[1][0][finite].double(), exact[1][0][finite], rtol=ROUNDING, atol=ROUNDING)
+    assert found[1][0][exact[0][0].isnan()].isnan().any(-1)[[0, 2, 3]].all()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "frozen", "name", "bounds"),
+    [
+        *(("everything", torch.float32, False, *case) for case in FULL),
+        *(("temperature", torch.bfloat16, True, *case) for case in HALVES),
+    ],
+)
+def test_divergences_from_hidden_states(name, options, dtype, bounds, frozen, monkeypatch):
+    """In chunks of two rows; the head trained, and frozen."""
+    monkeypatch.setattr(
+        _linear_divergence_ops, "_CHUNK_ENTRIES", dict.fromkeys(_linear_divergence_ops._CHUNK_ENTRIES, 2 * V)
+    )
+    given = dict(HEADS[options], teacher_softcap=2.0) if options == "everything" else OPTIONS[options]
+    hidden, weight, bias = head(dtype, bias=True)
+    teacher = [normal(T, 4, seed=6, dtype=dtype), normal(V, 4, seed=7, dtype=dtype)]
+    mask = torch.arange(T, device=DEVICE) != 2
+    leaves = [hidden] if frozen else [hidden, weight, bias]
+
+    def call(h, w=weight, b=bias, of=teacher, shard=None, **more):
+        y = of[1] if shard is None else shard.part(of[1])
+        if frozen and shard is not None:
+            w, b = shard.part(w), shard.part(b)
+        function = getattr(kdloss, f"linear_{name}")
+        return (function(h, w, of[0], y, loss_mask=mask, bias=b, shard=shard, **FORMS[name], **given, **more),)
+
+    ranks = Ranks(BOUNDS[bounds])
+    found = split(ranks, call, leaves, [None, 0, 0][: len(leaves)])
+    assert ranks.collectives == collectives(name)
+    exact = {"of": wide(teacher), **({"w": weight.double(), "b": bias.double()} if frozen else {})}
+    assert_like(found, outcome(partial(call, **exact), wide(leaves)))

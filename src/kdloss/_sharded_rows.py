@@ -28,7 +28,7 @@ def whole_rows(
     logp: Tensor,  # (n, K) of the labels that are in the part, under it; anything for others
     columns: Tensor,  # (n, K) labels, as columns of the whole vocabulary; -100 is ignored
     shard: VocabShard,
-    rate: Tensor | None = None,  # () or (n, 1): 1 / temperature, where `maximum` is before it
+    rate: Tensor | None = None,  # () or (n,): 1 / temperature, where `maximum` is before it
 ) -> tuple[RowState, Tensor]:
     """The state of whole rows, and their log-probs (n, K), 0 where the label is ignored. One collective."""
     # (-inf - -inf) of a part without mass is NaN, and a label in it has a logit of -inf
@@ -38,7 +38,7 @@ def whole_rows(
     parts = gather(torch.cat([*fields, relative], -1), shard).split([1] * len(fields) + [relative.shape[-1]], -1)
     maximum = parts[0].amax(0)
     above = torch.where(parts[1] == torch.inf, -torch.inf, parts[0] - maximum)
-    above = above if rate is None else above * rate
+    above = above if rate is None else above * rate.view(-1, 1)
     numbers = (x.unbind(0) for x in (above, *parts[1:-1]))
     of_ranks = [RowState(*x, *[None] * (3 - len(x))) for x in zip(*numbers, strict=True)]
     whole = of_ranks[0]
@@ -52,7 +52,7 @@ def whole_rows(
 
 
 def rate_of(temperature: float, row_temperature: Tensor | None, like: Tensor) -> Tensor:
-    """() or (n, 1): 1 / temperature in float32, as the kernels have it."""
+    """() or (n,): 1 / temperature in float32, as the kernels have it."""
     if row_temperature is not None:
-        return row_temperature.float().reciprocal()[:, None]
+        return row_temperature.float().reciprocal()
     return torch.full((), temperature, dtype=torch.float32, device=like.device).reciprocal()
