@@ -32,9 +32,8 @@ def whole_rows(
 ) -> tuple[RowState, Tensor]:
     """The state of whole rows, and their log-probs (n, K), 0 where the label is ignored. One collective."""
     # (-inf - -inf) of a part without mass is NaN, and a label in it has a logit of -inf
-    massless = state.peak == torch.inf
-    relative = torch.where(massless, -torch.inf, logp - state.peak.log())
-    fields = [state.maximum, state.peak, *([] if state.mean is None else [state.mean.masked_fill(massless, 0)])]
+    relative = torch.where(state.peak == torch.inf, -torch.inf, logp - state.peak.log())
+    fields = [x for x in state if x is not None]
     parts = gather(torch.cat([*fields, relative], -1), shard).split([1] * len(fields) + [relative.shape[-1]], -1)
     maximum = parts[0].amax(0)
     above = torch.where(parts[1] == torch.inf, -torch.inf, parts[0] - maximum)
