@@ -63,7 +63,9 @@ def outcome(call: Callable[..., Any], leaves: list[Tensor]) -> Outcome:
     return [x.detach() for x in found], list(torch.autograd.grad(found, leaves, incoming))
 
 
-def split(ranks: Ranks, call: Callable[..., Any], leaves: list[Tensor], axes: list[int | None]) -> Outcome:
+def split(
+    ranks: Ranks, call: Callable[..., Any], leaves: list[Tensor], axes: list[int | None], impl: str = "triton"
+) -> Outcome:
     """As `outcome`, of ranks that have a slice of each leaf, or all of it where its axis is None, put together again.
 
     Every rank has the same bits of the results.
@@ -72,7 +74,7 @@ def split(ranks: Ranks, call: Callable[..., Any], leaves: list[Tensor], axes: li
     def one(shard):
         mine = [x if axis is None else shard.part(x, axis) for x, axis in zip(leaves, axes, strict=True)]
         with poisoned():
-            return outcome(lambda *x: call(*x, shard=shard, impl="triton"), mine)
+            return outcome(lambda *x: call(*x, shard=shard, impl=impl), mine)
 
     found = ranks.run(one)
     for values, _ in found[1:]:
@@ -263,6 +265,20 @@ def test_from_hidden_states(options, count, dtype, kept, bounds, monkeypatch):
     found = split(ranks, call, leaves, [None, 0, 0][: len(leaves)])
     assert ranks.collectives == 1
     assert_like(found, outcome(call, wide(leaves)))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_tokens_without_a_gradient_are_left_out_of_the_backward(impl):
+    """As in one process: the hidden states of such a token are not read, whatever they hold."""
+    leaves, clean = head(torch.float32, bias=False), head(torch.float32, bias=False)
+    leaves[0][4] = torch.nan
+
+    def call(h, w, **more):
+        return kdloss.linear_token_logprobs_and_entropy(h, w, label_rows(None), **more)
+
+    found, exact = (split(Ranks(BOUNDS["even"]), call, x, [None, 0], impl) for x in (leaves, clean))
+    assert all(x[4].isnan() for x in found[0])
+    assert all(torch.equal(x, y) for x, y in zip(found[1], exact[1], strict=True))
 
 
 def test_a_head_of_several_slices_on_each_rank(monkeypatch):

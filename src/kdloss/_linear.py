@@ -172,11 +172,13 @@ def _evaluate(
     head = (hidden.flatten(0, -2), weight, bias, columns, rows, row_temperature)
     options = (temperature, softcap, float(logit_scale), local_size)
     store = rows is not None and _keeps_logits(rows.shape[0] * local_size, hidden, weight, bias)
+    compact = max_trained_tokens is None
     if shard is None:
-        compact = max_trained_tokens is None
         logp, entropy, *_ = linear_logprobs(*head, *options, compact, kernels, with_entropy, store)
     else:
-        logp, entropy = sharded_linear_logprobs(*head, *options, with_entropy, store, shard, kernels=kernels)
+        logp, entropy = sharded_linear_logprobs(
+            *head, *options, with_entropy, store, shard, compact=compact, kernels=kernels
+        )
     logp = logp.masked_fill(outside, torch.nan)
     if left_out is not None:
         logp = logp.masked_fill(left_out[:, None] & (columns != IGNORE_INDEX), torch.nan)

@@ -52,6 +52,7 @@ def sharded_linear_logprobs(
     store: bool,
     shard: VocabShard,
     *,
+    compact: bool,
     kernels: bool,
 ) -> tuple[Tensor, Tensor]:
     """(logp (T, K), entropy (T,) or (0,)), the same on every rank."""
@@ -60,9 +61,9 @@ def sharded_linear_logprobs(
         hidden, columns = hidden.index_select(0, rows), columns.index_select(0, rows)
         row_temperature = None if row_temperature is None else row_temperature.index_select(0, rows)
     hidden = shard.enter(hidden)
-    options = (temperature, softcap, logit_scale, vocab_size)
+    options = (temperature, softcap, logit_scale, vocab_size, compact, kernels)
     logp, entropy = _FromHidden.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, columns, row_temperature, options, rows is not None, with_entropy, store, shard, kernels
+        hidden, weight, bias, columns, row_temperature, options, rows is not None, with_entropy, store, shard
     )
     if rows is not None:
         logp = logp.new_zeros(total, *logp.shape[1:]).index_copy(0, rows, logp)
@@ -124,23 +125,20 @@ class _FromHidden(torch.autograd.Function):
         with_entropy: bool,
         store: bool,
         shard: VocabShard,
-        kernels: bool,
     ) -> tuple[Tensor, Tensor]:
-        here = shard.columns(columns, options[-1])
+        temperature, *_, vocab_size, _, kernels = options
+        here = shard.columns(columns, vocab_size)
         rows = torch.arange(columns.shape[0], device=columns.device) if all_rows else None
-        found = linear_logprobs(
-            hidden, weight, bias, here, rows, row_temperature, *options, False, kernels, with_entropy, store
-        )
-        rate = rate_of(options[0], row_temperature, hidden) if kernels else None
+        found = linear_logprobs(hidden, weight, bias, here, rows, row_temperature, *options, with_entropy, store)
+        rate = rate_of(temperature, row_temperature, hidden) if kernels else None
         logp, entropy, state = _whole(found[:5], columns, with_entropy, shard, rate)
         ctx.save_for_backward(hidden, weight, bias, here, rows, row_temperature, *state, found[5])
-        ctx.options, ctx.with_entropy = (*options, False, kernels), with_entropy
+        ctx.options, ctx.with_entropy = options, with_entropy
         return logp, entropy
 
     @staticmethod
     def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
         incoming = entropy_gradient if ctx.with_entropy else None
         needs = list(ctx.needs_input_grad[:3])
-        # rows without an incoming gradient are kept: every rank has to sum the same ones
         found = linear_logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, needs, *ctx.options)
-        return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 8
+        return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 7
