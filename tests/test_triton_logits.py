@@ -224,7 +224,7 @@ def step(logits: Tensor, vocab: int, *, labels: int = 1, with_entropy: bool = Tr
     row_temperature, *options = (state[0], 1.0, 30.0, vocab) if every_option else (None, 1.0, None, vocab)
     forward_kernels.forward(logits, columns, row_temperature, *options, with_entropy)
     g, h = torch.empty(columns.shape, device="meta"), state[0] if with_entropy else None
-    backward_kernels.backward(g, h, logits, columns, row_temperature, *state, *options)
+    backward_kernels.backward(g, h, logits, columns, row_temperature, *state, *options, part=every_option)
 
 
 def aot_layouts(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:

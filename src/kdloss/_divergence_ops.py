@@ -19,6 +19,7 @@ from ._distributed import VocabShard
 from ._divergence_rows import Scratch, block, slice_gradient, slice_state, slice_terms
 from ._rows import flat_rows
 from ._sharded_divergence import whole_divergence
+from ._sharded_rows import rate_of
 
 if TYPE_CHECKING:
     from ._triton._divergences import Pair
@@ -39,7 +40,7 @@ def divergence(
     number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
     options = (rows, kind, omega, number, vocab_size)
     if shard is not None:
-        return _Sharded.apply(logits, teacher_logits.detach(), *options, shard)  # type: ignore[no-any-return, no-untyped-call]
+        return _Sharded.apply(logits, teacher_logits.detach(), *options, shard, kernels)  # type: ignore[no-any-return, no-untyped-call]
     result: Tensor = _divergence(logits, teacher_logits.detach(), *options, kernels)[0]
     return result
 
@@ -206,11 +207,17 @@ def _divergence_slice(
     omega: float,
     temperature: float,
     vocab_size: int,
-    shares: Tensor | None,  # (..., 2)
+    kernels: bool,
+    shares: Tensor | None,  # (..., 2); for the kernels (..., 4), the state of whole rows
 ) -> Tensor:
     """`slice_state` (..., 5) of all rows; with the shares, `slice_terms` (..., 2)."""
     dtype = _checks.promoted_dtype(logits, teacher_logits)
     out = torch.empty(*logits.shape[:-1], 5 if shares is None else 2, dtype=dtype, device=logits.device)
+    if kernels:
+        found, states = out.view(-1, out.shape[-1]), None if shares is None else shares.reshape(-1, 4)
+        for place, pair in _pairs(logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size):
+            found[place] = pair.slice_state() if states is None else pair.slice_terms(states[place])
+        return out
     scratch = Scratch(logits.shape[:-1].numel(), vocab_size, dtype=dtype, device=logits.device)
     tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], out)
     masses = out if shares is None else shares
@@ -236,6 +243,7 @@ def _(
     omega: float,
     temperature: float,
     vocab_size: int,
+    kernels: bool,
     shares: Tensor | None,
 ) -> Tensor:
     dtype = _checks.promoted_dtype(logits, teacher_logits)
@@ -256,23 +264,29 @@ class _Sharded(torch.autograd.Function):
         temperature: float,
         vocab_size: int,
         shard: VocabShard,
+        kernels: bool,
     ) -> Tensor:
-        inputs = (logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size)
+        inputs = (logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size, kernels)
         rows = logits.shape[:-1]
 
-        def terms(shares: Tensor) -> Tensor:
-            return _divergence_slice(*inputs, shares.reshape(*rows, 2)).reshape(-1, 2)  # type: ignore[no-any-return]
+        def terms(known: Tensor) -> Tensor:
+            return _divergence_slice(*inputs, known.reshape(*rows, known.shape[-1])).reshape(-1, 2)  # type: ignore[no-any-return]
 
-        found = whole_divergence(kind, _divergence_slice(*inputs, None).reshape(-1, 5), terms, shard)
-        ctx.save_for_backward(*inputs[:3], found.shares.reshape(*rows, 2), found.slope.reshape(rows))
+        taus = None if row_temperature is None else row_temperature.reshape(-1)
+        rate = rate_of(temperature, taus, logits) if kernels else None
+        found = whole_divergence(kind, _divergence_slice(*inputs, None).reshape(-1, 5), terms, shard, rate)
+        if kernels:
+            more: tuple[Tensor, ...] = (torch.cat([found.known.T, found.slope[None]]),)
+        else:  # what is known by the kernels alone is nothing
+            more = found.slope.new_empty(0), found.known.reshape(*rows, 2), found.slope.reshape(rows)
+        ctx.save_for_backward(*inputs[:3], *more)
         ctx.options = inputs[3:]
         return found.value.reshape(rows)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, shares, slope = ctx.saved_tensors
-        known = slope.new_empty(0)  # the kernels'
-        return _divergence_backward(upstream, *inputs, known, *ctx.options, False, shares, slope), *(None,) * 7
+        inputs, more = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        return _divergence_backward(upstream, *inputs, *ctx.options, *more), *(None,) * 8
 
 
 def column(rows: Tensor | None, like: Tensor) -> Tensor:

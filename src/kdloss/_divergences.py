@@ -45,7 +45,7 @@ def forward_kl(
             width. Padding gets no mass and no gradient.
         shard: which slice of the vocabulary these logits and the teacher's are, where ranks hold one each
             (`VocabShard`). Logits that are DTensors placed `Shard(-1)` need none.
-        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU and whole; never; or else an error.
+        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
 
     Returns:
         (...,) nats, float32 for half-precision logits. +inf where the teacher has mass on what the student excludes.
@@ -223,7 +223,7 @@ def _of_logits(
     else:
         vocab_size = shard.local_size(check_vocab_size(vocab_size, shard.vocab_size))
     tau = _checks.row_temperature("logits", logits, temperature)
-    kernels = takes_triton(impl, sharded=shard is not None, logits=logits, teacher_logits=teacher_logits)
+    kernels = takes_triton(impl, logits=logits, teacher_logits=teacher_logits)
     return divergence(
         logits,
         teacher_logits,

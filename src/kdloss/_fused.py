@@ -137,7 +137,7 @@ def fused_linear_loss(
         as_dtype(weight, dtype),
         None if bias is None else as_dtype(bias, dtype),
     )
-    kernels = takes_triton(impl, sharded=shard is not None, hidden=hidden, weight=weight, bias=bias)
+    kernels = takes_triton(impl, hidden=hidden, weight=weight, bias=bias)
     rows, left_out = select_rows(mask, max_trained_tokens, kernels=kernels)
     assert rows is not None
     logp, entropy, total = _Fused.apply(  # type: ignore[no-untyped-call]
@@ -264,11 +264,8 @@ class _Fused(torch.autograd.Function):
         # ranks take the same rows at a time, as they put them together chunk by chunk
         widest = vocab_size if shard is None else shard.widest
         size = max(1, min(_CHUNK_BYTES[kind] // (widest * dtype.itemsize), rows.shape[0]))
-        over: Pass
-        if kernels:
-            over = KernelPass(hidden, head, head_bias, columns, row_temperature, scaling, size)
-        else:
-            over = TorchPass(hidden, head, head_bias, columns, row_temperature, scaling, size, shard)
+        make = KernelPass if kernels else TorchPass
+        over: Pass = make(hidden, head, head_bias, columns, row_temperature, scaling, size, shard)
         for start in range(0, rows.shape[0], size):
             chunk = rows[start : start + size]
             n = chunk.shape[0]

@@ -21,7 +21,7 @@ from . import _checks
 from ._distributed import VocabShard
 from ._head import head_product_, times_head
 from ._rows import RowState, Scaling, Sums, Upstream, gradient_of
-from ._sharded_rows import whole_rows
+from ._sharded_rows import rate_of, whole_rows
 
 
 class Pass(Protocol):
@@ -112,6 +112,7 @@ class KernelPass:
         row_temperature: Tensor | None,
         scaling: Scaling,
         size: int,
+        shard: VocabShard | None = None,
     ) -> None:
         from ._triton import _launch, _linear, _products
 
@@ -120,7 +121,9 @@ class KernelPass:
         self._scaling = _linear.Scaling.of(
             bias, scaling.logit_scale, scaling.softcap, scaling.temperature, row_temperature
         )
-        self._state = _linear.State.empty(columns, with_entropy=True)
+        self._shard, self._columns = shard, columns
+        here = columns if shard is None else shard.columns(columns, weight.shape[0])
+        self._state = _linear.State.empty(here, with_entropy=True)
         self._logp, self._g = (torch.zeros(columns.shape, device=columns.device) for _ in range(2))
         self._entropy, self._h = (torch.zeros_like(self._state.peak) for _ in range(2))
         self._dtype = _products.product_dtype(hidden, weight)
@@ -143,7 +146,21 @@ class KernelPass:
             _linear.fold_(
                 self._logp, self._entropy, self._state, self._x, rows, self._scaling, 0, first=True, last=True
             )
-        return self._logp[rows].squeeze(-1), self._entropy[rows]
+        if self._shard is None:
+            return self._logp[rows].squeeze(-1), self._entropy[rows]
+        return self._put_together(rows, self._shard)
+
+    def _put_together(self, rows: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+        """The rows' states become those of whole rows, from which their log-probs and entropies are."""
+        columns, numbers, temperatures = self._columns[rows], self._state[1:], self._scaling.row_temperature
+        part = RowState(*(x[rows, None] for x in numbers if x is not None))
+        rate = rate_of(self._scaling.temperature, None if temperatures is None else temperatures[rows], columns)
+        whole, logp = whole_rows(part, self._logp[rows], columns, shard, rate)
+        for mine, found in zip(numbers, whole, strict=True):
+            assert mine is not None
+            assert found is not None
+            mine[rows] = found.squeeze(-1)
+        return logp.squeeze(-1), whole.entropy().masked_fill(columns < 0, 0).squeeze(-1)
 
     def gradient(self, g: Tensor, h: Tensor) -> None:
         from ._triton import _launch, _linear

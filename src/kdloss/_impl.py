@@ -24,16 +24,17 @@ _installed = importlib.util.find_spec("triton") is not None
 _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def takes_triton(impl: str, *, sharded: bool = False, **inputs: Tensor | None) -> bool:
+def takes_triton(impl: str, **inputs: Tensor | None) -> bool:
     """Whether the kernels compute a function of `inputs`, named as the caller's arguments; None is no input.
 
-    Where ranks hold a slice of the vocabulary each, plain torch computes: the kernels finish whole rows.
+    Ranks that share a vocabulary have to agree, as the kernels' maxima are in a unit of their own. They do where
+    `impl`, dtypes, kinds of device and what is installed are the same on all of them.
     """
     _checks.one_of("impl", impl, CHOICES)
     given = {name: x for name, x in inputs.items() if x is not None}
     if impl == "torch" or (impl == "auto" and not any(x.device.type == "cuda" for x in given.values())):
         return False
-    reason = "takes whole vocabularies, got a shard of one" if sharded else _obstacle(given)
+    reason = _obstacle(given)
     if reason is None:
         return True
     if impl == "triton":

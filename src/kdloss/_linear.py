@@ -166,17 +166,19 @@ def _evaluate(
         as_dtype(weight, dtype),
         None if bias is None else as_dtype(bias, dtype),
     )
-    kernels = takes_triton(impl, sharded=shard is not None, hidden=hidden, weight=weight, bias=bias)
+    kernels = takes_triton(impl, hidden=hidden, weight=weight, bias=bias)
     rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens, kernels=kernels)
     local_size = vocab_size if shard is None else shard.local_size(vocab_size)
     head = (hidden.flatten(0, -2), weight, bias, columns, rows, row_temperature)
     options = (temperature, softcap, float(logit_scale), local_size)
     store = rows is not None and _keeps_logits(rows.shape[0] * local_size, hidden, weight, bias)
+    compact = max_trained_tokens is None
     if shard is None:
-        compact = max_trained_tokens is None
         logp, entropy, *_ = linear_logprobs(*head, *options, compact, kernels, with_entropy, store)
     else:
-        logp, entropy = sharded_linear_logprobs(*head, *options, with_entropy, store, shard)
+        logp, entropy = sharded_linear_logprobs(
+            *head, *options, with_entropy, store, shard, compact=compact, kernels=kernels
+        )
     logp = logp.masked_fill(outside, torch.nan)
     if left_out is not None:
         logp = logp.masked_fill(left_out[:, None] & (columns != IGNORE_INDEX), torch.nan)

@@ -152,7 +152,8 @@ def linear_divergence_backward(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-    shares: Tensor | None = None,  # (T, 2), where the heads are a slice of the vocabulary
+    # where the heads are a slice of the vocabulary (T, 2); for the kernels (T, 4), the state of whole rows
+    shares: Tensor | None = None,
     slope: Tensor | None = None,  # (T,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     student = Head(hidden, weight, bias, softcap, logit_scale)

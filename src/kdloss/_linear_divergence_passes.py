@@ -5,6 +5,7 @@
     hidden_gradient()             dx @ weight
     into_weight_(total)           total += dx.T @ hidden
     into_bias_(total)             total += sum dx
+    slice_numbers()               what a slice of the vocabulary tells the others, in place of the divergence
 
 in this order, once a chunk; dx is the gradient of hidden @ weight.T + bias of the student.
 """
@@ -41,7 +42,7 @@ class Options(NamedTuple):
     omega: float
     temperature: float
     vocab_size: int  # of the slice, where the heads are one
-    shares: Tensor | None = None  # (T, 2), as in `slice_gradient`
+    shares: Tensor | None = None  # (T, 2), as in `slice_gradient`; for the kernels (T, 4), the state of whole rows
     slope: Tensor | None = None  # (T,)
 
 
@@ -57,6 +58,8 @@ class Pass(Protocol):
     def into_weight_(self, total: Tensor) -> None: ...
 
     def into_bias_(self, total: Tensor) -> None: ...
+
+    def slice_numbers(self) -> Tensor: ...
 
 
 class TorchPass:
@@ -172,7 +175,7 @@ class KernelPass:
     def load(self, rows: Tensor) -> None:
         from ._triton._divergences import Pair, Side
 
-        vocab_size = self._options.vocab_size
+        self._rows, vocab_size = rows, self._options.vocab_size
         x, y = self._room[:, : rows.shape[0]].unbind(0)
         self._hidden = self._product_(x, self._student, rows)
         self._product_(y, self._teacher, rows)
@@ -197,13 +200,20 @@ class KernelPass:
         return hidden
 
     def divergence(self, upstream: Tensor | None, *, gradient: bool) -> Tensor | None:
-        x = self._pair.student.x
+        x, (*_, shares, slope) = self._pair.student.x, self._options
         value, known = x.new_empty(x.shape[0]), x.new_empty(5, x.shape[0])
-        self._pair.value_(value, known)
+        if shares is None or slope is None:
+            self._pair.value_(value, known)
+        else:
+            known[:4], known[4] = shares[self._rows].T, slope[self._rows]
         if gradient:
             factor = torch.ones_like(value) if upstream is None else upstream.contiguous()
             self._dx = self._pair.gradient_(self._separate[: x.shape[0]], known, factor)
-        return value
+        return None if upstream is not None else value
+
+    def slice_numbers(self) -> Tensor:
+        shares = self._options.shares
+        return self._pair.slice_state() if shares is None else self._pair.slice_terms(shares[self._rows])
 
     def hidden_gradient(self) -> Tensor:
         from ._triton import _products

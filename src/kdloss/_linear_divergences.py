@@ -247,7 +247,7 @@ def _linear(
         vocab_size = shard.local_size(check_vocab_size(vocab_size, shard.vocab_size))
     tau = _checks.row_temperature("hidden", student.hidden, temperature)
     inputs = {f"{side}{name}": getattr(head, name) for side, head in sides for name in ("hidden", "weight", "bias")}
-    kernels = takes_triton(impl, sharded=shard is not None, **inputs)
+    kernels = takes_triton(impl, **inputs)
     student = student._replace(hidden=student.hidden.flatten(0, -2))
     teacher = teacher._replace(hidden=teacher.hidden.flatten(0, -2))
     mask, tau = loss_mask.flatten(), tau.flatten() if isinstance(tau, Tensor) else tau
@@ -264,6 +264,14 @@ def _linear(
         )
     else:
         value = sharded_linear_divergence(
-            student, teacher, mask, kind=kind, omega=omega, temperature=tau, vocab_size=vocab_size, shard=shard
+            student,
+            teacher,
+            mask,
+            kind=kind,
+            omega=omega,
+            temperature=tau,
+            vocab_size=vocab_size,
+            shard=shard,
+            kernels=kernels,
         )
     return value.reshape(rows)

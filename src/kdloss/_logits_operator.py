@@ -35,8 +35,8 @@ _DEVICE_BLOCK = 1 << 26
 @torch.library.custom_op("kdloss::logprobs", mutates_args=())
 def logprobs(
     logits: Tensor,  # (..., V)
-    # (T, K) int64, -100 ignored, vocab_size: in another shard; T = the product of the leading axes. For any other label
-    # that is outside the vocabulary the kernels give NaN, and for vocab_size too
+    # (T, K) int64, -100 ignored, vocab_size: in another shard, whose log-prob may be anything here; T = the product of
+    # the leading axes. For any label that is outside the vocabulary the kernels give NaN
     columns: Tensor,
     row_temperature: Tensor | None,  # (T,)
     temperature: float,
@@ -107,11 +107,13 @@ def logprobs_backward(
     softcap: float | None,
     vocab_size: int,
     triton: bool,
+    part: bool = False,
 ) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype; rows without an incoming gradient cost their zeros.
 
-    With the state (maximum, peak, mean) of whole rows, logits may be a part of them: the gradient of a label in another
-    shard goes through the normalisation alone.
+    With the state (maximum, peak, mean) of whole rows, logits may be a part of them: where `part` says so, the label
+    vocab_size is in another one, and its gradient goes through the normalisation alone. Without it the kernels, which
+    are handed labels as they come, pass over it as over any other that is outside the vocabulary.
     """
     if triton:
         from ._triton._logits_backward import backward
@@ -127,6 +129,7 @@ def logprobs_backward(
             temperature,
             softcap,
             vocab_size,
+            part=part,
         )
     wide = _checks.promoted_dtype(logits)
     ignored = columns < 0
@@ -158,13 +161,13 @@ def logprobs_backward(
     make = torch.empty if rows.cover_all else torch.zeros
     gradient = make(logits.shape, dtype=logits.dtype, device=logits.device)
     targets = rows.targets(gradient)
-    for block, part, target in zip(rows.blocks(), upstream.split(rows.sizes), targets, strict=True):
+    for block, incoming, target in zip(rows.blocks(), upstream.split(rows.sizes), targets, strict=True):
         loaded = block.load(z)
         in_place = target is not None and gradient.dtype == wide and rows.cover_all
         out = target if in_place else block.cut(dz)
         assert out is not None
         gradient_of(
-            loaded, part, out=out, seeds=block.cut(seeds), scratch=None if scratch is None else block.cut(scratch)
+            loaded, incoming, out=out, seeds=block.cut(seeds), scratch=None if scratch is None else block.cut(scratch)
         )
         block.scaling.backward_(out, loaded)
         if target is None:
@@ -188,6 +191,7 @@ def _(
     softcap: float | None,
     vocab_size: int,
     triton: bool,
+    part: bool = False,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 

@@ -53,7 +53,7 @@ def token_logprobs(
         vocab_size: the true V, where the last columns are padding: they get no mass and no gradient.
         shard: which slice of the vocabulary these logits are, where ranks hold one each (`VocabShard`); labels are
             those of the whole vocabulary. Logits that are a DTensor placed `Shard(-1)` need none.
-        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU and whole; never; or else an error.
+        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
 
     Returns:
         The shape of `labels`, nats, float32 for half-precision logits. 0 without gradient where the label is ignored,
@@ -131,7 +131,8 @@ def _evaluate(
     vocab_size = _check_logits(logits, labels, vocab_size, shard)
     shape = logits.shape[:-1]
     temperature, row_temperature = row_temperatures(temperature, "logits", logits)
-    if takes_triton(impl, sharded=shard is not None, logits=logits):
+    kernels = takes_triton(impl, logits=logits)
+    if kernels and shard is None:
         options = (row_temperature, temperature, softcap, vocab_size, with_entropy)
         logp, entropy, *_ = logprobs(logits, as_columns(labels, shape), *options, triton=True)
         return logp.reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
@@ -142,7 +143,7 @@ def _evaluate(
     else:
         local_size = shard.local_size(vocab_size)
         logp, entropy = sharded_logprobs(
-            logits, columns, row_temperature, temperature, softcap, local_size, with_entropy, shard
+            logits, columns, row_temperature, temperature, softcap, local_size, with_entropy, shard, kernels=kernels
         )
     return logp.masked_fill(outside, torch.nan).reshape(labels.shape), entropy.reshape(shape if with_entropy else 0)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from . import _checks
 from ._distributed import VocabShard
 from ._linear_divergence_ops import linear_divergence_backward, passes
-from ._linear_divergence_passes import Head, Options, TorchPass, dtype_of
+from ._linear_divergence_passes import Head, Options, dtype_of
 from ._sharded_divergence import whole_divergence
+from ._sharded_rows import rate_of
 
 
 def sharded_linear_divergence(
@@ -32,6 +33,7 @@ def sharded_linear_divergence(
     temperature: float | Tensor,  # or (T,), detached here
     vocab_size: int,  # of the slice
     shard: VocabShard,
+    kernels: bool,
 ) -> Tensor:
     """(T,), 0 where `loss_mask` is False; differentiable in the student's hidden states, weight and bias."""
     temperature, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
@@ -50,7 +52,7 @@ def sharded_linear_divergence(
         loss_mask,
         rows,
         (student.softcap, teacher.softcap, student.logit_scale, teacher.logit_scale),
-        (kind, omega, temperature, vocab_size),
+        (kind, omega, temperature, vocab_size, kernels),
         shard,
     )
     return value if index is None else value.new_zeros(total).index_copy(0, index, value)
@@ -78,16 +80,19 @@ class _FromHidden(torch.autograd.Function):
         def terms(shares: Tensor) -> Tensor:
             return _linear_divergence_slice(*tensors, *ctx.options, shares)  # type: ignore[no-any-return]
 
+        kind, _, temperature, _, kernels = options
+        taus = None if row_temperature is None else torch.where(loss_mask, row_temperature, 1)
+        rate = rate_of(temperature, taus, hidden) if kernels else None
         state = _linear_divergence_slice(*tensors, *ctx.options, None)
-        found = whole_divergence(options[0], state, terms, shard)
-        ctx.save_for_backward(*tensors, found.shares, found.slope)
+        found = whole_divergence(kind, state, terms, shard, rate)
+        ctx.save_for_backward(*tensors, found.known, found.slope)
         return found.value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, shares, slope = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        found = linear_divergence_backward(upstream, *tensors, *ctx.options, False, *needs, shares, slope)
+        found = linear_divergence_backward(upstream, *tensors, *ctx.options, *needs, shares, slope)
         return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 8
 
 
@@ -109,7 +114,8 @@ def _linear_divergence_slice(
     omega: float,
     temperature: float,
     vocab_size: int,
-    shares: Tensor | None,  # (T, 2)
+    kernels: bool,
+    shares: Tensor | None,  # (T, 2); for the kernels (T, 4), the state of whole rows
 ) -> Tensor:
     """`slice_state` (T, 5) of the trained tokens, 0 elsewhere; with the shares, `slice_terms` (T, 2)."""
     student = Head(hidden, weight, bias, softcap, logit_scale)
@@ -117,8 +123,7 @@ def _linear_divergence_slice(
     dtype = dtype_of(student, teacher)
     out = torch.zeros(hidden.shape[0], 5 if shares is None else 2, dtype=dtype, device=hidden.device)
     options = Options(kind, omega, temperature, vocab_size, shares)
-    for rows, over in passes(student, teacher, loss_mask, row_temperature, options, kernels=False):
-        assert isinstance(over, TorchPass)
+    for rows, over in passes(student, teacher, loss_mask, row_temperature, options, kernels=kernels):
         out[rows] = over.slice_numbers()
     return out
 
@@ -141,6 +146,7 @@ def _(
     omega: float,
     temperature: float,
     vocab_size: int,
+    kernels: bool,
     shares: Tensor | None,
 ) -> Tensor:
     dtype = _checks.promoted_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)

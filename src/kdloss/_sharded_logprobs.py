@@ -17,7 +17,7 @@ from ._distributed import VocabShard
 from ._linear_operator import linear_logprobs, linear_logprobs_backward
 from ._logits_operator import logprobs, logprobs_backward
 from ._rows import RowState
-from ._sharded_rows import whole_rows
+from ._sharded_rows import rate_of, whole_rows
 
 
 def sharded_logprobs(
@@ -29,10 +29,12 @@ def sharded_logprobs(
     vocab_size: int,  # of this slice
     with_entropy: bool,
     shard: VocabShard,
+    *,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor]:
     """(logp (T, K), entropy (T,) or (0,)), the same on every rank."""
     options = (temperature, softcap, vocab_size)
-    return _FromLogits.apply(logits, columns, row_temperature, options, with_entropy, shard)  # type: ignore[no-any-return, no-untyped-call]
+    return _FromLogits.apply(logits, columns, row_temperature, options, with_entropy, shard, kernels)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sharded_linear_logprobs(
@@ -49,6 +51,9 @@ def sharded_linear_logprobs(
     with_entropy: bool,
     store: bool,
     shard: VocabShard,
+    *,
+    compact: bool,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor]:
     """(logp (T, K), entropy (T,) or (0,)), the same on every rank."""
     total = columns.shape[0]
@@ -56,7 +61,7 @@ def sharded_linear_logprobs(
         hidden, columns = hidden.index_select(0, rows), columns.index_select(0, rows)
         row_temperature = None if row_temperature is None else row_temperature.index_select(0, rows)
     hidden = shard.enter(hidden)
-    options = (temperature, softcap, logit_scale, vocab_size)
+    options = (temperature, softcap, logit_scale, vocab_size, compact, kernels)
     logp, entropy = _FromHidden.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, columns, row_temperature, options, rows is not None, with_entropy, store, shard
     )
@@ -67,12 +72,12 @@ def sharded_linear_logprobs(
 
 
 def _whole(
-    found: tuple[Tensor, ...], columns: Tensor, with_entropy: bool, shard: VocabShard
+    found: tuple[Tensor, ...], columns: Tensor, with_entropy: bool, shard: VocabShard, rate: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """(logp, entropy, the rows' state as the backward of an operator takes it) from what an operator gave."""
     logp, nothing, maximum, peak, mean, *_ = found
     part = RowState(maximum[:, None], peak[:, None], mean[:, None] if with_entropy else None)
-    state, logp = whole_rows(part, logp, columns, shard)
+    state, logp = whole_rows(part, logp, columns, shard, rate)
     maximum, peak = state.maximum.squeeze(-1), state.peak.squeeze(-1)
     if state.mean is None:
         return logp, nothing, (maximum, peak, nothing)
@@ -90,18 +95,20 @@ class _FromLogits(torch.autograd.Function):
         options: tuple[Any, ...],
         with_entropy: bool,
         shard: VocabShard,
+        kernels: bool,
     ) -> tuple[Tensor, Tensor]:
         here = shard.columns(columns, options[-1])
-        found = logprobs(logits, here, row_temperature, *options, with_entropy)
-        logp, entropy, state = _whole(found, columns, with_entropy, shard)
+        found = logprobs(logits, here, row_temperature, *options, with_entropy, kernels)
+        rate = rate_of(options[0], row_temperature, logits) if kernels else None
+        logp, entropy, state = _whole(found, columns, with_entropy, shard, rate)
         ctx.save_for_backward(logits, here, row_temperature, *state)
-        ctx.options, ctx.with_entropy = options, with_entropy
+        ctx.options, ctx.with_entropy = (*options, kernels), with_entropy
         return logp, entropy
 
     @staticmethod
     def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
         incoming = entropy_gradient if ctx.with_entropy else None
-        return logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, *ctx.options, False), *(None,) * 5
+        return logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, *ctx.options, True), *(None,) * 6
 
 
 class _FromHidden(torch.autograd.Function):
@@ -119,12 +126,12 @@ class _FromHidden(torch.autograd.Function):
         store: bool,
         shard: VocabShard,
     ) -> tuple[Tensor, Tensor]:
-        here = shard.columns(columns, options[-1])
+        temperature, *_, vocab_size, _, kernels = options
+        here = shard.columns(columns, vocab_size)
         rows = torch.arange(columns.shape[0], device=columns.device) if all_rows else None
-        found = linear_logprobs(
-            hidden, weight, bias, here, rows, row_temperature, *options, False, False, with_entropy, store
-        )
-        logp, entropy, state = _whole(found[:5], columns, with_entropy, shard)
+        found = linear_logprobs(hidden, weight, bias, here, rows, row_temperature, *options, with_entropy, store)
+        rate = rate_of(temperature, row_temperature, hidden) if kernels else None
+        logp, entropy, state = _whole(found[:5], columns, with_entropy, shard, rate)
         ctx.save_for_backward(hidden, weight, bias, here, rows, row_temperature, *state, found[5])
         ctx.options, ctx.with_entropy = options, with_entropy
         return logp, entropy
@@ -133,6 +140,5 @@ class _FromHidden(torch.autograd.Function):
     def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
         incoming = entropy_gradient if ctx.with_entropy else None
         needs = list(ctx.needs_input_grad[:3])
-        # rows without an incoming gradient are kept: every rank has to sum the same ones
-        found = linear_logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, needs, *ctx.options, False, False)
+        found = linear_logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, needs, *ctx.options)
         return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 7

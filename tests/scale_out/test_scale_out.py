@@ -11,6 +11,7 @@ from scale_out.ranks import cases, run
 MODULES = [
     "scale_out.cases_vocabulary",
     "scale_out.cases_divergences",
+    "scale_out.cases_kernels",
     "scale_out.cases_context",
     "scale_out.cases_models",
 ]

@@ -19,6 +19,9 @@ three kernels, one program a row each:
 
 so the KLs are bound by memory, and the mixtures nearly as much by arithmetic.
 
+Where ranks hold a slice of each row, `state` gives the slice's numbers, and the other two are handed (m, log s) of the
+whole row: what they sum are the slice's terms, of which those of the value may be below 0.
+
 A logit of -inf is a mass of 0. It gives 0 where 0 log 0 stands and +inf where a mass is divided by it; a mass that
 float32 rounds to 0 counts as one. A row with NaN, +inf or nothing but -inf is NaN in value and gradient.
 """
@@ -216,6 +219,7 @@ def mixture_kernel(
     y_stride,
     kind: tl.constexpr,
     block: tl.constexpr,
+    part: tl.constexpr,  # whether x and y are a slice of the rows
 ):
     row = tl.program_id(0)
     x += row.to(tl.int64) * x_stride
@@ -242,7 +246,9 @@ def mixture_kernel(
             values += term
             gradients += g
         found = tl.sum(values, 0)
-        tl.store(value + row, tl.where(found < 0, 0.0, found))
+        if not part:
+            found = tl.where(found < 0, 0.0, found)
+        tl.store(value + row, found)
         tl.store(total + row, tl.sum(gradients, 0))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -72,10 +73,36 @@ class Pair(NamedTuple):
 
     def value_(self, out: Tensor, known: Tensor) -> None:
         """The divergence into `out` (R,), and what the gradient needs to know of every row into `known` (5, R)."""
+        self._state_(out, known)
+        if self.kind not in KLS:
+            self._mixture_(out, known, part=False)
+
+    def slice_state(self) -> Tensor:
+        """Of logits that are a slice of the rows, (R, 5): m and -log s of both sides, and of the KLs the value in it.
+
+        As `_divergence_rows.slice_state`, but for the unit of m, which is that of the logits.
+        """
+        rows = self.student.x.shape[0]
+        value = torch.zeros(rows, dtype=torch.float32, device=self.student.x.device)
+        known = value.new_empty(5, rows)
+        self._state_(value, known)
+        m_q, log_s_q, m_p, log_s_p, _ = known
+        # where only NaN was seen there is no maximum
+        peaks = (m_q.masked_fill(log_s_q.isnan(), math.nan), -log_s_q, m_p.masked_fill(log_s_p.isnan(), math.nan))
+        return torch.stack([*peaks, -log_s_p, value], -1)
+
+    def slice_terms(self, numbers: Tensor) -> Tensor:
+        """The slice's terms (R, 2) of the value and of the sum of G, from m and log s (R, 4) of the whole rows."""
+        rows = numbers.shape[0]
+        value, known = numbers.new_empty(rows), numbers.new_empty(5, rows)
+        known[:4] = numbers.T
+        self._mixture_(value, known, part=True)
+        return torch.stack([value, known[4]], -1)
+
+    def _state_(self, out: Tensor, known: Tensor) -> None:
         rows = out.shape[0]
         if rows == 0:
             return
-        strides = known.stride(0), self.student.x.stride(0), self.teacher.x.stride(0)
         size, *bounds = self._columns
         sides = zip((self.student.x, self.teacher.x), bounds, strict=True)
         aligned = all(_launch.aligned(x, bound) for x, bound in sides)
@@ -89,28 +116,36 @@ class Pair(NamedTuple):
                 *self._numbers,
                 size,
                 *bounds,
-                *strides,
+                *self._strides(known),
                 self.kind,
                 _TILE // width,
                 width,
                 aligned,
                 num_warps=_WARPS,
             )
-            if self.kind not in KLS:
-                mixture_kernel[(rows,)](
-                    *self._inputs,
-                    out,
-                    known[4],
-                    known,
-                    *self._numbers,
-                    *self._shares,
-                    size,
-                    *bounds,
-                    *strides,
-                    self.kind,
-                    _BLOCK,
-                    num_warps=_WARPS,
-                )
+
+    def _mixture_(self, out: Tensor, known: Tensor, *, part: bool) -> None:
+        rows = out.shape[0]
+        if rows == 0:
+            return
+        with _launch.on_device(out):
+            mixture_kernel[(rows,)](
+                *self._inputs,
+                out,
+                known[4],
+                known,
+                *self._numbers,
+                *self._shares,
+                *self._columns,
+                *self._strides(known),
+                self.kind,
+                _BLOCK,
+                1 if part else 0,
+                num_warps=_WARPS,
+            )
+
+    def _strides(self, known: Tensor) -> tuple[int, int, int]:
+        return known.stride(0), self.student.x.stride(0), self.teacher.x.stride(0)
 
     def gradient_(self, out: Tensor, known: Tensor, factor: Tensor) -> Tensor:
         """`factor` (R,) times the gradient of x into `out`, which may be x; 0 in columns past the vocabulary.
@@ -130,9 +165,7 @@ class Pair(NamedTuple):
                     *self._shares,
                     *self._columns,
                     _launch.writable(out),
-                    known.stride(0),
-                    self.student.x.stride(0),
-                    self.teacher.x.stride(0),
+                    *self._strides(known),
                     out.stride(0),
                     self.kind,
                     _SPAN,

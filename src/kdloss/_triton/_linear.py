@@ -62,7 +62,7 @@ class Scaling(NamedTuple):
 class State(NamedTuple):
     """What is known of every row of the stream, float32, and 0 in rows that take no part."""
 
-    columns: Tensor  # (T, K) int64, -100 ignored
+    columns: Tensor  # (T, K) int64, -100 ignored; past this head's columns: in another part of it
     maximum: Tensor  # (T,)
     peak: Tensor  # (T,)
     mean: Tensor | None  # (T,); None without entropy

@@ -10,6 +10,9 @@ given twice is rounded once, and no block has to look for labels.
 
 A row whose incoming gradient is 0, or whose labels are all ignored, is not read: its zeros are written.
 
+The logits may be a part of their rows, with m, s and u of the whole ones. The label `vocab_size` is then in another
+part: it counts in sum_k g_k, and is nowhere a onehot_k.
+
     bytes       V logits read and V written a row; some 20 + 12 K a program for what it knows of its row
     operations  about 6 a logit, 8 with an entropy (widen, subtract, scale, e^x, multiply, round; clamp, multiply-add)
 """
@@ -28,15 +31,15 @@ IGNORE_INDEX = -100
 
 
 @triton.jit
-def incoming(gradient, columns, row, n_labels, row_stride, label_stride, vocab_size, block_labels: tl.constexpr):
-    """(sum of the gradients of a row's labels, whether any is not 0, whether there is a label at all)."""
+def incoming(gradient, columns, row, n_labels, row_stride, label_stride, label_stop, block_labels: tl.constexpr):
+    """(sum of the gradients of a row's labels below `label_stop`, whether any is not 0, whether there is a label)."""
     total, active, labelled = 0.0, 0, 0
     for start in range(0, n_labels, block_labels):
         k = start + tl.arange(0, block_labels)
         label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
         labelled += tl.sum((label != -100).to(tl.int32), 0)
         if gradient is not None:
-            inside = (label >= 0) & (label < vocab_size)
+            inside = (label >= 0) & (label < label_stop)
             g = tl.load(gradient + row.to(tl.int64) * row_stride + k * label_stride, mask=inside, other=0.0)
             total += tl.sum(g.to(tl.float32), 0)
             active += tl.sum((g != 0).to(tl.int32), 0)
@@ -90,6 +93,7 @@ def backward_kernel(
     blocks,  # a chunk
     block: tl.constexpr,
     block_labels: tl.constexpr,
+    part: tl.constexpr,  # whether the label vocab_size is in another part of the row, and not outside it
 ):
     """One program a chunk of a row."""
     program = tl.program_id(0)
@@ -98,7 +102,7 @@ def backward_kernel(
     last = min(first + blocks * block, all_columns)
     out = gradient + row.to(tl.int64) * gradient_stride
     total, active, labelled = incoming(
-        logp_gradient, columns, row, n_labels, g_row_stride, g_label_stride, vocab_size, block_labels
+        logp_gradient, columns, row, n_labels, g_row_stride, g_label_stride, vocab_size + part, block_labels
     )
     h = 0.0
     if entropy_gradient is not None:
@@ -157,6 +161,7 @@ def backward(
     vocab_size: int,
     *,
     out: Tensor | None = None,  # (T, V) of unit column stride
+    part: bool = False,
 ) -> Tensor:
     """The gradient of the logits, of their shape and dtype, contiguous unless `out` is given."""
     n_labels = columns.shape[1]
@@ -198,6 +203,7 @@ def backward(
                 launch.blocks,
                 launch.block,
                 block_labels,
+                1 if part else 0,
                 num_warps=launch.warps,
             )
     return gradient
