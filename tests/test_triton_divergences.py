@@ -19,6 +19,7 @@ from torch import Tensor
 
 import kdloss
 from kdloss import _divergence_ops, _linear_divergence_ops
+from kdloss._triton import _launch
 from kdloss._triton._divergences import Pair, Side
 from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
@@ -109,6 +110,49 @@ def test_masses_of_zero_and_rows_that_are_no_distributions(name):
         assert gradient[row].isfinite().all() == truth[row].isfinite().all()
         if truth[row].isfinite().all():
             torch.testing.assert_close(gradient[row], truth[row], rtol=ROUNDING, atol=ROUNDING)
+
+
+@every_form
+def test_splits_only_move_roundings(name, monkeypatch):
+    """One, two, five and ten programs a row, which cut 10 blocks evenly or not; masses of 0 through whole splits."""
+    vocab, inf = 10 * 1024 - 5, torch.inf
+    student = normal(ROWS + 3, vocab, dtype=torch.bfloat16, scale=3)
+    teacher = (student.float() + normal(ROWS + 3, vocab, seed=1)).bfloat16()
+    student[0, 1000:5000], teacher[0, 1000:5000] = -inf, -inf
+    teacher[1, :3000], student[2, -3000:], student[3] = -inf, -inf, -inf
+    teacher[4, 5000], student[5, 9000] = torch.nan, inf
+    student.requires_grad_()
+    factor = normal(ROWS + 3, seed=2)
+    options = {"impl": "triton", "temperature": torch.linspace(0.5, 3, ROWS + 3, device=DEVICE)}
+    monkeypatch.setattr(_launch, "PROGRAMS", 1)
+    assert _launch.pairs(ROWS + 3, vocab, 4096) == (1024, 10, 1, 4)
+    whole = outcome(from_logits(name), [student], [teacher], factor, **options)
+    assert whole[0].isfinite().sum() >= 2
+    for programs, splits in ((8, 2), (35, 5), (10**6, 10)):
+        monkeypatch.setattr(_launch, "PROGRAMS", programs)
+        assert _launch.pairs(ROWS + 3, vocab, 4096).splits == splits
+        with poisoned():
+            found = outcome(from_logits(name), [student], [teacher], factor, **options)
+        torch.testing.assert_close(found[0], whole[0], rtol=ROUNDING, atol=ROUNDING, equal_nan=True)
+        close = {"rtol": 2 * unit(torch.bfloat16), "atol": ROUNDING, "equal_nan": True}
+        torch.testing.assert_close(found[1][0], whole[1][0], **close)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 256, 2048, 65536])
+def test_grids_fill_the_device(rows):
+    """132 multiprocessors have a program each, and no split is without columns of its own."""
+    vocab = 151936
+    for launch in (_launch.pairs(rows, vocab, 4096), _launch.pairs(rows, vocab, 1024)):
+        assert 132 <= rows * launch.splits < 2**31
+        assert launch.splits <= _launch.SPLITS
+        assert (
+            (launch.splits - 1) * launch.blocks * launch.block < vocab <= launch.splits * launch.blocks * launch.block
+        )
+    launch = _launch.pairs_backward(rows, vocab, 2048)
+    assert rows * launch.splits >= 132
+    taken = launch.blocks * launch.block
+    assert (launch.splits - 1) * taken < vocab <= launch.splits * taken
+    assert _launch.pairs(1, 1 << 22, 2048).splits == _launch.SPLITS
 
 
 @every_form
@@ -307,6 +351,9 @@ def aot_calls() -> None:
     for kind in ("forward_kl", "skewed_reverse_kl"):
         x, vocab = aot_layouts(8192, torch.bfloat16)["odd"]
         step(kind, x, x, vocab)
+    for kind, layout, rows in (("forward_kl", "odd", 1), ("generalized_jsd", "even", 64)):  # split
+        x, vocab = aot_layouts(rows, torch.bfloat16)[layout]
+        step(kind, x, x, vocab)
     x, vocab = aot_layouts(8192, torch.float32)["odd"]
     step("skewed_reverse_kl", x, x, vocab, everything=True)
     x, vocab = aot_layouts(8192, torch.float32)["cut"]
@@ -315,15 +362,21 @@ def aot_calls() -> None:
 
 def aot_table() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    for kind, dtype, teacher, rows in itertools.product(FORMS, dtypes, dtypes, (1, 64, 8192)):
+    for kind, dtype, teacher, rows in itertools.product(FORMS, dtypes, dtypes, (64, 8192)):
         sides = aot_layouts(rows, dtype), aot_layouts(rows, teacher)
         for layout, everything in itertools.product(sides[0], (False, True)):
             (x, vocab), (y, _) = (side[layout] for side in sides)
-            step(kind, x, y, vocab, everything=everything)
-        step(kind, sides[0]["odd"][0], sides[1]["even"][0], 128257)
+            if not everything or dtype == teacher == torch.float32:  # options are those of products
+                step(kind, x, y, vocab, everything=everything)
 
 
 def test_nothing_spills_and_every_grid_is_legal():
     launches = compiled("test_triton_divergences:aot_calls")
-    assert {launch.kernel for launch in launches} == {"state_kernel", "mixture_kernel", "divergence_gradient_kernel"}
+    assert {launch.kernel for launch in launches} == {
+        "state_kernel",
+        "pair_merge_kernel",
+        "mixture_kernel",
+        "pair_sum_kernel",
+        "divergence_gradient_kernel",
+    }
     assert_within_bounds(launches)

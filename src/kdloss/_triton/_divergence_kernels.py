@@ -4,7 +4,7 @@
     d = log p - log q,   r = 1 / τ
 
 `_divergence_rows.py` has the table of values F and of G = q dF/dq, and is the same mathematics in torch. There are
-three kernels, one program a row each:
+three kernels, one program a row each, or several where rows are few:
 
     state      reads both rows once: (m, s) of either side, and the value of a KL, which needs nothing else:
                w = sum e_p (r (c_p - m_p) - r (c_q - m_q)),   KL(p || q) = w / s_p - log s_p + log s_q
@@ -12,6 +12,8 @@ three kernels, one program a row each:
     mixture    reads both rows again, for JSD and the skewed forms, whose mixture needs log q and log p complete:
                the value and sum_u G_u
     gradient   reads both rows, writes dx = u r c'(x) (G - q sum_u G_u)
+
+What the splits of a row give, its state or two sums, one more program a row merges in a fixed tree.
 
     bytes       state and mixture: both rows; gradient: both rows, and the student's written
     operations  state: two exponentials and some 20 more a pair of logits; mixture and gradient: three or four, a short
@@ -130,54 +132,10 @@ def no_distribution(log_s_q, log_s_p):
     return (log_s_q == float("-inf")) | (log_s_q != log_s_q) | (log_s_p == float("-inf")) | (log_s_p != log_s_p)
 
 
-@triton.jit(do_not_specialize=["value", "total", "numbers", "size", "plane"])
-def state_kernel(
-    x,  # (R, V) logits of the student, or products with its head
-    y,  # (R, V) of the teacher
-    bias,  # (V,) or None, as the next
-    teacher_bias,
-    row_temperature,  # (R,) or None
-    value,  # (R,) float32, written for the KLs alone
-    total,  # (R,) sum G, likewise
-    numbers,  # (4, R) float32, `plane` apart: m and log s of the student, then of the teacher
-    temperature,
-    logit_scale,  # or None, as the next three
-    softcap,
-    teacher_logit_scale,
-    teacher_softcap,
-    size,
-    x_columns,  # that may be read: `size` of them, and some that have no say
-    y_columns,
-    plane,
-    x_stride,
-    y_stride,
-    kind: tl.constexpr,
-    lanes: tl.constexpr,
-    width: tl.constexpr,
-    aligned: tl.constexpr,
-):
-    row = tl.program_id(0)
-    x += row.to(tl.int64) * x_stride
-    y += row.to(tl.int64) * y_stride
-    rate = row_rate(row_temperature, row, temperature)
-    zero = tl.zeros([lanes], tl.float32)
-    m_of, s_of, m_to, s_to, w = zero + float("-inf"), zero, zero + float("-inf"), zero, zero
-    for start in range(0, size, lanes * width):
-        column = tile_columns(start, lanes, width)
-        inside = column < size
-        of = load_tile(x, start, 1, x_columns, lanes, width, aligned)
-        to = load_tile(y, start, 1, y_columns, lanes, width, aligned)
-        of = tl.where(inside, side(of, bias, column, inside, logit_scale, softcap), float("-inf"))
-        to = side(to, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
-        to = tl.where(inside, to, float("-inf"))
-        if kind == "forward_kl":  # the teacher is what the expectation is of
-            of, to = to, of
-        m_of, s_of, m_to, s_to, w = fold_pair(
-            m_of, s_of, m_to, s_to, w, of, to, rate, kind == "forward_kl" or kind == "reverse_kl"
-        )
-    m_of, s_of, m_to, s_to, w = merge_pair(
-        m_of, s_of, m_to, s_to, w, rate, kind == "forward_kl" or kind == "reverse_kl"
-    )
+@triton.jit
+def write_state(state, row, value, total, numbers, plane, kind: tl.constexpr):
+    """What follows from a whole row's state, as the arguments of `state_kernel` say."""
+    m_of, s_of, m_to, s_to, w = state
     log_of_s, log_to_s = log_of(s_of), log_of(s_to)
     if kind == "forward_kl" or kind == "reverse_kl":
         kl = w / s_of - log_of_s + log_to_s
@@ -193,7 +151,111 @@ def state_kernel(
     tl.store(numbers + 3 * plane + row, log_to_s)
 
 
-@triton.jit(do_not_specialize=["value", "total", "numbers", "size", "plane"])
+@triton.jit
+def write_sums(found, slope, row, value, total, part: tl.constexpr):
+    """A mixture's value and sum of G; only those of whole rows are bounded."""
+    if not part:
+        found = tl.where(found < 0, 0.0, found)
+    tl.store(value + row, found)
+    tl.store(total + row, slope)
+
+
+@triton.jit(do_not_specialize=["value", "total", "numbers", "size", "plane", "part_plane", "blocks", "splits"])
+def state_kernel(
+    x,  # (R, V) logits of the student, or products with its head
+    y,  # (R, V) of the teacher
+    bias,  # (V,) or None, as the next
+    teacher_bias,
+    row_temperature,  # (R,) or None
+    value,  # (R,) float32, written for the KLs alone
+    total,  # (R,) sum G, likewise
+    numbers,  # (4, R) float32, `plane` apart: m and log s of the student, then of the teacher
+    parts,  # (5, R, splits) states, or None where one program has all of a row
+    temperature,
+    logit_scale,  # or None, as the next three
+    softcap,
+    teacher_logit_scale,
+    teacher_softcap,
+    size,
+    x_columns,  # that may be read: `size` of them, and some that have no say
+    y_columns,
+    plane,
+    x_stride,
+    y_stride,
+    part_plane,  # R * splits
+    blocks,  # of lanes * width columns, in a split
+    splits,
+    kind: tl.constexpr,
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    aligned: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = program // splits
+    first = (program % splits) * blocks * (lanes * width)
+    x += row.to(tl.int64) * x_stride
+    y += row.to(tl.int64) * y_stride
+    rate = row_rate(row_temperature, row, temperature)
+    zero = tl.zeros([lanes], tl.float32)
+    m_of, s_of, m_to, s_to, w = zero + float("-inf"), zero, zero + float("-inf"), zero, zero
+    for start in range(first, min(first + blocks * (lanes * width), size), lanes * width):
+        column = tile_columns(start, lanes, width)
+        inside = column < size
+        of = load_tile(x, start, 1, x_columns, lanes, width, aligned)
+        to = load_tile(y, start, 1, y_columns, lanes, width, aligned)
+        of = tl.where(inside, side(of, bias, column, inside, logit_scale, softcap), float("-inf"))
+        to = side(to, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
+        to = tl.where(inside, to, float("-inf"))
+        if kind == "forward_kl":  # the teacher is what the expectation is of
+            of, to = to, of
+        m_of, s_of, m_to, s_to, w = fold_pair(
+            m_of, s_of, m_to, s_to, w, of, to, rate, kind == "forward_kl" or kind == "reverse_kl"
+        )
+    m_of, s_of, m_to, s_to, w = merge_pair(
+        m_of, s_of, m_to, s_to, w, rate, kind == "forward_kl" or kind == "reverse_kl"
+    )
+    if parts is None:
+        write_state((m_of, s_of, m_to, s_to, w), row, value, total, numbers, plane, kind)
+    else:
+        parts += program
+        tl.store(parts, m_of)
+        tl.store(parts + part_plane, s_of)
+        tl.store(parts + 2 * part_plane, m_to)
+        tl.store(parts + 3 * part_plane, s_to)
+        tl.store(parts + 4 * part_plane, w)
+
+
+@triton.jit(do_not_specialize=["value", "total", "numbers", "plane", "part_plane", "splits"])
+def pair_merge_kernel(
+    row_temperature,
+    value,
+    total,
+    numbers,
+    parts,
+    temperature,
+    plane,
+    part_plane,
+    splits,
+    kind: tl.constexpr,
+    block_splits: tl.constexpr,  # as many at least
+):
+    """The state of each row from those of its splits; arguments as of `state_kernel`."""
+    row = tl.program_id(0)
+    k = tl.arange(0, block_splits)
+    mine = k < splits
+    place = parts + row * splits + k
+    m_of = tl.load(place, mask=mine, other=float("-inf"))
+    s_of = tl.load(place + part_plane, mask=mine, other=0.0)
+    m_to = tl.load(place + 2 * part_plane, mask=mine, other=float("-inf"))
+    s_to = tl.load(place + 3 * part_plane, mask=mine, other=0.0)
+    w = tl.load(place + 4 * part_plane, mask=mine, other=0.0)
+    rate = row_rate(row_temperature, row, temperature)
+    with_value: tl.constexpr = kind == "forward_kl" or kind == "reverse_kl"
+    state = merge_pair(m_of, s_of, m_to, s_to, w, rate, with_value)
+    write_state(state, row, value, total, numbers, plane, kind)
+
+
+@triton.jit(do_not_specialize=["value", "total", "numbers", "size", "plane", "part_plane", "blocks", "splits"])
 def mixture_kernel(
     x,
     y,
@@ -203,6 +265,7 @@ def mixture_kernel(
     value,
     total,
     numbers,  # read
+    parts,  # (2, R, splits): the value and sum G of each split, or None
     temperature,
     logit_scale,
     softcap,
@@ -217,22 +280,25 @@ def mixture_kernel(
     plane,
     x_stride,
     y_stride,
+    part_plane,
+    blocks,
+    splits,
     kind: tl.constexpr,
     block: tl.constexpr,
     part: tl.constexpr,  # whether x and y are a slice of the rows
 ):
-    row = tl.program_id(0)
+    program = tl.program_id(0)
+    row = program // splits
     x += row.to(tl.int64) * x_stride
     y += row.to(tl.int64) * y_stride
     rate = row_rate(row_temperature, row, temperature)
     m_q, log_s_q = tl.load(numbers + row), tl.load(numbers + plane + row)
     m_p, log_s_p = tl.load(numbers + 2 * plane + row), tl.load(numbers + 3 * plane + row)
     values, gradients = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
-    if no_distribution(log_s_q, log_s_p):
-        tl.store(value + row, float("nan"))
-        tl.store(total + row, float("nan"))
-    else:
-        for start in range(0, size, block):
+    found, slope = float("nan"), float("nan")
+    if not no_distribution(log_s_q, log_s_p):
+        first = (program % splits) * blocks * block
+        for start in range(first, min(first + blocks * block, size), block):
             column = start + tl.arange(0, block)
             inside = column < size
             c = tl.load(x + column, mask=column < x_columns, other=0.0)
@@ -245,14 +311,34 @@ def mixture_kernel(
             term, g = terms(kind, q, p, log_q, log_p, omega, log_omega, log_rest)
             values += term
             gradients += g
-        found = tl.sum(values, 0)
-        if not part:
-            found = tl.where(found < 0, 0.0, found)
-        tl.store(value + row, found)
-        tl.store(total + row, tl.sum(gradients, 0))
+        found, slope = tl.sum(values, 0), tl.sum(gradients, 0)
+    if parts is None:
+        write_sums(found, slope, row, value, total, part)
+    else:
+        tl.store(parts + program, found)
+        tl.store(parts + part_plane + program, slope)
 
 
-@triton.jit(do_not_specialize=["factor", "total", "numbers", "size", "plane"])
+@triton.jit(do_not_specialize=["value", "total", "part_plane", "splits"])
+def pair_sum_kernel(
+    value,
+    total,
+    parts,
+    part_plane,
+    splits,
+    part: tl.constexpr,
+    block_splits: tl.constexpr,  # as many at least
+):
+    """The sums of each row over its splits; arguments as of `mixture_kernel`."""
+    row = tl.program_id(0)
+    k = tl.arange(0, block_splits)
+    place = parts + row * splits + k
+    found = tl.sum(tl.load(place, mask=k < splits, other=0.0), 0)
+    slope = tl.sum(tl.load(place + part_plane, mask=k < splits, other=0.0), 0)
+    write_sums(found, slope, row, value, total, part)
+
+
+@triton.jit(do_not_specialize=["factor", "total", "numbers", "size", "plane", "span"])
 def divergence_gradient_kernel(
     x,
     y,
@@ -279,8 +365,8 @@ def divergence_gradient_kernel(
     x_stride,
     y_stride,
     out_stride,
+    span,  # columns of a program, a multiple of a block
     kind: tl.constexpr,
-    span: tl.constexpr,
     block: tl.constexpr,
 ):
     row = tl.program_id(0)

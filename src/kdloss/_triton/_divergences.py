@@ -1,6 +1,6 @@
 """Launches of the kernels of `_divergence_kernels.py`: the divergence of rows of logits, and its gradient.
 
-Neither splits a row between programs, so fewer than some hundred rows leave a GPU partly idle.
+Few rows are split between programs, each into at most `_launch.SPLITS`, so that any number of them fills a GPU.
 """
 
 from __future__ import annotations
@@ -9,16 +9,22 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _launch
-from ._divergence_kernels import divergence_gradient_kernel, mixture_kernel, state_kernel
+from ._divergence_kernels import (
+    divergence_gradient_kernel,
+    mixture_kernel,
+    pair_merge_kernel,
+    pair_sum_kernel,
+    state_kernel,
+)
 
 KLS = ("forward_kl", "reverse_kl")
 
-# Chosen by arithmetic, not measured: 256 threads hold 16 logits of either side each, or 8 where there are two sums.
-_TILE, _BLOCK, _SPAN, _WARPS = 4096, 2048, 8192, 8
+# Chosen by arithmetic, not measured: 256 threads hold 16 logits of either side each, 4 where they keep two sums beside
+# them (with 8, ptxas spilled one form to have 80 registers), 8 in the gradient.
+_TILE, _MIXTURE, _BLOCK = 4096, 1024, 2048
 
 
 class Side(NamedTuple):
@@ -107,42 +113,80 @@ class Pair(NamedTuple):
         sides = zip((self.student.x, self.teacher.x), bounds, strict=True)
         aligned = all(_launch.aligned(x, bound) for x, bound in sides)
         width = 16 // max(self.student.x.element_size(), self.teacher.x.element_size())
+        launch = _launch.pairs(rows, size, _TILE)
+        parts = out.new_empty(5, rows, launch.splits) if launch.splits > 1 else None
         with _launch.on_device(out):
-            state_kernel[(rows,)](
+            state_kernel[(rows * launch.splits,)](
                 *self._inputs,
                 out,
                 known[4],
                 known,
+                parts,
                 *self._numbers,
                 size,
                 *bounds,
                 *self._strides(known),
+                rows * launch.splits,
+                launch.blocks,
+                launch.splits,
                 self.kind,
-                _TILE // width,
+                launch.block // width,
                 width,
                 aligned,
-                num_warps=_WARPS,
+                num_warps=launch.warps,
             )
+            if parts is not None:
+                pair_merge_kernel[(rows,)](
+                    self.row_temperature,
+                    out,
+                    known[4],
+                    known,
+                    parts,
+                    self.temperature,
+                    known.stride(0),
+                    rows * launch.splits,
+                    launch.splits,
+                    self.kind,
+                    _launch.SPLITS,
+                    num_warps=1,
+                )
 
     def _mixture_(self, out: Tensor, known: Tensor, *, part: bool) -> None:
         rows = out.shape[0]
         if rows == 0:
             return
+        launch = _launch.pairs(rows, self.vocab_size, _MIXTURE)
+        parts = out.new_empty(2, rows, launch.splits) if launch.splits > 1 else None
         with _launch.on_device(out):
-            mixture_kernel[(rows,)](
+            mixture_kernel[(rows * launch.splits,)](
                 *self._inputs,
                 out,
                 known[4],
                 known,
+                parts,
                 *self._numbers,
                 *self._shares,
                 *self._columns,
                 *self._strides(known),
+                rows * launch.splits,
+                launch.blocks,
+                launch.splits,
                 self.kind,
-                _BLOCK,
+                launch.block,
                 1 if part else 0,
-                num_warps=_WARPS,
+                num_warps=launch.warps,
             )
+            if parts is not None:
+                pair_sum_kernel[(rows,)](
+                    out,
+                    known[4],
+                    parts,
+                    rows * launch.splits,
+                    launch.splits,
+                    1 if part else 0,
+                    _launch.SPLITS,
+                    num_warps=1,
+                )
 
     def _strides(self, known: Tensor) -> tuple[int, int, int]:
         return known.stride(0), self.student.x.stride(0), self.teacher.x.stride(0)
@@ -154,8 +198,9 @@ class Pair(NamedTuple):
         """
         rows, columns = out.shape
         if rows:
+            launch = _launch.pairs_backward(rows, columns, _BLOCK)
             with _launch.on_device(out):
-                divergence_gradient_kernel[rows, triton.cdiv(columns, _SPAN)](
+                divergence_gradient_kernel[rows, launch.splits](
                     *self._inputs,
                     factor,
                     known[4],
@@ -167,9 +212,9 @@ class Pair(NamedTuple):
                     _launch.writable(out),
                     *self._strides(known),
                     out.stride(0),
+                    launch.blocks * launch.block,
                     self.kind,
-                    _SPAN,
-                    _BLOCK,
-                    num_warps=_WARPS,
+                    launch.block,
+                    num_warps=launch.warps,
                 )
         return out

@@ -22,6 +22,8 @@ LABELS = 128
 
 # Programs that a launch should have at least: 16 for each of 132 multiprocessors.
 PROGRAMS = 2112
+# Splits of a row, at most: one program merges them.
+SPLITS = 256
 # Up to so many logits, programs take smaller blocks: otherwise one row would not give each multiprocessor one.
 FEW_LOGITS = PROGRAMS * 4096
 
@@ -45,8 +47,11 @@ def forward(rows: int, vocab_size: int, dtype: torch.dtype, *, apart: bool = Fal
     few = rows * vocab_size <= FEW_LOGITS
     lanes, warps = (1024 // width, 4) if few else (512 if apart else 1024, 8)
     blocks = -(-vocab_size // (lanes * width))
-    blocks_a_split = max(1, blocks // -(-PROGRAMS // max(1, rows)))
-    return Forward(lanes, width, -(-blocks // blocks_a_split), warps)
+    return Forward(lanes, width, -(-blocks // _blocks_a_split(blocks, rows)), warps)
+
+
+def _blocks_a_split(blocks: int, rows: int) -> int:
+    return max(1, blocks // -(-PROGRAMS // max(1, rows)), -(-blocks // SPLITS))
 
 
 class Backward(NamedTuple):
@@ -65,6 +70,31 @@ def backward(rows: int, columns: int, dtype: torch.dtype) -> Backward:
     blocks = -(-columns // block)
     blocks_a_chunk = max(1, min(8, blocks * rows // PROGRAMS))
     return Backward(block, blocks_a_chunk, -(-blocks // blocks_a_chunk), warps)
+
+
+class Pairs(NamedTuple):
+    """How rows of two sets of logits are read together."""
+
+    block: int  # logits of either side that a program has at a time
+    blocks: int  # that it takes one after the other
+    splits: int  # programs a row
+    warps: int
+
+
+def pairs(rows: int, vocab_size: int, block: int) -> Pairs:
+    """Of the kernels that read each row once for its sums."""
+    block, warps = (1024, 4) if block > 1024 and rows * vocab_size <= FEW_LOGITS else (block, 8)
+    blocks = -(-vocab_size // block)
+    blocks_a_split = _blocks_a_split(blocks, rows)
+    return Pairs(block, blocks_a_split, -(-blocks // blocks_a_split), warps)
+
+
+def pairs_backward(rows: int, columns: int, block: int) -> Pairs:
+    """Of the one that writes a gradient."""
+    block, warps = (1024, 4) if rows * columns <= FEW_LOGITS else (block, 8)
+    blocks = -(-columns // block)
+    blocks_a_split = max(1, min(4, blocks * rows // PROGRAMS))
+    return Pairs(block, blocks_a_split, -(-blocks // blocks_a_split), warps)
 
 
 def block_labels(count: int) -> int:

@@ -41,8 +41,6 @@ from ._row_math import (
 
 IGNORE_INDEX = -100
 LOWEST = -3.0e38
-# Splits that are merged side by side, at least: one code for the row counts of 150k logits and fewer.
-LEAST_SPLITS = 256
 
 
 @triton.jit
@@ -186,7 +184,7 @@ def merge_kernel(
     column_stride,
     part_stride,
     splits,
-    block_splits: tl.constexpr,  # a power of two
+    block_splits: tl.constexpr,  # as many at least
     block_labels: tl.constexpr,
 ):
     """One program a row: its splits, merged. Arguments as of `forward_kernel`."""
@@ -264,8 +262,7 @@ def forward(
                 num_warps=launch.warps,
             )
             if parts is not None:
-                block_splits = max(LEAST_SPLITS, triton.next_power_of_2(launch.splits))
-                merge_kernel[(n,)](*arguments, launch.splits, block_splits, block_labels, num_warps=1)
+                merge_kernel[(n,)](*arguments, launch.splits, _launch.SPLITS, block_labels, num_warps=1)
     return logp, entropy, maximum, peak, mean
 
 
