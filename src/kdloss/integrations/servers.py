@@ -57,8 +57,9 @@ def read_vllm(
     `SamplingParams(max_tokens=1, prompt_logprobs=0)`. vLLM scores prompts at temperature 1, whatever is asked.
 
     Args:
-        answers: one a sequence: the JSON of a response, one of its `choices`, a `RequestOutput`, or the list
-            `prompt_logprobs` itself. None for a sequence that was not sent, where none of its tokens is trained on.
+        answers: one a sequence: the JSON of a response, one of its `choices`, an object with the same fields (a
+            `RequestOutput`, the `openai` client's), or the list `prompt_logprobs` itself. None for a sequence that was
+            not sent, where none of its tokens is trained on.
         input_ids: (T,) the packed tokens that were sent.
         cu_seqlens: (B + 1,).
         loss_mask: (T,) bool, at prediction positions; any pattern, as of several turns. Where it is False a score may
@@ -69,8 +70,10 @@ def read_vllm(
         -inf in JSON, and it is left as it is.
 
     Raises:
-        ScoreError: an answer is missing, cut off, of other tokens, or lacks the score of a trained token.
+        ScoreError: an answer is missing, cut off, of other tokens, lacks the score of a trained token, holds what no
+            log-prob can be (rounding of 1e-3 above 0 counts as 0), or scores the first token, which nothing predicts.
         ValueError: the number of answers is not B, or shapes do not fit.
+        TypeError: `answers` is no list, or an argument is of another type.
     """
     return _sampled(_answers.vllm, answers, input_ids, cu_seqlens, loss_mask)
 
@@ -86,7 +89,8 @@ def read_vllm_topk(
     """The k most likely tokens from vLLM's `prompt_logprobs=k`. Arguments and errors as in `read_vllm`.
 
     vLLM adds the token that was sent, so a position may have k + 1 entries: the k most likely are kept, a set that
-    does not depend on what was sampled. Fewer than k at a trained token raise.
+    does not depend on what was sampled. Fewer than k at a trained token raise, as do an id twice and a probability
+    above 1 together.
     """
     return _topk(_answers.vllm, answers, input_ids, cu_seqlens, loss_mask, k)
 
@@ -107,8 +111,9 @@ def read_sglang(
     Args:
         answers, input_ids, cu_seqlens, loss_mask: as in `read_vllm`; an answer is the JSON of a response or its list
             `input_token_logprobs`.
-        starts: the `logprob_start_len` that was sent, one for all or one a sequence. An answer begins with that token,
-            which has no score of its own: the prompt's length - 1 leaves out what is not trained on.
+        starts: the `logprob_start_len` that was sent, one for all or one a sequence (list, array or tensor of
+            integers). An answer begins with that token, which has no score of its own: the prompt's length - 1 leaves
+            out what is not trained on.
 
     Returns and raises as `read_vllm`.
     """
@@ -148,7 +153,7 @@ def read_openai(
             `choices`.
         token_id: the id of a token's text, which is all that this protocol sends: `tokenizer.convert_tokens_to_ids`
             where the server writes tokens as the tokenizer does. The default reads "token_id:17". None: ids are not
-            checked, only how many there are.
+            checked, only how many there are. Not asked where a choice holds `prompt_token_ids`, which are checked.
 
     Returns and raises as `read_vllm`.
     """
