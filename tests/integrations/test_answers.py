@@ -205,6 +205,13 @@ def test_two_texts_of_one_id_and_keys_that_are_no_ids():
         servers.read_vllm_topk([spoiled], k=K, **stream())
 
 
+@pytest.mark.parametrize("scored", [True, 1.0, "1", None], ids=repr)
+def test_an_id_is_an_integer(scored):
+    own = [[None, 5, None], [-1.0, scored, None]]
+    with pytest.raises(ScoreError, match=rf"token 1 was sent as id 1, and id {scored!r} was scored"):
+        servers.read_sglang([own], torch.tensor([5, 1]), cu_seqlens=torch.tensor([0, 2]))
+
+
 def test_bf16_scores_of_a_flat_teacher_are_a_distribution():
     """Every rounding up, as bad as bf16 can be: 3 % of the mass at log-probs of 8 to 16."""
     ids = np.arange(4096)

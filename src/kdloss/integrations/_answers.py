@@ -65,7 +65,7 @@ class Request:
 
     def check_token(self, position: int, scored: Any) -> None:
         sent = self.tokens[position]
-        if isinstance(scored, bool) or scored != sent:
+        if not is_integer(scored) or scored != sent:
             self.fail(f"token {position} was sent as id {sent}, and id {scored!r} was scored")
 
     def check_prompt(self, ids: Any) -> bool:
