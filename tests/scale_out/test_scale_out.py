@@ -13,6 +13,7 @@ MODULES = [
     "scale_out.cases_divergences",
     "scale_out.cases_context",
     "scale_out.cases_models",
+    "scale_out.cases_trainers",
 ]
 
 
