@@ -295,3 +295,11 @@ def test_the_policy_that_sampled_comes_before_the_one_that_was_updated() -> None
         ratio = (logp - (data["old_log_probs"] if sampled is None else sampled)).exp()
         torch.testing.assert_close(gradient[index[mask]], (ratio * (logp - teacher))[mask])
         assert (gradient != 0).sum() == mask.sum()
+
+
+def test_a_teacher_that_was_scored_at_another_temperature_is_refused() -> None:
+    config, output, data = distillation_inputs()
+    for same in (1, 1.0, torch.tensor([1.0, 1.0, 1.0])):
+        verl.reverse_kl(None, config, output, data | {"temperature": same})
+    with pytest.raises(ValueError, match=r"rollout\.temperature must be 1 with kdloss_reverse_kl, got 0\.7"):
+        verl.reverse_kl(None, config, output, data | {"temperature": 0.7})
