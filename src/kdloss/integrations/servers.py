@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from . import _answers
 from ._alignment import Alignment as Alignment
 from ._alignment import check_alignment as check_alignment
 from ._answers import ScoreError as ScoreError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class TopK(NamedTuple):
@@ -101,7 +105,7 @@ def read_sglang(
     *,
     cu_seqlens: Tensor,  # (B + 1,)
     loss_mask: Tensor | None = None,  # (T,) bool
-    starts: int | Sequence[int] | Tensor = 0,
+    starts: int | Sequence[int] | NDArray[np.integer] | Tensor = 0,
 ) -> Tensor:  # (T,)
     """Log-probs of the sampled tokens from SGLang's `input_token_logprobs`, at prediction positions.
 
@@ -127,7 +131,7 @@ def read_sglang_topk(
     k: int,
     cu_seqlens: Tensor,  # (B + 1,)
     loss_mask: Tensor | None = None,  # (T,) bool
-    starts: int | Sequence[int] | Tensor = 0,
+    starts: int | Sequence[int] | NDArray[np.integer] | Tensor = 0,
 ) -> TopK:
     """The k most likely tokens from SGLang's `input_top_logprobs` (`"top_logprobs_num": k`).
 
