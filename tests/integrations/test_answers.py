@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import MutableSequence
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,6 +130,41 @@ def test_a_json_answer_comes_out_where_it_is_needed(server, batch):
     np.testing.assert_array_equal(likely.logp.numpy(), top_logp)
 
 
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(-(10**400)),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.sampled_from(["7", "logprob", "id", "choices", ""]), x),
+    max_leaves=6,
+)
+
+
+def nodes(x):
+    """Every (container, key) of a JSON value."""
+    for key, value in list(x.items()) if isinstance(x, dict) else list(enumerate(x)):
+        yield x, key
+        if isinstance(value, (dict, list)):
+            yield from nodes(value)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@settings(max_examples=150)
+@given(data=st.data())
+def test_a_damaged_answer_raises_or_harms_one_token_at_most(server, data):
+    """One node of the JSON is replaced by another value: no other error than ScoreError, and nothing above 0."""
+    made = answer(server)
+    container, key = data.draw(st.sampled_from(list(nodes(made))))
+    container[key] = data.draw(JUNK)
+    _, read, read_topk = SERVERS[server]
+    calls = {
+        (-1.0, -3.0, -2.0, 0.0): lambda: read([made], **stream()),
+        (-1.0, -0.5, -2.0, 0.0): lambda: read_topk([made], k=K, **stream()).logp[:, 0],
+    }
+    for true, call in calls.items():
+        with suppress(ScoreError):
+            found = call()
+            assert (found <= 0).all()
+            assert (found != torch.tensor(true)).sum() <= 1
+
+
 NO_LOG_PROB = [0.9, 0.002, 3, float("inf"), True, False, "-0.5", [-0.5], np.bool_(True), 1j]
 
 
@@ -183,7 +219,7 @@ def test_a_score_of_the_first_token_shows_a_shift(server):
     [
         ([(31, -0.5), (31, -0.5)], "have id 31 twice"),
         ([(-1, -0.5), (32, -2.5)], r"must have ids >= 0, got -1"),
-        ([("31", -0.5), (32, -2.5)], r"must have ids >= 0, got '31'"),
+        ([("31", -0.5), (32, -2.5)], r"must have ids >= 0, got str '31'"),
         ([(31.0, -0.5), (32, -2.5)], r"must have ids >= 0, got 31.0"),
         ([(True, -0.5), (32, -2.5)], r"must have ids >= 0, got True"),
         ([(31, -0.1), (32, -0.2)], r"have a probability of 1.72 together"),

@@ -94,8 +94,8 @@ class Request:
         """The likely tokens at a position, those without a score left out."""
         row: dict[int, float] = {}
         for token, value in entries:
-            if not is_integer(token) or token < 0:
-                self.fail(f"the likely tokens at {self.named(position)} must have ids >= 0, got {token!r}")
+            if not is_integer(token) or not 0 <= token < 2**63:
+                self.fail(f"the likely tokens at {self.named(position)} must have ids >= 0, got {_shown(token)}")
             if token in row:
                 self.fail(
                     f"the likely tokens at {self.named(position)} have id {token} twice: does every text have an id of "
@@ -235,7 +235,7 @@ def parsed(parse: Parser, request: Request, *, likely: bool) -> Scores:
         return parse(request, likely)
     except ScoreError:
         raise
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"not an answer of this kind of server ({error!r})"
         request.fail(reason, error)
 
