@@ -218,10 +218,11 @@ def test_a_score_of_the_first_token_shows_a_shift(server):
     ("row", "message"),
     [
         ([(31, -0.5), (31, -0.5)], "have id 31 twice"),
-        ([(-1, -0.5), (32, -2.5)], r"must have ids >= 0, got -1"),
-        ([("31", -0.5), (32, -2.5)], r"must have ids >= 0, got str '31'"),
-        ([(31.0, -0.5), (32, -2.5)], r"must have ids >= 0, got 31.0"),
-        ([(True, -0.5), (32, -2.5)], r"must have ids >= 0, got True"),
+        ([(-1, -0.5), (32, -2.5)], r"must have ids in 0 .. 2\^63, got -1"),
+        ([("31", -0.5), (32, -2.5)], r"must have ids in 0 .. 2\^63, got str '31'"),
+        ([(31.0, -0.5), (32, -2.5)], r"must have ids in 0 .. 2\^63, got 31.0"),
+        ([(2**63, -0.5), (32, -2.5)], r"must have ids in 0 .. 2\^63, got 9223372036854775808"),
+        ([(True, -0.5), (32, -2.5)], r"must have ids in 0 .. 2\^63, got True"),
         ([(31, -0.1), (32, -0.2)], r"have a probability of 1.72 together"),
     ],
 )

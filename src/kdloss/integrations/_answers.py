@@ -95,7 +95,9 @@ class Request:
         row: dict[int, float] = {}
         for token, value in entries:
             if not is_integer(token) or not 0 <= token < 2**63:
-                self.fail(f"the likely tokens at {self.named(position)} must have ids >= 0, got {_shown(token)}")
+                self.fail(
+                    f"the likely tokens at {self.named(position)} must have ids in 0 .. 2^63, got {_shown(token)}"
+                )
             if token in row:
                 self.fail(
                     f"the likely tokens at {self.named(position)} have id {token} twice: does every text have an id of "
