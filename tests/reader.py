@@ -2,7 +2,7 @@
 
     python tests/reader.py README.md docs/recipes.md    # needs nothing but what the pages themselves import
 
-Blocks inside an HTML comment are not on the rendered page, so they are not run: what such a block defines is a NameError.
+Blocks inside an HTML comment are not on the rendered page, so they are not run: what such a block defines is missing.
 """
 
 from __future__ import annotations

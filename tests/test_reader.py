@@ -1,7 +1,7 @@
 """Holds README.md and docs/ to what a reader sees: no block needs a hidden one, no link is empty or leads nowhere.
 
-That the blocks run is tested where they are collected, by conftest.py and by tests/trainers/test_pages.py: both leave out
-what is in an HTML comment, so a page that hides its set-up fails there with the reader's NameError.
+That the blocks run is tested where they are collected, by conftest.py and by tests/trainers/test_pages.py: both leave
+out what is in an HTML comment, so a page that hides its set-up fails there with the reader's NameError.
 """
 
 import re

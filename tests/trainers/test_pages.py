@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
 from reader import blocks, read
 
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(sys.prefix).name.removeprefix(".venv-")
 PAGES = sorted((ROOT / "docs" / "integrations").glob("*.md"))
 HERE = [page for page in PAGES if page.read_text("utf-8").startswith(f"<!-- runs in: {ENVIRONMENT} -->")]
