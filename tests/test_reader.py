@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import kdloss
 from reader import blocks, read, script
 
 ROOT = Path(__file__).parents[1]
@@ -67,3 +68,8 @@ def test_links_have_a_text_and_a_target(page):
         assert words.strip(), f"a link to {target} without a text"
         if not re.match(r"https?:|#", target):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_field_of_a_loss_is_explained_once():
+    named = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "weights.md").read_text("utf-8"), re.MULTILINE)
+    assert tuple(named) == kdloss.LossOutput._fields

@@ -29,7 +29,9 @@ def tensors(**arguments: object) -> None:
     """Arguments that must be there: a None that slipped in must not pass for a default."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}")
+            part = name.removeprefix("teacher_")  # a layer in place of its weight, a model's output of its logits
+            hint = f"; pass its .{part}" if isinstance(getattr(x, part, None), Tensor) else ""
+            raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}{hint}")
 
 
 def floating(**arguments: Tensor | None) -> None:
@@ -65,8 +67,18 @@ def same_shape(name: str, reference: Tensor, **others: Tensor | None) -> None:
         if x is None:
             continue
         if x.shape != reference.shape:
-            raise ValueError(f"{other} must match {name} {tuple(reference.shape)}, got {tuple(x.shape)}")
+            hint = _spread(reference) if other == "advantages" else ""
+            raise ValueError(f"{other} must match {name} {tuple(reference.shape)}, got {tuple(x.shape)}{hint}")
         same_device(name, reference, **{other: x})
+
+
+def _spread(reference: Tensor) -> str:
+    """How advantages that are given one a sequence come to have the shape of `reference`."""
+    if reference.ndim == 1:
+        how = f"broadcast_to_tokens(advantages, cu_seqlens=..., total_tokens={len(reference)})"
+    else:
+        how = "advantages[:, None].expand_as(logp)"
+    return f"; they are one value a token: from one a sequence take {how}"
 
 
 def same_device(name: str, reference: Tensor, **others: Tensor | None) -> None:
