@@ -65,3 +65,5 @@ def test_advantages_of_padded_sequences_are_told_how_to_become_per_token():
     with pytest.raises(ValueError, match=r"got \(2,\); .* take advantages\[:, None\]\.expand_as\(logp\)$"):
         kdloss.grpo_loss(logp, None, advantages, loss_mask=mask)
     kdloss.grpo_loss(logp, None, advantages[:, None].expand_as(logp), loss_mask=mask)
+    with pytest.raises(ValueError, match=r"got \(2, 1\); .* take advantages\.expand_as\(logp\)$"):
+        kdloss.grpo_loss(logp, None, advantages[:, None], loss_mask=mask)

@@ -41,7 +41,8 @@ def floating(**arguments: Tensor | None) -> None:
             continue
         tensors(**{name: x})
         if not x.dtype.is_floating_point:
-            raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
+            hint = "; convert it with rewards.float()" if name == "rewards" else ""
+            raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}{hint}")
 
 
 def integral(**arguments: Tensor) -> None:
@@ -67,17 +68,18 @@ def same_shape(name: str, reference: Tensor, **others: Tensor | None) -> None:
         if x is None:
             continue
         if x.shape != reference.shape:
-            hint = _spread(reference) if other == "advantages" else ""
+            hint = _spread(reference, x) if other == "advantages" else ""
             raise ValueError(f"{other} must match {name} {tuple(reference.shape)}, got {tuple(x.shape)}{hint}")
         same_device(name, reference, **{other: x})
 
 
-def _spread(reference: Tensor) -> str:
+def _spread(reference: Tensor, advantages: Tensor) -> str:
     """How advantages that are given one a sequence come to have the shape of `reference`."""
     if reference.ndim == 1:
         how = f"broadcast_to_tokens(advantages, cu_seqlens=..., total_tokens={len(reference)})"
     else:
-        how = "advantages[:, None].expand_as(logp)"
+        column = "advantages" if advantages.ndim == reference.ndim else "advantages[:, None]"
+        how = f"{column}.expand_as(logp)"
     return f"; they are one value a token: from one a sequence take {how}"
 
 
