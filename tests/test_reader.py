@@ -66,8 +66,18 @@ def test_links_have_a_text_and_a_target(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     for words, target in re.findall(r"\[([^][]*)\]\(([^()\s]+)\)", text):
         assert words.strip(), f"a link to {target} without a text"
-        if not re.match(r"https?:|#", target):
-            assert (page.parent / target.partition("#")[0]).exists(), target
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text("utf-8")), target
+
+
+def anchors(text):
+    """What GitHub calls the headings: in small letters, without punctuation, with dashes for spaces."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_field_of_a_loss_is_explained_once():
