@@ -2,8 +2,8 @@
 
 Made with v0.7.0, 81aa43dda4765b0429cf31dab44441e4e4383911, torch 2.13.0; needs pydantic beside torch. Main at
 7ea279abfbeb698b092856d0dab61e7cf39bc909, which calls itself 0.6.0, gives the same file. v0.6.0, whose configuration is
-a dict without defaults, gives the same losses and gradients, and lacks two metrics. Only the loss and its masked mean are
-run; what they import of the rest is empty.
+a dict without defaults, gives the same losses and gradients, and lacks two metrics. Only the loss and its masked mean
+are run; what they import of the rest is empty.
 """
 
 from __future__ import annotations
