@@ -140,7 +140,7 @@ class KDRLLossFn:
         if kinds is None:
             return {}
         like_loss = kinds.TOKENS if self.token_level_loss else kinds.SEQUENCES
-        per_token = ("probs_ratio", "clip_fraction", "token_mult_prob_error", "sampling_importance_ratio")
+        per_token = "probs_ratio clip_fraction sampling_importance_ratio token_mult_prob_error gen_kl_error".split()
         return {
             **dict.fromkeys(("loss", "rl_loss", "kd_loss", "reverse_kl"), like_loss),
             **dict.fromkeys(per_token, kinds.TOKENS),
@@ -202,6 +202,7 @@ class KDRLLossFn:
             "probs_ratio": mean(out.ratio),
             "clip_fraction": mean(out.clipped.to(out.ratio.dtype)),
             "token_mult_prob_error": mean(mismatch.abs().exp()),
+            "gen_kl_error": mean(kdloss.kl_k3(old_logp, prox_logp, loss_mask=loss_mask)),  # grpo_train prints it
             "sampling_importance_ratio": mean(mismatch.exp()),
             "num_valid_samples": data["sample_mask"].sum(),
         }
