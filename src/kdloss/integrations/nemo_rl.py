@@ -140,10 +140,11 @@ class KDRLLossFn:
         if kinds is None:
             return {}
         like_loss = kinds.TOKENS if self.token_level_loss else kinds.SEQUENCES
-        per_token = "probs_ratio clip_fraction sampling_importance_ratio token_mult_prob_error gen_kl_error".split()
+        ratios = ("probs_ratio", "clip_fraction", "sampling_importance_ratio")
+        mismatch = ("token_mult_prob_error", "gen_kl_error")
         return {
             **dict.fromkeys(("loss", "rl_loss", "kd_loss", "reverse_kl"), like_loss),
-            **dict.fromkeys(per_token, kinds.TOKENS),
+            **dict.fromkeys(ratios + mismatch, kinds.TOKENS),
             "num_valid_samples": kinds.NONE,
         }
 
