@@ -80,7 +80,9 @@ def run(folder: Path, modules: list[str], *, seconds: float = 240, case_seconds:
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "CASE_SECONDS": str(case_seconds),
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, (TESTS, TESTS.parent, TESTS.parent / "src")), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     files = [(folder / f"{rank}.out").open("w") for rank in range(WORLD)]
     processes = [

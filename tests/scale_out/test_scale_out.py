@@ -14,6 +14,7 @@ MODULES = [
     "scale_out.cases_context",
     "scale_out.cases_models",
     "scale_out.cases_trainers",
+    "scale_out.cases_plan",
 ]
 
 
