@@ -198,11 +198,14 @@ def case_nothing_to_train_on(ranks: Ranks) -> None:
         hidden = ranks.normal(rows, D).requires_grad_()
         weight = part(ranks.normal(V, D), shard, 0).clone().requires_grad_()
         labels, mask = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
-        logp = kdloss.linear_token_logprobs(hidden, weight, labels, loss_mask=mask, shard=shard)
-        fused = kdloss.fused_linear_loss(hidden, weight, labels, lambda lp, h: -lp, loss_mask=mask, shard=shard)
-        (kdloss.token_mean(logp, loss_mask=mask) + fused.loss).backward()
-        assert not hidden.grad.any()
-        assert not weight.grad.any()
+        heads = {"loss_mask": mask, "shard": shard}
+        for loss in (
+            kdloss.token_mean(kdloss.linear_token_logprobs(hidden, weight, labels, **heads), loss_mask=mask),
+            kdloss.fused_linear_loss(hidden, weight, labels, lambda lp, h: -lp, **heads).loss,
+            kdloss.linear_forward_kl(hidden, weight, hidden + 1, weight, **heads).sum(),
+        ):  # each alone: a wrapper waits for the gradient of every input
+            found = torch.autograd.grad(loss, [hidden, weight])
+            assert not any(x.any() for x in found)
         logits = part(ranks.normal(rows, V), shard, -1).clone().requires_grad_()
         kdloss.token_logprobs(logits, labels - 100, shard=shard).sum().backward()
         assert not logits.grad.any()
