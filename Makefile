@@ -6,8 +6,11 @@
 #     paper: $(VENV)/test.stamp $(VENV)/docs.stamp  ## Draw the figures
 #     	$(BIN)/python -m something
 #
-# Variables: PYTHON, the interpreter that .venv is made with; ARGS, handed on to the tool, as in `make test ARGS="-k kl_k3"`;
-# EXAMPLES, of `make fuzz`; TRAINERS, of `make test-trainers`, as in TRAINERS="trl verl".
+# Variables, for `make help`:
+## PYTHON: the interpreter that .venv is made with: make check PYTHON=python3.12
+## ARGS: handed on to the tool of demo, test, test-trainers, bench, gpu and fuzz: make test ARGS="-k kl_k3"
+## EXAMPLES: how many examples of make fuzz, 100000 unless said: make fuzz EXAMPLES=5000
+## TRAINERS: which trainers of make test-trainers, all unless said: make test-trainers TRAINERS="trl verl"
 
 PYTHON ?= python3
 ARGS ?=
@@ -23,8 +26,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .NOTPARALLEL:
 .PHONY: help bench check demo format fuzz gpu test test-trainers
 
-help:  ## List the targets
+help:  ## List the targets, and the variables that they take
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@awk '/^## [A-Z]+: / { name = $$2; sub(/:/, "", name); sub(/^## [A-Z]+: /, ""); printf "  %-18s %s\n", name, $$0 }' $(MAKEFILE_LIST)
 
 check: $(VENV)/test.stamp  ## Lint, formatting and strict types
 	$(BIN)/ruff check .

@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import pytest
 import torch
-from sybil import Sybil
+from sybil import Document, Region, Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
+
+from reader import comments
 
 ROOT = Path(__file__).parent
 
@@ -36,7 +39,21 @@ hypothesis.settings.load_profile("kdloss")
 # New examples every time, and a failure prints what replays it anywhere.
 hypothesis.settings.register_profile("fuzz", deadline=None, derandomize=False, print_blob=True)
 
-_collect_document = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"]).pytest()
+_python_blocks = PythonCodeBlockParser()
+
+
+def _blocks_seen(document: Document) -> Iterable[Region]:
+    """The `python` blocks that a reader of the page sees: what is in an HTML comment defines nothing for him."""
+    hidden = comments(document.text)
+    return (
+        region for region in _python_blocks(document) if not any(start < region.start < end for start, end in hidden)
+    )
+
+
+# A page may put a stand-in in a trainer's place with `mock.patch(...).start()`; it ends with the page.
+_collect_document = Sybil(
+    parsers=[_blocks_seen], patterns=["*.md"], teardown=lambda namespace: mock.patch.stopall()
+).pytest()
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdloss
@@ -25,26 +26,52 @@ T, V, D = 256, 1000, 64
 RESULTS = Path(__file__).parent / "results" / "collectives.md"
 
 
-class Count(TorchDispatchMode):
-    """Collectives, and bytes that a rank sends for them."""
+# What a rank sends for one collective by a ring, in units of the tensor that it puts in.
+RING: dict[str, Callable[[int], float]] = {
+    "all_gather_into_tensor": lambda ranks: ranks - 1,
+    "reduce_scatter_tensor": lambda ranks: (ranks - 1) / ranks,
+    "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
+}
+# The names by which FSDP2 and DDP call them, and at which argument the tensor is that a rank puts in.
+PLAIN = {
+    "_allgather_base_": ("all_gather_into_tensor", 1),
+    "_reduce_scatter_base_": ("reduce_scatter_tensor", 1),
+    "allreduce_": ("all_reduce", 0),
+}
 
-    def __init__(self, ranks: int) -> None:
+
+class Count(TorchDispatchMode):
+    """Collectives, and the bytes that a rank sends for them, of each group by its ranks."""
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ranks, self.number, self.sent = ranks, 0, 0.0
+        self.number, self.sent_in = 0, dict[tuple[int, ...], float]()
+
+    @property
+    def sent(self) -> float:
+        return sum(self.sent_in.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        kind = name.split(".")[1].rstrip("_") if name.startswith("_c10d_functional.") else ""
-        passes = {
-            "all_gather_into_tensor": self.ranks - 1,
-            "reduce_scatter_tensor": (self.ranks - 1) / self.ranks,
-            "all_reduce": 2 * (self.ranks - 1) / self.ranks,
-        }
-        if kind in passes:
-            size = args[0].numel() * args[0].element_size()
-            self.number += 1
-            self.sent += passes[kind] * size
+        namespace, name, *_ = str(func).split(".")
+        name = name.rstrip("_") if namespace == "_c10d_functional" else name
+        if namespace == "_c10d_functional" and name in RING:
+            self._add(name, args[0], _resolve_process_group(args[-1]))
+        elif namespace == "c10d":
+            if name not in PLAIN:
+                raise NotImplementedError(f"{func} is not counted")
+            kind, at = PLAIN[name]
+            tensors = args[at] if isinstance(args[at], list) else [args[at]]
+            for x in tensors:
+                self._add(kind, x, dist.ProcessGroup.unbox(args[at + 1] if name == "allreduce_" else args[2]))
+        elif namespace == "_c10d_functional" and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            raise NotImplementedError(f"{func} is not counted")
         return func(*args, **(kwargs or {}))
+
+    def _add(self, kind: str, x: Tensor, group: dist.ProcessGroup) -> None:
+        size = RING[kind](group.size()) * x.numel() * x.element_size()
+        self.number += 1
+        ranks = tuple(dist.get_process_group_ranks(group))
+        self.sent_in[ranks] = self.sent_in.get(ranks, 0) + size
 
 
 def all_reduce(x: Tensor, operation: str) -> Tensor:
@@ -118,9 +145,9 @@ def count(rank: int, ranks: int, folder: str) -> None:
     lines, values = [], {}
     for name, path in paths.items():
         leaves = [x.clone().requires_grad_() for x in (hidden @ weight.T, hidden, weight)]
-        with Count(ranks) as forward:
+        with Count() as forward:
             result = path(*leaves)
-        with Count(ranks) as backward:
+        with Count() as backward:
             result.sum().backward()
         values[name] = result.detach()
         lines.append(

@@ -43,7 +43,10 @@ def bad_floats(first: str, *others: str) -> Iterator[Bad]:
         came = f"{name} must have a floating-point dtype, got torch.int64"
         yield Bad(f"{name} holds integers", {name: INTEGERS}, TypeError, came)
     for name in others:
-        yield Bad(f"{name} is short", {name: SHORT}, ValueError, f"{name} must match {first} (17,), got (16,)")
+        came = f"{name} must match {first} (17,), got (16,)"
+        if name == "advantages":
+            came += "; they are one value a token: from one a sequence take broadcast_to_tokens(...total_tokens=17)"
+        yield Bad(f"{name} is short", {name: SHORT}, ValueError, came)
         came = f"{name} must be on {first}'s device cpu, got meta"
         yield Bad(f"{name} is elsewhere", {name: ELSEWHERE}, ValueError, came)
 
@@ -313,6 +316,12 @@ _BAD_HEAD = [
     ),
     Bad("weight is empty", {"weight": HEAD[:0]}, ValueError, "weight must be (V, D) ..., got (0, 5)"),
     Bad(
+        "weight is a layer",
+        {"weight": torch.nn.Linear(5, 7)},
+        TypeError,
+        "weight must be a tensor, got Linear; pass its .weight",
+    ),
+    Bad(
         "weight is elsewhere",
         {"weight": HEAD.to("meta")},
         ValueError,
@@ -455,6 +464,8 @@ def bad_side(side: str, head: Tensor) -> Iterator[Bad]:
     yield Bad(f"{side}weight is transposed", {f"{side}weight": head.T}, ValueError, came)
     came = f"{side}bias must match the rows of {side}weight (7,), got (6,)"
     yield Bad(f"{side}bias is short", {f"{side}bias": BIAS[1:]}, ValueError, came)
+    came = f"{side}weight must be a tensor, got Linear; pass its .weight"
+    yield Bad(f"{side}weight is a layer", {f"{side}weight": torch.nn.Linear(width, 7)}, TypeError, came)
     for name, x in (("weight", head), ("bias", BIAS)):
         came = f"{side}{name} must be on hidden's device cpu, got meta"
         yield Bad(f"{side}{name} is elsewhere", {f"{side}{name}": x.to("meta")}, ValueError, came)

@@ -448,7 +448,7 @@ def test_a_pattern_picks_cases_by_name(capsys):
 def test_a_small_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     """Real processes: ceilings, one case, memory of two contenders. 16 MB of logits, or noise would be seen."""
     cases = [Case("logits", 128, 32000, dtype="float32", compiled=False)]
-    monkeypatch.setitem(GRIDS, "quick", replace(GRIDS["quick"], cases=cases, sample_seconds=0.3))
+    monkeypatch.setitem(GRIDS, "quick", replace(GRIDS["quick"], cases=cases, seconds=600, sample_seconds=0.3))
     assert command.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "quick.json").read_text(encoding="utf-8"))

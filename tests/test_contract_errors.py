@@ -6,8 +6,10 @@ import inspect
 import re
 
 import pytest
+import torch
 from torch import Tensor
 
+import kdloss
 from bad_calls import BAD
 from cases import TABLE
 from contract import call, public_function
@@ -56,3 +58,12 @@ def test_what_is_no_tensor_is_a_type_error_with_a_name(name, argument, value, ki
     # the first variant that uses it: an argument that nothing reads is not checked
     used = next(v for v in TABLE[name].variants.values() if isinstance(v.get(argument), Tensor))
     raises(name, used | {argument: value}, TypeError, f"{argument} must be a ...tensor, got {kind}")
+
+
+def test_advantages_of_padded_sequences_are_told_how_to_become_per_token():
+    logp, mask, advantages = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.tensor([1.0, -1.0])
+    with pytest.raises(ValueError, match=r"got \(2,\); .* take advantages\[:, None\]\.expand_as\(logp\)$"):
+        kdloss.grpo_loss(logp, None, advantages, loss_mask=mask)
+    kdloss.grpo_loss(logp, None, advantages[:, None].expand_as(logp), loss_mask=mask)
+    with pytest.raises(ValueError, match=r"got \(2, 1\); .* take advantages\.expand_as\(logp\)$"):
+        kdloss.grpo_loss(logp, None, advantages[:, None], loss_mask=mask)

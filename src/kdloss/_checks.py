@@ -29,7 +29,9 @@ def tensors(**arguments: object) -> None:
     """Arguments that must be there: a None that slipped in must not pass for a default."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}")
+            part = name.removeprefix("teacher_")  # a layer in place of its weight, a model's output of its logits
+            hint = f"; pass its .{part}" if isinstance(getattr(x, part, None), Tensor) else ""
+            raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}{hint}")
 
 
 def floating(**arguments: Tensor | None) -> None:
@@ -39,7 +41,8 @@ def floating(**arguments: Tensor | None) -> None:
             continue
         tensors(**{name: x})
         if not x.dtype.is_floating_point:
-            raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
+            hint = "; convert it with rewards.float()" if name == "rewards" else ""
+            raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}{hint}")
 
 
 def integral(**arguments: Tensor) -> None:
@@ -65,8 +68,19 @@ def same_shape(name: str, reference: Tensor, **others: Tensor | None) -> None:
         if x is None:
             continue
         if x.shape != reference.shape:
-            raise ValueError(f"{other} must match {name} {tuple(reference.shape)}, got {tuple(x.shape)}")
+            hint = _spread(reference, x) if other == "advantages" else ""
+            raise ValueError(f"{other} must match {name} {tuple(reference.shape)}, got {tuple(x.shape)}{hint}")
         same_device(name, reference, **{other: x})
+
+
+def _spread(reference: Tensor, advantages: Tensor) -> str:
+    """How advantages that are given one a sequence come to have the shape of `reference`."""
+    if reference.ndim == 1:
+        how = f"broadcast_to_tokens(advantages, cu_seqlens=..., total_tokens={len(reference)})"
+    else:
+        column = "advantages" if advantages.ndim == reference.ndim else "advantages[:, None]"
+        how = f"{column}.expand_as(logp)"
+    return f"; they are one value a token: from one a sequence take {how}"
 
 
 def same_device(name: str, reference: Tensor, **others: Tensor | None) -> None:

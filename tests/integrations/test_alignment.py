@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import kdloss
 from kdloss.integrations.servers import check_alignment
@@ -114,6 +118,30 @@ def test_infinities_count_as_the_floor_and_the_mask_takes_nan():
     x, y = -torch.rand(50), -torch.rand(50)
     r = check_alignment(x, y, loss_mask=torch.ones(50).bool()).correlations[1]
     assert r == pytest.approx(np.corrcoef(x[:-1], y[1:])[0, 1])
+
+
+@settings(max_examples=60)
+@given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=5), seed=st.integers(0, 2**16))
+def test_pairs_are_of_trained_tokens_of_one_sequence(lengths, seed):
+    """The oracle collects them one by one; NumPy correlates."""
+    rng = np.random.default_rng(seed)
+    total = sum(lengths)
+    logp, teacher_logp = -rng.exponential(2.0, (2, total))
+    mask = rng.random(total) < 0.9
+    ends = np.cumsum([0, *lengths])
+    found = check_alignment(
+        torch.tensor(logp), torch.tensor(teacher_logp), loss_mask=torch.tensor(mask), cu_seqlens=torch.tensor(ends)
+    )
+    assert found.tokens == mask.sum()
+    for shift in range(-2, 3):
+        pairs = [
+            (logp[t], teacher_logp[t + shift])
+            for start, end in itertools.pairwise(ends)
+            for t in range(start, end)
+            if start <= t + shift < end and mask[t] and mask[t + shift]
+        ]
+        expected = np.corrcoef(np.maximum(np.array(pairs).T, -10))[0, 1] if len(pairs) >= 20 else np.nan
+        assert found.correlations[shift] == pytest.approx(expected, nan_ok=True, rel=1e-9, abs=1e-12)
 
 
 def test_rows_are_sequences():

@@ -1,6 +1,6 @@
-"""Holds the NeMo-RL adapter to NeMo-RL 0.6.0's contract: log-probs shifted against the data, sums over global counts.
+"""Holds the NeMo-RL adapter to NeMo-RL 0.7.0's contract: log-probs shifted against the data, sums over global counts.
 
-Its `ClippedPGLossFn` gave the values in tests/data/nemo-rl-0.6.0.json. rtol 1e-7: its means carry 1e-8 below the line.
+Its `ClippedPGLossFn` gave the values in tests/data/nemo-rl-0.7.0.json. rtol 1e-7: its means carry 1e-8 below the line.
 """
 
 from __future__ import annotations
@@ -52,27 +52,19 @@ def batch(*, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
 COUNTS = {"global_valid_seqs": torch.tensor(4.0), "global_valid_toks": torch.tensor(12.0)}
 
 
-@pytest.mark.parametrize("case", cases("nemo-rl-0.6.0"))
+@pytest.mark.parametrize("case", cases("nemo-rl-0.7.0"))
 def test_nemo_rls_own_clipped_loss(case: dict[str, Any]) -> None:
-    settings = dict(case["settings"])
-    settings.pop("use_importance_sampling_correction", None)
-    settings.pop("truncated_importance_sampling_type", None)
-    names = {
-        "ratio_clip_min": "clip_low",
-        "ratio_clip_max": "clip_high",
-        "ratio_clip_c": "dual_clip",
-        "truncated_importance_sampling_ratio": "max_importance_weight",
-        "token_level_loss": "token_level_loss",
-    }
-    options = {names[name]: x for name, x in settings.items()}
+    config = {"reference_policy_kl_penalty": 0.0, **case["settings"]}
     logp = torch.tensor(case["logprobs"], dtype=torch.float64, requires_grad=True)
     data = {name: torch.tensor(x, dtype=torch.float64) for name, x in case["data"].items()}
     counts = {name: torch.tensor(x, dtype=torch.float64) for name, x in case["counts"].items()}
-    loss, metrics = KDRLLossFn(distill_loss_weight=0.0, **options)(logp, data, **counts)
+    loss_fn = KDRLLossFn.from_config(config, distill_loss_weight=0.0)
+    loss, metrics = loss_fn(next_token_logprobs=logp, data=data, **counts)
     close(loss, case["loss"], rtol=1e-7)
     close(torch.autograd.grad(loss, logp)[0], case["gradient"], rtol=1e-7)
+    assert {"token_mult_prob_error", "gen_kl_error"} <= metrics.keys()  # what its loops print, whoever's loss it is
     for name in metrics.keys() & case["metrics"].keys():
-        if name != "sampling_importance_ratio" or "max_importance_weight" not in options:  # theirs is after the bound
+        if name != "sampling_importance_ratio" or loss_fn.max_importance_weight is None:  # theirs is after the bound
             assert metrics[name] == pytest.approx(case["metrics"][name], rel=1e-6), name
 
 
@@ -127,6 +119,59 @@ def test_it_says_what_it_is() -> None:
         assert loss_fn.metric_normalizations["loss"] is like_loss
     shipped = pickle.loads(pickle.dumps(loss_fn))  # as Ray ships it to the workers
     assert shipped(logp, data, **COUNTS)[1] == metrics
+
+
+def test_a_configuration_is_a_mapping_or_an_object() -> None:
+    """0.6's is a dict, 0.7's an object. The weights without a bound are prev/generation as they are."""
+    config = {"ratio_clip_min": 0.1, "token_level_loss": False, "use_importance_sampling_correction": True}
+    logp, data = batch()
+    by_hand = KDRLLossFn(clip_low=0.1, clip_high=0.3, token_level_loss=False, max_importance_weight=1e9)
+    for given in (config, SimpleNamespace(**config)):
+        loss_fn = KDRLLossFn.from_config(given, clip_high=0.3, use_fused_linear_logprobs=True)
+        assert loss_fn(logp, data, **COUNTS)[1] == by_hand(logp, data, **COUNTS)[1]
+        assert loss_fn.use_fused_linear_logprobs
+        assert not by_hand.use_fused_linear_logprobs
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"disable_ppo_ratio": True}, "disable_ppo_ratio is not part of this loss"),
+        ({"force_on_policy_ratio": True}, "force_on_policy_ratio is not part of this loss"),
+        ({"positive_example_nll_weight": 0.1}, "positive_example_nll_weight is not part of this loss, got 0.1"),
+        ({"sequence_level_importance_ratios": True}, "ClippedPGLossFn with the teacher in the advantages"),
+        ({"use_cispo": True}, "use_cispo is not part of this loss"),
+        ({"reference_policy_kl_penalty": 0.01}, r"reference_policy_kl_penalty .* got 0\.01: set it to 0, or use_kl_in"),
+        ({"truncated_importance_sampling_type": "icepop"}, "must be 'tis' without .*_min, got 'icepop' with None"),
+        ({"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio_min": 0.5}, "with 0.5"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_it_does_not_have_is_refused(setting: dict[str, Any], message: str) -> None:
+    corrected = {"use_importance_sampling_correction": True, "truncated_importance_sampling_ratio": 2.0}
+    with pytest.raises(ValueError, match=message):
+        KDRLLossFn.from_config(corrected | setting)
+    in_reward = {"reference_policy_kl_penalty": 0.01, "use_kl_in_reward": True}
+    assert KDRLLossFn.from_config(in_reward).max_importance_weight is None
+
+
+def test_placeholders_are_no_log_probs() -> None:
+    """NeMo-RL writes zeros for prev_logprobs where its configuration forces the ratio to 1."""
+    logp, data = batch()
+    data["prev_logprobs"] = torch.zeros_like(data["generation_logprobs"])
+    with pytest.raises(ValueError, match=r"prev_logprobs are 0 at every trained token.*force_on_policy_ratio"):
+        KDRLLossFn()(logp, data, **COUNTS)
+    assert KDRLLossFn(rl_loss_weight=0.0)(logp, data, **COUNTS)[0].isfinite()  # reads none
+    data["generation_logprobs"] = torch.full_like(data["generation_logprobs"], -1e-3)
+    assert KDRLLossFn()(logp, data, **COUNTS)[0].isfinite()  # a forced answer, 0 to rounding
+
+
+def test_a_nemo_rl_that_asks_for_no_normalizers_gets_none(monkeypatch) -> None:
+    """`MetricNormalizer` came after 0.7.0."""
+    older = SimpleNamespace(LossType=INTERFACES.LossType, LossInputType=INTERFACES.LossInputType)
+    monkeypatch.setattr(nemo_rl, "_require", lambda module: older)
+    assert KDRLLossFn().metric_normalizations == {}
+    assert KDRLLossFn().loss_type is INTERFACES.LossType.TOKEN_LEVEL
 
 
 def test_data_without_a_teacher_is_refused() -> None:

@@ -136,4 +136,6 @@ def test_zeros_are_no_teacher() -> None:
     sample = inputs(ref_logprobs=torch.zeros(9, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"0 at every trained token.*no teacher scored where it is packed"):
         prime_rl.kdrl_loss(sample)
+    sure = inputs(ref_logprobs=sample.ref_logprobs, inference_logprobs=torch.full((9,), -1e-5, dtype=torch.float64))
+    assert prime_rl.kdrl_loss(sure).loss.isfinite()  # a forced answer: rounding makes such a teacher 0
     assert prime_rl.kdrl_loss(sample, distill_loss_weight=0.0).loss.isfinite()

@@ -1,6 +1,7 @@
-"""Holds the slime adapter to slime 0.3.1's contract: logits (1, T, V), lists of responses, its own mean.
+"""Holds the slime adapter to slime's contract: logits (1, T, V), lists of responses, its own mean.
 
-Its `policy_loss_function` gave the values in tests/data/slime-0.3.1.json, down to the gradient of the logits.
+Its `policy_loss_function`, of main at 624b824, gave the values in tests/data/slime-624b824.json, down to the gradient
+of the logits; v0.3.1 gives the same but for the dual clip.
 Tolerance: rtol 1e-5 in float32, a log-softmax over 11 entries and sums of ten tokens.
 """
 
@@ -17,7 +18,7 @@ import kdloss
 from kdloss.integrations import slime
 from trainer_values import cases, close
 
-CASES = cases("slime-0.3.1")
+CASES = cases("slime-624b824")
 
 
 @pytest.fixture(autouse=True)
@@ -200,13 +201,25 @@ def test_without_slime_the_error_says_what_is_supported(monkeypatch) -> None:
         slime.kdrl_loss(*joint_case())
 
 
-def test_a_server_scores_at_temperature_one() -> None:
+@pytest.mark.parametrize(("name", "flag"), [("rollout_temperature", "temperature"), ("rollout_top_p", "top-p")])
+def test_a_server_scores_at_temperature_one_and_the_whole_vocabulary(name: str, flag: str) -> None:
     args, batch, logits, mean = joint_case()
-    warm = SimpleNamespace(**vars(args) | {"rollout_temperature": 0.7})
-    with pytest.raises(ValueError, match=r"--rollout-temperature must be 1 with --opd-type sglang, got 0\.7"):
-        run(warm, batch, logits, mean)
+    warm = SimpleNamespace(**vars(args) | {name: 0.7})
+    for kind in ("sglang", None):  # None: log-probs that a reward function set, without --use-opd
+        warm.opd_type = kind
+        with pytest.raises(ValueError, match=rf"--rollout-{flag} must be 1 with --opd-type sglang, got 0\.7"):
+            run(warm, batch, logits, mean)
     warm.opd_type = "megatron"
     assert run(warm, batch, logits, mean)[0].isfinite()
+
+
+@pytest.mark.parametrize("changed", [{"use_rollout_logprobs": True}, {"use_tis": True, "tis_clip": 2.0}], ids=str)
+def test_what_reads_the_sampler_needs_it(changed: dict[str, Any]) -> None:
+    """slime stops there as well; a ratio of 1 in its place would pass unseen."""
+    args, batch, logits, mean = joint_case()
+    del batch["rollout_log_probs"]
+    with pytest.raises(ValueError, match="no rollout_log_probs, which --use-rollout-logprobs and --use-tis read"):
+        run(SimpleNamespace(**vars(args) | {"tis_clip_low": 0.0} | changed), batch, logits, mean)
 
 
 def test_a_weight_of_zero_leaves_the_term_out() -> None:

@@ -113,6 +113,26 @@ def test_the_loss_is_trls_plus_the_term_over_its_denominator(inputs, loss_type, 
     assert_close(value, of_trl + 0.3 * torch.as_tensor(float(term), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("updated", [True, False])
+def test_the_ratio_is_against_vllms_log_probs_where_it_has_them(inputs, updated):
+    """Where it has none (NaN) it is against TRL's own of that time, or 1 in the first update."""
+    trainer = KDRL(Policy(), distill_loss_weight=1.0, rl_loss_weight=0.0)
+    table = trainer.model.table.detach()
+    sampled = torch.where(torch.rand(B, L) < 0.3, torch.nan, table - 0.4)
+    old = inputs.pop("old_per_token_logps")
+    if updated:
+        inputs["old_per_token_logps"] = old
+    batch = trainer._generate_and_score_completions(inputs | {"sampling_per_token_logps": sampled})
+    trainer._compute_loss(trainer.model, batch).backward()
+    behaviour = torch.where(sampled.isnan(), old if updated else table, sampled)
+    mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    arguments = (x.flatten().numpy() for x in (table, behaviour, inputs["teacher"]))
+    expected = reference.distillation_loss_grad(
+        *arguments, loss_mask=mask.flatten().numpy(), normalizer=float(mask.sum() * 2)
+    )
+    assert_close(trainer.model.table.grad.flatten(), torch.from_numpy(expected))
+
+
 def test_what_is_logged(inputs):
     trainer = KDRL(Policy(), distill_loss_weight=0.0)
     mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
@@ -218,3 +238,34 @@ def test_divergences_are_the_textbooks(beta):
     p = (logits / 0.7).softmax(-1)
     assert entropy.item() == pytest.approx(-(p * p.log()).sum(-1)[mask].sum().item())
     assert tokens == mask.sum()
+
+
+def test_the_heads_of_student_and_teacher_are_not_mixed_up():
+    """Bias, scale, softcap and temperature of each, which differ."""
+    torch.manual_seed(1)
+    mask = torch.rand(B, L) < 0.6
+    hidden, teacher_hidden = torch.randn(2, B, L, 5, dtype=torch.float64)
+    weight, teacher_weight = 2 * torch.randn(2, V, 5, dtype=torch.float64)
+    bias, teacher_bias = torch.randn(2, V, dtype=torch.float64)
+    loss, entropy, _ = adapter.chunked_divergence_loss(
+        hidden,
+        teacher_hidden,
+        weight,
+        teacher_weight,
+        mask.long(),
+        1.0,
+        40,
+        student_lm_head_bias=bias,
+        teacher_lm_head_bias=teacher_bias,
+        student_logit_scale=0.5,
+        teacher_logit_scale=2.0,
+        student_final_logit_softcapping=1.5,
+        teacher_final_logit_softcapping=4.0,
+        temperature=0.7,
+    )
+    logits = 1.5 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 1.5)
+    teacher_logits = 4.0 * torch.tanh(2.0 * (teacher_hidden @ teacher_weight.T + teacher_bias) / 4.0)
+    per_token = reference.reverse_kl(logits.numpy(), teacher_logits.numpy(), temperature=0.7)
+    assert loss.item() == pytest.approx(per_token[mask.numpy()].sum() / 40)
+    q = (logits / 0.7).softmax(-1)
+    assert entropy.item() == pytest.approx(-(q * q.log()).sum(-1)[mask].sum().item())

@@ -280,8 +280,26 @@ def test_a_token_that_the_teacher_excludes_has_an_infinite_loss() -> None:
 
 
 def test_the_policy_that_sampled_comes_before_the_one_that_was_updated() -> None:
+    """The ratio is against `rollout_log_probs` where the batch has both, and `old_log_probs` where those are None."""
     config, output, data = distillation_inputs()
-    alone, _ = verl.reverse_kl(None, config, output, data)
-    both, _ = verl.reverse_kl(None, config, output, data | {"old_log_probs": data["rollout_log_probs"] - 1})
-    gradients = [torch.autograd.grad(x.sum(), output["log_probs"])[0] for x in (alone, both)]
-    torch.testing.assert_close(*gradients)
+    rollout = data["rollout_log_probs"]
+    data["old_log_probs"] = -torch.rand(3, 6, dtype=torch.float64) * 3
+    ends, mask = [1, 7, 16], data["response_mask"].bool()  # the prediction position of each first response token
+    index = torch.tensor(ends)[:, None] + torch.arange(6)
+    logp, teacher = (
+        x.detach()[index.clamp(max=17)] for x in (output["log_probs"], data["teacher_logprobs"].values()[:, 0])
+    )
+    for sampled in (rollout, None):
+        loss, _ = verl.reverse_kl(None, config, output, data | {"rollout_log_probs": sampled})
+        (gradient,) = torch.autograd.grad(loss.sum(), output["log_probs"])
+        ratio = (logp - (data["old_log_probs"] if sampled is None else sampled)).exp()
+        torch.testing.assert_close(gradient[index[mask]], (ratio * (logp - teacher))[mask])
+        assert (gradient != 0).sum() == mask.sum()
+
+
+def test_a_teacher_that_was_scored_at_another_temperature_is_refused() -> None:
+    config, output, data = distillation_inputs()
+    for same in (1, 1.0, torch.tensor([1.0, 1.0, 1.0])):
+        verl.reverse_kl(None, config, output, data | {"temperature": same})
+    with pytest.raises(ValueError, match=r"rollout\.temperature must be 1 with kdloss_reverse_kl, got 0\.7"):
+        verl.reverse_kl(None, config, output, data | {"temperature": 0.7})

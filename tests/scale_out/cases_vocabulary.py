@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 import kdloss
@@ -198,11 +198,14 @@ def case_nothing_to_train_on(ranks: Ranks) -> None:
         hidden = ranks.normal(rows, D).requires_grad_()
         weight = part(ranks.normal(V, D), shard, 0).clone().requires_grad_()
         labels, mask = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
-        logp = kdloss.linear_token_logprobs(hidden, weight, labels, loss_mask=mask, shard=shard)
-        fused = kdloss.fused_linear_loss(hidden, weight, labels, lambda lp, h: -lp, loss_mask=mask, shard=shard)
-        (kdloss.token_mean(logp, loss_mask=mask) + fused.loss).backward()
-        assert not hidden.grad.any()
-        assert not weight.grad.any()
+        heads = {"loss_mask": mask, "shard": shard}
+        for loss in (
+            kdloss.token_mean(kdloss.linear_token_logprobs(hidden, weight, labels, **heads), loss_mask=mask),
+            kdloss.fused_linear_loss(hidden, weight, labels, lambda lp, h: -lp, **heads).loss,
+            kdloss.linear_forward_kl(hidden, weight, hidden + 1, weight, **heads).sum(),
+        ):  # each alone: a wrapper waits for the gradient of every input
+            found = torch.autograd.grad(loss, [hidden, weight])
+            assert not any(x.any() for x in found)
         logits = part(ranks.normal(rows, V), shard, -1).clone().requires_grad_()
         kdloss.token_logprobs(logits, labels - 100, shard=shard).sum().backward()
         assert not logits.grad.any()
@@ -299,6 +302,33 @@ def case_dtensors(ranks: Ranks) -> None:
     raises(TypeError, "head must be a DTensor, got Tensor", kdloss.VocabShard.from_dtensor, weight)
 
 
+@on(4)
+def case_dtensors_of_two_dimensions(ranks: Ranks) -> None:
+    """The vocabulary along either axis of a mesh, with copies along the other; along both is refused."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    logits, labels = ranks.normal(T, V, dtype=torch.float64), ranks.integers(V, T, seed=3)
+    hidden, weight = ranks.normal(T, D, dtype=torch.float64), ranks.normal(V, D, seed=1, dtype=torch.float64)
+
+    def losses(x, h, w):
+        return kdloss.token_logprobs(x, labels), kdloss.linear_token_logprobs(h, w, labels)
+
+    expected, gradients = differentiated(losses, [logits, hidden, weight])
+    for axis in (0, 1):
+        leaves = []
+        for x, split in ((logits, Shard(-1)), (hidden, Replicate()), (weight, Shard(0))):
+            placements = [Replicate(), Replicate()]
+            placements[axis] = split
+            leaves.append(distribute_tensor(x, mesh, placements).requires_grad_())
+        found = losses(*leaves)
+        sum((y * Ranks.normal(None, *y.shape, seed=11, dtype=y.dtype)).sum() for y in found).backward()
+        for y, z in zip(found, expected, strict=True):
+            close(y.detach(), z, torch.float64, f"axis {axis}")
+        for leaf, z in zip(leaves, gradients, strict=True):
+            close(leaf.grad.full_tensor(), z, torch.float64, f"gradient, axis {axis}")
+    both = distribute_tensor(ranks.normal(T, 24), mesh, [Shard(-1), Shard(-1)])
+    raises(ValueError, "split along its vocabulary axis 1 on one axis of its mesh", kdloss.token_logprobs, both, labels)
+
+
 def raises(error, text, call, *arguments, **keywords):
     """On this rank; a case that goes on shows that all of them raised, and that none hangs."""
     with pytest.raises(error) as caught:
@@ -339,6 +369,9 @@ def case_bad_set_ups(ranks: Ranks) -> None:
         vocab_size=20 + rank,
     )
     raises(ValueError, "total_tokens must be the same on every rank", shard.validate, total_tokens=20 + rank)
+    moved = Shard_.even(V, group)
+    moved.start -= int(rank == 1)
+    raises(ValueError, "some overlap, got: rank 0 holds", moved.validate)
     logits, labels = ranks.normal(3, V), ranks.integers(V, 3)
     mine = part(logits, shard, -1)
     raises(ValueError, "logits must hold the", kdloss.token_logprobs, logits, labels, shard=shard)

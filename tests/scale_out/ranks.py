@@ -1,22 +1,28 @@
-"""Runs cases in four fresh processes joined by gloo, started once: `python ranks.py RANK FOLDER MODULE...`.
+"""Runs cases in four processes joined by gloo: `python ranks.py MODULE...` imports all and forks them.
 
 A case is a function `case_*(ranks)` of a module, with the numbers of ranks that it wants in `sizes`; it runs on each
-of these as a group of the first ranks, and asserts by itself. One that raises, or that takes longer than its time, ends
-the whole run, with the stack of every rank in what the test reports.
+of these as a group of the first ranks, and asserts by itself. One that raises or hangs ends the four, with the stack of
+every rank in what its test reports; four new ones go on with the cases that are left.
+
+No limit is on the clock of a case, which says nothing on a loaded machine. A hang is that every thread of every rank
+sleeps, for seconds: one that has work but no core to do it on is seen to be runnable. Ranks that turn in circles
+instead have so many seconds of processor time a case.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 WORLD = 4
+POLL, INTERFACE = 0.1, "lo"  # seconds; the network of this machine alone
 TESTS = Path(__file__).parents[1]
 
 
@@ -74,80 +81,202 @@ def cases(module: ModuleType) -> Iterator[tuple[str, int, Callable[[Ranks], None
                 yield f"{name.removeprefix('case_')}-{size}", size, case
 
 
-def run(folder: Path, modules: list[str], *, seconds: float = 240, case_seconds: float = 40) -> dict[str, str]:
+@dataclass
+class Round:
+    """Four processes, until they are through or one of them cannot go on."""
+
+    folder: Path
+    left: list[str]
+    sizes: dict[str, int]
+    stopped: str = ""  # why they had to be
+    texts: dict[str, dict[int, str]] = field(default_factory=dict)  # of case and rank
+    first: str | None = None  # the case that raised before any other
+
+    def watch(self, leader: subprocess.Popen[str], *, idle: float, until: float) -> None:
+        self.folder.mkdir()
+        (self.folder / "left").write_text("\n".join(self.left))
+        assert leader.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # of one that could not import the cases
+            print(self.folder, file=leader.stdin, flush=True)
+        activity, ended = Activity(), self.folder / "ended"
+        while not ended.exists() and leader.poll() is None and not self.stopped:
+            time.sleep(POLL)
+            if self.joined() and activity.asleep(self.pids()) * POLL >= idle:
+                self.stopped = f"all ranks slept for {idle:g} s"
+            elif time.monotonic() > until:
+                self.stopped = "the time for all cases was over"
+        if self.stopped:
+            self.signal(signal.SIGUSR1)
+            end = time.monotonic() + 10
+            while time.monotonic() < end and not all("most recent call first" in text for text in self.said()):
+                time.sleep(POLL)
+            self.signal(signal.SIGKILL)
+            while not ended.exists() and leader.poll() is None and time.monotonic() < end + 10:
+                time.sleep(POLL)
+        self.read()
+
+    def joined(self) -> bool:
+        return all((self.folder / f"{rank}.jsonl").exists() for rank in range(WORLD))
+
+    def pids(self) -> list[int]:
+        file = self.folder / "pids"
+        return [int(pid) for pid in file.read_text().split()] if file.exists() else []
+
+    def signal(self, number: int) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def said(self) -> list[str]:
+        files = [self.folder / f"{rank}.out" for rank in range(WORLD)]
+        return [file.read_text(errors="replace")[-6000:] if file.exists() else "" for file in files]
+
+    def read(self) -> None:
+        reports = [self.folder / f"{rank}.jsonl" for rank in range(WORLD)]
+        raised: list[tuple[float, str]] = []
+        for rank, report in enumerate(reports):
+            for line in report.read_text().splitlines() if report.exists() else []:
+                name, text, when = json.loads(line)
+                self.texts.setdefault(name, {})[rank] = text
+                raised += [(when, name)] if text else []
+        self.first = min(raised)[1] if raised else None
+
+    def outcomes(self) -> dict[str, str]:
+        """Of the cases that all went through, and of the one because of which no more did."""
+        found = {n: "" for n in self.left if list(self.texts.get(n, {}).values()) == [""] * self.sizes[n]}
+        rest = [name for name in self.left if name not in found]
+        # what raised later did so because a rank had left, and runs again
+        for name in [self.first or rest[0]] if rest else []:
+            texts = self.texts.get(name, {})
+            missing = [rank for rank in range(self.sizes[name]) if rank not in texts]
+            lines = [f"did not end on ranks {missing}: {self.stopped or 'they left'}"] if missing else []
+            lines += [f"rank {rank}: {text}" for rank, text in sorted(texts.items()) if text]
+            lines += [f"rank {rank} said:\n{text}" for rank, text in enumerate(self.said()) if text and missing]
+            found[name] = "\n".join(lines)
+        if rest and not self.joined():  # nor would they another time
+            said = (self.folder.parent / "leader.out").read_text(errors="replace")[-6000:]
+            found |= dict.fromkeys(rest, f"the ranks did not start\n{said}\n{found[rest[0]]}")
+        return found
+
+
+class Activity:
+    """Whether processes are at work, from what the kernel says of their threads."""
+
+    def __init__(self) -> None:
+        self.polls, self.seconds = 0, 0.0
+
+    def asleep(self, pids: list[int]) -> int:
+        """For how many polls no thread was running, runnable, stopped or waiting for a disk."""
+        threads = [stat for pid in pids for stat in Path("/proc", str(pid), "task").glob("*/stat")]
+        states, seconds = [], 0.0
+        for stat in threads:
+            with contextlib.suppress(OSError):  # of a thread that has just ended
+                fields = stat.read_text().rpartition(")")[2].split()
+                states.append(fields[0])
+                seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        if not states or seconds > self.seconds + 0.1:  # no /proc: the time for all cases is what ends a hang
+            self.polls, self.seconds = 0, seconds
+        else:
+            self.polls = self.polls + 1 if set(states) <= {"S", "Z", "X", "I"} else max(0, self.polls - 1)
+        return self.polls
+
+
+def run(
+    folder: Path, modules: list[str], *, seconds: float = 900, idle: float = 5, case_processor_seconds: float = 150
+) -> dict[str, str]:
     """What became of every case: "" where all its ranks went through, else what happened."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CASE_SECONDS": str(case_seconds),
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")]),
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+        "CASE_PROCESSOR_SECONDS": str(case_processor_seconds),
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, (TESTS, TESTS.parent, TESTS.parent / "src")), os.environ.get("PYTHONPATH", "")]
+        ),
     }
-    files = [(folder / f"{rank}.out").open("w") for rank in range(WORLD)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(rank), str(folder), *modules],
+    sizes = {name: size for module in modules for name, size, _ in cases(importlib.import_module(module))}
+    outcome: dict[str, str] = {}
+    until = time.monotonic() + seconds
+    with (folder / "leader.out").open("w") as file:
+        leader = subprocess.Popen(
+            [sys.executable, str(Path(__file__)), *modules],
             env=environment,
+            stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
-        for rank, file in enumerate(files)
-    ]
-    end = time.monotonic() + seconds
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        time.sleep(0.05)
-    for process in processes:
-        process.kill()
-        process.wait()
-    for file in files:
-        file.close()
-    return _outcomes(folder, modules)
+    try:
+        while (left := [name for name in sizes if name not in outcome]) and time.monotonic() < until:
+            one = Round(folder / str(len(left)), left, sizes)
+            one.watch(leader, idle=idle, until=until)
+            outcome |= one.outcomes()
+    finally:
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.communicate()
+    return {name: outcome.get(name, "not run: the time for all cases was over") for name in sizes}
 
 
-def _outcomes(folder: Path, modules: list[str]) -> dict[str, str]:
-    reports = [folder / f"{rank}.jsonl" for rank in range(WORLD)]
-    ended = [dict(json.loads(line) for line in r.read_text().splitlines()) if r.exists() else {} for r in reports]
-    outcome: dict[str, str] = {}
-    for module in modules:
-        for name, size, _ in cases(importlib.import_module(module)):
-            found = [ended[rank].get(name) for rank in range(size)]
-            outcome[name] = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(found) if text)
-            if not outcome[name] and None in found:
-                last = [(folder / f"{rank}.out").read_text()[-6000:] for rank in range(WORLD)]
-                said = "\n".join(f"rank {rank} said:\n{text}" for rank, text in enumerate(last) if text)
-                outcome[name] = f"did not end on ranks {[r for r, x in enumerate(found) if x is None]}\n{said}"
-    return outcome
-
-
-def _main(rank: int, folder: Path, modules: list[str]) -> None:
+def _main(modules: list[str]) -> None:
+    found = [(name, size, case) for module in modules for name, size, case in cases(importlib.import_module(module))]
     torch.set_num_threads(1)
     # memory that is not filled holds NaN: nothing may be read before it is written
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    seconds = float(os.environ["CASE_SECONDS"])
-    faulthandler.dump_traceback_later(60 + seconds, exit=True)
+    for line in sys.stdin:
+        folder = Path(line.strip())
+        left = (folder / "left").read_text().splitlines()
+        children = [_forked(rank, folder, [case for case in found if case[0] in left]) for rank in range(WORLD)]
+        (folder / "pids").write_text(" ".join(map(str, children)))
+        for pid in children:
+            os.waitpid(pid, 0)
+        (folder / "ended").touch()
+
+
+def _forked(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks], None]]]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    output = os.open(folder / f"{rank}.out", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        _rank(rank, folder, found)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _rank(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks], None]]]) -> None:
+    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGPROF, chain=True)  # and ends, as the signal does
+    seconds = float(os.environ["CASE_PROCESSOR_SECONDS"])
     store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=seconds + 5))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(minutes=15))
     groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 3)} | {WORLD: dist.group.WORLD}
     with (folder / f"{rank}.jsonl").open("w") as report:
-        for module in modules:
-            for name, size, case in cases(importlib.import_module(module)):
-                if rank >= size:
-                    continue
-                faulthandler.dump_traceback_later(seconds, exit=True)
-                torch.manual_seed(0)
-                start = time.monotonic()
-                try:
-                    case(Ranks(rank, size, groups[size]))
-                except Exception:
-                    report.write(json.dumps([name, traceback.format_exc()]) + "\n")
-                    report.flush()
-                    os._exit(1)  # the others fail at their next collective, at once
-                report.write(json.dumps([name, ""]) + "\n")
-                print(f"{time.monotonic() - start:6.2f} s  {name}", flush=True)
-        faulthandler.cancel_dump_traceback_later()
+        for name, size, case in found:
+            if rank >= size:
+                continue
+            torch.manual_seed(0)
+            start = time.monotonic()
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            try:
+                case(Ranks(rank, size, groups[size]))
+            except Exception:
+                report.write(json.dumps([name, traceback.format_exc(), time.monotonic()]) + "\n")
+                report.flush()
+                os._exit(1)  # the others fail at their next collective, at once
+            report.write(json.dumps([name, "", time.monotonic()]) + "\n")
+            report.flush()
+            print(f"{time.monotonic() - start:6.2f} s  {name}", flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    _main(sys.argv[1:])

@@ -14,6 +14,8 @@ MODULES = [
     "scale_out.cases_kernels",
     "scale_out.cases_context",
     "scale_out.cases_models",
+    "scale_out.cases_trainers",
+    "scale_out.cases_plan",
 ]
 
 
@@ -25,3 +27,23 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("case", [name for module in MODULES for name, *_ in cases(importlib.import_module(module))])
 def test_like_one_process(outcomes, case):
     assert outcomes[case] == "", outcomes[case]
+
+
+def test_a_hang_ends_in_seconds_with_the_stack_of_the_rank(tmp_path):
+    """Gloo would wait for 15 minutes. What hangs, raises or turns in circles fails alone, and those beside it go on."""
+    found = run(tmp_path, ["scale_out.cases_that_hang"], idle=2, case_processor_seconds=2)
+    assert found["before-4"] == found["after-4"] == ""
+    hang = found["one_rank_does_not_come-2"]
+    assert hang.startswith("did not end on ranks [1]: all ranks slept for 2 s")
+    assert "in wait_for_the_others" in hang.split("rank 1 said")[1]
+    assert "in case_one_rank_does_not_come" in hang.split("rank 1 said")[1]
+    assert "of rank 1 alone" in found["one_rank_raises-3"]
+    circles = found["one_rank_turns_in_circles-4"]
+    assert circles.startswith("did not end on ranks [2]: they left")
+    assert "in case_one_rank_turns_in_circles" in circles.split("rank 2 said")[1]
+
+
+def test_ranks_that_cannot_start_fail_every_case_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("scale_out.ranks.INTERFACE", "no-such-interface")
+    found = run(tmp_path, ["scale_out.cases_that_hang"])
+    assert all(text.startswith("the ranks did not start") for text in found.values())

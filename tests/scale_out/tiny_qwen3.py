@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
         y = self.before(x)
-        q, k, v = (f(y).view(len(y), -1, HEAD_WIDTH) for f in (self.query, self.key, self.value))
+        q, k, v = (f(y).unflatten(1, (-1, HEAD_WIDTH)) for f in (self.query, self.key, self.value))
         q, k = rotated(self.query_norm(q), positions), rotated(self.key_norm(k), positions)
         k, v = (z.repeat_interleave(HEADS // GROUPS, 1) for z in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k) * HEAD_WIDTH**-0.5

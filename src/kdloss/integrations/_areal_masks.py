@@ -69,8 +69,8 @@ def _aggregate(x: Tensor, how: str, loss_mask: Tensor, cu_seqlens: Tensor) -> Te
     if how == "max":
         ids = kdloss.segment_ids(cu_seqlens, total_tokens=x.shape[0])
         smallest = x.new_full((cu_seqlens.shape[0] - 1,), -torch.inf)
-        largest = smallest.scatter_reduce(0, ids, torch.where(loss_mask, x, -torch.inf), "amax")
-        aggregated = torch.where(largest == -torch.inf, 0, largest)
+        # -inf where nothing is trained, which no one reads
+        aggregated = smallest.scatter_reduce(0, ids, torch.where(loss_mask, x, -torch.inf), "amax")
     else:
         reduce = {"sum": kdloss.segment_sum, "mean": kdloss.segment_mean}[how]
         aggregated = reduce(x, loss_mask=loss_mask, cu_seqlens=cu_seqlens)

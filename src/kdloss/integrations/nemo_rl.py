@@ -7,9 +7,11 @@ of the former meets entry t + 1 of the latter. Micro-batches are summed, so deno
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import kdloss
@@ -18,6 +20,14 @@ from ._layout import row_cu_seqlens
 from ._lazy import require
 
 _require = functools.cache(functools.partial(require, "nemo-rl", at_least="0.6", below="0.8"))
+
+_NOT_HERE = (
+    "disable_ppo_ratio",
+    "force_on_policy_ratio",
+    "positive_example_nll_weight",
+    "sequence_level_importance_ratios",
+    "use_cispo",
+)
 
 
 class KDRLLossFn:
@@ -31,6 +41,7 @@ class KDRLLossFn:
         max_importance_weight: bound of the weights prev/generation of the RL term, NeMo-RL's
             `truncated_importance_sampling_ratio` of type "tis". None: no weights.
         teacher_key: where the data holds the teacher's log-probs, (B, S), as `policy.get_logprobs` gives them.
+        use_fused_linear_logprobs: what NeMo-RL's `policy.megatron_cfg` says; read by its workers, not here.
 
     Expected gradient:
         That of `kdloss.kdrl_loss`, reduced by tokens or sequences.
@@ -49,8 +60,9 @@ class KDRLLossFn:
         token_level_loss: bool = True,
         max_importance_weight: float | None = None,
         teacher_key: str = "teacher_logprobs",
+        use_fused_linear_logprobs: bool = False,
     ) -> None:
-        self.distill_loss_weight = distill_loss_weight
+        self.rl_loss_weight, self.distill_loss_weight = rl_loss_weight, distill_loss_weight
         self.loss = functools.partial(
             kdloss.kdrl_loss,
             rl_loss_weight=rl_loss_weight,
@@ -64,6 +76,51 @@ class KDRLLossFn:
         )
         self.token_level_loss = token_level_loss
         self.max_importance_weight, self.teacher_key = max_importance_weight, teacher_key
+        self.use_fused_linear_logprobs = use_fused_linear_logprobs
+
+    @classmethod
+    def from_config(cls, loss_config: Any, **options: Any) -> KDRLLossFn:
+        """In the place of `ClippedPGLossFn(loss_config)`: what that reads, this keeps, and what it cannot keep raises.
+
+        Args:
+            loss_config: NeMo-RL's `master_config.loss_fn`: a mapping in 0.6, an object since.
+            options: keyword arguments of `KDRLLossFn`, before which the config's give way.
+
+        Raises:
+            ValueError: the config asks for something that this loss does not have.
+        """
+
+        def setting(name: str, default: Any = None) -> Any:
+            if isinstance(loss_config, Mapping):
+                return loss_config.get(name, default)
+            return getattr(loss_config, name, default)
+
+        for name in _NOT_HERE:
+            if setting(name):
+                raise ValueError(
+                    f"{name} is not part of this loss, got {setting(name)}: unset it, or use NeMo-RL's ClippedPGLossFn "
+                    "with the teacher in the advantages (kdloss.fold_kd_reward)"
+                )
+        if setting("reference_policy_kl_penalty", 0.0) != 0 and not setting("use_kl_in_reward"):
+            raise ValueError(
+                "reference_policy_kl_penalty is not part of this loss, got "
+                f"{setting('reference_policy_kl_penalty')}: set it to 0, or use_kl_in_reward to True"
+            )
+        taken = {
+            "clip_low": setting("ratio_clip_min", 0.2),
+            "clip_high": setting("ratio_clip_max", 0.2),
+            "dual_clip": setting("ratio_clip_c"),
+            "token_level_loss": setting("token_level_loss", True),
+        }
+        if setting("use_importance_sampling_correction"):
+            bound, kind = setting("truncated_importance_sampling_ratio"), setting("truncated_importance_sampling_type")
+            if bound is not None and (kind != "tis" or setting("truncated_importance_sampling_ratio_min")):
+                raise ValueError(
+                    "truncated_importance_sampling_type must be 'tis' without truncated_importance_sampling_ratio_min, "
+                    f"got {kind!r} with {setting('truncated_importance_sampling_ratio_min')}"
+                )
+            taken["max_importance_weight"] = math.inf if bound is None else bound
+        return cls(**{**taken, **options})
 
     @property
     def loss_type(self) -> Any:
@@ -78,13 +135,16 @@ class KDRLLossFn:
 
     @property
     def metric_normalizations(self) -> dict[str, Any]:
-        """Which global count each metric was divided by."""
-        kinds = _require(module="nemo_rl.algorithms.loss.interfaces").MetricNormalizer
+        """Which global count each metric was divided by; empty where NeMo-RL does not ask, as up to 0.7.0."""
+        kinds = getattr(_require(module="nemo_rl.algorithms.loss.interfaces"), "MetricNormalizer", None)
+        if kinds is None:
+            return {}
         like_loss = kinds.TOKENS if self.token_level_loss else kinds.SEQUENCES
-        per_token = ("probs_ratio", "clip_fraction", "token_mult_prob_error", "sampling_importance_ratio")
+        ratios = ("probs_ratio", "clip_fraction", "sampling_importance_ratio")
+        mismatch = ("token_mult_prob_error", "gen_kl_error")
         return {
             **dict.fromkeys(("loss", "rl_loss", "kd_loss", "reverse_kl"), like_loss),
-            **dict.fromkeys(per_token, kinds.TOKENS),
+            **dict.fromkeys(ratios + mismatch, kinds.TOKENS),
             "num_valid_samples": kinds.NONE,
         }
 
@@ -98,7 +158,8 @@ class KDRLLossFn:
         """NeMo-RL's call.
 
         Raises:
-            ValueError: the data has no teacher and distill_loss_weight is not 0.
+            ValueError: the data has no teacher and distill_loss_weight is not 0, or `prev_logprobs` are the zeros that
+                NeMo-RL fills in under force_on_policy_ratio.
         """
         logp = next_token_logprobs.flatten()
         loss_mask = (data["token_mask"][:, 1:] * data["sample_mask"][:, None]).bool().flatten()
@@ -110,6 +171,11 @@ class KDRLLossFn:
             raise ValueError(
                 f"the data has no {self.teacher_key!r}: put teacher_policy.get_logprobs(data)['logprobs'] there, name "
                 "another teacher_key, or set distill_loss_weight to 0"
+            )
+        if self.rl_loss_weight != 0 and _placeholder(prox_logp, old_logp, loss_mask):
+            raise ValueError(
+                "prev_logprobs are 0 at every trained token, which NeMo-RL writes instead of computing them where "
+                "loss_fn.force_on_policy_ratio is True: set it to False"
             )
         weights = None
         if self.max_importance_weight is not None:
@@ -137,7 +203,14 @@ class KDRLLossFn:
             "probs_ratio": mean(out.ratio),
             "clip_fraction": mean(out.clipped.to(out.ratio.dtype)),
             "token_mult_prob_error": mean(mismatch.abs().exp()),
+            "gen_kl_error": mean(kdloss.kl_k3(old_logp, prox_logp, loss_mask=loss_mask)),  # grpo_train prints it
             "sampling_importance_ratio": mean(mismatch.exp()),
             "num_valid_samples": data["sample_mask"].sum(),
         }
         return out.loss, {name: x.item() for name, x in metrics.items()}
+
+
+def _placeholder(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
+    """(), whether all are 0 though the sampler was not sure of its tokens: then they are filled in, not computed."""
+    unsure = torch.where(loss_mask, old_logp, 0) < -0.1
+    return unsure.any() & (torch.where(loss_mask, prox_logp, 0) == 0).all()

@@ -52,7 +52,8 @@ def kdrl_loss(
 
     Raises:
         ValueError: distill_loss_weight is not 0, and the sample has no `ref_logprobs`, or zeros at every trained token
-            (a CPU tensor's; on a GPU, where looking would wait for the device, the loss is NaN).
+            of which the sampler was not sure (a CPU tensor's; on a GPU, where looking would wait for the device, the
+            loss is NaN).
         ImportError: prime-rl is missing, or of a version that the adapter was not proven with.
     """
     if inputs.ref_logprobs is None and distill_loss_weight != 0:
@@ -63,7 +64,7 @@ def kdrl_loss(
         )
     teacher_logp = inputs.ref_logprobs
     if distill_loss_weight != 0:
-        teacher_logp = _scored(teacher_logp, inputs.loss_mask)
+        teacher_logp = _scored(teacher_logp, inputs.inference_logprobs, inputs.loss_mask)
     logp, loss_mask, weights = inputs.trainer_logprobs, inputs.loss_mask, inputs.loss_weights
     kd_weight = distill_loss_weight if weights is None or distill_loss_weight == 0 else distill_loss_weight * weights
     out = kdloss.kdrl_loss(
@@ -97,9 +98,13 @@ def kdrl_loss(
     return _prime_rl().LossOutputs(loss=out.loss, metrics=metrics)
 
 
-def _scored(teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
-    """The log-probs, unless each is 0: prime-rl fills with zeros what no teacher scored beside what one did."""
-    unscored = loss_mask.any() & ~(loss_mask & (teacher_logp != 0)).any()
+def _scored(teacher_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
+    """The log-probs, unless each is 0: prime-rl fills with zeros what no teacher scored beside what one did.
+
+    Where the sampler was sure of every token as well, a teacher may be, to rounding: such zeros pass, and mean little.
+    """
+    unsure = loss_mask & (old_logp < -0.01)
+    unscored = unsure.any() & ~(loss_mask & (teacher_logp != 0)).any()
     if value_checks_allowed(unscored) and unscored:
         raise ValueError(
             "ref_logprobs are 0 at every trained token, a teacher of probability 1: prime-rl writes zeros for a sample "

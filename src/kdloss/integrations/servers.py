@@ -10,11 +10,9 @@ Nothing here talks to a server. One answer belongs to one sequence of the packed
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +20,14 @@ from torch import Tensor
 import kdloss
 from kdloss import _checks
 
+from . import _answers
 from ._alignment import Alignment as Alignment
 from ._alignment import check_alignment as check_alignment
+from ._answers import ScoreError as ScoreError
 
-
-class ScoreError(ValueError):
-    """An answer does not score the sequence that it belongs to; the message names the request."""
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class TopK(NamedTuple):
@@ -61,8 +61,9 @@ def read_vllm(
     `SamplingParams(max_tokens=1, prompt_logprobs=0)`. vLLM scores prompts at temperature 1, whatever is asked.
 
     Args:
-        answers: one a sequence: the JSON of a response, one of its `choices`, a `RequestOutput`, or the list
-            `prompt_logprobs` itself. None for a sequence that was not sent, where none of its tokens is trained on.
+        answers: one a sequence: the JSON of a response, one of its `choices`, an object with the same fields (a
+            `RequestOutput`, the `openai` client's), or the list `prompt_logprobs` itself. None for a sequence that was
+            not sent, where none of its tokens is trained on.
         input_ids: (T,) the packed tokens that were sent.
         cu_seqlens: (B + 1,).
         loss_mask: (T,) bool, at prediction positions; any pattern, as of several turns. Where it is False a score may
@@ -73,10 +74,12 @@ def read_vllm(
         -inf in JSON, and it is left as it is.
 
     Raises:
-        ScoreError: an answer is missing, cut off, of other tokens, or lacks the score of a trained token.
+        ScoreError: an answer is missing, cut off, of other tokens, lacks the score of a trained token, holds what no
+            log-prob can be (rounding of 1e-3 above 0 counts as 0), or scores the first token, which nothing predicts.
         ValueError: the number of answers is not B, or shapes do not fit.
+        TypeError: `answers` is no list, or an argument is of another type.
     """
-    return _sampled(_vllm, answers, input_ids, cu_seqlens, loss_mask)
+    return _sampled(_answers.vllm, answers, input_ids, cu_seqlens, loss_mask)
 
 
 def read_vllm_topk(
@@ -90,9 +93,10 @@ def read_vllm_topk(
     """The k most likely tokens from vLLM's `prompt_logprobs=k`. Arguments and errors as in `read_vllm`.
 
     vLLM adds the token that was sent, so a position may have k + 1 entries: the k most likely are kept, a set that
-    does not depend on what was sampled. Fewer than k at a trained token raise.
+    does not depend on what was sampled. Fewer than k at a trained token raise, as do an id twice and a probability
+    above 1 together.
     """
-    return _topk(_vllm, answers, input_ids, cu_seqlens, loss_mask, k)
+    return _topk(_answers.vllm, answers, input_ids, cu_seqlens, loss_mask, k)
 
 
 def read_sglang(
@@ -101,7 +105,7 @@ def read_sglang(
     *,
     cu_seqlens: Tensor,  # (B + 1,)
     loss_mask: Tensor | None = None,  # (T,) bool
-    starts: int | Sequence[int] = 0,
+    starts: int | Sequence[int] | NDArray[np.integer] | Tensor = 0,
 ) -> Tensor:  # (T,)
     """Log-probs of the sampled tokens from SGLang's `input_token_logprobs`, at prediction positions.
 
@@ -111,12 +115,13 @@ def read_sglang(
     Args:
         answers, input_ids, cu_seqlens, loss_mask: as in `read_vllm`; an answer is the JSON of a response or its list
             `input_token_logprobs`.
-        starts: the `logprob_start_len` that was sent, one for all or one a sequence. An answer begins with that token,
-            which has no score of its own: the prompt's length - 1 leaves out what is not trained on.
+        starts: the `logprob_start_len` that was sent, one for all or one a sequence (list, array or tensor of
+            integers). An answer begins with that token, which has no score of its own: the prompt's length - 1 leaves
+            out what is not trained on.
 
     Returns and raises as `read_vllm`.
     """
-    return _sampled(_sglang(starts), answers, input_ids, cu_seqlens, loss_mask)
+    return _sampled(_answers.sglang, answers, input_ids, cu_seqlens, loss_mask, starts)
 
 
 def read_sglang_topk(
@@ -126,13 +131,13 @@ def read_sglang_topk(
     k: int,
     cu_seqlens: Tensor,  # (B + 1,)
     loss_mask: Tensor | None = None,  # (T,) bool
-    starts: int | Sequence[int] = 0,
+    starts: int | Sequence[int] | NDArray[np.integer] | Tensor = 0,
 ) -> TopK:
     """The k most likely tokens from SGLang's `input_top_logprobs` (`"top_logprobs_num": k`).
 
     Arguments and errors as in `read_sglang`, of the whole JSON. Fewer than k at a trained token raise.
     """
-    return _topk(_sglang(starts), answers, input_ids, cu_seqlens, loss_mask, k)
+    return _topk(_answers.sglang, answers, input_ids, cu_seqlens, loss_mask, k, starts)
 
 
 def read_openai(
@@ -152,11 +157,11 @@ def read_openai(
             `choices`.
         token_id: the id of a token's text, which is all that this protocol sends: `tokenizer.convert_tokens_to_ids`
             where the server writes tokens as the tokenizer does. The default reads "token_id:17". None: ids are not
-            checked, only how many there are.
+            checked, only how many there are. Not asked where a choice holds `prompt_token_ids`, which are checked.
 
     Returns and raises as `read_vllm`.
     """
-    return _sampled(_openai(token_id), answers, input_ids, cu_seqlens, loss_mask)
+    return _sampled(_answers.openai(token_id), answers, input_ids, cu_seqlens, loss_mask)
 
 
 def read_openai_topk(
@@ -173,156 +178,49 @@ def read_openai_topk(
     Arguments and errors as in `read_openai`. Fewer than k at a trained token raise: two tokens of one text share an
     entry there, and the mass of one of them is lost.
     """
-    return _topk(_openai(token_id), answers, input_ids, cu_seqlens, loss_mask, k)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A sequence of the stream as it was sent, and which of its tokens need a score; at the tokens' own positions."""
-
-    index: int
-    tokens: list[int]
-    needed: list[bool]
-    answer: Any
-
-    def fail(self, reason: str, cause: Exception | None = None) -> NoReturn:
-        name = _request_id(self.answer)
-        sequence = f"sequence {self.index} ({'' if name is None else f'request {name}, '}{len(self.tokens)} tokens)"
-        raise ScoreError(f"{sequence}: {reason}") from cause
-
-    def of_length(self, entries: Sequence[Any] | None, name: str, start: int = 0) -> list[Any]:
-        """`entries`, one a token from `start` on, preceded by None for the tokens before it."""
-        if entries is None:
-            self.fail(f"the answer holds no {name}: was it asked for?")
-        expected = len(self.tokens) - start
-        if len(entries) != expected:
-            self.fail(f"{name} must have one entry a token, {expected}, got {len(entries)}")
-        return [None] * start + list(entries)
-
-    def check_token(self, position: int, scored: int) -> None:
-        if scored != self.tokens[position]:
-            self.fail(f"token {position} was sent as id {self.tokens[position]}, and id {scored} was scored")
-
-
-class _Scores(NamedTuple):
-    """What an answer says at each token's own position."""
-
-    logp: Sequence[float | None]
-    top: Sequence[Sequence[tuple[int, float]]]  # (id, log-prob), in any order; empty where nothing was given
-
-
-_Parser = Callable[[_Request, bool], _Scores]  # the flag: whether the most likely tokens are wanted, too
-
-
-def _vllm(request: _Request, likely: bool) -> _Scores:
-    answer = request.answer
-    entries = (
-        answer if isinstance(answer, list) else _field(_only_choice(request, "prompt_logprobs"), "prompt_logprobs")
-    )
-    logp: list[float | None] = []
-    top: list[list[tuple[int, float]]] = []
-    for position, entry in enumerate(request.of_length(entries, "prompt_logprobs")):
-        scores = {int(token): _vllm_logprob(score) for token, score in (entry or {}).items()}
-        token = request.tokens[position]
-        if scores and token not in scores:
-            request.fail(f"token {position} was sent as id {token}, and ids {sorted(scores)[:8]} were scored")
-        logp.append(scores.get(token))
-        top.append(list(scores.items()) if likely else [])
-    return _Scores(logp, top)
-
-
-def _vllm_logprob(score: Any) -> float:
-    return float(score if isinstance(score, (int, float)) else _field(score, "logprob"))
-
-
-def _sglang(starts: int | Sequence[int]) -> _Parser:
-    def parse(request: _Request, likely: bool) -> _Scores:
-        start = starts if isinstance(starts, int) else starts[request.index]
-        if not 0 <= start <= len(request.tokens):
-            request.fail(f"starts must be in 0 .. {len(request.tokens)}, got {start}")
-        answer = request.answer
-        scored = answer if isinstance(answer, list) else answer["meta_info"].get("input_token_logprobs")
-        logp: list[float | None] = []
-        for position, entry in enumerate(request.of_length(scored, "input_token_logprobs", start)):
-            if entry is not None:
-                request.check_token(position, entry[1])
-            logp.append(None if entry is None else entry[0])
-        if not likely:
-            return _Scores(logp, [()] * len(logp))
-        entries = request.of_length(answer["meta_info"].get("input_top_logprobs"), "input_top_logprobs", start)
-        return _Scores(logp, [[(token, x) for x, token, *_ in entry or ()] for entry in entries])
-
-    return parse
-
-
-def _openai(token_id: Callable[[str], int] | None) -> _Parser:
-    def parse(request: _Request, likely: bool) -> _Scores:
-        block = _field(_only_choice(request, "logprobs"), "logprobs") or {}
-        logp = request.of_length(block.get("token_logprobs"), "token_logprobs")
-        if token_id is None:
-            return _Scores(logp, [()] * len(logp))
-        for position, text in enumerate(request.of_length(block.get("tokens"), "tokens")):
-            request.check_token(position, token_id(text))
-        if not likely:
-            return _Scores(logp, [()] * len(logp))
-        entries = request.of_length(block.get("top_logprobs"), "top_logprobs")
-        return _Scores(logp, [[(token_id(text), x) for text, x in (entry or {}).items()] for entry in entries])
-
-    return parse
-
-
-def _only_choice(request: _Request, field: str) -> Any:
-    """The answer itself where it has the field, else the one choice that it holds."""
-    answer = request.answer
-    if not isinstance(answer, Mapping) or answer.get(field) is not None or "choices" not in answer:
-        return answer
-    if len(answer["choices"]) != 1:
-        request.fail(f"the answer has {len(answer['choices'])} choices: pass each choice as the answer of its sequence")
-    return answer["choices"][0]
-
-
-def _field(answer: Any, name: str) -> Any:
-    return answer.get(name) if isinstance(answer, Mapping) else getattr(answer, name)
-
-
-def _request_id(answer: Any) -> object:
-    if isinstance(answer, Mapping):
-        meta = answer.get("meta_info")
-        return answer.get("id", meta.get("id") if isinstance(meta, Mapping) else None)
-    return getattr(answer, "request_id", None)
+    if token_id is None:
+        raise TypeError("token_id must turn a token's text into its id, got None: without ids there is no top k")
+    return _topk(_answers.openai(token_id), answers, input_ids, cu_seqlens, loss_mask, k)
 
 
 def _sampled(
-    parse: _Parser, answers: Sequence[Any], input_ids: Tensor, cu_seqlens: Tensor, loss_mask: Tensor | None
+    parse: _answers.Parser,
+    answers: Any,
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    loss_mask: Tensor | None,
+    starts: Any = 0,
 ) -> Tensor:
     own: list[float] = []
-    for request in _requests(answers, input_ids, cu_seqlens, loss_mask):
-        for position, x in enumerate(_parsed(parse, request, likely=False).logp):
-            missing = x is None or x != x
-            if missing and request.needed[position]:
-                request.fail(f"token {position} (id {request.tokens[position]}) is trained on, and its log-prob is {x}")
-            own.append(0.0 if x is None or missing else x)
+    for request in _requests(answers, input_ids, cu_seqlens, loss_mask, starts):
+        own += [0.0 if x is None or x != x else x for x in _answers.parsed(parse, request, likely=False).logp]
     logp = torch.tensor(own, dtype=torch.float32, device=input_ids.device)
     return kdloss.to_prediction_positions(logp, cu_seqlens=cu_seqlens, fill=0.0)
 
 
 def _topk(
-    parse: _Parser, answers: Sequence[Any], input_ids: Tensor, cu_seqlens: Tensor, loss_mask: Tensor | None, k: int
+    parse: _answers.Parser,
+    answers: Any,
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    loss_mask: Tensor | None,
+    k: Any,
+    starts: Any = 0,
 ) -> TopK:
-    _checks.positive(k=operator.index(k))
+    if not _answers.is_integer(k):
+        raise TypeError(f"k must be an integer, got {type(k).__name__} {k!r}")
+    _checks.positive(k=int(k))
     logps: list[list[float]] = []
     ids: list[list[int]] = []
-    for request in _requests(answers, input_ids, cu_seqlens, loss_mask):
-        for position, entries in enumerate(_parsed(parse, request, likely=True).top):
-            likely = sorted((entry for entry in entries if entry[1] == entry[1]), key=lambda entry: -entry[1])[:k]
-            if len(likely) < k and request.needed[position]:
+    for request in _requests(answers, input_ids, cu_seqlens, loss_mask, starts):
+        for position, row in enumerate(_answers.parsed(parse, request, likely=True).top):
+            if len(row) < k and request.needed[position]:
                 request.fail(
-                    f"token {position} (id {request.tokens[position]}) is trained on, and {len(likely)} of its k = {k} "
-                    "most likely ids were given"
+                    f"{request.named(position)} is trained on, and {len(row)} of its k = {k} most likely ids were given"
                 )
-            gap = k - len(likely)
-            logps.append([x for _, x in likely] + [0.0] * gap)
-            ids.append([token for token, _ in likely] + [-1] * gap)
+            gap = k - len(row)
+            logps.append([x for _, x in row[:k]] + [0.0] * gap)
+            ids.append([token for token, _ in row[:k]] + [-1] * gap)
     logp = torch.tensor(logps, dtype=torch.float32, device=input_ids.device).reshape(-1, k)
     id_tensor = torch.tensor(ids, dtype=torch.int64, device=input_ids.device).reshape(-1, k)
     return TopK(
@@ -331,38 +229,42 @@ def _topk(
     )
 
 
-def _parsed(parse: _Parser, request: _Request, *, likely: bool) -> _Scores:
-    if request.answer is None:
-        if any(request.needed):
-            request.fail(f"there is no answer, and {sum(request.needed)} of its tokens are trained on")
-        return _Scores([None] * len(request.tokens), [()] * len(request.tokens))
-    try:
-        return parse(request, likely)
-    except ScoreError:
-        raise
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, ValueError) else f"not an answer of this kind of server ({error!r})"
-        request.fail(reason, error)
-
-
 def _requests(
-    answers: Sequence[Any], input_ids: Tensor, cu_seqlens: Tensor, loss_mask: Tensor | None
-) -> Iterator[_Request]:
+    answers: Any, input_ids: Tensor, cu_seqlens: Tensor, loss_mask: Tensor | None, starts: Any
+) -> Iterator[_answers.Request]:
     _checks.integral(input_ids=input_ids)
     _checks.packed_stream("input_ids", input_ids, cu_seqlens)
-    _checks.cumulative_lengths(cu_seqlens, total_tokens=input_ids.shape[0])
+    _checks.cumulative_lengths(cu_seqlens.cpu(), total_tokens=input_ids.shape[0])
     if loss_mask is None:
         loss_mask = torch.ones_like(input_ids, dtype=torch.bool)
     _checks.boolean(loss_mask=loss_mask)
     _checks.same_shape("input_ids", input_ids, loss_mask=loss_mask)
     bounds = cu_seqlens.tolist()
+    if not isinstance(answers, Sequence) or isinstance(answers, (str, bytes)):
+        raise TypeError(f"answers must be a list with one answer a sequence, got {type(answers).__name__}")
     if len(answers) != len(bounds) - 1:
         raise ValueError(
             f"answers must have one entry a sequence, {len(bounds) - 1}, got {len(answers)}; None stands for a "
             "sequence that was not sent"
         )
+    first = _one_a_sequence(starts, len(bounds) - 1)
     ids, trained = input_ids.tolist(), loss_mask.tolist()
     for index, (start, stop) in enumerate(pairwise(bounds)):
         # a token is scored where the position before it is trained; nothing predicts the first
         needed = [False, *trained[start : stop - 1]] if stop > start else []
-        yield _Request(index, ids[start:stop], needed, answers[index])
+        request = _answers.Request(index, ids[start:stop], needed, first[index], answers[index])
+        if not 0 <= request.start <= len(request.tokens):
+            request.fail(f"starts must be in 0 .. {len(request.tokens)}, got {request.start}")
+        yield request
+
+
+def _one_a_sequence(starts: Any, sequences: int) -> list[int]:
+    """`starts` as a list: of a number, a list or tuple of numbers, a NumPy array or a tensor."""
+    found = starts.tolist() if hasattr(starts, "tolist") else starts
+    found = list(found) if isinstance(found, (list, tuple)) else [found] * sequences
+    for start in found:
+        if not _answers.is_integer(start):
+            raise TypeError(f"starts must be an integer, or one a sequence, got {type(start).__name__} {start!r}")
+    if len(found) != sequences:
+        raise ValueError(f"starts must be one number, or one a sequence, {sequences}, got {len(found)}")
+    return [int(start) for start in found]

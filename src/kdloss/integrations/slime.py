@@ -152,11 +152,17 @@ def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: flo
             f"--opd-kl-coef must be 0 with this loss, got {args.opd_kl_coef}: the advantages hold the teacher already, "
             "and it would count twice; the weight is distill_loss_weight"
         )
-    temperature = option("rollout_temperature", 1.0)
-    if distill_loss_weight != 0 and option("opd_type", None) == "sglang" and temperature != 1:
+    if distill_loss_weight != 0 and option("opd_type", None) != "megatron":
+        for name in ("rollout_temperature", "rollout_top_p"):
+            if option(name, 1.0) != 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be 1 with --opd-type sglang, got {option(name)}: a server scores "
+                    "at 1, of the whole vocabulary, and slime the student at the rollout's; use --opd-type megatron"
+                )
+    if (option("use_rollout_logprobs", False) or option("use_tis", False)) and not batch.get("rollout_log_probs"):
         raise ValueError(
-            f"--rollout-temperature must be 1 with --opd-type sglang, got {temperature}: the server scores at 1, and "
-            "two temperatures are two distributions; use --opd-type megatron"
+            "the batch has no rollout_log_probs, which --use-rollout-logprobs and --use-tis read: let the rollout "
+            "return them, or unset both"
         )
     if option("advantage_estimator", "grpo") in ("gspo", "cispo"):
         raise ValueError(

@@ -362,8 +362,20 @@ def _count(tokens: Tensor | int) -> Tensor | float:
 
 
 def _whole(parameter: Any) -> Any:
-    """A parameter, or None, as a plain tensor: FSDP2 hands over a DTensor."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    """A parameter, or None, as a plain tensor.
+
+    FSDP2 hands over a DTensor where the head is sharded as a module of its own. The gradient is then the mean over the
+    ranks, as FSDP2's own are; `full_tensor` by itself would give each shard what one rank's tokens say.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial  # a second to import, where nothing else has
+
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 def __getattr__(name: str) -> Any:

@@ -165,7 +165,11 @@ def reverse_kl(
     Returns:
         (B, R), differentiable in `log_probs`, 0 at masked tokens, and `distillation/abs_loss`, the metric of verl's own
         estimators.
+
+    Raises:
+        ValueError: the batch was sampled at another temperature than 1, at which verl scores every teacher.
     """
+    _check_temperature(data)
     cut = _require(module="verl.workers.utils.padding").no_padding_2_padding
     logp = cut(model_output["log_probs"], data)
     teacher_logp = cut(data["teacher_logprobs"], data).squeeze(-1)
@@ -262,8 +266,18 @@ def _policy_loss(
             "actor/ppo_kl": -log_ratio,
             "actor/pg_clipfrac_lower": dual_clipped,
         }
-        metrics = {name: kdloss.token_mean(x, loss_mask=mask).item() for name, x in values.items()}
-    return loss, metrics
+        means = torch.stack([kdloss.token_mean(x, loss_mask=mask).to(loss.dtype) for x in values.values()])
+    return loss, dict(zip(values, means.tolist(), strict=True))  # numbers, as verl's: the one wait for the device
+
+
+def _check_temperature(data: Mapping[str, Any]) -> None:
+    # a TensorDict has no `in` of its own; a tensor, one temperature a sample, is not read: that waits for the device
+    temperature = data["temperature"] if "temperature" in data.keys() else 1.0  # noqa: SIM118
+    if not isinstance(temperature, Tensor) and temperature != 1:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.temperature must be 1 with kdloss_reverse_kl, got {temperature}: verl scores "
+            "its teacher at 1, and two temperatures are two distributions"
+        )
 
 
 def _clips(config: Any) -> tuple[float, float]:

@@ -1,6 +1,7 @@
-"""What OpenRLHF's own `PolicyLoss` gives: `python tests/data/generate/openrlhf.py FOLDER`, its wheel unpacked in it.
+"""What OpenRLHF's own `PolicyLoss` gives: `python tests/data/generate/openrlhf.py FOLDER`, its wheel unzipped in it.
 
-Made with openrlhf 0.11.2 (pip download --no-deps openrlhf==0.11.2), torch 2.13.0.
+Made with openrlhf 0.11.2 (pip download --no-deps openrlhf==0.11.2), torch 2.13.0. The wheel has its packages in
+`openrlhf-0.11.2.data/purelib`; a FOLDER with `openrlhf` itself, a checkout or an installation, serves as well.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 import torch
 from _alone import draw, empty, enter, write
 
-enter(Path(sys.argv[1]), "openrlhf", "openrlhf.models")
+folder = Path(sys.argv[1])
+unzipped = [folder, *folder.glob("*.data/purelib")]
+enter(next(x for x in unzipped if (x / "openrlhf").is_dir()), "openrlhf", "openrlhf.models")
 empty("deepspeed")
 
 openrlhf = importlib.import_module("openrlhf.models.loss")

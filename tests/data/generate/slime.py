@@ -1,6 +1,7 @@
 """What slime's own `policy_loss_function` gives: `TORCHDYNAMO_DISABLE=1 python tests/data/generate/slime.py CHECKOUT`.
 
-Made with 0.3.1 at 624b824a898ab0ec1fcb4d373004c7f3852bf515, torch 2.13.0. One rank, so Megatron is not needed.
+Made with main at 624b824a898ab0ec1fcb4d373004c7f3852bf515, 38 commits after v0.3.1, and torch 2.13.0. v0.3.1 itself
+gives the same but for the dual clip: it takes --eps-clip-c and does not pass it on. One rank, so no Megatron is needed.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def case(name: str, *, seed: int, per_token: bool = False, on_policy: bool = Fal
 
 
 write(
-    "slime-0.3.1",
-    "slime 0.3.1, 624b824a898ab0ec1fcb4d373004c7f3852bf515, slime/backends/megatron_utils/loss.py",
+    "slime-624b824",
+    "slime main, 624b824a898ab0ec1fcb4d373004c7f3852bf515, 38 commits after v0.3.1, "
+    "slime/backends/megatron_utils/loss.py",
     [
         case("ppo", seed=0),
         case("ppo per token", seed=1, per_token=True),

@@ -153,6 +153,19 @@ def test_verl_descends_the_right_gradient(clip: float | None) -> None:
         assert (k2 == 0).sum() > (gradient == 0).sum()
 
 
+def test_a_rollout_at_another_temperature_is_refused() -> None:
+    """verl's engines read it from the batch, where the trainer puts it beside the tensors."""
+    data, output = micro_batch()
+    fields = {"loss_mode": "kdloss_reverse_kl", "use_policy_gradient": False, "use_task_rewards": False}
+    for temperature in (1.0, 0.7):
+        tensordict_utils.assign_non_tensor(data, temperature=temperature)
+        if temperature == 1:
+            distillation_ppo_loss(actor_config(), distillation_config(**fields), output, data)
+            continue
+        with pytest.raises(ValueError, match="temperature must be 1"):
+            distillation_ppo_loss(actor_config(), distillation_config(**fields), output, data)
+
+
 def test_as_an_advantage_it_is_verls_k1() -> None:
     fields = {"use_policy_gradient": True, "use_task_rewards": False}
     mine, theirs = (run({"loss_mode": name, **fields}) for name in ("kdloss_reverse_kl", "k1"))

@@ -1,0 +1,280 @@
+"""Answers of scoring servers, taken apart and checked: what each protocol says at every token's own position.
+
+Formats, read from the servers' own code. vLLM's `prompt_logprobs`: a sequence with None for the first token, then a
+dictionary a token, by id (text in JSON), of numbers, dictionaries or objects with a `logprob`; `FlatLogprobs` is such a
+sequence, with an empty dictionary for None. SGLang's `input_token_logprobs`: [log-prob, id, text] from
+`logprob_start_len` on, None as the log-prob of the first; `input_top_logprobs`: a list of such, or None, a token. The
+completions of OpenAI's protocol: parallel lists of texts, log-probs and dictionaries by text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from operator import itemgetter
+from typing import Any, NamedTuple, NoReturn
+
+# In nats above 0: a log-softmax in float32 ends a few 1e-6 above it at most. What is higher is no log-prob.
+_ROUNDING = 1e-3
+# Log-probs below -16 hardly add, and those above are off by 1/32 at most in bf16, so that no rounding adds 10 %.
+_MOST_MASS = 1.1
+
+
+class ScoreError(ValueError):
+    """An answer does not score the sequence that it belongs to; the message names the request."""
+
+
+class Scores(NamedTuple):
+    """What an answer says at each token's own position."""
+
+    logp: list[float | None]  # None or NaN: no score
+    top: list[list[tuple[int, float]]]  # (id, log-prob), most likely first; empty where nothing was given or asked for
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sequence of the stream as it was sent, and which of its tokens need a score; at the tokens' own positions."""
+
+    index: int
+    tokens: list[int]
+    needed: list[bool]
+    start: int  # the first token of the answer
+    answer: Any
+
+    def fail(self, reason: str, cause: Exception | None = None) -> NoReturn:
+        name, said = _request_id(self.answer), _refusal(self.answer)
+        sequence = f"sequence {self.index} ({'' if name is None else f'request {name}, '}{len(self.tokens)} tokens)"
+        raise ScoreError(f"{sequence}: {reason}{'' if said is None else f'; the server said {said}'}") from cause
+
+    def named(self, position: int) -> str:
+        return f"token {position} (id {self.tokens[position]})"
+
+    def of_length(self, entries: Any, name: str, longer: str = "") -> list[Any]:
+        """`entries`, one a token from `start` on, preceded by None for the tokens before it."""
+        if entries is None:
+            self.fail(f"the answer holds no {name}: was it asked for?")
+        if not _is_list(entries):
+            self.fail(f"{name} must be a list with one entry a token, got {_shown(entries)}")
+        expected = len(self.tokens) - self.start
+        if len(entries) != expected:
+            hint = longer if len(entries) > expected else ""
+            self.fail(f"{name} must have one entry a token, {expected}, got {len(entries)}{hint}")
+        return [None] * self.start + list(entries)
+
+    def check_token(self, position: int, scored: Any) -> None:
+        sent = self.tokens[position]
+        if not is_integer(scored) or scored != sent:
+            self.fail(f"token {position} was sent as id {sent}, and id {scored!r} was scored")
+
+    def check_prompt(self, ids: Any) -> bool:
+        """Whether the server says which ids it was given; where it does, they are checked."""
+        if not _is_list(ids):
+            return False
+        if len(ids) != len(self.tokens):
+            self.fail(f"{len(self.tokens)} tokens were sent, and the server was given {len(ids)} prompt_token_ids")
+        for position, token in enumerate(ids):
+            self.check_token(position, token)
+        return True
+
+    def logp(self, position: int, value: Any) -> float | None:
+        """The log-prob of a token; None or NaN where there is none and none is needed."""
+        x = self._number(position, value)
+        if (x is None or x != x) and self.needed[position]:
+            self.fail(f"{self.named(position)} is trained on, and its log-prob is {x}")
+        if position == 0 and x and x == x:
+            self.fail(
+                f"{self.named(0)} has a log-prob, {x}, and nothing comes before it: the log-probs are not at the "
+                "tokens' own positions, or the server put a token in front"
+            )
+        return x
+
+    def top(self, position: int, entries: Iterable[tuple[Any, Any]]) -> list[tuple[int, float]]:
+        """The likely tokens at a position, those without a score left out."""
+        row: dict[int, float] = {}
+        for token, value in entries:
+            if not is_integer(token) or not 0 <= token < 2**63:
+                self.fail(
+                    f"the likely tokens at {self.named(position)} must have ids in 0 .. 2^63, got {_shown(token)}"
+                )
+            if token in row:
+                self.fail(
+                    f"the likely tokens at {self.named(position)} have id {token} twice: does every text have an id of "
+                    "its own?"
+                )
+            x = value if type(value) is float and value <= 0 else self._number(position, value)  # the first is fast
+            row[token] = math.nan if x is None else x
+        ranked = sorted(((int(token), x) for token, x in row.items() if x == x), key=itemgetter(1), reverse=True)
+        mass = sum(map(math.exp, map(itemgetter(1), ranked)))
+        if mass > _MOST_MASS:
+            self.fail(f"the likely tokens at {self.named(position)} have a probability of {mass:.3g} together")
+        return ranked
+
+    def choice(self, field: str) -> Any:
+        """What holds the field: the answer, or the one choice in it."""
+        answer = self.answer
+        if _is_list(answer) or isinstance(answer, (str, bytes, Real)):
+            self.fail(f"an answer must be the server's response, parsed, or one of its choices, got {_shown(answer)}")
+        choices = get(answer, "choices")
+        if get(answer, field) is not None or choices is None:
+            return answer
+        if not _is_list(choices) or len(choices) != 1:
+            found = f"{len(choices)} choices" if _is_list(choices) else f"choices {_shown(choices)}"
+            self.fail(f"the answer has {found}, expected 1: pass each choice as the answer of its sequence")
+        return choices[0]
+
+    def _number(self, position: int, x: Any) -> float | None:
+        """A log-prob as it must be; rounding above 0 counts as 0."""
+        if x is None:
+            return None
+        value = x if type(x) is float else _real(x)
+        if value is None or value > _ROUNDING:
+            self.fail(f"a log-prob at {self.named(position)} must be a number <= 0, got {_shown(x)}")
+        return min(value, 0.0)
+
+
+Parser = Callable[[Request, bool], Scores]  # the flag: whether the most likely tokens are wanted, too
+
+
+def vllm(request: Request, likely: bool) -> Scores:
+    if _is_list(request.answer):
+        entries = request.answer
+    else:
+        part = request.choice("prompt_logprobs")
+        entries = get(part, "prompt_logprobs")
+        given = get(part, "prompt_token_ids")
+        request.check_prompt(get(request.answer, "prompt_token_ids") if given is None else given)
+    logp: list[float | None] = []
+    top: list[list[tuple[int, float]]] = []
+    for position, entry in enumerate(request.of_length(entries, "prompt_logprobs")):
+        if entry is not None and not isinstance(entry, Mapping):
+            request.fail(f"prompt_logprobs[{position}] must be null or a dictionary by id, got {_shown(entry)}")
+        token = request.tokens[position]
+        own = None if entry is None else entry.get(str(token), entry.get(token))
+        if entry and own is None:
+            request.fail(f"token {position} was sent as id {token}, and ids {_shown(list(entry))} were scored")
+        logp.append(request.logp(position, None if own is None else _vllm_logprob(own)))
+        top.append(request.top(position, _vllm_row(request, position, entry)) if likely and entry else [])
+    return Scores(logp, top)
+
+
+def _vllm_row(request: Request, position: int, entry: Mapping[Any, Any]) -> Iterable[tuple[int, Any]]:
+    try:
+        ids = list(map(int, entry))
+    except (TypeError, ValueError) as error:
+        request.fail(f"prompt_logprobs[{position}] must be by token id, got {_shown(list(entry))}", error)
+    return zip(ids, map(_vllm_logprob, entry.values()), strict=True)
+
+
+def _vllm_logprob(score: Any) -> Any:
+    return score if isinstance(score, Real) else get(score, "logprob")
+
+
+def sglang(request: Request, likely: bool) -> Scores:
+    answer = request.answer
+    meta = None
+    if not _is_list(answer):
+        meta = get(request.choice("meta_info"), "meta_info")
+        if meta is None:
+            request.fail(f"the answer holds no meta_info: is it of /generate? It is {_shown(answer)}")
+    elif likely:
+        request.fail("the answer is a list, which holds no input_top_logprobs: pass the whole response")
+    scored = answer if meta is None else get(meta, "input_token_logprobs")
+    logp = []
+    for position, entry in enumerate(request.of_length(scored, "input_token_logprobs")):
+        x, token = _sglang_entry(request, position, entry, "input_token_logprobs") if entry else (None, None)
+        if entry:
+            request.check_token(position, token)
+        logp.append(request.logp(position, x))
+    if not likely:
+        return Scores(logp, [[]] * len(logp))
+    top = []
+    for position, row in enumerate(request.of_length(get(meta, "input_top_logprobs"), "input_top_logprobs")):
+        pairs = (_sglang_entry(request, position, entry, "input_top_logprobs") for entry in row or ())
+        top.append(request.top(position, ((token, x) for x, token in pairs)))
+    return Scores(logp, top)
+
+
+def _sglang_entry(request: Request, position: int, entry: Any, name: str) -> tuple[Any, Any]:
+    if not _is_list(entry) or len(entry) < 2:
+        request.fail(f"entries of {name} must be [log-prob, id, text], got {_shown(entry)} at token {position}")
+    return entry[0], entry[1]
+
+
+def openai(token_id: Callable[[str], int] | None) -> Parser:
+    def parse(request: Request, likely: bool) -> Scores:
+        part = request.choice("logprobs")
+        block = get(part, "logprobs")
+        if isinstance(block, (str, bytes, Real)) or _is_list(block):
+            request.fail(f"logprobs must hold token_logprobs and tokens, got {_shown(block)}")
+        known = request.check_prompt(get(part, "prompt_token_ids"))
+        echoed = "; an echo goes on into the completion where max_tokens > 0"
+        values = request.of_length(get(block, "token_logprobs"), "token_logprobs", echoed)
+        if token_id is not None and not known:
+            for position, text in enumerate(request.of_length(get(block, "tokens"), "tokens")):
+                request.check_token(position, token_id(text))
+        logp = [request.logp(position, x) for position, x in enumerate(values)]
+        if token_id is None or not likely:
+            return Scores(logp, [[]] * len(logp))
+        top = []
+        for position, row in enumerate(request.of_length(get(block, "top_logprobs"), "top_logprobs")):
+            if row is not None and not isinstance(row, Mapping):
+                request.fail(f"top_logprobs[{position}] must be null or a dictionary by text, got {_shown(row)}")
+            top.append(request.top(position, ((token_id(text), x) for text, x in (row or {}).items())))
+        return Scores(logp, top)
+
+    return parse
+
+
+def parsed(parse: Parser, request: Request, *, likely: bool) -> Scores:
+    """What the answer says; an error of any kind while it is read is a ScoreError."""
+    if request.answer is None:
+        if any(request.needed):
+            request.fail(f"there is no answer, and {sum(request.needed)} of its tokens are trained on")
+        return Scores([None] * len(request.tokens), [[]] * len(request.tokens))
+    try:
+        return parse(request, likely)
+    except ScoreError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"not an answer of this kind of server ({error!r})"
+        request.fail(reason, error)
+
+
+def get(holder: Any, name: str) -> Any:
+    """A field of a dictionary or an attribute of an object; None where there is none."""
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+
+def _is_list(x: Any) -> bool:
+    return isinstance(x, Sequence) and not isinstance(x, (str, bytes))
+
+
+def _real(x: Any) -> float | None:
+    return None if isinstance(x, bool) or not isinstance(x, Real) else float(x)
+
+
+def is_integer(x: Any) -> bool:
+    return type(x) is int or (isinstance(x, Integral) and not isinstance(x, bool))
+
+
+def _shown(x: Any) -> str:
+    text = repr(x)
+    return text if isinstance(x, Real) else f"{type(x).__name__} {text if len(text) <= 80 else text[:80] + '...'}"
+
+
+def _request_id(answer: Any) -> object:
+    found = (get(answer, "id"), get(answer, "request_id"), get(get(answer, "meta_info"), "id"))
+    return next((x for x in found if x is not None), None)
+
+
+def _refusal(answer: Any) -> str | None:
+    """The error that a server sends in place of an answer, or beside an empty one."""
+    error, end = get(answer, "error"), get(get(answer, "meta_info"), "finish_reason")
+    if get(answer, "object") == "error":
+        error = answer
+    if error is None and get(end, "type") == "abort":
+        error = end
+    message = error if isinstance(error, str) else get(error, "message")
+    return None if message is None else _shown(message).removeprefix("str ")

@@ -1,0 +1,43 @@
+"""Cases that hang, raise and turn in circles, between others that go through, for the tests of `ranks.run` itself."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from scale_out.ranks import Ranks, on
+
+
+def wait_for_the_others(ranks: Ranks) -> None:
+    dist.all_reduce(torch.zeros(1), group=ranks.group)
+
+
+@on(4)
+def case_before(ranks: Ranks) -> None:
+    wait_for_the_others(ranks)
+
+
+@on(2)
+def case_one_rank_does_not_come(ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        wait_for_the_others(ranks)
+
+
+@on(3)
+def case_one_rank_raises(ranks: Ranks) -> None:
+    """Rank 3 is in the next case by then, and hears of it there."""
+    if ranks.rank == 1:
+        raise ValueError("of rank 1 alone")
+    wait_for_the_others(ranks)
+
+
+@on(4)
+def case_one_rank_turns_in_circles(ranks: Ranks) -> None:
+    while ranks.rank == 2:
+        pass
+    wait_for_the_others(ranks)
+
+
+@on(4)
+def case_after(ranks: Ranks) -> None:
+    wait_for_the_others(ranks)

@@ -1,0 +1,85 @@
+"""Holds README.md and docs/ to what a reader sees: no block needs a hidden one, no link is empty or leads nowhere.
+
+That the blocks run is tested where they are collected, by conftest.py and by tests/trainers/test_pages.py: both leave
+out what is in an HTML comment, so a page that hides its set-up fails there with the reader's NameError.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import kdloss
+from reader import blocks, read, script
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+HIDDEN = """<!--
+```python
+width = 3
+```
+-->
+
+```python
+print(width)
+```
+"""
+
+
+def test_a_page_that_hides_its_set_up_fails_for_its_reader(tmp_path):
+    assert "NameError: name 'width' is not defined" in read_text(HIDDEN, tmp_path)
+    seen = HIDDEN.replace("<!--", "<details>").replace("-->", "</details>")
+    assert read_text(seen, tmp_path) == ""
+    assert script(seen).splitlines()[2] == "width = 3"  # where it is in the page
+
+
+def read_text(text, folder):
+    (folder / "page.md").write_text(text, encoding="utf-8")
+    return read(folder / "page.md", folder=folder)
+
+
+def test_the_suite_runs_what_the_reader_sees(pytestconfig, tmp_path):
+    """conftest.py collects with another parser: it has to find the same blocks, and to leave out the hidden ones."""
+    from sybil import Document
+
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+    for page in [HIDDEN, *(page.read_text("utf-8") for page in PAGES)]:
+        collected = [
+            page.count("\n", 0, region.start) + 2 for region in conftest._blocks_seen(Document(page, "page.md"))
+        ]
+        assert collected == [block.line for block in blocks(page) if block.seen]
+
+
+@every_page
+def test_no_block_is_hidden_or_fenced_in_another_way(page):
+    text = page.read_text("utf-8")
+    assert not [block.line for block in blocks(text) if not block.seen]
+    kinds = set(re.findall(r"^[ \t]*(?:```|~~~)[ \t]*(\S+)", text, re.MULTILINE))
+    assert kinds <= {"python", "bash", "diff", "text"}
+    assert len(re.findall(r"^```python$", text, re.MULTILINE)) == len(blocks(text))
+
+
+@every_page
+def test_links_have_a_text_and_a_target(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for words, target in re.findall(r"\[([^][]*)\]\(([^()\s]+)\)", text):
+        assert words.strip(), f"a link to {target} without a text"
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text("utf-8")), target
+
+
+def anchors(text):
+    """What GitHub calls the headings: in small letters, without punctuation, with dashes for spaces."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_field_of_a_loss_is_explained_once():
+    named = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "weights.md").read_text("utf-8"), re.MULTILINE)
+    assert tuple(named) == kdloss.LossOutput._fields
