@@ -91,10 +91,9 @@ def split(
 
     def one(shard):
         mine = [x if axis is None else shard.part(x, axis) for x, axis in zip(leaves, axes, strict=True)]
-        with poisoned():
-            return outcome(lambda *x: call(*x, shard=shard, impl=impl), mine)
+        return outcome(lambda *x: call(*x, shard=shard, impl=impl), mine)
 
-    with contextlib.ExitStack() as forbidden:
+    with poisoned(), contextlib.ExitStack() as forbidden:
         for where, name in TORCH_FORM if impl == "triton" else ():
             forbidden.enter_context(mock.patch.object(where, name, side_effect=AssertionError("not by kernels")))
         found = ranks.run(one)
