@@ -64,8 +64,7 @@ def linear_forward_kl(
         vocab_size: the true V, where the last rows of either head are padding; needed where the heads differ in rows.
         shard: which slice of the vocabulary both heads are, where ranks hold one each (`VocabShard`): what else is the
             same on every rank, as in `linear_token_logprobs`. The gradient is then taken in the backward, always.
-        impl: "auto" | "torch" | "triton": the kernels where hidden is on a GPU and heads are whole; never; or else an
-            error.
+        impl: "auto" | "torch" | "triton": the kernels where hidden is on a GPU; never; or else an error.
 
     Returns:
         The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens.

@@ -67,19 +67,15 @@ def case_kernels(ranks: Ranks) -> None:
 
 @on(2)
 def case_compiled_kernels(ranks: Ranks) -> None:
-    """With fullgraph=True, forward and backward, as they run."""
+    """With fullgraph=True, forward and backward, as they run. An untrained token's temperature may be anything."""
     shard = kdloss.VocabShard.even(V, ranks.group)
     labels, mask = torch.tensor([22, 4, -100]), torch.tensor([True, True, False])
     hidden, weight = ranks.normal(T, D), part(ranks.normal(V, D, seed=1), shard, 0)
-    teacher = part(ranks.normal(T, V, seed=5), shard, -1)
 
     def call(h, w):
         logits = kdloss.token_logprobs_and_entropy(h @ w.T, labels, temperature=0.7, shard=shard, impl="triton")
-        more = {"temperature": 0.7, "shard": shard, "impl": "triton"}
-        jsd = kdloss.generalized_jsd(h @ w.T, teacher, beta=0.3, **more)
-        more["temperature"] = torch.tensor([0.7, 1.3, torch.nan])  # of the token that is untrained, anything
-        kl = kdloss.linear_reverse_kl(h, w, h + 1, w + 1, loss_mask=mask, **more)
-        return *logits, *kdloss.linear_token_logprobs_and_entropy(h, w, labels, **more), jsd, kl
+        more = {"temperature": torch.tensor([0.7, 1.3, torch.nan]), "shard": shard, "impl": "triton"}
+        return *logits, kdloss.linear_reverse_kl(h, w, h + 1, w + 1, loss_mask=mask, **more)
 
     expected, gradients = differentiated(call, [hidden, weight])
     found, mine = differentiated(torch.compile(call, fullgraph=True, backend="aot_eager"), [hidden, weight])
