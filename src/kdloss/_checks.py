@@ -218,12 +218,6 @@ def no_reward_options(kd_discount: float, kd_reward_clip: float | None, kd_max_r
             raise ValueError(f"{name} must be {off} with direct_penalty=True, which has no reward, got {value}")
 
 
-def unsupported(*, impl: str) -> None:
-    one_of("impl", impl, ("auto", "torch", "triton"))
-    if impl == "triton":
-        raise NotImplementedError('impl="triton" has no kernel yet; use "auto" or "torch"')
-
-
 def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -> float | Tensor:
     """A number, or a tensor expanded to one value a row of `reference`, which is called `name` in the error."""
     if not isinstance(temperature, Tensor):

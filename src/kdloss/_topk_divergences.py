@@ -33,6 +33,7 @@ from ._distributed import VocabShard, vocab_shard
 from ._divergence_ops import divergence
 from ._divergence_rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL
 from ._divergences import check_axis, check_share
+from ._impl import takes_triton
 from ._logprobs import check_vocab_size
 from ._topk_ops import kept_and_rest
 
@@ -65,7 +66,7 @@ def topk_forward_kl(
         vocab_size: the true V, where the last columns of `logits` are padding.
         shard: which slice of the vocabulary these logits are, where ranks hold one each (`VocabShard`); the ids are
             those of the whole vocabulary. Logits that are a DTensor placed `Shard(-1)` need none.
-        impl: "auto" | "torch" | "triton". The last is not supported yet.
+        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
 
     Returns:
         (...,) nats, float32 for half-precision inputs. "bucket" and "renormalize": >= 0, +inf where the student
@@ -78,9 +79,9 @@ def topk_forward_kl(
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: shapes or devices disagree, an option is out of range, or (on the CPU) an id is twice in a row or
-            outside the vocabulary. Elsewhere, and under `torch.compile`, such a row is NaN.
-        NotImplementedError: `impl` is "triton".
+        ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
+            run, or (on the CPU) an id is twice in a row or outside the vocabulary. Elsewhere, and under
+            `torch.compile`, such a row is NaN.
 
     Source: the bucket is the forward KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
     """
@@ -176,23 +177,23 @@ def _topk(
     shard: VocabShard | None,
     impl: str,
 ) -> Tensor:
-    _checks.unsupported(impl=impl)
     _checks.one_of("tail", tail, TAILS)
     logits, shard = vocab_shard("logits", logits, -1, shard)
-    vocab_size, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size, shard)
+    vocab_size, ids, order, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size, shard)
     tau = _checks.row_temperature("logits", logits, temperature)
+    kernels = takes_triton(impl, logits=logits)
+    options = {"temperature": tau, "vocab_size": vocab_size, "shard": shard, "kernels": kernels}
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
-    ids = teacher_topk_ids.long()
     valid = (ids >= 0) & (ids < vocab_size)
     empty = ~valid.any(-1, keepdim=True)
-    log_p = torch.where(valid, teacher_topk_logp.detach().to(dtype), -math.inf)
+    log_p = torch.where(valid, teacher_topk_logp.detach().gather(-1, order).to(dtype), -math.inf)
 
     if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed
-        kept, _ = kept_and_rest(logits, ids, temperature=tau, vocab_size=vocab_size, with_rest=False, shard=shard)
+        kept, _ = kept_and_rest(logits, ids, with_rest=False, **options)
         student = kept.to(dtype)
         teacher = log_p
     else:
-        kept, rest = kept_and_rest(logits, ids, temperature=tau, vocab_size=vocab_size, shard=shard)
+        kept, rest = kept_and_rest(logits, ids, **options)
         student = torch.cat([kept, rest.unsqueeze(-1)], -1).to(dtype)
         valid = torch.cat([valid, torch.ones_like(empty)], -1)
         teacher = torch.cat([log_p, _log_tail(log_p, ids, vocab_size, kind).unsqueeze(-1)], -1)
@@ -206,7 +207,10 @@ def _topk(
         value = _truncated(kind, omega, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
         value = torch.where(empty.squeeze(-1), 0, value)
     else:  # softmax of what stands here is the distribution over K + 1 outcomes, or over K
-        value = divergence(student, teacher, kind=kind, omega=omega, temperature=1.0, vocab_size=student.shape[-1])
+        size, narrow = student.shape[-1], kernels and dtype == torch.float32
+        value = divergence(
+            student, teacher, kind=kind, omega=omega, temperature=1.0, vocab_size=size, kernels=narrow
+        )
     return value if broken is None else value.masked_fill(broken, math.nan)
 
 
@@ -237,8 +241,8 @@ def _truncated(kind: str, omega: float, log_q: Tensor, log_p: Tensor) -> Tensor:
 
 def _check_topk(
     logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int | None, shard: VocabShard | None
-) -> tuple[int, Tensor | None]:
-    """The true vocabulary, and which rows have bad ids where they cannot raise."""
+) -> tuple[int, Tensor, Tensor, Tensor | None]:
+    """The true vocabulary, the ids in ascending order, where each stood, and which rows are bad and cannot raise."""
     _checks.floating(logits=logits, teacher_topk_logp=logp)
     check_axis("logits", logits)
     _checks.tensors(teacher_topk_logp=logp)
@@ -249,15 +253,15 @@ def _check_topk(
     _checks.same_shape("teacher_topk_logp", logp, teacher_topk_ids=ids)
     _checks.same_device("logits", logits, teacher_topk_logp=logp)
     vocab_size = check_vocab_size(vocab_size, logits.shape[-1] if shard is None else shard.vocab_size)
-    ordered = ids.sort(-1).values
+    ordered, order = ids.long().sort(-1)
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     outside = (ids < PADDING) | (ids >= vocab_size)
     if not _checks.value_checks_allowed(ids):
-        return vocab_size, twice.any(-1) | outside.any(-1)
+        return vocab_size, ordered, order, twice.any(-1) | outside.any(-1)
     if outside.any():
         raise ValueError(
             f"teacher_topk_ids must be {PADDING} (padding) or in 0 .. {vocab_size - 1}, got {int(ids[outside][0])}"
         )
     if twice.any():
         raise ValueError(f"teacher_topk_ids must be distinct in a row, got {int(ordered[..., 1:][twice][0])} twice")
-    return vocab_size, None
+    return vocab_size, ordered, order, None

@@ -10,7 +10,8 @@ at a time; the backward is another one, and writes the gradient once.
 Where ranks hold a slice of the vocabulary each, an id is kept on the rank that has it, and `rest` is the log-sum-exp of
 all ranks' rests: one all-gather of K + 1 numbers a row, and none in the backward.
 
-A scratch row has one column more than the vocabulary, at -inf: padded ids (-1) point there.
+A scratch row has one column more than the vocabulary, at -inf: padded ids (-1) point there. Where `kernels` is set,
+`_triton/_topk.py` does the same without a scratch.
 """
 
 from __future__ import annotations
@@ -31,23 +32,24 @@ _ENTRIES = 2**19
 
 def kept_and_rest(
     logits: Tensor,  # (..., V)
-    ids: Tensor,  # (..., K) int64 distinct in a row, -1 is padding
+    ids: Tensor,  # (..., K) int64 distinct and ascending in a row, -1 is padding
     *,
     temperature: float | Tensor,  # or (...,), detached here
     vocab_size: int,
     with_rest: bool = True,
     shard: VocabShard | None = None,
+    kernels: bool = False,
 ) -> tuple[Tensor, Tensor]:  # (..., K), (...,)
     """Tempered logits at `ids`, -inf at padding, and the log-sum-exp of the rest, -inf where none is left.
 
-    Without the rest, which is then -inf, this is `gather`, whose own backward holds a float32 copy of the gradient.
+    In a row of padding alone the rest is anything. Without the rest, which is then -inf, this is `gather`, whose own backward holds a float32 copy of the gradient.
     """
     number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
     if shard is not None:
-        options = (number, shard.local_size(vocab_size), with_rest)
+        options = (number, shard.local_size(vocab_size), with_rest, kernels)
         kept, rest = _Sharded.apply(logits, ids, rows, options, shard)  # type: ignore[no-untyped-call]
         return kept, rest
-    kept, rest = _kept_and_rest(logits, ids, rows, number, vocab_size, with_rest)
+    kept, rest = _kept_and_rest(logits, ids, rows, number, vocab_size, with_rest, kernels)
     return kept, rest
 
 
@@ -59,7 +61,12 @@ def _kept_and_rest(
     temperature: float,
     vocab_size: int,
     with_rest: bool,
+    kernels: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    if kernels:
+        from ._triton._topk import forward
+
+        return forward(logits, ids, row_temperature, temperature, vocab_size, with_rest)
     dtype = _checks.promoted_dtype(logits)
     kept = torch.empty(ids.shape, dtype=dtype, device=logits.device)
     rest = torch.empty(ids.shape[:-1], dtype=dtype, device=logits.device)
@@ -89,6 +96,7 @@ def _(
     temperature: float,
     vocab_size: int,
     with_rest: bool,
+    kernels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     dtype = _checks.promoted_dtype(logits)
     return logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(ids.shape[:-1], dtype=dtype)
@@ -105,7 +113,13 @@ def _kept_and_rest_backward(
     temperature: float,
     vocab_size: int,
     with_rest: bool,
+    kernels: bool,
 ) -> Tensor:
+    if kernels:
+        from ._triton._topk import backward
+
+        inputs = (logits, ids, row_temperature, rest)
+        return backward(upstream_kept, upstream_rest, *inputs, temperature, vocab_size, with_rest)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad[..., vocab_size:] = 0
     scratch = _scratch(rest.numel(), vocab_size, rest.dtype, logits.device)
@@ -142,6 +156,7 @@ def _(
     temperature: float,
     vocab_size: int,
     with_rest: bool,
+    kernels: bool,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -153,7 +168,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
     grad = _kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None, None, None
+    return grad, *(None,) * (2 + len(ctx.options))
 
 
 _kept_and_rest.register_autograd(_backward, setup_context=_save)
@@ -171,10 +186,11 @@ class _Sharded(torch.autograd.Function):
         options: tuple[Any, ...],
         shard: VocabShard,
     ) -> tuple[Tensor, Tensor]:
-        here = ids - shard.start
-        here = torch.where((here < 0) | (here >= options[1]), -1, here)  # not here: as padding, at -inf
+        # on another rank: at -inf as padding is, but no padding (-1)
+        here = torch.where(ids < 0, ids, torch.where(ids < shard.start, -2, ids - shard.start))
         kept, rest = _kept_and_rest(logits, here, row_temperature, *options)
-        if options[2]:
+        with_rest = options[2]
+        if with_rest:
             parts = gather(torch.cat([kept, rest.unsqueeze(-1)], -1), shard)
             kept, rest = parts[..., :-1].amax(0), parts[..., -1].logsumexp(0)
         else:
