@@ -421,7 +421,9 @@ _ID_HIGH, _ID_LOW, _ID_TWICE = IDS_OF_K.clone(), IDS_OF_K.clone(), IDS_OF_K.clon
 _ID_HIGH[2, 1], _ID_LOW[2, 1], _ID_TWICE[2] = 7, -2, torch.tensor([3, -1, 3, -1])
 _BAD_TOPK = [
     *bad_divergence("logits"),
-    Bad("impl is triton", {"impl": "triton"}, NotImplementedError, 'impl="triton" has no kernel yet; ...'),
+    Bad(
+        "impl is triton", {"impl": "triton"}, ValueError, 'impl="triton" takes float32..., got logits in torch.float64'
+    ),
     Bad("logits hold integers", {"logits": INTEGERS}, TypeError, "logits must have a floating-point dtype, got ..."),
     Bad("no vocabulary", {"logits": WIDE[:, :0]}, ValueError, "logits must be (..., V) with V >= 1, got (17, 0)"),
     Bad("tail is wrong", {"tail": "drop"}, ValueError, "tail must be one of 'bucket', ..., got 'drop'"),

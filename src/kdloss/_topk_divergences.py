@@ -24,6 +24,7 @@ alone makes nothing infinite. Keep the log-probs in float32: rounded to bf16 the
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -182,18 +183,18 @@ def _topk(
     vocab_size, ids, order, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size, shard)
     tau = _checks.row_temperature("logits", logits, temperature)
     kernels = takes_triton(impl, logits=logits)
-    options = {"temperature": tau, "vocab_size": vocab_size, "shard": shard, "kernels": kernels}
+    read = partial(kept_and_rest, temperature=tau, vocab_size=vocab_size, shard=shard, kernels=kernels)
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
     valid = (ids >= 0) & (ids < vocab_size)
     empty = ~valid.any(-1, keepdim=True)
     log_p = torch.where(valid, teacher_topk_logp.detach().gather(-1, order).to(dtype), -math.inf)
 
     if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed
-        kept, _ = kept_and_rest(logits, ids, with_rest=False, **options)
+        kept, _ = read(logits, ids, with_rest=False)
         student = kept.to(dtype)
         teacher = log_p
     else:
-        kept, rest = kept_and_rest(logits, ids, **options)
+        kept, rest = read(logits, ids)
         student = torch.cat([kept, rest.unsqueeze(-1)], -1).to(dtype)
         valid = torch.cat([valid, torch.ones_like(empty)], -1)
         teacher = torch.cat([log_p, _log_tail(log_p, ids, vocab_size, kind).unsqueeze(-1)], -1)
@@ -208,9 +209,7 @@ def _topk(
         value = torch.where(empty.squeeze(-1), 0, value)
     else:  # softmax of what stands here is the distribution over K + 1 outcomes, or over K
         size, narrow = student.shape[-1], kernels and dtype == torch.float32
-        value = divergence(
-            student, teacher, kind=kind, omega=omega, temperature=1.0, vocab_size=size, kernels=narrow
-        )
+        value = divergence(student, teacher, kind=kind, omega=omega, temperature=1.0, vocab_size=size, kernels=narrow)
     return value if broken is None else value.masked_fill(broken, math.nan)
 
 

@@ -11,7 +11,7 @@ Where ranks hold a slice of the vocabulary each, an id is kept on the rank that 
 all ranks' rests: one all-gather of K + 1 numbers a row, and none in the backward.
 
 A scratch row has one column more than the vocabulary, at -inf: padded ids (-1) point there. Where `kernels` is set,
-`_triton/_topk.py` does the same without a scratch.
+`_triton/_topk_forward.py` and `_topk_backward.py` do the same without a scratch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def kept_and_rest(
 ) -> tuple[Tensor, Tensor]:  # (..., K), (...,)
     """Tempered logits at `ids`, -inf at padding, and the log-sum-exp of the rest, -inf where none is left.
 
-    In a row of padding alone the rest is anything. Without the rest, which is then -inf, this is `gather`, whose own backward holds a float32 copy of the gradient.
+    Without the rest, which is then -inf, this is `gather`, whose own backward holds a float32 copy of the gradient. In
+    a row of padding alone the rest is anything.
     """
     number, rows = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
     if shard is not None:
@@ -64,7 +65,7 @@ def _kept_and_rest(
     kernels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if kernels:
-        from ._triton._topk import forward
+        from ._triton._topk_forward import forward
 
         return forward(logits, ids, row_temperature, temperature, vocab_size, with_rest)
     dtype = _checks.promoted_dtype(logits)
@@ -116,7 +117,7 @@ def _kept_and_rest_backward(
     kernels: bool,
 ) -> Tensor:
     if kernels:
-        from ._triton._topk import backward
+        from ._triton._topk_backward import backward
 
         inputs = (logits, ids, row_temperature, rest)
         return backward(upstream_kept, upstream_rest, *inputs, temperature, vocab_size, with_rest)

@@ -4,6 +4,8 @@
     _launch.py           blocks, warps and splits by shape
     _logits_forward.py   logits to log-probs and entropies
     _logits_backward.py  and the gradient of the logits
+    _topk_forward.py     logits at kept ids and the log-sum-exp of the rest
+    _topk_backward.py    and the gradient of the logits
     _products.py         products with a head, in float32 from half precision, and its slices
     _slices.py           a slice of logits, folded into log-probs and entropies; and its gradient
     _compaction.py       rows that take part, picked out and put back

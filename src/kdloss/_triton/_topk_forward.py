@@ -1,17 +1,15 @@
-"""The logits at K kept ids of a row, and the log-sum-exp of all others: one read; back, one read and one write.
+"""The logits at K kept ids of a row, and the log-sum-exp of all others: one read.
 
     z = x / τ,   kept = z at the ids,   rest = log sum_{v not in ids} e^(z_v)
-    dx_v = g_k / τ at v = ids_k,   dx_v = h e^(z_v - rest) / τ elsewhere
 
-with g the gradient of `kept` and h that of `rest`. What is kept must not enter the sum: taken off again afterwards, it
-would leave no digit where little is left.
+What is kept must not enter the sum: taken off again afterwards, it would leave no digit where little is left.
 
-Forward, a program takes one row, or one of its splits, in blocks of (lanes, width) logits as `_logits_forward.py` does,
-with a state (m, s) a lane (`_row_math.py`). A *cell* is the `width` logits, 16 bytes, that a lane takes from a block.
-The ids of a row ascend, so a pointer walks along them beside the blocks: those of a block mark their cells, and a
-marked cell is left out whole, by two selections a lane. Whoever then has the whole row, a second kernel where there are
-splits, reads the marked cells again, K of them at most, without the ids in them, and adds them to the state; at the ids
-it reads `kept`. Splits and cells are merged in a fixed order without atomics: the same shapes give the same bits.
+A program takes one row, or one of its splits, in blocks of (lanes, width) logits as `_logits_forward.py` does, with a
+state (m, s) a lane (`_row_math.py`). A *cell* is the `width` logits, 16 bytes, that a lane takes from a block. The ids
+of a row ascend, so a pointer walks along them beside the blocks: those of a block mark their cells, and a marked cell
+is left out whole, by two selections a lane. Whoever then has the whole row, a second kernel where there are splits,
+reads the marked cells again, K of them at most, without the ids in them, and adds them to the state; at the ids it
+reads `kept`. Splits and cells are merged in a fixed order without atomics: the same shapes give the same bits.
 
 What was weighed against it, for V = 151936 in bfloat16, where a multiprocessor has 13 instructions a logit and the fold
 takes 9:
@@ -20,13 +18,11 @@ takes 9:
     mask logits, walking    8 times the lanes: 3 a logit at K = 64, 10 at 256; 1 to leave them out
     a bit set, V / 8 bytes  2 a logit whatever K, and 12 % more bytes, as it is written before it is read
 
-    bytes       forward: V logits read a row, 48 K for ids and cells, 4 K written, 8 a split written and read again;
-                backward: V logits read and V written, 12 K a program. Without the rest the logits are read at the ids
-                alone, and backward not at all
-    operations  forward: about 10 a logit at K = 64; some 200 an id for its cell; backward: about 6 a logit
+    bytes       V logits read a row, 48 K for ids and cells, 8 a split written and read again, 4 + 4 K written. Without
+                the rest, the logits at the ids alone
+    operations  about 10 a logit at K = 64, and some 200 an id for its cell
 
-A row whose ids are all padding is not read: its rest is -inf. Backward, a row in which no gradient of the rest comes in
-is not read either.
+A row whose ids are all padding is not read: its rest is -inf.
 """
 
 from __future__ import annotations
@@ -37,7 +33,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._row_math import LOG2_E, empty_state, fold, log_of, merge, merge_all, row_offset, row_rate
+from ._row_math import (
+    LOG2_E,
+    empty_state,
+    fold,
+    load_tile,
+    log_of,
+    merge,
+    merge_all,
+    row_offset,
+    row_rate,
+    tile_columns,
+)
 
 PADDING = -1
 
@@ -128,7 +135,7 @@ def kept_and_rest_kernel(
     parts,  # (2, T, splits) states, or None where one program has all of a row
     temperature,
     vocab_size,
-    all_columns,  # the last of them may be padding
+    all_columns,  # that may be read: the last of them may be padding, or not belong to the row
     n_ids,
     inner,
     outer_stride,
@@ -139,6 +146,7 @@ def kept_and_rest_kernel(
     splits,
     lanes: tl.constexpr,
     width: tl.constexpr,
+    aligned: tl.constexpr,
     block_ids: tl.constexpr,
 ):
     """One program a row, or a split of one."""
@@ -152,12 +160,9 @@ def kept_and_rest_kernel(
     m, s, nothing = empty_state(lanes)
     if found:
         lane = tl.arange(0, lanes)
-        tile = lane[:, None] * width + tl.arange(0, width)[None, :]
         held_id = next_id(row_ids, pointer, n_ids)
         for start in range(first, min(first + blocks * (lanes * width), vocab_size), lanes * width):
-            column = start + tile
-            # up to all_columns, which 8 divides more often, so that 16 bytes come at a time
-            x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
+            x = load_tile(row_logits, start, column_stride, all_columns, lanes, width, aligned)
             held = lane < 0
             while held_id < min(start + lanes * width, vocab_size):
                 held = held | (lane == (held_id - start).to(tl.int32) // width)
@@ -165,9 +170,9 @@ def kept_and_rest_kernel(
                 held_id = next_id(row_ids, pointer, n_ids)
             c = x.to(tl.float32)
             if start + lanes * width > vocab_size:  # of the row's last block alone
-                c = tl.where(column < vocab_size, c, float("-inf"))
+                c = tl.where(tile_columns(start, lanes, width) < vocab_size, c, float("-inf"))
             m, s = fold_free(m, s, c, held, rate)
-    m, s, none = merge_all(m, s, nothing, rate, False)
+    m, s, _ = merge_all(m, s, nothing, rate, False)
     if parts is None:
         finish_row(
             row_logits, column_stride, ids, row, n_ids, vocab_size, rate, m, s, kept, rest, True, width, block_ids
@@ -209,7 +214,7 @@ def finish_kernel(
         place = parts + row * splits + k
         part_m = tl.load(place, mask=k < splits, other=float("-inf"))
         part_s = tl.load(place + part_stride, mask=k < splits, other=0.0)
-        m, s, none = merge_all(part_m, part_s, tl.zeros([block_splits], tl.float32), rate, False)
+        m, s, _ = merge_all(part_m, part_s, tl.zeros([block_splits], tl.float32), rate, False)
     finish_row(
         row_logits,
         column_stride,
@@ -238,7 +243,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(kept (..., K), rest (...,)), all written, float32."""
     n_ids = ids.shape[-1]
-    flat, taus = _rows_of(ids, row_temperature)
+    flat, taus = rows_of(ids, row_temperature)
     kept = torch.empty(flat.shape, dtype=torch.float32, device=logits.device)
     rest = kept.new_empty(flat.shape[0])
     block_ids = _launch.block_labels(n_ids)
@@ -247,7 +252,8 @@ def forward(
             n = piece.rows
             if n == 0:
                 continue
-            launch = _launch.forward(n, vocab_size, logits.dtype)
+            launch = _launch.forward(n, vocab_size, logits.dtype, apart=piece.strides[-1] != 1)
+            all_columns = _launch.readable(piece.x, logits.shape[-1])
             split = with_rest and launch.splits > 1
             parts = kept.new_empty(2, n, launch.splits) if split else None
             arguments = (
@@ -259,7 +265,7 @@ def forward(
                 parts,
                 temperature,
                 vocab_size,
-                logits.shape[-1],
+                all_columns,
                 n_ids,
                 piece.inner,
                 *piece.strides,
@@ -272,6 +278,7 @@ def forward(
                     launch.splits,
                     launch.lanes,
                     launch.width,
+                    _launch.aligned(piece.x, all_columns),
                     block_ids,
                     num_warps=launch.warps,
                 )
@@ -281,123 +288,7 @@ def forward(
     return kept.view(ids.shape), rest.view(ids.shape[:-1])
 
 
-@triton.jit(
-    do_not_specialize=["n_ids", "inner", "g_row_stride", "g_id_stride", "h_stride", "chunks", "blocks"],
-)
-def kept_and_rest_backward_kernel(
-    logits,  # rows (outer, inner), or None: no gradient of the rest
-    ids,  # (T, K) int64, contiguous
-    row_temperature,  # (T,) or None
-    rest,  # (T,) float32, of whole rows
-    kept_gradient,  # (T, K) float32, as the next
-    rest_gradient,  # (T,)
-    gradient,  # rows of all_columns, in the dtype of the logits
-    temperature,
-    vocab_size,
-    all_columns,  # the last of them may be padding
-    n_ids,
-    inner,
-    outer_stride,
-    inner_stride,
-    column_stride,
-    g_row_stride: tl.int64,
-    g_id_stride: tl.int64,
-    h_stride: tl.int64,
-    gradient_stride,
-    chunks,  # programs a row
-    blocks,  # a chunk
-    block: tl.constexpr,
-    block_ids: tl.constexpr,
-):
-    """One program a chunk of a row."""
-    program = tl.program_id(0)
-    row = program // chunks
-    first = (program % chunks) * blocks * block
-    last = min(first + blocks * block, all_columns)
-    out = gradient + row.to(tl.int64) * gradient_stride
-    rate = row_rate(row_temperature, row, temperature)
-    h = 0.0
-    if logits is not None:
-        h = tl.load(rest_gradient + row * h_stride)
-    if h != 0:
-        if logits is not None:
-            shift = tl.load(rest + row)
-            shift = tl.where(shift == float("-inf"), 0.0, shift)  # nothing is left: every e^(z - 0) is 0
-            weight = h * rate
-            row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
-            for start in range(first, last, block):
-                column = start + tl.arange(0, block)
-                x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
-                dx = tl.exp2((x.to(tl.float32) * rate - shift) * LOG2_E) * weight
-                if start + block > vocab_size:  # of the row's last block alone
-                    dx = tl.where(column < vocab_size, dx, 0.0)
-                tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
-    else:
-        for start in range(first, last, block):
-            column = start + tl.arange(0, block)
-            tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < all_columns)
-    tl.debug_barrier()  # what was written at an id is written again
-    for start in range(0, n_ids, block_ids):
-        k = start + tl.arange(0, block_ids)
-        value = tl.load(ids + row.to(tl.int64) * n_ids + k, mask=k < n_ids, other=-1)
-        here = (value >= first) & (value < min(last, vocab_size))
-        g = tl.load(kept_gradient + row * g_row_stride + k * g_id_stride, mask=here, other=0.0)
-        dx = tl.where(g == 0, 0.0, g * rate)  # the temperature of a row that takes no part may be anything
-        tl.store(out + value, dx.to(out.dtype.element_ty), mask=here)
-
-
-def backward(
-    kept_gradient: Tensor,  # (..., K) float32, as the next
-    rest_gradient: Tensor,  # (...,)
-    logits: Tensor,  # (..., V)
-    ids: Tensor,  # (..., K) int64
-    row_temperature: Tensor | None,  # (...,)
-    rest: Tensor,  # (...,) from the forward, or of whole rows where the logits are a slice of them
-    temperature: float,
-    vocab_size: int,
-    with_rest: bool,
-    *,
-    out: Tensor | None = None,  # (T, V) of unit column stride
-) -> Tensor:
-    """The gradient of the logits, of their shape and dtype, contiguous unless `out` is given."""
-    n_ids = ids.shape[-1]
-    flat, taus = _rows_of(ids, row_temperature)
-    g, h, lse = kept_gradient.reshape(flat.shape), rest_gradient.reshape(-1), rest.reshape(-1).contiguous()
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
-    rows = gradient.view(-1, gradient.shape[-1]) if out is None else out
-    with _launch.on_device(logits):
-        for place, piece in _launch.pieces(logits):
-            if piece.rows == 0:
-                continue
-            launch = _launch.backward(piece.rows, rows.shape[1], logits.dtype)
-            kept_and_rest_backward_kernel[(piece.rows * launch.chunks,)](
-                piece.x if with_rest else None,
-                flat[place],
-                None if taus is None else taus[place],
-                lse[place],
-                g[place],
-                h[place],
-                rows[place],
-                temperature,
-                vocab_size,
-                rows.shape[1],
-                n_ids,
-                piece.inner,
-                *piece.strides,
-                g.stride(0),
-                g.stride(1),
-                h.stride(0),
-                rows.stride(0),
-                launch.chunks,
-                launch.blocks,
-                launch.block,
-                _launch.block_labels(n_ids),
-                num_warps=launch.warps,
-            )
-    return gradient
-
-
-def _rows_of(ids: Tensor, row_temperature: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def rows_of(ids: Tensor, row_temperature: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(T, K) ids and (T,) temperatures as the kernels read them."""
     taus = None if row_temperature is None else row_temperature.reshape(-1).float().contiguous()
     return ids.reshape(ids.shape[:-1].numel(), ids.shape[-1]).contiguous(), taus
@@ -443,28 +334,3 @@ def _merged(m: Tensor, s: Tensor, rate: Tensor, axis: int) -> tuple[Tensor, Tens
     top = m.amax(axis, keepdim=True)
     a = torch.exp((m - top.masked_fill(top == -torch.inf, 0)) * rate.view(-1, *(1,) * (m.ndim - 1)))
     return top.squeeze(axis), (a * s).sum(axis)
-
-
-def backward_in_torch(
-    kept_gradient: Tensor,  # (T, K)
-    rest_gradient: Tensor,  # (T,)
-    logits: Tensor,  # (T, V)
-    ids: Tensor,
-    row_temperature: Tensor | None,
-    rest: Tensor,
-    temperature: float,
-    vocab_size: int,
-    with_rest: bool,
-) -> Tensor:
-    """The same algorithm, all blocks of all rows side by side."""
-    rate = torch.full_like(rest, temperature) if row_temperature is None else row_temperature.to(rest)
-    rate = rate.reciprocal()[:, None]
-    dx = torch.zeros(logits.shape[0], logits.shape[1] + 1, device=logits.device)  # one column for ids that are nowhere
-    if with_rest:
-        h = rest_gradient[:, None]
-        shift = rest.masked_fill(rest == -torch.inf, 0)[:, None]
-        dz = torch.exp(logits[:, :vocab_size].float() * rate - shift) * (h * rate)
-        dx[:, :vocab_size] = torch.where(h == 0, 0, dz)
-    nowhere = (ids < 0) | (ids >= vocab_size)
-    at_ids = torch.where(kept_gradient == 0, 0, kept_gradient * rate)
-    return dx.scatter_(-1, ids.masked_fill(nowhere, logits.shape[1]), at_ids)[:, :-1].to(logits.dtype)

@@ -1,0 +1,165 @@
+"""The gradient of the logits, from those of the kept logits and of the log-sum-exp of the rest: one read and one write.
+
+    dx_v = g_k / τ at v = ids_k,   dx_v = h e^(z_v - rest) / τ elsewhere
+
+with g the gradient of `kept` and h that of `rest`; `_topk_forward.py` has the rest. A program takes some consecutive
+blocks of one row. It writes h e^(z - rest) / τ at every column, and then writes again at the ids among them, so that no
+block looks for ids, and in any order of them.
+
+A row in which no gradient of the rest comes in is not read: its zeros are written, and g.
+
+    bytes       V logits read and V written a row, 12 K read a program; V written alone where no rest was taken
+    operations  about 6 a logit (widen, scale and subtract, scale, e^x, multiply, round)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._row_math import LOG2_E, row_offset, row_rate
+from ._topk_forward import rows_of
+
+
+@triton.jit(
+    do_not_specialize=["n_ids", "inner", "g_row_stride", "g_id_stride", "h_stride", "chunks", "blocks"],
+)
+def kept_and_rest_backward_kernel(
+    logits,  # rows (outer, inner), or None: no gradient of the rest
+    ids,  # (T, K) int64, contiguous
+    row_temperature,  # (T,) or None
+    rest,  # (T,) float32, of whole rows
+    kept_gradient,  # (T, K) float32, as the next
+    rest_gradient,  # (T,)
+    gradient,  # rows of all_columns, in the dtype of the logits
+    temperature,
+    vocab_size,
+    all_columns,  # the last of them may be padding
+    n_ids,
+    inner,
+    outer_stride,
+    inner_stride,
+    column_stride,
+    g_row_stride: tl.int64,
+    g_id_stride: tl.int64,
+    h_stride: tl.int64,
+    gradient_stride,
+    chunks,  # programs a row
+    blocks,  # a chunk
+    block: tl.constexpr,
+    block_ids: tl.constexpr,
+):
+    """One program a chunk of a row."""
+    program = tl.program_id(0)
+    row = program // chunks
+    first = (program % chunks) * blocks * block
+    last = min(first + blocks * block, all_columns)
+    out = gradient + row.to(tl.int64) * gradient_stride
+    rate = row_rate(row_temperature, row, temperature)
+    h = 0.0
+    if logits is not None:
+        h = tl.load(rest_gradient + row * h_stride)
+    if h != 0:
+        if logits is not None:
+            shift = tl.load(rest + row)
+            shift = tl.where(shift == float("-inf"), 0.0, shift)  # nothing is left: every e^(z - 0) is 0
+            weight = h * rate
+            row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
+            for start in range(first, last, block):
+                column = start + tl.arange(0, block)
+                x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
+                dx = tl.exp2((x.to(tl.float32) * rate - shift) * LOG2_E) * weight
+                if start + block > vocab_size:  # of the row's last block alone
+                    dx = tl.where(column < vocab_size, dx, 0.0)
+                tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
+    else:
+        for start in range(first, last, block):
+            column = start + tl.arange(0, block)
+            tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < all_columns)
+    tl.debug_barrier()  # what was written at an id is written again
+    for start in range(0, n_ids, block_ids):
+        k = start + tl.arange(0, block_ids)
+        value = tl.load(ids + row.to(tl.int64) * n_ids + k, mask=k < n_ids, other=-1)
+        here = (value >= first) & (value < min(last, vocab_size))
+        g = tl.load(kept_gradient + row * g_row_stride + k * g_id_stride, mask=here, other=0.0)
+        dx = tl.where(g == 0, 0.0, g * rate)  # the temperature of a row that takes no part may be anything
+        tl.store(out + value, dx.to(out.dtype.element_ty), mask=here)
+
+
+def backward(
+    kept_gradient: Tensor,  # (..., K) float32, as the next
+    rest_gradient: Tensor,  # (...,)
+    logits: Tensor,  # (..., V)
+    ids: Tensor,  # (..., K) int64
+    row_temperature: Tensor | None,  # (...,)
+    rest: Tensor,  # (...,) from the forward, or of whole rows where the logits are a slice of them
+    temperature: float,
+    vocab_size: int,
+    with_rest: bool,
+    *,
+    out: Tensor | None = None,  # (T, V) of unit column stride
+) -> Tensor:
+    """The gradient of the logits, of their shape and dtype, contiguous unless `out` is given."""
+    n_ids = ids.shape[-1]
+    flat, taus = rows_of(ids, row_temperature)
+    g, h, lse = kept_gradient.reshape(flat.shape), rest_gradient.reshape(-1), rest.reshape(-1).contiguous()
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    rows = gradient.view(-1, gradient.shape[-1]) if out is None else out
+    with _launch.on_device(logits):
+        for place, piece in _launch.pieces(logits):
+            if piece.rows == 0:
+                continue
+            launch = _launch.backward(piece.rows, rows.shape[1], logits.dtype)
+            kept_and_rest_backward_kernel[(piece.rows * launch.chunks,)](
+                piece.x if with_rest else None,
+                flat[place],
+                None if taus is None else taus[place],
+                lse[place],
+                g[place],
+                h[place],
+                rows[place],
+                temperature,
+                vocab_size,
+                rows.shape[1],
+                n_ids,
+                piece.inner,
+                *piece.strides,
+                g.stride(0),
+                g.stride(1),
+                h.stride(0),
+                rows.stride(0),
+                launch.chunks,
+                launch.blocks,
+                launch.block,
+                _launch.block_labels(n_ids),
+                num_warps=launch.warps,
+            )
+    return gradient
+
+
+def backward_in_torch(
+    kept_gradient: Tensor,  # (T, K)
+    rest_gradient: Tensor,  # (T,)
+    logits: Tensor,  # (T, V)
+    ids: Tensor,
+    row_temperature: Tensor | None,
+    rest: Tensor,
+    temperature: float,
+    vocab_size: int,
+    with_rest: bool,
+) -> Tensor:
+    """The same algorithm, all blocks of all rows side by side."""
+    rate = torch.full_like(rest, temperature) if row_temperature is None else row_temperature.to(rest)
+    rate = rate.reciprocal()[:, None]
+    dx = torch.zeros(logits.shape[0], logits.shape[1] + 1, device=logits.device)  # one column for ids that are nowhere
+    if with_rest:
+        h = rest_gradient[:, None]
+        shift = rest.masked_fill(rest == -torch.inf, 0)[:, None]
+        dz = torch.exp(logits[:, :vocab_size].float() * rate - shift) * (h * rate)
+        dx[:, :vocab_size] = torch.where(h == 0, 0, dz)
+    nowhere = (ids < 0) | (ids >= vocab_size)
+    at_ids = torch.where(kept_gradient == 0, 0, kept_gradient * rate)
+    return dx.scatter_(-1, ids.masked_fill(nowhere, logits.shape[1]), at_ids)[:, :-1].to(logits.dtype)
