@@ -187,8 +187,7 @@ class _Sharded(torch.autograd.Function):
         options: tuple[Any, ...],
         shard: VocabShard,
     ) -> tuple[Tensor, Tensor]:
-        # on another rank: at -inf as padding is, but no padding (-1)
-        here = torch.where(ids < 0, ids, torch.where(ids < shard.start, -2, ids - shard.start))
+        here = ids_of_slice(ids, shard.start)
         kept, rest = _kept_and_rest(logits, here, row_temperature, *options)
         with_rest = options[2]
         if with_rest:
@@ -204,6 +203,11 @@ class _Sharded(torch.autograd.Function):
     def backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
         grad = _kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, None, None
+
+
+def ids_of_slice(ids: Tensor, start: int) -> Tensor:
+    """`ids` as columns of a slice that begins at `start`: those outside lie outside it, and only padding is -1."""
+    return torch.where(ids < 0, ids, torch.where(ids < start, -2, ids - start))
 
 
 def _places(ids: Tensor, vocab_size: int) -> Tensor:

@@ -161,3 +161,22 @@ def case_topk(ranks: Ranks) -> None:
                         close(found[0], expected[0], wide(dtype), what)
                         close(mine, part(gradient, shard, -1), dtype, f"gradient {what}")
                         ranks.same_bits(*found)
+
+
+@on(3)
+def case_topk_kernels(ranks: Ranks) -> None:
+    """Interpreted on slices: the numbers of torch's path on whole rows, and the same bits on every rank."""
+    ids = torch.tensor([[22, 3, 4, 11], [21, 5, -1, -1], [-1, -1, -1, -1]])
+    logits, teacher = 2 * ranks.normal(3, V), (2 * ranks.normal(3, V, seed=1)).log_softmax(-1)
+    kept = teacher.gather(-1, ids.clamp(min=0))
+    for shard in shards(ranks):
+        for tail, divergence in zip(("bucket", "renormalize", "truncate"), TOPK.values(), strict=True):
+
+            def call(x, f=divergence, tail=tail, **options):
+                return (f(x, kept, ids, tail=tail, temperature=0.8, **options),)
+
+            expected, (gradient,) = differentiated(partial(call, impl="torch"), [logits])
+            found, (mine,) = differentiated(partial(call, shard=shard, impl="triton"), [part(logits, shard, -1)])
+            close(found[0], expected[0], torch.float32, f"{tail} {shard}")
+            close(mine, part(gradient, shard, -1), torch.float32, f"gradient {tail} {shard}")
+            ranks.same_bits(*found)

@@ -11,16 +11,18 @@ is left out whole, by two selections a lane. Whoever then has the whole row, a s
 reads the marked cells again, K of them at most, without the ids in them, and adds them to the state; at the ids it
 reads `kept`. Splits and cells are merged in a fixed order without atomics: the same shapes give the same bits.
 
-What was weighed against it, for V = 151936 in bfloat16, where a multiprocessor has 13 instructions a logit and the fold
-takes 9:
+What was weighed, in instructions a logit for V = 151936 in bfloat16, where a multiprocessor has 13 in the time that 2
+bytes take at 4.3 TB/s, and the fold takes 9.7. A thread of 256 has four lanes, so 32 logits of a block:
 
-    mark cells, walking     lanes / threads + 6 an id and thread: 1 a logit at K = 64, 4 at 256; 1/4 to leave cells out
-    mask logits, walking    8 times the lanes: 3 a logit at K = 64, 10 at 256; 1 to leave them out
-    a bit set, V / 8 bytes  2 a logit whatever K, and 12 % more bytes, as it is written before it is read
+    mark cells, walking     20 an id and thread: 2 a logit at K = 64, 9 at 256; to leave cells out, 1/4
+    mask logits, walking    a compare for each logit instead of each lane: 5 at K = 64, 20 at 256; 1
+    a bit set, V / 8 bytes  2 whatever K, and 12 % more bytes, as it is written before it is read
+
+So up to 100 ids or so the first is bound by memory, as the gather is; at 256 it takes about half as long again.
 
     bytes       V logits read a row, 48 K for ids and cells, 8 a split written and read again, 4 + 4 K written. Without
                 the rest, the logits at the ids alone
-    operations  about 10 a logit at K = 64, and some 200 an id for its cell
+    operations  9.7 a logit and 20 an id and thread, counted in what ptxas makes for sm_90; some 300 an id for its cell
 
 A row whose ids are all padding is not read: its rest is -inf.
 """
@@ -165,7 +167,8 @@ def kept_and_rest_kernel(
             x = load_tile(row_logits, start, column_stride, all_columns, lanes, width, aligned)
             held = lane < 0
             while held_id < min(start + lanes * width, vocab_size):
-                held = held | (lane == (held_id - start).to(tl.int32) // width)
+                cell = (held_id - start).to(tl.uint32) // width  # one shift
+                held = held | (lane == cell.to(tl.int32))
                 pointer += 1
                 held_id = next_id(row_ids, pointer, n_ids)
             c = x.to(tl.float32)
