@@ -28,12 +28,14 @@ class Case:
     dtype: str = "bfloat16"
     entropy: bool = False  # log-probs and entropy, or log-probs
     compiled: bool = True  # also under torch.compile
+    kept: int = 0  # K, of a teacher that gives so many log-probs a token
 
     @property
     def name(self) -> str:
         parts = [self.path + ("+entropy" if self.entropy else ""), f"T{self.tokens}", f"V{self.vocab}"]
         parts += [f"D{self.width}"] if self.width else []
         parts += [f"teacherD{self.teacher_width}"] if self.teacher_width else []
+        parts += [f"K{self.kept}"] if self.kept else []
         return "-".join([*parts, self.dtype])
 
     @property
@@ -165,6 +167,8 @@ FULL = distinct(
         Case("jsd", 8192, QWEN, 2048, 4096, compiled=False),
         Case("forward-kl", 8192, QWEN, 1024, 4096, compiled=False),
         Case("reverse-kl", 8192, QWEN, 1024, 4096, compiled=False),
+        # K: what a server gives, and where walking along the ids costs as much as the logits
+        *(Case("topk-forward-kl", 8192, QWEN, kept=K, compiled=False) for K in (20, 64, 256)),
         # the other dtype, the entropy, the other vocabulary
         Case("hidden", 2048, SMALL, 1024, dtype="float32"),
         Case("hidden", 8192, QWEN, 2048, entropy=True, compiled=False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import divergences, problems
+from . import divergences, problems, topk
 from .cases import Case
 from .contenders import Contender, Problem
 
@@ -26,4 +26,5 @@ PATHS = {
     "ce": Path(problems.ce_problem, problems.ce_contenders, "naive"),
     "tail": Path(problems.tail_problem, problems.tail_contenders, "gather"),
     **{name: Path(divergences.problem, divergences.contenders, "naive") for name in divergences.NAMES},
+    **{name: Path(topk.problem, topk.contenders, "naive") for name in topk.NAMES},
 }

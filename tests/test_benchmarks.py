@@ -40,6 +40,7 @@ SMALL_CASES = [
     Case("jsd", 40, 300, 32, 48, dtype="float32"),
     Case("forward-kl", 40, 300, 32, 48, dtype="float32"),
     Case("reverse-kl", 40, 300, 32, 48, dtype="float32"),
+    Case("topk-forward-kl", 40, 300, dtype="float32", kept=7),
 ]
 
 
