@@ -14,6 +14,7 @@ import torch
 import test_triton_divergences as divergences
 import test_triton_linear as linear
 import test_triton_logits as logits
+import test_triton_topk as topk
 from kdloss._triton import _compaction
 from triton_aot import compiled
 
@@ -44,10 +45,17 @@ def divergence_calls() -> None:
         divergences.step("generalized_jsd", x, x, 151936 - rows % 5)
 
 
+def topk_calls() -> None:
+    for rows, vocab in ((3000, 151936), (20011, 151936), (3001, 128257), (20011, 128257), (2, 151936), (33, 151936)):
+        x = torch.empty(rows, vocab, dtype=torch.bfloat16, device=META)
+        topk.step(x, vocab - 1 - rows % 5, 100 + rows % 29)
+
+
 def calls() -> None:
     logits_calls()
     linear_calls()
     divergence_calls()
+    topk_calls()
 
 
 def test_shapes_share_their_code():
@@ -66,4 +74,7 @@ def test_shapes_share_their_code():
         "state_kernel": 1,
         "mixture_kernel": 1,
         "divergence_gradient_kernel": 1,
+        "kept_and_rest_kernel": 3,  # even and odd rows, and few
+        "finish_kernel": 1,
+        "kept_and_rest_backward_kernel": 3,
     }

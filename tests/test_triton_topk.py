@@ -385,6 +385,15 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def step(logits: Tensor, vocab: int, k: int, *, row_temperature: bool = False) -> None:
+    """Forward and backward."""
+    rows, device = logits.shape[0], logits.device
+    ids = torch.empty(rows, k, dtype=torch.int64, device=device)
+    taus = torch.empty(rows, device=device) if row_temperature else None
+    kept, rest = forward_kernels.forward(logits, ids, taus, 1.0, vocab, True)
+    backward_kernels.backward(kept, rest, logits, ids, taus, rest, 1.0, vocab, True)
+
+
 def aot_calls() -> None:
     """Rows that begin at multiples of 16 bytes and rows that do not, few and many, with every option and none."""
     meta, k = {"device": "meta"}, 300
@@ -395,10 +404,7 @@ def aot_calls() -> None:
         (1, 128257, torch.bfloat16),
     ]
     for rows, vocab, dtype in cases:
-        logits, ids = torch.empty(rows, vocab, dtype=dtype, **meta), torch.empty(rows, k, dtype=torch.int64, **meta)
-        taus = torch.empty(rows, **meta) if rows == 1 else None
-        kept, rest = forward_kernels.forward(logits, ids, taus, 1.0, vocab, True)
-        backward_kernels.backward(kept, rest, logits, ids, taus, rest, 1.0, vocab, True)
+        step(torch.empty(rows, vocab, dtype=dtype, **meta), vocab, k, row_temperature=rows == 1)
     # strides that no vector load can take; without the rest
     logits, ids = (
         torch.empty(151, 65536, dtype=torch.bfloat16, **meta).T,

@@ -25,7 +25,7 @@ from ._topk_forward import rows_of
 
 
 @triton.jit(
-    do_not_specialize=["n_ids", "inner", "g_row_stride", "g_id_stride", "h_stride", "chunks", "blocks"],
+    do_not_specialize=["vocab_size", "n_ids", "inner", "g_row_stride", "g_id_stride", "h_stride", "chunks", "blocks"],
 )
 def kept_and_rest_backward_kernel(
     logits,  # rows (outer, inner), or None: no gradient of the rest
@@ -40,7 +40,7 @@ def kept_and_rest_backward_kernel(
     all_columns,  # the last of them may be padding
     n_ids,
     inner,
-    outer_stride,
+    outer_stride: tl.int64,
     inner_stride,
     column_stride,
     g_row_stride: tl.int64,

@@ -127,7 +127,7 @@ def finish_row(
         tl.store(rest + row, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["n_ids", "inner", "part_stride", "blocks", "splits"])
+@triton.jit(do_not_specialize=["vocab_size", "n_ids", "inner", "part_stride", "blocks", "splits"])
 def kept_and_rest_kernel(
     logits,  # rows (outer, inner)
     ids,  # (T, K) int64, contiguous, ascending among those of the vocabulary: -1 is padding, any other is nowhere
@@ -140,7 +140,7 @@ def kept_and_rest_kernel(
     all_columns,  # that may be read: the last of them may be padding, or not belong to the row
     n_ids,
     inner,
-    outer_stride,
+    outer_stride: tl.int64,
     inner_stride,
     column_stride,
     part_stride,  # T * splits
@@ -185,7 +185,7 @@ def kept_and_rest_kernel(
         tl.store(parts + part_stride + program, s)
 
 
-@triton.jit(do_not_specialize=["n_ids", "inner", "part_stride", "splits"])
+@triton.jit(do_not_specialize=["vocab_size", "all_columns", "n_ids", "inner", "part_stride", "splits"])
 def finish_kernel(
     logits,
     ids,
@@ -198,12 +198,12 @@ def finish_kernel(
     all_columns,
     n_ids,
     inner,
-    outer_stride,
+    outer_stride: tl.int64,
     inner_stride,
     column_stride,
     part_stride,
     splits,
-    block_splits: tl.constexpr,  # the next power of two
+    block_splits: tl.constexpr,  # as many at least
     width: tl.constexpr,
     block_ids: tl.constexpr,
 ):
@@ -286,8 +286,7 @@ def forward(
                     num_warps=launch.warps,
                 )
             if split or not with_rest:
-                block_splits = triton.next_power_of_2(launch.splits)
-                finish_kernel[(n,)](*arguments, launch.splits, block_splits, launch.width, block_ids, num_warps=1)
+                finish_kernel[(n,)](*arguments, launch.splits, _launch.SPLITS, launch.width, block_ids, num_warps=1)
     return kept.view(ids.shape), rest.view(ids.shape[:-1])
 
 
