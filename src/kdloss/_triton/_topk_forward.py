@@ -12,17 +12,17 @@ reads the marked cells again, K of them at most, without the ids in them, and ad
 reads `kept`. Splits and cells are merged in a fixed order without atomics: the same shapes give the same bits.
 
 What was weighed, in instructions a logit for V = 151936 in bfloat16, where a multiprocessor has 13 in the time that 2
-bytes take at 4.3 TB/s, and the fold takes 9.7. A thread of 256 has four lanes, so 32 logits of a block:
+bytes take at 4.3 TB/s, and the fold takes 10. A thread of 256 has two lanes, so 16 logits of a block:
 
-    mark cells, walking     20 an id and thread: 2 a logit at K = 64, 9 at 256; to leave cells out, 1/4
-    mask logits, walking    a compare for each logit instead of each lane: 5 at K = 64, 20 at 256; 1
+    mark cells, walking     17 an id and thread: 2 a logit at K = 64, 7 at 256; to leave cells out, 1/4
+    mask logits, walking    a compare for each logit instead of each lane: 3 at K = 64, 13 at 256; 1
     a bit set, V / 8 bytes  2 whatever K, and 12 % more bytes, as it is written before it is read
 
-So up to 100 ids or so the first is bound by memory, as the gather is; at 256 it takes about half as long again.
+So up to 100 ids or so the first is bound by memory, as the gather is; at 256 it takes about a third longer.
 
     bytes       V logits read a row, 48 K for ids and cells, 8 a split written and read again, 4 + 4 K written. Without
                 the rest, the logits at the ids alone
-    operations  9.7 a logit and 20 an id and thread, counted in what ptxas makes for sm_90; some 300 an id for its cell
+    operations  10 a logit and 17 an id and thread, counted in what ptxas makes for sm_90; some 300 an id for its cell
 
 A row whose ids are all padding is not read: its rest is -inf.
 """
@@ -255,8 +255,9 @@ def forward(
             n = piece.rows
             if n == 0:
                 continue
-            launch = _launch.forward(n, vocab_size, logits.dtype, apart=piece.strides[-1] != 1)
             all_columns = _launch.readable(piece.x, logits.shape[-1])
+            # two lanes a thread: with four, their marks and 32 logits spill
+            launch = _launch.forward(n, vocab_size, logits.dtype, apart=True)
             split = with_rest and launch.splits > 1
             parts = kept.new_empty(2, n, launch.splits) if split else None
             arguments = (
@@ -306,7 +307,7 @@ def forward_in_torch(
 ) -> tuple[Tensor, Tensor]:
     """The same algorithm, block after block of all splits of all rows side by side."""
     rows, columns = logits.shape
-    launch = _launch.forward(rows, vocab_size, logits.dtype)
+    launch = _launch.forward(rows, vocab_size, logits.dtype, apart=True)
     rate = torch.full((rows,), temperature) if row_temperature is None else row_temperature
     rate = rate.to(logits.device, torch.float32).reciprocal()
     inside, padded = (ids >= 0) & (ids < vocab_size), (ids == PADDING).all(-1)
