@@ -112,7 +112,8 @@ def finish_row(
             taken = tl.zeros([block_ids], tl.int32)  # a bit for each logit
             for step in tl.static_range(width):
                 other = tl.load(ids + place + step, mask=k + step < n_ids, other=-1)
-                taken = taken | tl.where(other // width == cell, 1 << (other % width).to(tl.int32), 0)
+                near = (other >= 0) & (other // width == cell)  # -1 // width is 0 on a GPU
+                taken = taken | tl.where(near, 1 << (other % width).to(tl.int32), 0)
             cell_m, cell_s, nothing = empty_state(block_ids)
             for place_in_cell in tl.static_range(width):
                 column = cell * width + place_in_cell
