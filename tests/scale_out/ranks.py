@@ -110,10 +110,11 @@ class Round:
             end = time.monotonic() + 10
             while time.monotonic() < end and not all("most recent call first" in text for text in self.said()):
                 time.sleep(POLL)
+        self.read()  # before the ranks are killed: who dies later than another hears of it, and would raise
+        if self.stopped:
             self.signal(signal.SIGKILL)
             while not ended.exists() and leader.poll() is None and time.monotonic() < end + 10:
                 time.sleep(POLL)
-        self.read()
 
     def joined(self) -> bool:
         return all((self.folder / f"{rank}.jsonl").exists() for rank in range(WORLD))
