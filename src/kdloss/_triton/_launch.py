@@ -63,10 +63,15 @@ class Backward(NamedTuple):
     warps: int
 
 
-def backward(rows: int, columns: int, dtype: torch.dtype) -> Backward:
-    """Of the kernel that reads and writes each row once: a thread has twice 16 bytes at a time."""
+def backward(rows: int, columns: int, dtype: torch.dtype, *, even: bool = True) -> Backward:
+    """Of the kernel that reads and writes each row once: a thread has twice 16 bytes at a time.
+
+    Half of that where rows that are read, or written, are not `even` (`aligned`): logits then have an address each, and
+    where one side alone does, threads exchange them on their way, which spilled.
+    """
     few = rows * columns <= FEW_LOGITS
     block, warps = (1024, 4) if few else (512 * 16 // dtype.itemsize, 8)
+    block = block if even else block // 2
     blocks = -(-columns // block)
     blocks_a_chunk = max(1, min(8, blocks * rows // PROGRAMS))
     return Backward(block, blocks_a_chunk, -(-blocks // blocks_a_chunk), warps)

@@ -175,7 +175,8 @@ def backward(
         for place, piece in _launch.pieces(logits):
             if piece.rows == 0:
                 continue
-            launch = _launch.backward(piece.rows, rows.shape[1], logits.dtype)
+            even = _launch.aligned(piece.x, rows.shape[1]) and _launch.aligned(rows[place], rows.shape[1])
+            launch = _launch.backward(piece.rows, rows.shape[1], logits.dtype, even=even)
             g = None if logp_gradient is None else logp_gradient[place]
             h = None if entropy_gradient is None else entropy_gradient[place]
             backward_kernel[(piece.rows * launch.chunks,)](
