@@ -217,10 +217,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.in_forward = inputs[-1]
     ctx.hidden_dtype = inputs[0].dtype
     ctx.save_for_backward(*((output[1],) if ctx.in_forward else inputs[:_TENSORS]))
+    ctx.set_materialize_grads(False)  # none through the second output is cheaper than (T, D) zeros
 
 
-def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = [None] * (_TENSORS - 3 + len(ctx.options) + 1)
+    if upstream is None:
+        return None, None, None, *nothing
     if ctx.in_forward:
         (d_hidden,) = ctx.saved_tensors
         factor = upstream.unsqueeze(-1)

@@ -12,5 +12,6 @@
     _linear.py           hidden states to log-probs and entropies, and back
     _divergence_kernels.py, _divergences.py  the divergence of rows of two sets of logits, and its gradient
 
-Beside each kernel stands the same algorithm in torch, which the tests compare it with.
+Beside each kernel that computes stands the same algorithm in torch, which the tests compare it with; copies
+(`_compaction.py`) are compared with torch's own.
 """
