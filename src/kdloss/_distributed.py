@@ -66,13 +66,15 @@ class VocabShard:
             sequence_parallel: as above.
 
         Raises, on every rank:
+            TypeError: `vocab_size` is no int on one of them.
             ValueError: ranks disagree on `vocab_size`, or there are so few entries that a rank has none.
         """
         shard = cls.__new__(cls)
-        rank, size = _rank_and_size(group)
-        start, stop = _chunk(vocab_size, rank, size)
-        shard._join(start, stop, group, sequence_parallel)
-        shard.bounds = _agreed(_gather_objects((start, stop, vocab_size, sequence_parallel), shard.group))
+        shard._join(0, 0, group, sequence_parallel)
+        found = _gather_objects((vocab_size, sequence_parallel), shard.group)  # before any check that one rank may fail
+        cuts = [(*_chunk(size, rank, shard.size), size, parallel) for rank, (size, parallel) in enumerate(found)]
+        shard.bounds = _agreed(cuts)
+        shard.start, shard.stop = shard.bounds[shard.rank]
         return shard
 
     @classmethod
@@ -379,10 +381,24 @@ def _of_dtensor(name: str, x: Tensor, axis: int | None = None) -> VocabShard | N
 def _local_hidden(name: str, hidden: Tensor, shard: VocabShard | None) -> Tensor:
     """Replicated hidden states, or rows that are split across the shard's own ranks, as a plain tensor."""
     placements = hidden.placements  # type: ignore[attr-defined]
-    split = [placement for placement in placements if not placement.is_replicate()]
-    if split and not (len(split) == 1 and split[0].is_shard(0) and shard is not None and shard.sequence_parallel):
+    split = [(at, placement) for at, placement in enumerate(placements) if not placement.is_replicate()]
+    if not split:
+        return hidden.to_local()  # type: ignore[attr-defined, no-any-return]
+    if len(split) > 1 or not split[0][1].is_shard(0) or shard is None or not shard.sequence_parallel:
         raise ValueError(
             f"{name} must be replicated, or placed Shard(0) with a shard that is sequence_parallel, got {placements}"
+        )
+    group = hidden.device_mesh.get_group(split[0][0])  # type: ignore[attr-defined]
+    if group.group_name != shard.group_name:
+        ranks, own = dist.get_process_group_ranks(group), dist.get_process_group_ranks(shard.group)
+        if ranks != own:
+            raise ValueError(
+                f"{name} must be split across the ranks of its shard, {own}, got {placements}, across ranks {ranks}"
+            )
+    if hidden.shape[0] % shard.size:
+        raise ValueError(
+            f"{name} must hold a multiple of {shard.size} rows, as many on each rank, got {hidden.shape[0]}: pad them, "
+            "and the labels with -100"
         )
     return hidden.to_local()  # type: ignore[attr-defined, no-any-return]
 

@@ -325,6 +325,17 @@ def case_dtensors_of_two_dimensions(ranks: Ranks) -> None:
             close(y.detach(), z, torch.float64, f"axis {axis}")
         for leaf, z in zip(leaves, gradients, strict=True):
             close(leaf.grad.full_tensor(), z, torch.float64, f"gradient, axis {axis}")
+    head = distribute_tensor(weight, mesh, [Replicate(), Shard(0)])
+    shard = kdloss.VocabShard.from_dtensor(head, sequence_parallel=True)
+    even, few = hidden[: T // 2 * 2], labels[: T // 2 * 2]
+    rows = distribute_tensor(even, mesh, [Replicate(), Shard(0)])
+    found = kdloss.linear_token_logprobs(rows, head, few, shard=shard)
+    close(found.detach(), kdloss.linear_token_logprobs(even, weight, few), torch.float64, "rows across the shard")
+    rows = distribute_tensor(even, mesh, [Shard(0), Replicate()])
+    refused = kdloss.linear_token_logprobs
+    raises(ValueError, "hidden must be split across the ranks of its shard", refused, rows, head, few, shard=shard)
+    rows = distribute_tensor(hidden[: T // 2 * 2 - 1], mesh, [Replicate(), Shard(0)])
+    raises(ValueError, "hidden must hold a multiple of 2 rows", refused, rows, head, few[:-1], shard=shard)
     both = distribute_tensor(ranks.normal(T, 24), mesh, [Shard(-1), Shard(-1)])
     raises(ValueError, "split along its vocabulary axis 1 on one axis of its mesh", kdloss.token_logprobs, both, labels)
 
@@ -353,6 +364,7 @@ def case_bad_set_ups(ranks: Ranks) -> None:
     raises(ValueError, "leave out 0 .. 1", Shard_, 5 * rank + 1, 5 * rank + 6, group)
     raises(TypeError, "start and stop must be ints", Shard_, 5.0 * rank, 5 * rank + 5, group)
     raises(ValueError, "vocab_size must be the same on every rank", Shard_.even, 40 - rank, group)
+    raises(TypeError, "vocab_size must be an int, got NoneType", Shard_.even, 40 if rank else None, group)
     raises(ValueError, "is empty", Shard_.even, n - 1, group)
     raises(
         ValueError,
