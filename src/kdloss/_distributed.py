@@ -396,10 +396,8 @@ def _local_hidden(name: str, hidden: Tensor, shard: VocabShard | None) -> Tensor
                 f"{name} must be split across the ranks of its shard, {own}, got {placements}, across ranks {ranks}"
             )
     if hidden.shape[0] % shard.size:
-        raise ValueError(
-            f"{name} must hold a multiple of {shard.size} rows, as many on each rank, got {hidden.shape[0]}: pad them, "
-            "and the labels with -100"
-        )
+        rows = hidden.shape[0]
+        raise ValueError(f"{name} must hold a multiple of {shard.size} rows, got {rows}: pad them, labels with -100")
     return hidden.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
