@@ -60,7 +60,7 @@ bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/resu
 # Kernels run on the GPU here; in `make test`, where there is none, they are interpreted.
 gpu: $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/peers.stamp  ## On a GPU: the kernels' tests, then figures and peers
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
-	$(BIN)/pytest tests/test_triton_*.py tests/test_compiled_tail.py
+	$(BIN)/pytest tests/_triton tests/_losses/test_compiled_tail.py
 	$(BIN)/python -m benchmarks --core $(ARGS)
 
 # 100,000 examples in all; the normal suite draws a hundred for each test.

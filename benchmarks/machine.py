@@ -31,7 +31,7 @@ def describe(device: str, threads: int) -> dict[str, str]:
 
 def kernels() -> str:
     """Whether kdloss takes its kernels on this GPU, and why not: a figure without them is one of plain torch."""
-    from kdloss._impl import takes_triton
+    from kdloss._softmax.backend import takes_triton
 
     try:
         takes_triton("triton", logits=torch.empty(0, device="cuda", dtype=torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Holds the layers of `kdloss`: who may import whom, what `import kdloss` may load, and what is public."""
+"""Holds the rooms of `kdloss`: which may import which, what `import kdloss` may load, and what is public."""
 
 from __future__ import annotations
 
@@ -14,48 +14,24 @@ import kdloss
 
 PACKAGE = Path(kdloss.__file__).parent
 
-# A file imports only from files above it. A layer is a file or a folder; one that is not written yet is no error.
-LAYERS = (
+# A room is a file, or a folder as one. A room imports only from rooms above it, and from its own.
+ROOMS = (
     "_checks",
-    "_impl",
     "_distributed",
-    "_context_parallel",
     "_packing",
-    "_reductions",
     "_triton",
-    "_rows",
-    "_sharded_rows",
-    "_head",
-    "_logits_operator",
-    "_compiled_logprobs",
-    "_linear_operator",
-    "_sharded_logprobs",
+    "_softmax",
     "_logprobs",
-    "_linear",
-    "_fused_passes",
-    "_fused",
-    "_divergence_rows",
-    "_sharded_divergence",
-    "_divergence_ops",
     "_divergences",
-    "_topk_ops",
-    "_topk_divergences",
-    "_linear_divergence_passes",
-    "_linear_divergence_ops",
-    "_sharded_linear_divergence",
-    "_linear_divergences",
-    "_estimators",
-    "_advantages",
-    "_weights",
-    "_surrogates",
-    "_objectives",
-    "_kdrl",
-    "_diagnostics",
+    "_losses",
     "schedules",
     "config",
     "testing",
     "integrations",
 )
+
+# Three answers to three questions: none of them imports another.
+PEERS = {"_logprobs", "_divergences", "_losses"}
 
 # Users import these by name; `import kdloss` does not load them, and they may use the public names of `kdloss`.
 ON_REQUEST = ("testing", "integrations")
@@ -64,6 +40,18 @@ ON_REQUEST = ("testing", "integrations")
 # without other trainers and without test tools can import the library.
 RUNTIME = {"kdloss", "torch", "numpy", "einops", *sys.stdlib_module_names}
 ALSO = {"kdloss._triton": {"triton"}, "kdloss.testing.strategies": {"hypothesis"}}
+
+# What a package for the tests of this file is made of, all empty.
+FILES = (
+    "__init__.py",
+    "_checks.py",
+    "_packing/layout.py",
+    "_triton/rows.py",
+    "_logprobs/fused.py",
+    "integrations/_layout.py",
+    "integrations/verl.py",
+    "testing/__init__.py",
+)
 
 LAZY_PACKAGES = ("triton", "transformers", "hypothesis", "pytest")
 
@@ -110,35 +98,49 @@ def imports(path: Path, package: Path, *, on_import_only: bool = False) -> set[s
     return found
 
 
-def layer(module: str) -> str:
+def imported_names(path: Path, package: Path) -> set[tuple[str, str]]:
+    """(module of `kdloss`, name) of everything that a file imports out of a module; modules are no such names."""
+    base = module_name(path, package).split(".")
+    base = base if path.name == "__init__.py" else base[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            parent = base[: len(base) - node.level + 1] if node.level else []
+            module = ".".join(parent + (node.module.split(".") if node.module else []))
+            if module.split(".")[0] == "kdloss":
+                found |= {(module, x.name) for x in node.names if not exists(f"{module}.{x.name}", package)}
+    return found
+
+
+def room(module: str) -> str:
     """`_packing` for `kdloss._packing`, `testing` for `kdloss.testing.reference`, '' for `kdloss` itself."""
     return module.split(".")[1] if "." in module else ""
 
 
 def faults(package: Path) -> list[str]:
-    """Everything in a package that breaks the order of the layers, one sentence each."""
+    """Everything in a package that breaks the order of the rooms, one sentence each."""
     found = []
     for path in sorted(package.rglob("*.py")):
         module = module_name(path, package)
-        here = layer(module)
+        here = room(module)
         if here == "":
             found += [
                 f"kdloss/__init__.py imports {name}, which is loaded on request only"
                 for name in sorted(imports(path, package))
-                if layer(name) in (*ON_REQUEST, "_triton") and name.startswith("kdloss.")
+                if room(name) in (*ON_REQUEST, "_triton") and name.startswith("kdloss.")
             ]
             continue
-        if here not in LAYERS:
-            found.append(f"{module} is in no layer")
+        if here not in ROOMS:
+            found.append(f"{module} is in no room")
             continue
         also = set().union(*(names for prefix, names in ALSO.items() if module.startswith(prefix)))
         for name in sorted(imports(path, package, on_import_only=True)):
-            if name.split(".")[0] not in RUNTIME | also or (layer(name) == "_triton" and here != "_triton"):
+            if name.split(".")[0] not in RUNTIME | also or (room(name) == "_triton" and here != "_triton"):
                 found.append(f"{module} imports {name} at its top, not where it is used")
         for name in sorted(imports(path, package)):
             if name.split(".")[0] != "kdloss":
                 continue
-            there = layer(name)
+            there = room(name)
             if there == "":
                 if here not in ON_REQUEST:
                     found.append(f"{module} imports kdloss itself, which imports it")
@@ -147,32 +149,49 @@ def faults(package: Path) -> list[str]:
                 own = module.split(".")[-1].startswith(f"_{adapter}_")  # a private file of that adapter, as its plug-in
                 if not adapter.startswith("_") and not own and name != module:
                     found.append(f"{module} imports {name}: adapters are leaves")
-            elif there not in LAYERS:
-                found.append(f"{module} imports {name}, which is in no layer")
-            elif LAYERS.index(there) > LAYERS.index(here):
+            elif there not in ROOMS:
+                found.append(f"{module} imports {name}, which is in no room")
+            elif ROOMS.index(there) > ROOMS.index(here):
                 found.append(f"{module} imports {name} from below")
+            elif {here, there} <= PEERS:
+                found.append(f"{module} imports {name}: {here} and {there} import nothing from each other")
+        found += [
+            f"{module} imports the private {name} of another room"
+            for origin, name in sorted(imported_names(path, package))
+            if name.startswith("_") and room(origin) != here
+        ]
     return found
 
 
-def test_a_file_imports_only_from_files_above_it():
+def test_a_room_imports_only_from_rooms_above_it():
     assert faults(PACKAGE) == []
 
 
 @pytest.mark.parametrize(
     ("file", "line", "fault"),
     [
-        ("_checks.py", "from ._packing import pack", "kdloss._checks imports kdloss._packing from below"),
+        ("_checks.py", "from ._packing import layout", "kdloss._checks imports kdloss._packing.layout from below"),
         ("_checks.py", "from . import _packing", "kdloss._checks imports kdloss._packing from below"),
         ("_checks.py", "def f():\n    import kdloss._packing", "kdloss._checks imports kdloss._packing from below"),
-        ("_packing.py", "from kdloss import pack", "kdloss._packing imports kdloss itself, which imports it"),
-        ("_packing.py", "from ._unknown import x", "kdloss._packing imports kdloss._unknown, which is in no layer"),
-        ("_unknown.py", "", "kdloss._unknown is in no layer"),
+        ("config.py", "from kdloss import pack", "kdloss.config imports kdloss itself, which imports it"),
+        ("config.py", "from ._unknown import x", "kdloss.config imports kdloss._unknown, which is in no room"),
+        ("_unknown.py", "", "kdloss._unknown is in no room"),
         (
-            "_logprobs.py",
-            "from ._triton import rows",
-            "kdloss._logprobs imports kdloss._triton.rows at its top, not where it is used",
+            "_softmax/new.py",
+            "from kdloss._triton.rows import f",
+            "kdloss._softmax.new imports kdloss._triton.rows at its top, not where it is used",
         ),
-        ("_linear.py", "import triton", "kdloss._linear imports triton at its top, not where it is used"),
+        (
+            "_losses/new.py",
+            "from kdloss._logprobs.fused import f",
+            "kdloss._losses.new imports kdloss._logprobs.fused: _losses and _logprobs import nothing from each other",
+        ),
+        (
+            "_losses/new.py",
+            "from kdloss._packing.layout import _segments",
+            "kdloss._losses.new imports the private _segments of another room",
+        ),
+        ("_logprobs/new.py", "import triton", "kdloss._logprobs.new imports triton at its top, not where it is used"),
         (
             "config.py",
             "try:\n    import omegaconf\nexcept ImportError:\n    pass",
@@ -192,7 +211,7 @@ def test_a_file_imports_only_from_files_above_it():
 )
 def test_an_injected_fault_is_found(tmp_path, file, line, fault):
     package = tmp_path / "kdloss"
-    for name in ("__init__.py", "_packing.py", "_triton/rows.py", "integrations/verl.py", "testing/__init__.py", file):
+    for name in (*FILES, file):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).touch()
     (package / file).write_text(line)
@@ -202,8 +221,8 @@ def test_an_injected_fault_is_found(tmp_path, file, line, fault):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("_logprobs.py", "def f():\n    from ._triton import rows"),
-        ("_reductions.py", "from . import _checks\nfrom ._packing import pack"),
+        ("_logprobs/new.py", "def f():\n    from kdloss._triton import rows"),
+        ("_packing/new.py", "from kdloss import _checks\nfrom .layout import _segments"),
         ("testing/tree.py", "import kdloss\nfrom ..schedules import cosine\nfrom .reference import pack"),
         ("integrations/trl.py", "from kdloss import kdrl_loss\nfrom ._layout import rows"),
         ("integrations/_verl_plugin.py", "from .verl import register"),
@@ -213,23 +232,33 @@ def test_an_injected_fault_is_found(tmp_path, file, line, fault):
 )
 def test_an_allowed_import_is_no_fault(tmp_path, file, line):
     package = tmp_path / "kdloss"
-    for name in ("__init__.py", "_checks.py", "_packing.py", "_triton/rows.py", "integrations/_layout.py", file):
+    for name in (*FILES, file):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).touch()
     (package / file).write_text(line)
     assert faults(package) == []
 
 
-def test_a_file_is_read_in_one_sitting():
-    long = {path.name: n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text("utf-8").splitlines())) > 450}
-    assert long == {}
+def test_the_plan_of_the_house_fits_on_a_page():
+    """Few rooms, and few arrows between them: who adds one asks first whether it belongs into one that is there."""
+    assert len([entry for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]) <= 16
+    arrows = {
+        (room(module_name(path, PACKAGE)), room(name))
+        for path in PACKAGE.rglob("*.py")
+        for name in imports(path, PACKAGE)
+        if name.split(".")[0] == "kdloss" and room(name)
+    }
+    assert len({(here, there) for here, there in arrows if here != there}) <= 40
 
 
 def test_the_oracles_know_neither_torch_nor_the_code_that_they_judge():
-    for path in (PACKAGE / "testing").glob("*reference*.py"):
+    oracles = sorted((PACKAGE / "testing" / "_oracles").glob("*.py"))
+    assert len(oracles) > 8
+    for path in (*oracles, PACKAGE / "testing" / "reference.py"):
         for name in imports(path, PACKAGE):
             assert name.split(".")[0] != "torch", f"{path.name} imports torch"
-            assert not name.startswith("kdloss") or "reference" in name, f"{path.name} imports {name}"
+            own = name.startswith("kdloss.testing._oracles")
+            assert own or name.split(".")[0] != "kdloss", f"{path.name} imports {name}"
 
 
 def test_import_loads_no_optional_package():

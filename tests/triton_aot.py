@@ -1,6 +1,6 @@
 """Compiles every kernel that some calls launch, ahead of time for sm_90, and reads what ptxas says of it. No GPU.
 
-    python tests/triton_aot.py test_triton_logits:aot_table
+    python tests/triton_aot.py _triton.test_logits:aot_table
 
 runs the named function, which calls launchers with tensors on the meta device, and prints a line of JSON for each
 launch: the kernel, its grid, the constants it was compiled for, registers, spills; it ends with an error where a bound

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 import kdloss
-from kdloss import _divergence_rows, _linear_divergence_ops
+from kdloss import _divergences
 from scale_out.cases_vocabulary import UNEVEN, D, T, V, close, differentiated, part, shards
 from scale_out.ranks import Ranks, on
 
@@ -58,7 +58,7 @@ def case_divergences_from_logits(ranks: Ranks) -> None:
                 def split(x, f=divergence, teacher=teacher, options=options, shard=shard):
                     return (f(x, part(teacher, shard, -1), shard=shard, **options),)
 
-                with mock.patch.object(_divergence_rows.Scratch, "blocks", _two_rows):
+                with mock.patch.object(_divergences.rows.Scratch, "blocks", _two_rows):
                     expected, (gradient,) = differentiated(whole, [logits])
                     found, (mine,) = differentiated(split, [part(logits, shard, -1)])
                 close(found[0], expected[0], wide(dtype), what)
@@ -118,7 +118,7 @@ def case_divergences_from_hidden_states(ranks: Ranks) -> None:
                     return (f(h, w, x, y, loss_mask=mask, bias=b, teacher_bias=z, **options),)
 
                 mine = (teacher_hidden, part(teacher_weight, shard, 0), part(teacher_bias, shard, 0))
-                with mock.patch.dict(_linear_divergence_ops._CHUNK_ENTRIES, cpu=2 * V):
+                with mock.patch.dict(_divergences.hidden_op._CHUNK_ENTRIES, cpu=2 * V):
                     expected, gradients = differentiated(partial(call, **options), [hidden, weight, bias])
                     found, own = differentiated(
                         partial(call, teacher=mine, shard=shard, **options),

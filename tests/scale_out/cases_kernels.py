@@ -1,6 +1,6 @@
 """Kernels of a vocabulary-sharded head on real ranks: torch's numbers, the same bits on each, no collective more.
 
-`test_triton_shards.py` holds what they compute in every option; here they are interpreted, a few rows of them.
+`tests/_triton/test_shards.py` holds what they compute in every option; here they are interpreted, a few rows of them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 import kdloss
-from kdloss import _fused, _linear
+from kdloss._logprobs import from_hidden, fused
 from scale_out.ranks import Ranks, on
 
 V, D, T = 23, 6, 9
@@ -146,7 +146,7 @@ def case_from_hidden_states(ranks: Ranks) -> None:
                     h, w, labels, loss_mask=mask, bias=b, shard=shard, **options
                 )
 
-            with mock.patch.object(_linear, "KEPT_BYTES", budget):
+            with mock.patch.object(from_hidden, "KEPT_BYTES", budget):
                 expected, (dh, dw, db) = differentiated(whole, [hidden, weight, bias])
                 found, mine = differentiated(split, [hidden, part(weight, shard, 0), part(bias, shard, 0)])
             for x, y in zip(found, expected, strict=True):
@@ -174,7 +174,7 @@ def case_fused(ranks: Ranks) -> None:
             def loss(h, w, labels=labels, mask=mask, inputs=inputs, **options):
                 return kdloss.fused_linear_loss(h, w, labels, token_loss, *inputs, loss_mask=mask, **options)
 
-            with mock.patch.dict(_fused._CHUNK_BYTES, cpu=4 * V * torch.finfo(dtype).bits // 8):
+            with mock.patch.dict(fused._CHUNK_BYTES, cpu=4 * V * torch.finfo(dtype).bits // 8):
                 expected, (dh, dw) = differentiated(lambda h, w, f=loss: f(h, w)[:1], [hidden, weight])
                 found, mine = differentiated(
                     lambda h, w, f=loss, shard=shard: f(h, w, shard=shard)[:1], [hidden, part(weight, shard, 0)]

@@ -10,7 +10,7 @@
     _slices.py           a slice of logits, folded into log-probs and entropies; and its gradient
     _compaction.py       rows that take part, picked out and put back
     _linear.py           hidden states to log-probs and entropies, and back
-    _divergence_kernels.py, _divergences.py  the divergence of rows of two sets of logits, and its gradient
+    _divergence_kernels.py, _divergences/from_logits.py  the divergence of rows of two sets of logits, and its gradient
 
 Beside each kernel that computes stands the same algorithm in torch, which the tests compare it with; copies
 (`_compaction.py`) are compared with torch's own.

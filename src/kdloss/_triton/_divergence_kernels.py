@@ -3,7 +3,7 @@
     c = softcap(logit_scale (x + bias)) on each side,   log q = r (c - m) - log s,   log p likewise of the teacher
     d = log p - log q,   r = 1 / τ
 
-`_divergence_rows.py` has the table of values F and of G = q dF/dq, and is the same mathematics in torch. There are
+`_divergences/rows.py` has the table of values F and of G = q dF/dq, and is the same mathematics in torch. There are
 three kernels, one program a row each, or several where rows are few:
 
     state      reads both rows once: (m, s) of either side, and the value of a KL, which needs nothing else:

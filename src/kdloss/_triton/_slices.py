@@ -24,7 +24,7 @@ which at 4.3 TB/s and 790 TFLOP/s is as long as the product for D = 735, so hidd
 memory. Rows are never split between programs of `fold`: where rows are few, the product reads the whole head meanwhile,
 D / 2 times the bytes of a row.
 
-The same algorithm in torch is `_linear_operator.py`, slice by slice in the same order.
+The same algorithm in torch is `_logprobs/hidden_op.py`, slice by slice in the same order.
 """
 
 from __future__ import annotations

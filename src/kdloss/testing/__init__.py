@@ -6,10 +6,11 @@ sequence can be listed with its probability, `expected_gradient` is the exact ex
 Nothing else is needed beyond the library's own dependencies.
 """
 
+from kdloss.testing._audit.audit import audit as audit
+from kdloss.testing._audit.report import Audit as Audit
+from kdloss.testing._audit.report import Fit as Fit
+
 from . import reference as reference
-from ._audit import audit as audit
-from ._audit_report import Audit as Audit
-from ._audit_report import Fit as Fit
 from ._expected_gradient import expected_gradient as expected_gradient
 from ._sequence_tree import SequenceTree as SequenceTree
 from ._sequence_tree import TokenBatch as TokenBatch

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdloss._packing import broadcast_to_tokens, cu_seqlens_from_lengths
+from kdloss._packing.layout import broadcast_to_tokens, cu_seqlens_from_lengths
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,229 @@
+"""Divergences between whole next-token distributions, from the logits of student and teacher.
+
+    q = softmax(logits / τ),   p = softmax(teacher_logits / τ)
+
+Each is the exact expectation that a sampled estimator only averages to: no noise, at V numbers a token from a teacher.
+The gradient goes to the student's logits alone, `teacher_logits` that require grad get none.
+
+A logit of -inf is a mass of 0 and legal on either side: 0 log 0 is 0, and a divergence that divides a mass by 0 is
++inf, not NaN. NaN and +inf make their own row NaN and no other, and a row with an incoming gradient of 0 gets exactly 0
+whatever it holds: `token_mean` and `where` keep untrained rows out.
+
+Half-precision logits are widened before anything else. Rows go through a scratch of a few MB, so peak extra memory is
+the gradient; the kernels that a GPU runs need none. There is no T² factor: scale losses of another temperature by hand
+if you want Hinton's.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._distributed import VocabShard
+from kdloss._softmax.vocabulary import prepare_logits
+
+from .logits_op import divergence
+from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL, Form
+
+
+def forward_kl(
+    logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    *,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (...,)
+    """Forward KL from the teacher: KL(p || q) = sum_v p_v (log p_v - log q_v). Mass-covering.
+
+    Args:
+        logits: (..., V) of the student, any floating dtype and strides. Differentiable.
+        teacher_logits: (..., V) of the same leading shape and vocabulary. Detached.
+        temperature: > 0, a number or one value a row, for both sides. It carries no gradient.
+        vocab_size: the true V, where the last columns of either side are padding; needed where the sides differ in
+            width. Padding gets no mass and no gradient.
+        shard: which slice of the vocabulary these logits and the teacher's are, where ranks hold one each
+            (`VocabShard`). Logits that are DTensors placed `Shard(-1)` need none.
+        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
+
+    Returns:
+        (...,) nats, float32 for half-precision logits. +inf where the teacher has mass on what the student excludes.
+
+    Expected gradient:
+        ∇KL(p || q) = (q - p) / temperature, exact and without noise, in the dtype of `logits`. It stays that, and
+        finite, where the value is +inf.
+
+    Raises:
+        TypeError: logits are not floating-point.
+        ValueError: shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where the
+            kernels cannot run.
+
+    Source: Hinton et al., arXiv 1503.02531, without the T² factor.
+    """
+    return _of_logits(Form(FORWARD_KL), logits, teacher_logits, temperature, vocab_size, shard, impl)
+
+
+def reverse_kl(
+    logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    *,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (...,)
+    """Reverse KL to the teacher: KL(q || p) = sum_v q_v (log q_v - log p_v). Mode-seeking.
+
+    Args, dtypes and errors as in `forward_kl`.
+
+    Returns:
+        (...,) nats. +inf where the student has mass on what the teacher excludes.
+
+    Expected gradient:
+        ∇KL(q || p) = q (log q/p - KL(q || p)) / temperature: what `distillation_loss` has in expectation over sampled
+        tokens, with no variance. Not finite in a row whose value is +inf: exclude the same tokens on both sides, or
+        take a form that is bounded there (`generalized_jsd`, `skewed_reverse_kl`).
+
+    Source: MiniLLM, arXiv 2306.08543, for one token.
+    """
+    return _of_logits(Form(REVERSE_KL), logits, teacher_logits, temperature, vocab_size, shard, impl)
+
+
+def generalized_jsd(
+    logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    *,
+    beta: float,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (...,)
+    """Generalised Jensen-Shannon divergence: β KL(p || m) + (1-β) KL(q || m), m = β p + (1-β) q.
+
+    Args:
+        logits: as in `forward_kl`, and so are the arguments that are not named here.
+        teacher_logits: as in `forward_kl`.
+        beta: β, 0 < β < 1. JSD / (β (1-β)) tends to the forward KL as β → 0 and to the reverse KL as β → 1, and is
+            accurate on the way: the mixture is taken in log space. JSD itself goes to 0 there.
+        temperature: as in `forward_kl`.
+        vocab_size: as in `forward_kl`.
+        shard: as in `forward_kl`.
+        impl: as in `forward_kl`.
+
+    Returns:
+        (...,) nats, at most the entropy of (β, 1-β), log 2 at ½: always finite.
+
+    Expected gradient:
+        ∇JSD = (1-β) q (log q/m - KL(q || m)) / temperature: the mixture moves with the student.
+
+    Raises:
+        ValueError: `beta` is 0 or 1 (use the KL that is named), or as in `forward_kl`.
+
+    Source: GKD, arXiv 2306.13649, section 3, p being the teacher.
+    """
+    check_share("beta", beta, forward_kl.__name__, reverse_kl.__name__)
+    return _of_logits(Form(GENERALIZED_JSD, beta), logits, teacher_logits, temperature, vocab_size, shard, impl)
+
+
+def skewed_forward_kl(
+    logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    *,
+    alpha: float,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (...,)
+    """Skewed forward KL: KL(p || m), m = α p + (1-α) q. The forward KL with bounded ratios.
+
+    Args:
+        logits: as in `forward_kl`, and so are the arguments that are not named here.
+        teacher_logits: as in `forward_kl`.
+        alpha: α, the teacher's share of the mixture, 0 < α < 1; DistiLLM takes 0.1.
+        temperature: as in `forward_kl`.
+        vocab_size: as in `forward_kl`.
+        shard: as in `forward_kl`.
+        impl: as in `forward_kl`.
+
+    Returns:
+        (...,) nats, at most -log α: always finite.
+
+    Expected gradient:
+        ∇KL(p || m) = (q sum_u p_u w_u - p w) / temperature, w = (1-α) q/m.
+
+    Raises:
+        ValueError: `alpha` is 0 (use `forward_kl`) or 1 (it is 0 for any student), or as in `forward_kl`.
+
+    Source: DistiLLM, arXiv 2402.03898, section 3.1.
+    """
+    check_share("alpha", alpha, forward_kl.__name__, None)
+    return _of_logits(Form(SKEWED_FORWARD_KL, alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
+
+
+def skewed_reverse_kl(
+    logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    *,
+    alpha: float,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (...,)
+    """Skewed reverse KL: KL(q || m), m = (1-α) p + α q. The reverse KL with bounded ratios.
+
+    Args:
+        logits: as in `forward_kl`, and so are the arguments that are not named here.
+        teacher_logits: as in `forward_kl`.
+        alpha: α, the student's share of the mixture, 0 < α < 1; DistiLLM takes 0.1.
+        temperature: as in `forward_kl`.
+        vocab_size: as in `forward_kl`.
+        shard: as in `forward_kl`.
+        impl: as in `forward_kl`.
+
+    Returns:
+        (...,) nats, at most -log α: finite where the teacher excludes what the student does not.
+
+    Expected gradient:
+        ∇KL(q || m) = q (h - sum_u q_u h_u) / temperature, h = log q/m - α q/m: the mixture moves with the student.
+
+    Raises:
+        ValueError: `alpha` is 0 (use `reverse_kl`) or 1 (it is 0 for any student), or as in `forward_kl`.
+
+    Source: DistiLLM, arXiv 2402.03898, section 3.1.
+    """
+    check_share("alpha", alpha, reverse_kl.__name__, None)
+    return _of_logits(Form(SKEWED_REVERSE_KL, 1 - alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
+
+
+def _of_logits(
+    form: Form,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor,
+    vocab_size: int | None,
+    shard: VocabShard | None,
+    impl: str,
+) -> Tensor:
+    _checks.tensors(teacher_logits=teacher_logits)
+    student, teacher, softmax = prepare_logits(
+        logits, teacher_logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl
+    )
+    assert teacher is not None
+    return divergence(student, teacher, form, softmax)
+
+
+def check_share(name: str, share: float, at_0: str, at_1: str | None) -> None:
+    """A share of a mixture, strictly between 0 and 1; at either end, the error says what to use."""
+    _checks.finite(**{name: share})
+    if 0 < share < 1:
+        return
+    hint = ""
+    if share == 0:
+        hint = f"; use {at_0}"
+    elif share == 1:
+        hint = "; the divergence is 0 there for any student" if at_1 is None else f"; use {at_1}"
+    raise ValueError(f"{name} must be in 0 < {name} < 1, got {share}{hint}")

@@ -1,0 +1,249 @@
+"""The divergence of every trained token from hidden states and two heads, as one operator with its gradient.
+
+    y = softcap(logit_scale * (hidden @ weight.T + bias)) on each side,   F(softmax(y / τ), softmax(y' / τ))
+    dx = u dF/dz logit_scale (1 - (y / c)²) / τ,   dhidden = dx @ weight,   dweight = dx.T @ hidden,   dbias = sum dx
+
+The trained rows are taken in chunks whose two blocks of logits fit a budget; a chunk goes through `_divergence_rows` in
+a smaller scratch, and its gradient takes the place of its logits. A (T, V) tensor of either side never exists.
+
+With T trained tokens, the forward is 2 TV (D + D') multiplications and adds; the backward is that again, to have the
+logits back, and 4 TVD for the two products. Where the student's head is frozen, dhidden is linear in u, row by row: it
+is taken in the forward, in float32, and the backward is one multiplication.
+
+A half-precision head is widened a slice at a time, once a chunk: logits rounded to bf16 would be off by 3e-2 nats.
+dweight and dbias are summed over chunks in float32, and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._softmax.head import Head, Heads
+
+from .hidden_passes import KernelPass, Options, Pass, TorchPass, dtype_of
+from .rows import Form
+
+# Logits of a chunk, a side: on a CPU 64 MB in float32, rows enough for a matrix product to run at its speed.
+_CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
+
+
+def linear_divergence(
+    heads: Heads,  # the teacher's is detached here
+    loss_mask: Tensor,  # (T,) bool
+    form: Form,
+) -> Tensor:  # (T,)
+    """0 where `loss_mask` is False; differentiable in the student's hidden states, weight and bias."""
+    student, teacher, softmax, _ = heads
+    assert teacher is not None
+    trains_head = student.weight.requires_grad or (student.bias is not None and student.bias.requires_grad)
+    in_forward = torch.is_grad_enabled() and student.hidden.requires_grad and not trains_head
+    value: Tensor = _linear_divergence(
+        *student[:3],
+        *(None if x is None else x.detach() for x in teacher[:3]),
+        loss_mask,
+        softmax.flat_temperature,
+        student.softcap,
+        teacher.softcap,
+        student.logit_scale,
+        teacher.logit_scale,
+        *form,
+        softmax.temperature,
+        softmax.local_size,
+        softmax.kernels,
+        in_forward,
+    )[0]
+    return value
+
+
+@torch.library.custom_op("kdloss::linear_divergence", mutates_args=())
+def _linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
+    row_temperature: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+    in_forward: bool,
+) -> tuple[Tensor, Tensor]:
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    dtype = dtype_of(student, teacher)
+    out = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
+    d_hidden = torch.zeros(hidden.shape if in_forward else (0,), dtype=dtype, device=hidden.device)
+    options = Options(Form(kind, omega), temperature, vocab_size)
+    for rows, over in passes(student, teacher, loss_mask, row_temperature, options, kernels=kernels):
+        value = over.divergence(None, gradient=in_forward)
+        assert value is not None
+        out[rows] = value
+        if in_forward:
+            d_hidden[rows] = over.hidden_gradient()
+    return out, d_hidden
+
+
+@_linear_divergence.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
+    row_temperature: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+    in_forward: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = _checks.promoted_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    out = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    return out, hidden.new_empty(hidden.shape if in_forward else (0,), dtype=dtype)
+
+
+@torch.library.custom_op("kdloss::linear_divergence_backward", mutates_args=())
+def linear_divergence_backward(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
+    row_temperature: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    # where the heads are a slice of the vocabulary (T, 2); for the kernels (T, 4), the state of whole rows
+    shares: Tensor | None = None,
+    slope: Tensor | None = None,  # (T,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    dtype = dtype_of(student, teacher)
+    d_hidden = torch.zeros(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
+    d_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=dtype, device=hidden.device)
+    d_bias = torch.zeros(weight.shape[:1] if needs_bias else (0,), dtype=dtype, device=hidden.device)
+    options = Options(Form(kind, omega), temperature, vocab_size, shares, slope)
+    # tokens whose loss was clipped, masked or weighted away cost nothing
+    trained = loss_mask & (upstream != 0)
+    for rows, over in passes(student, teacher, trained, row_temperature, options, kernels=kernels):
+        over.divergence(upstream.index_select(0, rows), gradient=True)
+        if needs_hidden:
+            d_hidden[rows] = over.hidden_gradient().to(hidden.dtype)
+        if needs_weight:
+            over.into_weight_(d_weight[:vocab_size])
+        if needs_bias:
+            over.into_bias_(d_bias[:vocab_size])
+    return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype if bias is None else bias.dtype)
+
+
+@linear_divergence_backward.register_fake
+def _(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
+    row_temperature: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    shares: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        (weight if bias is None else bias).new_empty(weight.shape[:1] if needs_bias else (0,)),
+    )
+
+
+_TENSORS = 8  # the first arguments of the operator
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.options = inputs[_TENSORS:-1]
+    ctx.in_forward = inputs[-1]
+    ctx.hidden_dtype = inputs[0].dtype
+    ctx.save_for_backward(*((output[1],) if ctx.in_forward else inputs[:_TENSORS]))
+    ctx.set_materialize_grads(False)  # none through the second output is cheaper than (T, D) zeros
+
+
+def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = [None] * (_TENSORS - 3 + len(ctx.options) + 1)
+    if upstream is None:
+        return None, None, None, *nothing
+    if ctx.in_forward:
+        (d_hidden,) = ctx.saved_tensors
+        factor = upstream.unsqueeze(-1)
+        return torch.where(factor == 0, 0, d_hidden * factor).to(ctx.hidden_dtype), None, None, *nothing
+    needs = ctx.needs_input_grad[:3]
+    found = linear_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options, *needs)
+    return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *nothing
+
+
+_linear_divergence.register_autograd(_backward, setup_context=_save)
+
+
+def passes(
+    student: Head,
+    teacher: Head,
+    trained: Tensor,  # (T,) bool
+    row_temperature: Tensor | None,
+    options: Options,
+    *,
+    kernels: bool,
+) -> Iterator[tuple[Tensor, Pass]]:
+    """(rows, a pass that has their logits): the trained rows, as many at a time as the vocabulary allows."""
+    index = trained.nonzero().squeeze(-1)
+    rows = max(16, _CHUNK_ENTRIES["cpu" if trained.device.type == "cpu" else "gpu"] // options.vocab_size)
+    make = KernelPass if kernels else TorchPass
+    over = make(student, teacher, row_temperature, options, min(rows, index.shape[0]))
+    for start in range(0, index.shape[0], rows):
+        part = index[start : start + rows]
+        over.load(part)
+        yield part, over

@@ -1,0 +1,282 @@
+"""The divergence of every row of two sets of logits, as one operator with its gradient.
+
+Rows are taken a block at a time through `_divergence_rows`, forward and backward; between the two nothing is kept but
+the logits themselves. Peak extra memory is a scratch in the forward, and the gradient and a scratch in the backward. An
+operator of its own keeps autograd from slicing (each slice's backward would be a zero tensor of the size of all the
+logits) and `torch.compile` from looking inside. A gradient of the gradient is not defined, and raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._distributed import VocabShard
+from kdloss._softmax.rows import all_zero, column, flat_rows, scaled
+from kdloss._softmax.vocabulary import Softmax
+from kdloss._softmax.whole_rows import rate_of
+
+from .rows import Form, Scratch, block, slice_gradient, slice_state, slice_terms
+from .sharded import whole_divergence
+
+if TYPE_CHECKING:
+    from kdloss._triton._divergences import Pair
+
+
+def divergence(
+    logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V) detached here
+    form: Form,
+    softmax: Softmax,
+) -> Tensor:  # (...,)
+    """`F(softmax(logits / τ), softmax(teacher_logits / τ))` of each row; differentiable in `logits` alone."""
+    options = (softmax.row_temperature, *form, softmax.temperature, softmax.local_size)
+    if softmax.shard is not None:
+        return _Sharded.apply(logits, teacher_logits.detach(), *options, softmax.shard, softmax.kernels)  # type: ignore[no-any-return, no-untyped-call]
+    result: Tensor = _divergence(logits, teacher_logits.detach(), *options, softmax.kernels)[0]
+    return result
+
+
+@torch.library.custom_op("kdloss::divergence", mutates_args=())
+def _divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+) -> tuple[Tensor, Tensor]:
+    """(the divergence (...,), what the kernels' backward knows of every row (5, T), or (0,))."""
+    dtype = _checks.promoted_dtype(logits, teacher_logits)
+    out = torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device)
+    if kernels:
+        known = out.new_empty(5, out.numel())
+        for rows, pair in _pairs(logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size):
+            pair.value_(out.view(-1)[rows], known[:, rows])
+        return out, known
+    scratch = Scratch(out.numel(), vocab_size, dtype=dtype, device=logits.device)
+    tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], out.unsqueeze(-1))
+    for student, teacher, result, tau in flat_rows(*tensors, column(row_temperature, out)):
+        for rows in scratch.blocks(student.shape[0]):
+            found = block(
+                Form(kind, omega),
+                student[rows],
+                teacher[rows],
+                scratch,
+                temperature=temperature,
+                row_temperature=None if row_temperature is None else tau[rows, 0],
+                value=True,
+                gradient=False,
+            )
+            assert found.value is not None
+            result[rows, 0] = found.value
+    return out, out.new_empty(0)
+
+
+@_divergence.register_fake
+def _(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+) -> tuple[Tensor, Tensor]:
+    out = logits.new_empty(logits.shape[:-1], dtype=_checks.promoted_dtype(logits, teacher_logits))
+    return out, out.new_empty((5, out.numel()) if kernels else (0,))
+
+
+def _pairs(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+) -> Iterator[tuple[slice, Pair]]:
+    """(which rows, both sides of them) as the kernels take them."""
+    from kdloss._triton._divergences import Pair, Side
+
+    taus = None if row_temperature is None else row_temperature.reshape(-1).contiguous()
+    start = 0
+    for student, teacher in flat_rows(logits[..., :vocab_size], teacher_logits[..., :vocab_size]):
+        rows = slice(start, start + student.shape[0])
+        tau = None if taus is None else taus[rows]
+        yield rows, Pair(kind, omega, Side.of(student), Side.of(teacher), temperature, tau, vocab_size)
+        start = rows.stop
+
+
+@torch.library.custom_op("kdloss::divergence_backward", mutates_args=())
+def _divergence_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    known: Tensor,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+    shares: Tensor | None = None,  # (..., 2), where the logits are a slice of the rows
+    slope: Tensor | None = None,  # (...,)
+) -> Tensor:
+    dtype = _checks.promoted_dtype(logits, teacher_logits)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if kernels:
+        factor, matrix = upstream.contiguous().view(-1), grad.view(-1, grad.shape[-1])
+        for place, pair in _pairs(logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size):
+            pair.gradient_(matrix[place], known[:, place], factor[place])
+        return grad
+    grad[..., vocab_size:] = 0
+    scratch = Scratch(upstream.numel(), vocab_size, dtype=dtype, device=logits.device)
+    tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], grad[..., :vocab_size])
+    factors = upstream.contiguous().unsqueeze(-1)
+    masses = factors if shares is None else shares  # the factors are a stand-in that nothing reads
+    others = (factors, column(row_temperature, upstream), masses, column(slope, upstream))
+    for student, teacher, result, factor, tau, mass, total in flat_rows(*tensors, *others):
+        for rows in scratch.blocks(student.shape[0]):
+            if all_zero(factor[rows]):
+                result[rows] = 0
+                continue
+            taus = None if row_temperature is None else tau[rows, 0]
+            of = (Form(kind, omega), student[rows], teacher[rows], scratch)
+            if shares is None:
+                found = block(*of, temperature=temperature, row_temperature=taus, value=False, gradient=True)
+                dz = found.gradient
+                assert dz is not None
+            else:
+                dz = slice_gradient(
+                    *of, temperature=temperature, row_temperature=taus, shares=mass[rows], slope=total[rows, 0]
+                )
+            divisor = temperature if row_temperature is None else tau[rows].to(dtype)
+            result[rows] = scaled(dz, factor[rows].to(dtype), divisor)
+    return grad
+
+
+@_divergence_backward.register_fake
+def _(
+    upstream: Tensor,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    known: Tensor,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+    shares: Tensor | None = None,
+    slope: Tensor | None = None,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.options = inputs[3:]
+
+
+def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * (2 + len(ctx.options)))
+
+
+_divergence.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("kdloss::divergence_slice", mutates_args=())
+def _divergence_slice(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+    shares: Tensor | None,  # (..., 2); for the kernels (..., 4), the state of whole rows
+) -> Tensor:
+    """`slice_state` (..., 5) of all rows; with the shares, `slice_terms` (..., 2)."""
+    dtype = _checks.promoted_dtype(logits, teacher_logits)
+    out = torch.empty(*logits.shape[:-1], 5 if shares is None else 2, dtype=dtype, device=logits.device)
+    if kernels:
+        found, states = out.view(-1, out.shape[-1]), None if shares is None else shares.reshape(-1, 4)
+        for place, pair in _pairs(logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size):
+            found[place] = pair.slice_state() if states is None else pair.slice_terms(states[place])
+        return out
+    scratch = Scratch(logits.shape[:-1].numel(), vocab_size, dtype=dtype, device=logits.device)
+    tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], out)
+    masses = out if shares is None else shares
+    for student, teacher, result, tau, mass in flat_rows(*tensors, column(row_temperature, out[..., 0]), masses):
+        for rows in scratch.blocks(student.shape[0]):
+            taus = None if row_temperature is None else tau[rows, 0]
+            of = (Form(kind, omega), student[rows], teacher[rows], scratch)
+            if shares is None:
+                result[rows] = slice_state(*of, temperature=temperature, row_temperature=taus)
+            else:
+                result[rows] = slice_terms(*of, temperature=temperature, row_temperature=taus, shares=mass[rows])
+    return out
+
+
+@_divergence_slice.register_fake
+def _(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    row_temperature: Tensor | None,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+    shares: Tensor | None,
+) -> Tensor:
+    dtype = _checks.promoted_dtype(logits, teacher_logits)
+    return logits.new_empty((*logits.shape[:-1], 5 if shares is None else 2), dtype=dtype)
+
+
+class _Sharded(torch.autograd.Function):
+    """`_divergence` of logits that are a slice of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        row_temperature: Tensor | None,
+        kind: str,
+        omega: float,
+        temperature: float,
+        vocab_size: int,
+        shard: VocabShard,
+        kernels: bool,
+    ) -> Tensor:
+        inputs = (logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size, kernels)
+        rows = logits.shape[:-1]
+
+        def terms(known: Tensor) -> Tensor:
+            return _divergence_slice(*inputs, known.reshape(*rows, known.shape[-1])).reshape(-1, 2)  # type: ignore[no-any-return]
+
+        taus = None if row_temperature is None else row_temperature.reshape(-1)
+        rate = rate_of(temperature, taus, logits) if kernels else None
+        found = whole_divergence(kind, _divergence_slice(*inputs, None).reshape(-1, 5), terms, shard, rate)
+        if kernels:
+            more: tuple[Tensor, ...] = (torch.cat([found.known.T, found.slope[None]]),)
+        else:  # what is known by the kernels alone is nothing
+            more = found.slope.new_empty(0), found.known.reshape(*rows, 2), found.slope.reshape(rows)
+        ctx.save_for_backward(*inputs[:3], *more)
+        ctx.options = inputs[3:]
+        return found.value.reshape(rows)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, more = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        return _divergence_backward(upstream, *inputs, *ctx.options, *more), *(None,) * 8

@@ -1,0 +1,264 @@
+"""Divergences from a teacher that gives K log-probs a token, as scoring servers do.
+
+    S = the ids of a row,   P = sum of p over S,   Q = sum of q over S,   q = softmax(logits / τ)
+
+| tail | compares | a divergence? |
+|---|---|---|
+| "bucket" | (p_S, 1 - P) with (q_S, 1 - Q): all others in one bucket | yes; at most the full one, equal at K = V |
+| "renormalize" | p_S / P with q_S / Q: inside S only | yes, but blind to Q; identically 0 at K = 1 |
+| "truncate" | the sum over S of the full form's terms | no: it may be negative, and is not clamped |
+
+The bucket is what to take. Its optimum has q = p on S and the right mass outside. Renormalising never moves mass into S
+or out of it. Truncating moves it without a bound: see the gradients of each function.
+
+Rows with fewer ids are padded with id -1, whatever their log-probs hold; a row of padding alone is 0 without gradient.
+What either side excludes altogether cannot be renormalised: such a row is NaN.
+S may be the teacher's top K or the student's: for `topk_reverse_kl` and student-owned support, pass the student's own
+top ids and the teacher's log-probs of those. How S was chosen carries no gradient.
+
+A teacher's log-probs are rounded, and may leave no room for a tail, or 1e-8 of it. A tail below 8 epsilons of the dtype
+of the computation counts as 0 where it is the numerator, as 8 epsilons where it is the denominator, so that rounding
+alone makes nothing infinite. Keep the log-probs in float32: rounded to bf16 they are off by 1 %, and so is their tail.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._distributed import VocabShard
+from kdloss._softmax.vocabulary import Softmax, prepare_logits
+
+from .from_logits import check_share
+from .logits_op import divergence
+from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, Form
+from .topk_op import kept_and_rest
+
+PADDING = -1
+TAILS = ("bucket", "renormalize", "truncate")
+# log-ratios beyond it are 0 or 1 to a sigmoid
+_SATURATED = 1e4
+
+
+def topk_forward_kl(
+    logits: Tensor,  # (..., V)
+    teacher_topk_logp: Tensor,  # (..., K)
+    teacher_topk_ids: Tensor,  # (..., K) int
+    *,
+    tail: str,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (...,)
+    """Forward KL from a teacher's K log-probs: sum_S p (log p - log q), and the tail as `tail` says.
+
+    Args:
+        logits: (..., V) of the student, any floating dtype and strides. Differentiable.
+        teacher_topk_logp: (..., K) nats, the teacher's log-probs of the ids, at the sampling temperature, normalised
+            over the whole vocabulary. Detached. -inf is legal.
+        teacher_topk_ids: (..., K) int32 or int64, distinct in a row, in any order; -1 is padding.
+        tail: "bucket" adds (1-P) log (1-P)/(1-Q), "renormalize" divides by P and Q first, "truncate" does neither.
+        temperature: > 0, a number or one value a row, for the student; the teacher's log-probs have it already.
+        vocab_size: the true V, where the last columns of `logits` are padding.
+        shard: which slice of the vocabulary these logits are, where ranks hold one each (`VocabShard`); the ids are
+            those of the whole vocabulary. Logits that are a DTensor placed `Shard(-1)` need none.
+        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
+
+    Returns:
+        (...,) nats, float32 for half-precision inputs. "bucket" and "renormalize": >= 0, +inf where the student
+        excludes what the teacher does not. "truncate": from P log P up, negative where the student puts more than P
+        on S in the teacher's proportions.
+
+    Expected gradient, times 1 / temperature:
+        "bucket": q - p on S, q - (1-P) q/(1-Q) outside. "renormalize": q/Q - p/P on S, 0 outside. "truncate": P q - p
+        on S, P q outside: it pulls all mass out of the tail, towards q = p/P on S.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
+            run, or (on the CPU) an id is twice in a row or outside the vocabulary. Elsewhere, and under
+            `torch.compile`, such a row is NaN.
+
+    Source: the bucket is the forward KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
+    """
+    form = Form(FORWARD_KL, 0.5)
+    return _topk(form, logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, shard, impl)
+
+
+def topk_reverse_kl(
+    logits: Tensor,  # (..., V)
+    teacher_topk_logp: Tensor,  # (..., K)
+    teacher_topk_ids: Tensor,  # (..., K) int
+    *,
+    tail: str,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (...,)
+    """Reverse KL to a teacher's K log-probs: sum_S q (log q - log p), and the tail as `tail` says.
+
+    Args and errors as in `topk_forward_kl`. The mass that is compared is the student's, so the student's own top ids
+    are the better support: pass them as `teacher_topk_ids`, with the teacher's log-probs of them.
+
+    Returns:
+        (...,) nats. "bucket" and "renormalize": >= 0, +inf where the student has mass on what the teacher excludes.
+        "truncate": may be negative.
+
+    Expected gradient, times 1 / temperature, with h = log q/p on S:
+        "bucket": q (h - F) on S, q (log (1-Q)/(1-P) - F) outside, F being the value. "renormalize": the same of q/Q and
+        p/P, 0 outside. "truncate": q (h + 1 - C) on S, -q C outside, C = sum_S q (h + 1): where the student agrees with
+        the teacher it still moves mass out of S.
+
+    Source: as `topk_forward_kl`.
+    """
+    form = Form(REVERSE_KL, 0.5)
+    return _topk(form, logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, shard, impl)
+
+
+def topk_generalized_jsd(
+    logits: Tensor,  # (..., V)
+    teacher_topk_logp: Tensor,  # (..., K)
+    teacher_topk_ids: Tensor,  # (..., K) int
+    *,
+    tail: str,
+    beta: float,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (...,)
+    """Generalised JSD from a teacher's K log-probs: β KL(p || m) + (1-β) KL(q || m), the tail as `tail` says.
+
+    Args:
+        logits: as in `topk_forward_kl`, and so are the arguments that are not named here.
+        teacher_topk_logp: as in `topk_forward_kl`.
+        teacher_topk_ids: as in `topk_forward_kl`.
+        tail: as in `topk_forward_kl`: a bucket, a division by P and Q, or nothing.
+        beta: β, 0 < β < 1, as in `generalized_jsd`.
+        temperature: as in `topk_forward_kl`.
+        vocab_size: as in `topk_forward_kl`.
+        shard: as in `topk_forward_kl`.
+        impl: as in `topk_forward_kl`.
+
+    Returns:
+        (...,) nats, finite. "truncate": may be negative.
+
+    Expected gradient, times 1 / temperature, with a = log q/m on S:
+        "bucket": (1-β) q (a - C), a of the bucket outside S, C the mean of a under q. "renormalize": the same of q/Q
+        and p/P, 0 outside. "truncate": (1-β) q (a - C) on S, -(1-β) q C outside, C = sum_S q a.
+
+    Raises:
+        ValueError: `beta` is 0 or 1 (use the KL that is named), or as in `topk_forward_kl`.
+
+    Source: as `generalized_jsd` and `topk_forward_kl`.
+    """
+    check_share("beta", beta, topk_forward_kl.__name__, topk_reverse_kl.__name__)
+    return _topk(
+        Form(GENERALIZED_JSD, beta),
+        logits,
+        teacher_topk_logp,
+        teacher_topk_ids,
+        tail,
+        temperature,
+        vocab_size,
+        shard,
+        impl,
+    )
+
+
+def _topk(
+    form: Form,
+    logits: Tensor,
+    teacher_topk_logp: Tensor,
+    teacher_topk_ids: Tensor,
+    tail: str,
+    temperature: float | Tensor,
+    vocab_size: int | None,
+    shard: VocabShard | None,
+    impl: str,
+) -> Tensor:
+    _checks.one_of("tail", tail, TAILS)
+    logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
+    vocab_size, (kind, omega) = softmax.vocab_size, form
+    ids, order, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size)
+    dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
+    valid = (ids >= 0) & (ids < vocab_size)
+    empty = ~valid.any(-1, keepdim=True)
+    log_p = torch.where(valid, teacher_topk_logp.detach().gather(-1, order).to(dtype), -math.inf)
+
+    if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed
+        kept, _ = kept_and_rest(logits, ids, softmax, with_rest=False)
+        student = kept.to(dtype)
+        teacher = log_p
+    else:
+        kept, rest = kept_and_rest(logits, ids, softmax)
+        student = torch.cat([kept, rest.unsqueeze(-1)], -1).to(dtype)
+        valid = torch.cat([valid, torch.ones_like(empty)], -1)
+        teacher = torch.cat([log_p, _log_tail(log_p, ids, vocab_size, kind).unsqueeze(-1)], -1)
+    student = torch.where(empty, 0, torch.where(valid, student, -math.inf))
+    teacher = torch.where(empty, 0, teacher)
+    if tail == "truncate":
+        # no distribution, by NaN, +inf or nothing but -inf: kept out of log_softmax, whose gradient would be NaN even
+        # where nothing comes in
+        nothing = ~student.detach().amax(-1, keepdim=True).isfinite()
+        log_q = torch.where(nothing, 0, student).log_softmax(-1)[..., :-1]
+        value = _truncated(kind, omega, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
+        value = torch.where(empty.squeeze(-1), 0, value)
+    else:  # softmax of what stands here is the distribution over K + 1 outcomes, or over K
+        kernels = softmax.kernels and dtype == torch.float32
+        value = divergence(student, teacher, form, Softmax.of(student.shape[-1], kernels=kernels))
+    return value if broken is None else value.masked_fill(broken, math.nan)
+
+
+def _log_tail(log_p: Tensor, ids: Tensor, vocab_size: int, kind: str) -> Tensor:
+    """`log(1 - P)`, -inf where S is the whole vocabulary; a tail in the last digits as the module says."""
+    tail = -torch.expm1(torch.logsumexp(log_p, -1))
+    least = 8 * torch.finfo(log_p.dtype).eps
+    log_tail = tail.clamp(min=least).log() if kind == REVERSE_KL else torch.where(tail < least, 0, tail).log()
+    return torch.where(((ids >= 0) & (ids < vocab_size)).sum(-1) == vocab_size, -math.inf, log_tail)
+
+
+def _truncated(kind: str, omega: float, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """The full form's terms, summed over (..., K); every -inf is replaced before it can make a NaN in the gradient."""
+    p, q = log_p.exp(), log_q.exp()
+    if kind == FORWARD_KL:
+        return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
+    if kind == REVERSE_KL:
+        return (q * (torch.where(q > 0, log_q, 0) - torch.where(q > 0, log_p, 0))).sum(-1)
+    both = (p > 0) & (q > 0)
+    one_sided = _SATURATED * ((p > 0).to(q.dtype) - (q > 0).to(q.dtype))
+    t = torch.where(both, torch.where(both, log_p, 0) - torch.where(both, log_q, 0), one_sided)
+    t = t + (math.log(omega) - math.log1p(-omega))
+    zero = torch.zeros_like(t)
+    a = -math.log1p(-omega) - torch.logaddexp(t, zero)
+    b = -math.log(omega) - torch.logaddexp(-t, zero)
+    return (omega * p * b + (1 - omega) * q * a).sum(-1)
+
+
+def _check_topk(logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The ids in ascending order, where each stood, and which rows are bad and cannot raise."""
+    _checks.tensors(teacher_topk_logp=logp)
+    _checks.floating(teacher_topk_logp=logp)
+    _checks.integral(teacher_topk_ids=ids)
+    rows = logits.shape[:-1]
+    if logp.ndim != logits.ndim or logp.shape[:-1] != rows or logp.shape[-1] < 1:
+        raise ValueError(f"teacher_topk_logp must be {(*rows, 'K')} with K >= 1, got {tuple(logp.shape)}")
+    _checks.same_shape("teacher_topk_logp", logp, teacher_topk_ids=ids)
+    _checks.same_device("logits", logits, teacher_topk_logp=logp)
+    ordered, order = ids.long().sort(-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    outside = (ids < PADDING) | (ids >= vocab_size)
+    if not _checks.value_checks_allowed(ids):
+        return ordered, order, twice.any(-1) | outside.any(-1)
+    if outside.any():
+        raise ValueError(
+            f"teacher_topk_ids must be {PADDING} (padding) or in 0 .. {vocab_size - 1}, got {int(ids[outside][0])}"
+        )
+    if twice.any():
+        raise ValueError(f"teacher_topk_ids must be distinct in a row, got {int(ordered[..., 1:][twice][0])} twice")
+    return ordered, order, None

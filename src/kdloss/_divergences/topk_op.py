@@ -1,0 +1,224 @@
+"""The logits of the kept ids, and the log-sum-exp of all others, as one operator with its gradient.
+
+    z = logits / τ,   z_S = z[ids],   rest = log sum_{v not in ids} exp z_v
+    dz_v = du_k at v = ids_k,   dz_v = dr exp(z_v - rest) elsewhere
+
+softmax([z_S, rest]) is the distribution with everything outside S in one bucket, and `rest` is summed over what it
+holds: 1 minus the kept mass would lose all its digits where little is left. One pass over the logits, a block of rows
+at a time; the backward is another one, and writes the gradient once.
+
+Where ranks hold a slice of the vocabulary each, an id is kept on the rank that has it, and `rest` is the log-sum-exp of
+all ranks' rests: one all-gather of K + 1 numbers a row, and none in the backward.
+
+A scratch row has one column more than the vocabulary, at -inf: padded ids (-1) point there. Where `kernels` is set,
+`_triton/_topk_forward.py` and `_topk_backward.py` do the same without a scratch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._distributed import VocabShard, gather
+from kdloss._softmax.rows import all_zero, column, flat_rows
+from kdloss._softmax.vocabulary import Softmax
+
+_ENTRIES = 2**19
+
+
+def kept_and_rest(
+    logits: Tensor,  # (..., V)
+    ids: Tensor,  # (..., K) int64 distinct and ascending in a row, -1 is padding
+    softmax: Softmax,
+    *,
+    with_rest: bool = True,
+) -> tuple[Tensor, Tensor]:  # (..., K), (...,)
+    """Tempered logits at `ids`, -inf at padding, and the log-sum-exp of the rest, -inf where none is left.
+
+    Without the rest, which is then -inf, this is `gather`, whose own backward holds a float32 copy of the gradient. In
+    a row of padding alone the rest is anything.
+    """
+    options = (softmax.temperature, softmax.local_size, with_rest, softmax.kernels)
+    if softmax.shard is not None:
+        kept, rest = _Sharded.apply(logits, ids, softmax.row_temperature, options, softmax.shard)  # type: ignore[no-untyped-call]
+        return kept, rest
+    kept, rest = _kept_and_rest(logits, ids, softmax.row_temperature, *options)
+    return kept, rest
+
+
+@torch.library.custom_op("kdloss::kept_and_rest", mutates_args=())
+def _kept_and_rest(
+    logits: Tensor,
+    ids: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    vocab_size: int,
+    with_rest: bool,
+    kernels: bool = False,
+) -> tuple[Tensor, Tensor]:
+    if kernels:
+        from kdloss._triton._topk_forward import forward
+
+        return forward(logits, ids, row_temperature, temperature, vocab_size, with_rest)
+    dtype = _checks.promoted_dtype(logits)
+    kept = torch.empty(ids.shape, dtype=dtype, device=logits.device)
+    rest = torch.empty(ids.shape[:-1], dtype=dtype, device=logits.device)
+    scratch = _scratch(rest.numel(), vocab_size, dtype, logits.device)
+    places = _places(ids, vocab_size)
+    tensors = (logits[..., :vocab_size], places, kept, rest.unsqueeze(-1), column(row_temperature, rest))
+    for z, index, z_kept, z_rest, tau in flat_rows(*tensors):
+        for start in range(0, z.shape[0], scratch.shape[0]):
+            rows = slice(start, start + scratch.shape[0])
+            divisor = temperature if row_temperature is None else tau[rows].to(dtype)
+            if not with_rest:
+                z_kept[rows] = z[rows].gather(-1, index[rows].clamp(max=vocab_size - 1))
+                z_kept[rows] = (z_kept[rows] / divisor).masked_fill_(index[rows] == vocab_size, -math.inf)
+                z_rest[rows] = -math.inf
+                continue
+            x = _load(z[rows], scratch, divisor)
+            torch.gather(x, -1, index[rows], out=z_kept[rows])
+            z_rest[rows, 0] = x.scatter_(-1, index[rows], -math.inf).logsumexp(-1)
+    return kept, rest
+
+
+@_kept_and_rest.register_fake
+def _(
+    logits: Tensor,
+    ids: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    vocab_size: int,
+    with_rest: bool,
+    kernels: bool = False,
+) -> tuple[Tensor, Tensor]:
+    dtype = _checks.promoted_dtype(logits)
+    return logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(ids.shape[:-1], dtype=dtype)
+
+
+@torch.library.custom_op("kdloss::kept_and_rest_backward", mutates_args=())
+def _kept_and_rest_backward(
+    upstream_kept: Tensor,
+    upstream_rest: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    row_temperature: Tensor | None,
+    rest: Tensor,
+    temperature: float,
+    vocab_size: int,
+    with_rest: bool,
+    kernels: bool,
+) -> Tensor:
+    if kernels:
+        from kdloss._triton._topk_backward import backward
+
+        inputs = (logits, ids, row_temperature, rest)
+        return backward(upstream_kept, upstream_rest, *inputs, temperature, vocab_size, with_rest)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad[..., vocab_size:] = 0
+    scratch = _scratch(rest.numel(), vocab_size, rest.dtype, logits.device)
+    # where nothing is left, every z is -inf, and so exp(z - 0) is 0
+    shift = torch.where(rest == -math.inf, 0, rest).unsqueeze(-1)
+    upstreams = torch.cat([upstream_kept, upstream_rest.unsqueeze(-1)], -1)
+    tensors = (logits[..., :vocab_size], _places(ids, vocab_size), shift, upstreams, grad[..., :vocab_size])
+    for z, index, lse, upstream, result, tau in flat_rows(*tensors, column(row_temperature, rest)):
+        for start in range(0, z.shape[0], scratch.shape[0]):
+            rows = slice(start, start + scratch.shape[0])
+            if all_zero(upstream[rows]):
+                result[rows] = 0
+                continue
+            divisor = temperature if row_temperature is None else tau[rows].to(rest.dtype)
+            if with_rest:
+                x = _load(z[rows], scratch, divisor).scatter_(-1, index[rows], -math.inf)
+                x.sub_(lse[rows]).exp_().mul_(upstream[rows, -1:])
+            else:
+                x = scratch[: index[rows].shape[0]].zero_()
+            x.scatter_(-1, index[rows], upstream[rows, :-1]).div_(divisor)
+            x.masked_fill_((upstream[rows] == 0).all(-1, keepdim=True), 0)
+            result[rows] = x[:, :-1]
+    return grad
+
+
+@_kept_and_rest_backward.register_fake
+def _(
+    upstream_kept: Tensor,
+    upstream_rest: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    row_temperature: Tensor | None,
+    rest: Tensor,
+    temperature: float,
+    vocab_size: int,
+    with_rest: bool,
+    kernels: bool,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.options = inputs[3:]
+
+
+def _backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
+    grad = _kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
+    return grad, *(None,) * (2 + len(ctx.options))
+
+
+_kept_and_rest.register_autograd(_backward, setup_context=_save)
+
+
+class _Sharded(torch.autograd.Function):
+    """`_kept_and_rest` of logits that are a slice of the rows; the results are those of the whole rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        row_temperature: Tensor | None,
+        options: tuple[Any, ...],
+        shard: VocabShard,
+    ) -> tuple[Tensor, Tensor]:
+        here = ids_of_slice(ids, shard.start)
+        kept, rest = _kept_and_rest(logits, here, row_temperature, *options)
+        with_rest = options[2]
+        if with_rest:
+            parts = gather(torch.cat([kept, rest.unsqueeze(-1)], -1), shard)
+            kept, rest = parts[..., :-1].amax(0), parts[..., -1].logsumexp(0)
+        else:
+            kept = gather(kept, shard).amax(0)
+        ctx.save_for_backward(logits, here, row_temperature, rest)
+        ctx.options = options
+        return kept, rest
+
+    @staticmethod
+    def backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
+        return grad, None, None, None, None
+
+
+def ids_of_slice(ids: Tensor, start: int) -> Tensor:
+    """`ids` as columns of a slice that begins at `start`: those outside lie outside it, and only padding is -1."""
+    return torch.where(ids < 0, ids, torch.where(ids < start, -2, ids - start))
+
+
+def _places(ids: Tensor, vocab_size: int) -> Tensor:
+    """Columns of a scratch row: padding, and what is outside the vocabulary, is at the column that holds -inf."""
+    return torch.where((ids < 0) | (ids >= vocab_size), vocab_size, ids)
+
+
+def _scratch(total_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    entries = _ENTRIES * torch.get_num_threads() if device.type == "cpu" else 2**24
+    rows = max(1, min(total_rows, entries // (vocab_size + 1)))
+    return torch.empty(rows, vocab_size + 1, dtype=dtype, device=device)
+
+
+def _load(logits: Tensor, scratch: Tensor, temperature: float | Tensor) -> Tensor:
+    x = scratch[: logits.shape[0]]
+    x[:, :-1] = logits
+    x[:, -1] = -math.inf
+    return x.div_(temperature) if isinstance(temperature, Tensor) or temperature != 1 else x

@@ -1,0 +1,281 @@
+"""A per-token loss of the user's from hidden states, with its gradients, in one pass over the head.
+
+The two-step path computes log-probs, hands them to a loss, and in the backward computes the logits again: four products
+with the head. Here the loss is known while a chunk of logits is there, so its gradient is taken on the spot: three.
+
+    for each chunk of trained rows:
+        z = head(h)                            logp, entropy from it
+        l = token_loss(logp, entropy, ...)     and dl / dlogp, dl / dentropy by torch.func.vjp
+        dz from those,   dh = dz @ w,   dw += dz.T @ h
+
+That takes chunks of rows with the whole vocabulary, as a token's loss needs its log-prob complete, so dw accumulates
+over chunks, in float32. The gradients wait for the backward in float32, are scaled by the gradient that comes in, and
+only then rounded to the dtypes of their inputs: scaling is exact whatever a gradient scaler does.
+
+Where the head is sharded, the states of a chunk's rows are put together before its loss: one all-gather a chunk, and as
+a slice of the vocabulary makes chunks long, there is one or a few. The gradient of hidden states is summed over the
+ranks in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._distributed import VocabShard
+from kdloss._packing.reductions import token_mean
+from kdloss._softmax.head import Head, Heads, prepare_head
+from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, label_columns
+
+from .from_hidden import check_head_labels, evaluate, select_rows
+from .fused_passes import KernelPass, Pass, TorchPass, put_back
+
+TokenLoss = Callable[..., Tensor]
+
+# Bytes of a chunk of logits. Each chunk reads and writes all of dw once, so few and large ones.
+_CHUNK_BYTES = {"cpu": 1 << 28, "other": 1 << 30}
+
+
+class FusedLoss(NamedTuple):
+    """The reduced loss, which is descended, and what it was computed from, for logging."""
+
+    loss: Tensor  # (), differentiable in hidden, weight and bias
+    logp: Tensor  # (T,), detached, 0 at untrained tokens
+    entropy: Tensor  # (T,), detached, 0 at untrained tokens
+
+
+def fused_linear_loss(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    token_loss: TokenLoss,
+    *token_inputs: Tensor | None,  # (T, ...) each
+    loss_mask: Tensor,  # (T,) bool
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # or (T,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    max_trained_tokens: int | None = None,
+    impl: str = "auto",
+) -> FusedLoss:
+    """The token mean of `token_loss(logp, entropy, *token_inputs)`, and its gradients, in one pass over the head.
+
+    loss = (1 / normalizer) * sum over trained t of token_loss(logp_t, entropy_t, ...)
+
+    Equal to `token_mean(token_loss(*linear_token_logprobs_and_entropy(...), ...), loss_mask=loss_mask)` in value and
+    gradient, with three products of the size of the head's instead of four.
+
+    Args:
+        hidden: (T, D) at prediction positions, any leading shape in place of T. Differentiable.
+        weight: (V, D) the output head, of any floating dtype. Differentiable.
+        labels: (T,) int64. -100 is ignored: logp and entropy are 0 there, without gradient.
+        token_loss: maps logp (t,), entropy (t,) and the same t rows of every token input to the losses (t,), by
+            operations that `torch.func` differentiates. Elementwise: the loss of a token hangs on that token alone.
+            It is called on some of the tokens at a time. Tensors that it captures get no gradient, and must not be
+            per token: those are `token_inputs`.
+        *token_inputs: detached per-token tensors of any dtype, (T,) or (T, ...); 0-dim tensors and None are handed on.
+        loss_mask: (T,) bool; the tokens that are trained on.
+        normalizer: the denominator, a number or a 0-dim tensor, detached. None: the count of `loss_mask`.
+        bias, temperature, softcap, logit_scale, vocab_size, shard, max_trained_tokens, impl: as in
+            `linear_token_logprobs`.
+
+    Returns:
+        `FusedLoss(loss, logp, entropy)`; only `loss` carries gradient, to hidden, weight and bias. Where the count or
+        the normalizer is 0, the loss is an attached 0.
+
+    Expected gradient:
+        That of `token_loss` under `token_mean`. With `kdrl_token_loss`: that of `kdrl_loss`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `linear_token_logprobs`; also where `token_loss` does not return
+            (t,), or, on the CPU, where the loss of one token moves with another (a sequence-level ratio, a discount):
+            such a loss needs `linear_token_logprobs` and a loss on whole sequences.
+    """
+    _checks.tensors(loss_mask=loss_mask)
+    _checks.normalizer(normalizer)
+    head = Head(hidden, weight, bias, softcap, logit_scale)
+    heads = prepare_head(
+        head, loss_mask=loss_mask, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl
+    )
+    check_head_labels(heads, labels, loss_mask)
+    head, _, softmax, shape = heads
+    if labels.shape != shape:
+        raise ValueError(f"labels must match the rows of hidden {tuple(shape)}, got {tuple(labels.shape)}")
+    inputs = [_token_input(number, x, shape, head.hidden) for number, x in enumerate(token_inputs)]
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head[:3])
+    mask = _Trained(loss_mask, normalizer, max_trained_tokens)
+    if torch.compiler.is_compiling() or not needs_gradient:
+        # a compiler cannot trace the user's gradient inside a pass; without a gradient there is nothing to fuse
+        return _two_steps(heads, labels, token_loss, inputs, mask)
+    columns, outside = label_columns(labels, shape, softmax.vocab_size)
+    trained = loss_mask.flatten()
+    columns = columns.masked_fill(~trained[:, None], IGNORE_INDEX)
+    rows, left_out = select_rows(trained, max_trained_tokens, kernels=softmax.kernels)
+    assert rows is not None
+    logp, entropy, total = _Fused.apply(  # type: ignore[no-untyped-call]
+        *head, softmax, token_loss, inputs, trained, normalizer, columns, outside & trained[:, None], rows
+    )
+    if left_out is not None:
+        total = total + torch.where(left_out.any(), torch.nan, 0.0).to(total)
+        logp, entropy = logp.masked_fill(left_out, torch.nan), entropy.masked_fill(left_out, torch.nan)
+    return FusedLoss(total, logp.detach().reshape(shape), entropy.detach().reshape(shape))
+
+
+class _Trained(NamedTuple):
+    """Which tokens are trained on, and what their sum is divided by."""
+
+    loss_mask: Tensor
+    normalizer: float | Tensor | None
+    max_trained_tokens: int | None
+
+
+def _two_steps(
+    heads: Heads, labels: Tensor, token_loss: TokenLoss, inputs: list[Tensor | None], trained: _Trained
+) -> FusedLoss:
+    loss_mask, normalizer, bound = trained
+    logp, entropy = evaluate(heads, labels, loss_mask=loss_mask, max_trained_tokens=bound, with_entropy=True)
+    losses = _call(token_loss, logp.flatten(), entropy.flatten(), inputs).reshape(logp.shape)
+    loss = token_mean(losses, loss_mask=loss_mask, normalizer=normalizer)
+    # the bound is on the tokens of the mask, as in one pass, where a trained token without a label has a loss too
+    if bound is not None:
+        _, left_out = select_rows(loss_mask.flatten(), bound)
+        assert left_out is not None
+        loss = loss + torch.where(left_out.any(), torch.nan, 0.0).to(loss)
+    return FusedLoss(loss, logp.detach(), entropy.detach())
+
+
+def _token_input(number: int, x: Tensor | None, shape: torch.Size, hidden: Tensor) -> Tensor | None:
+    """(T, ...), detached."""
+    if x is None:
+        return None
+    name = f"token_inputs[{number}]"
+    _checks.tensors(**{name: x})
+    _checks.same_device("hidden", hidden, **{name: x})
+    if x.ndim == 0:
+        return x.detach()
+    if x.shape[: len(shape)] != shape:
+        raise ValueError(f"{name} must be {tuple(shape)} or {(*shape, '...')}, got {tuple(x.shape)}")
+    return x.detach().reshape(shape.numel(), *x.shape[len(shape) :])
+
+
+def _call(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> Tensor:
+    losses = token_loss(logp, entropy, *inputs)
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"token_loss must return a tensor, got {type(losses).__name__}")
+    if losses.shape != logp.shape:
+        raise ValueError(
+            f"token_loss must return the loss of each of its {logp.shape[0]} tokens, {tuple(logp.shape)}, "
+            f"got {tuple(losses.shape)}; the reduction is fused_linear_loss's own"
+        )
+    return losses
+
+
+def _check_elementwise(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> None:
+    """The first and the last token's loss must stand still where all other tokens move."""
+    losses = _call(token_loss, logp, entropy, inputs)
+    for row in (0, -1):
+        moved, moved_entropy = logp - 1, entropy + 1
+        moved[row], moved_entropy[row] = logp[row], entropy[row]
+        again = _call(token_loss, moved, moved_entropy, inputs)[row]
+        if not torch.allclose(again, losses[row], rtol=1e-5, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                "token_loss must be elementwise, but the loss of one token moved with the log-probs of others "
+                f"({float(losses[row]):.6g} became {float(again):.6g}). A loss on whole sequences (a sequence-level "
+                "ratio, a discount, a mean) needs linear_token_logprobs first, then the loss; or pass what is "
+                "sequence-level as a detached token input"
+            )
+
+
+class _Fused(torch.autograd.Function):
+    """(logp (T,), entropy (T,), loss ()), of which the loss carries gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (T, D)
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        softmax: Softmax,
+        token_loss: TokenLoss,
+        inputs: list[Tensor | None],
+        mask: Tensor,  # (T,)
+        normalizer: float | Tensor | None,
+        columns: Tensor,  # (T, 1) inside the vocabulary, or -100
+        outside: Tensor,  # (T, 1): trained tokens whose label was neither
+        rows: Tensor,  # (N,) the trained tokens, and others under a static bound
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = _checks.promoted_dtype(hidden, weight, bias)
+        count = mask.sum() if normalizer is None else normalizer
+        unit = token_mean(torch.ones_like(mask[:1], dtype=dtype), loss_mask=torch.ones_like(mask[:1]), normalizer=count)
+        logp = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        entropy, losses = torch.zeros_like(logp), torch.zeros_like(logp)
+        needs = ctx.needs_input_grad[:3]
+        dx = logp.new_empty(rows.shape[0] if needs[0] else 0, hidden.shape[1])
+        dweight = logp.new_zeros(weight.shape) if needs[1] else None
+        dbias = logp.new_zeros(weight.shape[0]) if needs[2] else None
+
+        vocab_size, shard = softmax.local_size, softmax.shard
+        kind = "cpu" if mask.device.type == "cpu" else "other"
+        # ranks take the same rows at a time, as they put them together chunk by chunk
+        widest = vocab_size if shard is None else shard.widest
+        size = max(1, min(_CHUNK_BYTES[kind] // (widest * dtype.itemsize), rows.shape[0]))
+        make = KernelPass if softmax.kernels else TorchPass
+        head = Head(hidden, weight, bias, softcap, logit_scale).without_padding(vocab_size)
+        over: Pass = make(head, columns, softmax, size)
+        for start in range(0, rows.shape[0], size):
+            chunk = rows[start : start + size]
+            n = chunk.shape[0]
+            chunk_logp, chunk_entropy = over.logprobs(chunk)
+            chunk_logp = chunk_logp.masked_fill(outside[chunk].squeeze(-1), torch.nan)
+            chosen = [x if x is None or x.ndim == 0 else x[chunk] for x in inputs]
+            if start == 0 and n > 1 and _checks.value_checks_allowed(mask):
+                _check_elementwise(token_loss, chunk_logp, chunk_entropy, chosen)
+
+            def losses_of(lp: Tensor, h: Tensor, chosen: list[Tensor | None] = chosen) -> Tensor:
+                return _call(token_loss, lp, h, chosen)
+
+            trained = mask[chunk]
+            chunk_losses, pull = torch.func.vjp(losses_of, chunk_logp, chunk_entropy)  # type: ignore[misc]
+            g, h = pull(torch.where(trained, unit, 0).to(chunk_losses.dtype).expand_as(chunk_losses))
+            logp[chunk], entropy[chunk] = chunk_logp, chunk_entropy
+            losses[chunk] = torch.where(trained, chunk_losses, 0).to(dtype)
+
+            over.gradient(*(x.to(dtype).masked_fill(~trained, 0) for x in (g, h)))
+            if needs[0]:
+                over.into_hidden(dx[start : start + n])
+            if dweight is not None:
+                over.into_weight_(dweight[:vocab_size])
+            if dbias is not None:
+                over.into_bias_(dbias[:vocab_size])
+        ctx.save_for_backward(rows, dx, dweight, dbias)
+        ctx.kernels = softmax.kernels
+        ctx.like = [(x.shape, x.dtype) if x is not None else None for x in (hidden, weight, bias)]
+        ctx.shard = shard
+        ctx.mark_non_differentiable(logp, entropy)
+        return logp, entropy, token_mean(losses, loss_mask=mask, normalizer=count)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _logp: Tensor, _entropy: Tensor, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        rows, dx, dweight, dbias = ctx.saved_tensors
+        shape, dtype = ctx.like[0]
+        found: list[Tensor | None] = [None, None, None]
+        if ctx.needs_input_grad[0]:
+            if ctx.shard is None:
+                found[0] = put_back(dx, rows, shape[0], dtype, incoming, kernels=ctx.kernels)
+            else:
+                summed = ctx.shard.sum_gradients((dx * incoming).to(dtype))
+                found[0] = summed.new_zeros(shape).index_copy_(0, rows, summed)
+        for place, x in ((1, dweight), (2, dbias)):
+            if x is not None:
+                found[place] = torch.mul(x, incoming, out=x.new_empty(x.shape, dtype=ctx.like[place][1]))
+        return *found, *(None,) * 10

@@ -1,0 +1,353 @@
+"""The operator `kdloss::linear_logprobs`: from hidden states and a head to log-probs and entropies, and back.
+
+The vocabulary is walked in slices, so that of the (N, V) logits one tile at a time exists:
+
+    forward    for each slice, for each tile of rows:  z = h @ w.T, fold it into the rows' state (`_softmax/rows.py`)
+    backward   for each slice, for each tile of rows:  z again, dz from it, dh += dz @ w, dw += dz.T @ h
+
+which is one matrix product forward and three backward, or two where the logits were kept. Slices run outside, so each
+slice of the head is widened once and each slice of its gradient is written once, from a float32 accumulator; dh
+accumulates in float32 too. The width of a slice follows from D and V alone, never from the mask.
+
+N rows are computed: those with a label, gathered here. The backward gathers again, those of them whose incoming
+gradient is not 0: clipped tokens and groups without advantage cost nothing.
+
+Where `kernels` is set, those of `_triton/_linear.py` do the same, in slices whose width follows from T and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, gradient_of
+
+
+class _Budget(NamedTuple):
+    tile_rows: int
+    tile_columns: int  # at most
+    slice_elements: int  # of a widened slice of the head
+
+
+# On a CPU a slice and a tile, 32 and 16 MiB at most, are in reach of the last level of cache. An accelerator wants
+# fewer and larger products.
+_CPU = _Budget(512, 1 << 13, 1 << 23)
+_DEVICE = _Budget(8192, 1 << 15, 1 << 26)
+
+# Bytes of logits that are kept for the backward rather than computed again, on a CPU and elsewhere.
+# Of 2048 tokens and 32,000 words, keeping them would be half of what plain torch holds: those are computed again.
+KEPT_BYTES, DEVICE_KEPT_BYTES = 3 << 26, 1 << 30
+
+
+@torch.library.custom_op("kdloss::linear_logprobs", mutates_args=())
+def linear_logprobs(
+    hidden: Tensor,  # (T, D), anything in rows without a label
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    columns: Tensor,  # (T, K) int64, -100 ignored, vocab_size: in another shard
+    rows: Tensor | None,  # (N,) int64: distinct rows, all with a label among them. None: those, found here
+    row_temperature: Tensor | None,  # (T,)
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_size: int,
+    compact: bool,  # in the backward, leave out rows without an incoming gradient: waits for the device once
+    kernels: bool,  # the same by those of `_triton`
+    with_entropy: bool,
+    store: bool,  # keep the logits; only with `rows`, as their number must be known
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean like entropy, logits (N, V) or (0, V)).
+
+    The log-prob of a label in another shard may be anything: here it only makes its row one to be computed.
+
+    `maximum` is that of z, and the logits are z. From the kernels it is that of softcap(logit_scale * x), before the
+    temperature, and the logits are the products with the head, before the bias.
+    """
+    index = _labelled(columns) if rows is None else rows
+    if kernels:
+        from kdloss._triton import _launch, _linear
+
+        count = index.shape[0] if store else 0
+        products = _launch.room(count, vocab_size, dtype=torch.float32, device=hidden.device)
+        stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
+        return *_linear.forward(hidden, weight, columns, index, stages, products, with_entropy), products
+    n_tokens, columns = columns.shape[0], columns[index]
+    head = _Head(hidden, weight, bias, columns, index, row_temperature, Scaling(softcap, logit_scale, temperature))
+    count, wide = index.shape[0], head.hidden
+    state = RowState.empty(count, like=wide, with_entropy=with_entropy)
+    picked = wide.new_zeros(columns.shape)
+    kept = wide.new_empty(count if store else 0, vocab_size)
+    p = head.scratch()
+    for piece in head.pieces(vocab_size):
+        z = piece.logits()
+        if store:
+            kept[piece.rows, piece.columns] = z
+        local = columns[piece.rows] - piece.columns.start
+        outside = (local < 0) | (local >= z.shape[-1])
+        picked[piece.rows] += z.gather(-1, local.masked_fill(outside, 0)).masked_fill(outside, 0)
+        sums = Sums.empty(z.shape[0], like=z, with_entropy=with_entropy)
+        sums.read_(z, _shaped(p, z), z if with_entropy else None)
+        merged = state.at(piece.rows).merge(RowState.of(sums))
+        for whole, part in zip(state, merged, strict=True):
+            if whole is not None and part is not None:
+                whole[piece.rows] = part
+
+    def put_back(x: Tensor) -> Tensor:
+        return x.new_zeros(n_tokens, *x.shape[1:]).index_copy_(0, index, x)
+
+    logp = put_back(state.logp(picked).masked_fill(columns < 0, 0))
+    maximum, peak = put_back(state.maximum).squeeze(-1), put_back(state.peak).squeeze(-1)
+    if state.mean is None:
+        return logp, wide.new_empty(0), maximum, peak, wide.new_empty(0), kept
+    entropy = state.entropy().masked_fill((columns < 0).all(-1, keepdim=True), 0)
+    return logp, put_back(entropy).squeeze(-1), maximum, peak, put_back(state.mean).squeeze(-1), kept
+
+
+@linear_logprobs.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    columns: Tensor,
+    rows: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_size: int,
+    compact: bool,
+    kernels: bool,
+    with_entropy: bool,
+    store: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logp = hidden.new_empty(columns.shape, dtype=_checks.promoted_dtype(hidden, weight, bias))
+    maximum = logp.new_empty(columns.shape[0])
+    entropy = logp.new_empty(columns.shape[0] if with_entropy else 0)
+    count = rows.shape[0] if store and rows is not None else 0
+    if kernels:
+        from kdloss._triton import _launch
+
+        kept = _launch.room(count, vocab_size, dtype=torch.float32, device=logp.device)
+    else:
+        kept = logp.new_empty(count, vocab_size)
+    return logp, entropy, maximum, torch.empty_like(maximum), torch.empty_like(entropy), kept
+
+
+@torch.library.custom_op("kdloss::linear_logprobs_backward", mutates_args=())
+def linear_logprobs_backward(
+    logp_gradient: Tensor | None,  # (T, K)
+    entropy_gradient: Tensor | None,  # (T,)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    columns: Tensor,
+    rows: Tensor | None,
+    row_temperature: Tensor | None,
+    maximum: Tensor,
+    peak: Tensor,
+    mean: Tensor,
+    kept: Tensor,
+    needs: list[bool],  # whether hidden, weight and bias want a gradient
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_size: int,
+    compact: bool,  # leave out rows without an incoming gradient: waits for the device once
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias in their dtypes; (0,) for one that is not wanted.
+
+    With the state (maximum, peak, mean) of whole rows, the head may be a shard: the gradient of a label in another one
+    goes through the normalisation alone, and that of hidden is this shard's share.
+    """
+    wide_dtype = _checks.promoted_dtype(hidden, weight, bias)
+    ignored = columns < 0
+    g = torch.zeros(columns.shape, dtype=wide_dtype, device=hidden.device) if logp_gradient is None else logp_gradient
+    g = g.masked_fill(ignored, 0)
+    h = None if entropy_gradient is None else entropy_gradient.masked_fill(ignored.all(-1), 0)[:, None]
+    index = _labelled(columns) if rows is None else rows
+    places = None  # of the active rows among those that were computed
+    if compact:
+        active = (g[index] != 0).any(-1) if h is None else (g[index] != 0).any(-1) | (h[index, 0] != 0)
+        places = active.nonzero().squeeze(-1)
+        index = index[places]
+    bias_dtype = (hidden if bias is None else bias).dtype
+    if kernels:
+        from kdloss._triton import _linear
+
+        known = _linear.State(columns, maximum, peak, None if h is None else mean)
+        stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
+        dhidden, dhead, dshift = _linear.backward(
+            g, None if h is None else h.squeeze(-1), known, hidden, weight, index, places, stages, kept, needs
+        )
+        return dhidden, dhead, dshift.to(bias_dtype)
+    state = RowState(maximum[index, None], peak[index, None], None if h is None else mean[index, None])
+    upstream = Upstream.of(state, columns[index], g[index], None if h is None else h[index]).unshifted()
+    scaling = Scaling(softcap, logit_scale, temperature)
+    head = _Head(hidden, weight, bias, columns[index], index, row_temperature, scaling)
+
+    x = head.hidden
+    dx = torch.zeros_like(x) if needs[0] else x.new_empty(0)
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
+    dbias = x.new_zeros(weight.shape[0] if needs[2] else 0)
+    seeds = head.scratch().fill_(0)
+    separate = head.scratch() if softcap is not None else None
+    scratch = head.scratch() if h is not None else None
+    accumulator = x.new_empty(head.slice_width if needs[1] else 0, x.shape[1])
+    for piece in head.pieces(vocab_size):
+        z = piece.logits() if kept.shape[0] == 0 else piece.kept_logits(kept, places)
+        part = upstream.at(piece.rows).part(piece.columns.start, piece.columns.stop)
+        dz = z if separate is None else _shaped(separate, z)
+        entropy_scratch = None if scratch is None else _shaped(scratch, z)
+        gradient_of(z, part, out=dz, seeds=_shaped(seeds, z), scratch=entropy_scratch)
+        piece.scaling.backward_(dz, z)
+        if needs[0]:
+            dx[piece.rows].addmm_(dz, piece.weight)
+        if needs[1]:
+            dw = accumulator[: z.shape[1]]
+            torch.addmm(dw, dz.T, x[piece.rows], beta=0 if piece.first else 1, out=dw)
+            if piece.last:
+                dweight[piece.columns] = dw
+        if needs[2]:
+            dbias[piece.columns] += dz.sum(0)
+    if needs[0]:
+        dx = hidden.new_zeros(hidden.shape).index_copy_(0, index, dx.to(hidden.dtype))
+    return dx, dweight, dbias.to(bias_dtype)
+
+
+@linear_logprobs_backward.register_fake
+def _(
+    logp_gradient: Tensor | None,
+    entropy_gradient: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    columns: Tensor,
+    rows: Tensor | None,
+    row_temperature: Tensor | None,
+    maximum: Tensor,
+    peak: Tensor,
+    mean: Tensor,
+    kept: Tensor,
+    needs: list[bool],
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_size: int,
+    compact: bool,
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        (hidden if bias is None else bias).new_empty(weight.shape[0] if needs[2] else 0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, columns, rows, row_temperature, *ctx.options, _, _ = inputs
+    _, _, maximum, peak, mean, kept = output
+    ctx.save_for_backward(hidden, weight, bias, columns, rows, row_temperature, maximum, peak, mean, kept)
+    ctx.set_materialize_grads(False)  # no gradient through the entropy is cheaper than one of 0
+
+
+def _differentiate(
+    ctx: Any, logp_gradient: Tensor | None, entropy_gradient: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if entropy_gradient is not None and entropy_gradient.numel() == 0:
+        entropy_gradient = None  # none was asked for
+    if logp_gradient is None and entropy_gradient is None:
+        return (None,) * len(ctx.needs_input_grad)
+    needs = list(ctx.needs_input_grad[:3])
+    found = linear_logprobs_backward(logp_gradient, entropy_gradient, *ctx.saved_tensors, needs, *ctx.options)
+    return *[x if needed else None for x, needed in zip(found, needs, strict=True)], *(None,) * (
+        len(ctx.needs_input_grad) - 3
+    )
+
+
+linear_logprobs.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Piece(NamedTuple):
+    """Some rows times one slice of the head."""
+
+    rows: slice
+    columns: slice  # of the vocabulary
+    hidden: Tensor  # (n, D)
+    weight: Tensor  # (v, D), widened
+    bias: Tensor | None  # (v,)
+    scaling: Scaling
+    tile: Tensor  # scratch for the logits
+    first: bool  # of its slice
+    last: bool
+
+    def logits(self) -> Tensor:
+        """z (n, v), computed."""
+        z = self._room()
+        torch.mm(self.hidden, self.weight.T, out=z)
+        if self.bias is not None:
+            z.add_(self.bias)
+        return self.scaling.apply_(z)
+
+    def kept_logits(self, kept: Tensor, places: Tensor | None) -> Tensor:
+        """z (n, v), from `kept` (N, V), of which the head's rows are `places`. None: all."""
+        return self._room().copy_(kept[self.rows if places is None else places[self.rows], self.columns])
+
+    def _room(self) -> Tensor:
+        rows, columns = self.hidden.shape[0], self.weight.shape[0]
+        return self.tile[: rows * columns].view(rows, columns)
+
+
+class _Head:
+    """Rows of hidden states, gathered and widened, and the head that they meet slice by slice."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        columns: Tensor,  # (N, K)
+        index: Tensor,  # (N,)
+        row_temperature: Tensor | None,
+        scaling: Scaling,
+    ) -> None:
+        dtype = _checks.promoted_dtype(hidden, weight, bias)
+        used = (columns >= 0).any(-1, keepdim=True)
+        # zeroed, not only ignored: 0 * NaN of an unlabelled row would reach the gradient of the weight
+        self.hidden = hidden.index_select(0, index).to(dtype).masked_fill_(~used, 0)
+        self._weight, self._bias, self._scaling = weight, bias, scaling
+        if row_temperature is not None:
+            divisor = torch.where(used, row_temperature.index_select(0, index).to(dtype)[:, None], 1)
+            self._scaling = scaling._replace(temperature=divisor)
+        budget = _CPU if hidden.device.type == "cpu" else _DEVICE
+        columns_that_fit = budget.slice_elements // max(1, hidden.shape[1]) // 256 * 256
+        self.slice_width = min(max(256, columns_that_fit), budget.tile_columns, weight.shape[0])
+        self._tile_rows = min(budget.tile_rows, index.shape[0])
+
+    def scratch(self) -> Tensor:
+        """Room for a tile, flat."""
+        return self.hidden.new_empty(self._tile_rows * self.slice_width)
+
+    def pieces(self, vocab_size: int) -> Iterator[_Piece]:
+        """Slices outside, tiles of rows inside."""
+        count, tile, dtype = self.hidden.shape[0], self.scratch(), self.hidden.dtype
+        for start in range(0, vocab_size if count else 0, self.slice_width):
+            columns = slice(start, min(start + self.slice_width, vocab_size))
+            weight = self._weight[columns].to(dtype)
+            bias = None if self._bias is None else self._bias[columns].to(dtype)
+            for first in range(0, count, self._tile_rows):
+                rows = slice(first, min(first + self._tile_rows, count))
+                hidden, scaling = self.hidden[rows], self._scaling.at(rows)
+                yield _Piece(rows, columns, hidden, weight, bias, scaling, tile, first == 0, rows.stop == count)
+
+
+def _labelled(columns: Tensor) -> Tensor:
+    return (columns >= 0).any(-1).nonzero().squeeze(-1)
+
+
+def _shaped(scratch: Tensor, like: Tensor) -> Tensor:
+    return scratch[: like.numel()].view(like.shape)

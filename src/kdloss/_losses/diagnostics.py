@@ -1,0 +1,90 @@
+"""Detached statistics worth logging beside a loss. Nothing here syncs: read the tensors when you log."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._packing.reductions import token_mean
+
+from .estimators import _log_ratio
+
+
+def diagnostics(
+    logp: Tensor,  # (T,)
+    old_logp: Tensor | None,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    teacher_logp: Tensor | None = None,  # (T,)
+    entropy: Tensor | None = None,  # (T,)
+) -> dict[str, Tensor]:
+    """Statistics over the trained tokens, with rho = exp(logp - old_logp).
+
+    | key | unit | meaning |
+    |---|---|---|
+    | `tokens` | tokens | trained tokens |
+    | `logp`, `old_logp` | nats | means |
+    | `ratio_mean`, `ratio_min`, `ratio_max` | - | of rho; the mean is 1 in expectation for tokens from `old_logp` |
+    | `approx_kl` | nats | mean of rho - 1 - log rho, an estimate of KL(old || new) |
+    | `effective_sample_size` | - | (sum rho)^2 / (tokens * sum rho^2), 1 on-policy, towards 0 as weights degenerate |
+    | `reverse_kl` | nats | mean of logp - teacher_logp, with `teacher_logp` |
+    | `teacher_logp` | nats | mean over the tokens where it is finite, with `teacher_logp` |
+    | `teacher_neg_inf` | tokens | trained tokens that the teacher excludes (-inf), with `teacher_logp` |
+    | `entropy` | nats | mean, with `entropy` |
+
+    Args:
+        logp: per-token log-probs under the student, any shape, nats.
+        old_logp: under the policy that sampled. None: on-policy.
+        loss_mask: bool.
+        teacher_logp: under the teacher.
+        entropy: of the student's next-token distribution, from `token_logprobs_and_entropy`.
+
+    Returns:
+        0-dim detached tensors on the device of `logp`; all 0 where nothing is trained.
+
+    Expected gradient:
+        None: for logging.
+
+    Raises:
+        TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ.
+    """
+    _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, teacher_logp=teacher_logp, entropy=entropy)
+    logp = logp.detach()
+    old_logp = logp if old_logp is None else old_logp.detach()
+
+    def mean(x: Tensor, mask: Tensor = loss_mask) -> Tensor:
+        return token_mean(x.detach(), loss_mask=mask)
+
+    log_ratio = _log_ratio("logp", logp, loss_mask, old_logp=old_logp)
+    ratio = log_ratio.exp()
+    tokens = loss_mask.sum()
+    smallest = -_largest(-log_ratio, loss_mask)
+    largest = _largest(log_ratio, loss_mask)
+    # scaled by the largest ratio, so that squares of large ratios stay finite
+    scaled = (log_ratio - largest).exp()
+    statistics = {
+        "tokens": tokens,
+        "logp": mean(logp),
+        "old_logp": mean(old_logp),
+        "ratio_mean": mean(ratio),
+        "ratio_min": torch.where(tokens > 0, smallest.exp(), 0),
+        "ratio_max": torch.where(tokens > 0, largest.exp(), 0),
+        "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
+        "effective_sample_size": torch.where(tokens > 0, mean(scaled).square() / mean(scaled.square()), 0),
+    }
+    if teacher_logp is not None:
+        excluded = loss_mask & (teacher_logp == -torch.inf)
+        statistics["reverse_kl"] = mean(_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp))
+        statistics["teacher_logp"] = mean(teacher_logp, loss_mask & ~excluded)
+        statistics["teacher_neg_inf"] = excluded.sum()
+    if entropy is not None:
+        statistics["entropy"] = mean(entropy)
+    return statistics
+
+
+def _largest(x: Tensor, loss_mask: Tensor) -> Tensor:
+    """The maximum over trained tokens, -inf where there is none (the appended entry also makes T = 0 legal)."""
+    kept = torch.where(loss_mask, x, -torch.inf).flatten()
+    return torch.cat([kept, kept.new_full((1,), -torch.inf)]).amax()

@@ -1,0 +1,230 @@
+"""Per-token estimators of KL(q || p) on tokens sampled from the student q, and the reverse-KL reward.
+
+Which of them may be *descended*? With s = grad log q, tokens sampled from q, and for each next-token distribution:
+
+    k1 = log q - log p                E[grad k1] = E[s] = 0           the teacher drops out
+    k2 = (log q - log p)^2 / 2        E[grad k2] = grad KL(q || p)    on-policy only
+    k3 = p/q - 1 - log(p/q)           E[grad k3] = grad KL(p || q)    the *forward* KL
+    reward R = log p - log q, in -rho * sg(R)     = grad KL(q || p)   for any behaviour policy with importance ratio rho
+
+All four estimate KL(q || p) in value (the last one negated). Only k2 and the reward descend it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._distributed import in_step
+from kdloss._packing.layout import SEQUENCES, at_starts, segment_ids_and_fit
+from kdloss._packing.parts import returns_of_later_parts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def kl_k1(
+    logp: Tensor,  # (T,)
+    teacher_logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+) -> Tensor:  # (T,)
+    """k1 = log q - log p, the unbiased estimate of KL(q || p) in nats. For logging: its gradient holds no teacher.
+
+    Args:
+        logp: per-token log-probs under the student, any shape, nats. Differentiable.
+        teacher_logp: the same under the teacher, detached.
+        loss_mask: bool; untrained positions give 0 and no gradient, whatever they hold.
+
+    Returns:
+        The shape of `logp`, float32 for half-precision inputs.
+
+    Expected gradient:
+        Exactly zero on-policy, so a loss that descends k1 drifts by noise alone. With a local token count or a mean
+        over each sequence's own length it pushes on the length of the responses.
+
+    Raises:
+        TypeError: a log-prob is not floating-point, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ.
+
+    Source:
+        Schulman, "Approximating KL Divergence" (2020), k1.
+    """
+    return _teacher_log_ratio(logp, teacher_logp, loss_mask)
+
+
+def kl_k2(
+    logp: Tensor,  # (T,)
+    teacher_logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+) -> Tensor:  # (T,)
+    """k2 = (log q - log p)^2 / 2, a biased, low-variance estimate of KL(q || p) whose gradient is right on-policy.
+
+    Args, shapes, masking and errors as in `kl_k1`.
+
+    Expected gradient:
+        grad KL(q || p) where tokens are sampled from q. Biased where they come from another policy: multiply by the
+        detached ratio, or use `importance_sampled_surrogate` on `reverse_kl_reward`, which is the same gradient.
+
+    Source:
+        Schulman, "Approximating KL Divergence" (2020), k2.
+    """
+    return 0.5 * _teacher_log_ratio(logp, teacher_logp, loss_mask).square()
+
+
+def kl_k3(
+    logp: Tensor,  # (T,)
+    teacher_logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+) -> Tensor:  # (T,)
+    """k3 = p/q - 1 - log(p/q), an unbiased, non-negative estimate of KL(q || p) whose gradient is the *forward* KL's.
+
+    Args, shapes, masking and errors as in `kl_k1`.
+
+    Expected gradient:
+        grad KL(p || q) = q - p with respect to the logits, on-policy. Not the reverse KL.
+
+    Source:
+        Schulman, "Approximating KL Divergence" (2020), k3; GRPO (arXiv 2402.03300), eq. 4.
+    """
+    log_ratio = _teacher_log_ratio(logp, teacher_logp, loss_mask)
+    # expm1 keeps the digits where p and q nearly agree
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def reverse_kl_reward(
+    logp: Tensor,  # (T,)
+    teacher_logp: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    clip: float | None = None,
+) -> Tensor:  # (T,)
+    """R = log p - log q, the per-token reward whose policy gradient is -grad KL(q || p). Detached.
+
+    Args:
+        logp: per-token log-probs under the student, any shape, nats.
+        teacher_logp: the same under the teacher.
+        loss_mask: bool; untrained positions give 0, whatever they hold.
+        clip: symmetric bound in nats, > 0: R is clamped to [-clip, clip]. None: no bound.
+
+    Returns:
+        The shape of `logp`, without gradient. A trained token that the teacher excludes (teacher_logp = -inf) has
+        reward -inf, or -clip.
+
+    Expected gradient:
+        None of its own; as the advantage of `importance_sampled_surrogate` it gives grad KL(q || p). A clip depends on
+        the sampled token and biases that by design.
+
+    Raises:
+        TypeError: a log-prob is not floating-point, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ, or `clip` is not > 0.
+
+    Source:
+        KDRL (arXiv 2506.02208), the reward of J_RKL: R_{i,t} = log pi_T(o_{i,t}) - log pi_theta(o_{i,t}).
+    """
+    _checks.positive(clip=clip)
+    reward = -_teacher_log_ratio(logp, teacher_logp, loss_mask).detach()
+    return reward if clip is None else reward.clamp(-clip, clip)
+
+
+def discounted_returns(
+    rewards: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    cu_seqlens: Tensor,  # (B + 1,)
+    discount: float,
+    group: ProcessGroup | None = None,
+) -> Tensor:  # (T,)
+    """Return-to-go over the trained tokens of each sequence: R_t = r_t + discount * R_{next trained token}. Detached.
+
+    Only trained tokens count a step, so a tool's output or a later prompt between two of them costs no discount.
+
+    Computed by a segmented doubling scan: ceil(log2 T) vector steps, exact to rounding at any T, where the difference
+    of two global cumulative sums loses digits and a Python loop waits for every token.
+
+    Args:
+        rewards: (T,) per-token rewards; what untrained positions hold leaves no trace.
+        loss_mask: (T,) bool.
+        cu_seqlens: (B + 1,).
+        discount: 0 .. 1. 0 returns the rewards themselves, 1 their sum to the end of the sequence.
+        group: the ranks that each hold a part of every sequence, as in `segment_sum`, with parts in rank order. One
+            collective brings what later parts return.
+
+    Returns:
+        (T,) without gradient, 0 at untrained positions.
+
+    Expected gradient:
+        None of its own. As advantages of reverse-KL rewards, discount 0 gives the token-level reverse KL, and 1 the
+        gradient of the KL between whole sequences on-policy; in between, and off-policy with discount > 0, neither.
+
+    Raises:
+        TypeError: a dtype is wrong, or `group` is no process group.
+        ValueError: shapes differ, the stream is not flat, `cu_seqlens` does not fit or `discount` is outside 0 .. 1;
+            with `group` as in `segment_sum`, or where ranks differ in `discount`.
+    """
+    with in_step(group, rewards) as agreed:
+        _checks.per_token("rewards", rewards, loss_mask=loss_mask)
+        _checks.packed_stream("rewards", rewards, cu_seqlens)
+        _checks.unit_interval(discount=discount)
+        total = rewards.shape[0]
+        ids, fits = segment_ids_and_fit(cu_seqlens, total_tokens=total)
+        agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1, "discount": discount})
+
+    dtype = _checks.promoted_dtype(rewards)
+    # in float64 where there is one: a discount rounded to float32 is off by a factor of its own at every step
+    returns = torch.where(loss_mask, rewards.detach().to(_checks.accumulator_dtype(rewards)), 0)
+    if discount == 0:
+        return torch.where(fits, returns, torch.nan).to(dtype)
+    # After k rounds returns[t] covers the 2^k positions from t on, and decay[t] is the discount across them.
+    decay = torch.where(loss_mask, torch.full_like(returns, discount), 1)
+    step = 1
+    while step < total:
+        same_sequence = ids[:-step] == ids[step:]
+        # where, not a product with 0: an infinite reward of the next sequence must not become NaN here
+        ahead = torch.where(same_sequence, decay[:-step] * returns[step:], 0)
+        returns = torch.cat([returns[:-step] + ahead, returns[-step:]])
+        decay = torch.cat([decay[:-step] * decay[step:], decay[-step:]])
+        step *= 2
+    returns = torch.where(fits, returns, torch.nan)
+    if group is not None:
+        returns = returns + _from_later_parts(returns, ids, loss_mask, cu_seqlens, discount, group)
+    return torch.where(fits & ~loss_mask, 0, returns).to(dtype)
+
+
+def _from_later_parts(
+    returns: Tensor, ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, discount: float, group: ProcessGroup
+) -> Tensor:
+    """(T,): what later ranks' parts add to the return-to-go within this part."""
+    before = torch.cat([loss_mask.new_zeros(1, dtype=torch.int64), loss_mask.cumsum(0)])  # trained tokens before t
+    ends = before.index_select(0, cu_seqlens.clamp(0, ids.shape[0]))
+    head, _ = at_starts(returns, cu_seqlens)
+    following = returns_of_later_parts(head, torch.full_like(head, discount).pow(ends.diff()), group)
+    steps = ends[1:].index_select(0, ids) - before[:-1]
+    return torch.full_like(returns, discount).pow(steps) * following.index_select(0, ids)
+
+
+def _teacher_log_ratio(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
+    _checks.tensors(teacher_logp=teacher_logp)
+    return _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
+
+
+def _log_ratio(
+    name: str,
+    logp: Tensor,
+    loss_mask: Tensor,
+    **other: Tensor | None,
+) -> Tensor:
+    """log q - log of the one policy in `other` (None: q itself, detached), 0 where untrained. Differentiable in `logp`.
+
+    The difference is taken in float32 or wider, and masked before any non-linearity can see it.
+    """
+    _checks.per_token(name, logp, loss_mask=loss_mask, **other)
+    (reference,) = other.values()
+    reference = logp if reference is None else reference
+    dtype = _checks.promoted_dtype(logp, reference)
+    return torch.where(loss_mask, logp.to(dtype) - reference.detach().to(dtype), 0)

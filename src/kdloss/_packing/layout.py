@@ -1,0 +1,427 @@
+"""Packed variable-length sequences: one flat token axis (T,) cut by `cu_seqlens` (B + 1,).
+
+Sequence b owns the tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1; it may be empty. A padded (B, L) tensor is the same
+layout after flattening, with cu_seqlens = arange(0, B*L + 1, L).
+
+Two alignments are in use. At *prediction positions* (this library's own) entry t speaks of the token after position t;
+at *token positions* (inference servers) it speaks of the token at t. They differ by a shift inside every sequence.
+
+A `cu_seqlens` that does not fit the stream raises on the CPU. On other devices, and under `torch.compile`, where
+looking would wait for the device, nothing is read out of bounds; floating results are NaN, and so are their gradients.
+
+Sequences may be split across ranks: then each passes its own parts of the same B sequences, and `group=`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._distributed import in_step
+
+from .parts import first_of_later_parts, sum_of_parts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SEQUENCES = "the number of sequences of cu_seqlens"  # what ranks that share sequences have to agree on
+
+
+def cu_seqlens_from_lengths(
+    lengths: Tensor,  # (B,) int32 or int64
+) -> Tensor:  # (B + 1,)
+    """Cumulative lengths with a leading zero: cu_seqlens[b] = sum of lengths[:b].
+
+    Args:
+        lengths: (B,) tokens of each sequence, int32 or int64, each >= 0.
+
+    Returns:
+        (B + 1,) of the dtype of `lengths`, so int32 lengths give what flash-attention kernels take.
+
+    Raises:
+        TypeError: `lengths` is not int32 or int64.
+        ValueError: `lengths` is not one-dimensional, or (on the CPU) is negative somewhere or sums past its dtype.
+    """
+    _checks.integral(lengths=lengths)
+    if lengths.ndim != 1:
+        raise ValueError(f"lengths must be (B,), got {tuple(lengths.shape)}")
+    if _checks.value_checks_allowed(lengths) and (lengths < 0).any():
+        raise ValueError(f"lengths must be >= 0, got {lengths.tolist()}")
+    if _checks.value_checks_allowed(lengths) and (total := int(lengths.sum())) > torch.iinfo(lengths.dtype).max:
+        raise ValueError(
+            f"lengths must sum to at most {torch.iinfo(lengths.dtype).max} as int32, got {total}; use int64"
+        )
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+
+
+def segment_ids(
+    cu_seqlens: Tensor,  # (B + 1,)
+    *,
+    total_tokens: int,
+) -> Tensor:  # (T,) int64
+    """Index in 0 .. B - 1 of the sequence that owns each token.
+
+    Args:
+        cu_seqlens: (B + 1,) cumulative lengths.
+        total_tokens: T, a Python integer, so that the result's shape needs no device sync.
+
+    Returns:
+        (T,) int64, non-decreasing. Where `cu_seqlens` does not fit on a GPU, ids are clamped to 0 .. B - 1.
+
+    Raises:
+        TypeError: `cu_seqlens` is not int32 or int64.
+        ValueError: `cu_seqlens` has a wrong shape or (on the CPU) does not run from 0 to `total_tokens`.
+    """
+    return _layout(cu_seqlens, total_tokens).ids
+
+
+def segment_ids_and_fit(cu_seqlens: Tensor, *, total_tokens: int) -> tuple[Tensor, Tensor]:
+    """`segment_ids`, and () bool: whether `cu_seqlens` fits the stream. For functions that poison by themselves."""
+    layout = _layout(cu_seqlens, total_tokens)
+    return layout.ids, layout.fits
+
+
+def segment_sum(
+    x: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    cu_seqlens: Tensor,  # (B + 1,)
+    group: ProcessGroup | None = None,
+) -> Tensor:  # (B,)
+    """Sum of the trained tokens of each sequence: out_b = sum over t in sequence b with loss_mask_t of x_t.
+
+    The sum runs in float64 (float32 where the device lacks it), so it does not drift with the length of the sequence.
+
+    Args:
+        x: (T,) any per-token quantity; NaN or inf at untrained positions leaves no trace.
+        loss_mask: (T,) bool.
+        cu_seqlens: (B + 1,).
+        group: the ranks that each hold a part of every sequence (cut anywhere). Each passes its own part, with the
+            `cu_seqlens` of that part: T differs by rank, and is 0 on a rank with nothing; B does not. None: sequences
+            are whole.
+
+    Returns:
+        (B,), differentiable in `x`; 0 for a sequence without a trained token. With `group` it is the sum over all
+        parts, the same to the bit on every rank.
+
+    Gradient with `group`:
+        That of the sum over ranks of what each rank descends, in this rank's `x`: what comes in is summed over the
+        ranks. So the backward is a collective too, and runs on every rank: `x` needs a gradient on all of them or on
+        none, a rank without tokens included.
+
+    Raises:
+        TypeError: a dtype is wrong, or `group` is no process group.
+        ValueError: shapes differ, the stream is not flat, or `cu_seqlens` does not fit; with `group` also where its
+            backend cannot carry the tensors or, on the CPU, ranks differ in B. There all ranks raise what one does.
+    """
+    total = sum_of_parts(_sum_of_part(x, loss_mask, cu_seqlens, group), group)
+    return total.to(_checks.promoted_dtype(x))
+
+
+def segment_mean(
+    x: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    cu_seqlens: Tensor,  # (B + 1,)
+    group: ProcessGroup | None = None,
+) -> Tensor:  # (B,)
+    """Mean over the trained tokens of each sequence: out_b = segment_sum(x)_b / max(1, trained tokens of b).
+
+    Args, gradient and errors as in `segment_sum`. A sequence without a trained token gives 0, still attached.
+    """
+    total = _sum_of_part(x, loss_mask, cu_seqlens, group)
+    count = _sum_of_part(torch.ones_like(x), loss_mask, cu_seqlens, None)
+    total, count = sum_of_parts(torch.stack([total, count]), group).to(_checks.promoted_dtype(x)).unbind(0)
+    return total / count.clamp(min=1)
+
+
+def broadcast_to_tokens(
+    x: Tensor,  # (B,)
+    *,
+    cu_seqlens: Tensor,  # (B + 1,)
+    total_tokens: int,
+) -> Tensor:  # (T,)
+    """Each token gets the entry of its sequence: out_t = x[segment_ids_t].
+
+    Args:
+        x: (B,) of any dtype: rewards, advantages, or a boolean such as `rewards <= 0`.
+        cu_seqlens: (B + 1,).
+        total_tokens: T.
+
+    Returns:
+        (T,) of the dtype of `x`, differentiable where `x` is.
+
+    Raises:
+        ValueError: `x` is not (B,), or `cu_seqlens` does not fit.
+    """
+    _checks.tensors(x=x, cu_seqlens=cu_seqlens)
+    _checks.same_device("cu_seqlens", cu_seqlens, x=x)
+    layout = _layout(cu_seqlens, total_tokens)
+    if x.shape != (cu_seqlens.shape[0] - 1,):
+        raise ValueError(f"x must have one entry per sequence ({cu_seqlens.shape[0] - 1},), got {tuple(x.shape)}")
+    return _poison(x.index_select(0, layout.ids), layout.fits)
+
+
+def next_token_labels(
+    input_ids: Tensor,  # (T,)
+    *,
+    cu_seqlens: Tensor,  # (B + 1,)
+    ignore_index: int = -100,
+    group: ProcessGroup | None = None,
+) -> Tensor:  # (T,) int64
+    """The token that each position predicts: labels[t] = input_ids[t + 1] inside a sequence, `ignore_index` at its end.
+
+    Args:
+        input_ids: (T,) integer token ids of the packed stream.
+        cu_seqlens: (B + 1,).
+        ignore_index: written where nothing follows. The library's own functions ignore -100.
+        group: as in `segment_sum`, with parts in rank order: the label at the end of a part is the first token of the
+            next part of that sequence that is not empty.
+
+    Returns:
+        (T,) int64. No label crosses from one sequence into the next.
+
+    Raises:
+        TypeError: `input_ids` is not int32 or int64, or `group` is no process group.
+        ValueError: the stream is not flat, or `cu_seqlens` does not fit; with `group` as in `segment_sum`.
+    """
+    with in_step(group, input_ids) as agreed:
+        _checks.integral(input_ids=input_ids)
+        _checks.tensors(cu_seqlens=cu_seqlens)
+        _checks.same_device("cu_seqlens", cu_seqlens, input_ids=input_ids)
+        _checks.packed_stream("input_ids", input_ids, cu_seqlens)
+        input_ids = input_ids.to(torch.int64)
+        labels = to_prediction_positions(input_ids, cu_seqlens=cu_seqlens, fill=ignore_index)
+        agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1, "ignore_index": ignore_index})
+    if group is None:
+        return labels
+    first, present = at_starts(input_ids, cu_seqlens)
+    following = first_of_later_parts(first, present, ignore_index, group)
+    layout = _layout(cu_seqlens, input_ids.shape[0])
+    at_cut = layout.fits & (layout.offset + 1 == layout.length)
+    return torch.where(at_cut, following.index_select(0, layout.ids), labels)
+
+
+def response_mask(
+    prompt_lengths: Tensor,  # (B,)
+    *,
+    cu_seqlens: Tensor,  # (B + 1,)
+    total_tokens: int,
+) -> Tensor:  # (T,) bool
+    """True where labels[t] is a response token: offset_t + 1 >= prompt_length and a next token exists.
+
+    The last prompt position is True (it predicts the first response token) and the last position of a sequence is
+    False (it predicts nothing). With a prompt length of 0 the first response token cannot be trained: nothing predicts
+    it. A prompt that fills its whole sequence trains nothing.
+
+    Args:
+        prompt_lengths: (B,) int32 or int64, tokens of each sequence that were given, not sampled.
+        cu_seqlens: (B + 1,).
+        total_tokens: T.
+
+    Raises:
+        TypeError: `prompt_lengths` is not int32 or int64.
+        ValueError: `prompt_lengths` is not (B,), (on the CPU) is negative, or `cu_seqlens` does not fit.
+    """
+    _checks.integral(prompt_lengths=prompt_lengths, cu_seqlens=cu_seqlens)
+    _checks.same_device("cu_seqlens", cu_seqlens, prompt_lengths=prompt_lengths)
+    layout = _layout(cu_seqlens, total_tokens)
+    if prompt_lengths.shape != (cu_seqlens.shape[0] - 1,):
+        raise ValueError(
+            f"prompt_lengths must have one entry per sequence ({cu_seqlens.shape[0] - 1},), "
+            f"got {tuple(prompt_lengths.shape)}"
+        )
+    if _checks.value_checks_allowed(prompt_lengths) and (prompt_lengths < 0).any():
+        raise ValueError(f"prompt_lengths must be >= 0, got {prompt_lengths.tolist()}")
+    next_offset = layout.offset + 1
+    is_response = next_offset >= prompt_lengths.index_select(0, layout.ids)
+    return is_response & (next_offset < layout.length) & layout.fits
+
+
+def to_prediction_positions(
+    x: Tensor,  # (T, ...)
+    *,
+    cu_seqlens: Tensor,  # (B + 1,)
+    fill: float,
+) -> Tensor:  # (T, ...)
+    """From token positions to prediction positions: out[t] = x[t + 1] inside a sequence, `fill` at its last position.
+
+    This is what log-probs from an inference server need before they meet the library's. The first entry of every
+    sequence (the server's None) is dropped: nothing predicts that token.
+
+    Args:
+        x: (T, ...) per-token values at the token's own position.
+        cu_seqlens: (B + 1,).
+        fill: written at the last position of every sequence.
+
+    Returns:
+        (T, ...) of the dtype of `x`, differentiable in it.
+
+    Raises:
+        ValueError: `cu_seqlens` does not fit.
+    """
+    layout = _layout_of("x", x, cu_seqlens)
+    return _shifted(x, -1, layout.offset + 1 < layout.length, fill, layout.fits)
+
+
+def to_token_positions(
+    x: Tensor,  # (T, ...)
+    *,
+    cu_seqlens: Tensor,  # (B + 1,)
+    fill: float,
+) -> Tensor:  # (T, ...)
+    """From prediction positions to token positions: out[t] = x[t - 1] inside a sequence, `fill` at its first position.
+
+    The inverse of `to_prediction_positions` but for the entry that each drops. Arguments and errors are the same.
+    """
+    layout = _layout_of("x", x, cu_seqlens)
+    return _shifted(x, 1, layout.offset > 0, fill, layout.fits)
+
+
+def pack(
+    padded: Tensor,  # (B, L, ...)
+    *,
+    lengths: Tensor,  # (B,)
+    total_tokens: int,
+) -> Tensor:  # (T, ...)
+    """Right-padded rows to one packed stream: the first lengths[b] entries of every row, one after the other.
+
+    Args:
+        padded: (B, L, ...) of any dtype.
+        lengths: (B,) int32 or int64, each 0 .. L.
+        total_tokens: T, the sum of `lengths`, as a Python integer: a static shape, so no device sync.
+
+    Returns:
+        (T, ...), differentiable in `padded`.
+
+    Raises:
+        TypeError: `lengths` is not int32 or int64.
+        ValueError: shapes disagree, or (on the CPU) a length exceeds L or the lengths do not sum to T.
+    """
+    _checks.tensors(padded=padded)
+    _checks.integral(lengths=lengths)
+    if padded.ndim < 2:
+        raise ValueError(f"padded must be (B, L, ...), got {tuple(padded.shape)}")
+    if lengths.shape != padded.shape[:1]:
+        raise ValueError(f"lengths must match the rows of padded ({padded.shape[0]},), got {tuple(lengths.shape)}")
+    _checks.same_device("padded", padded, lengths=lengths)
+    length = padded.shape[1]
+    if _checks.value_checks_allowed(lengths) and (lengths > length).any():
+        raise ValueError(f"lengths must not exceed the padded length {length}, got {lengths.tolist()}")
+    cu_seqlens = cu_seqlens_from_lengths(lengths)
+    if _checks.value_checks_allowed(cu_seqlens) and cu_seqlens[-1] != total_tokens:
+        raise ValueError(f"lengths must sum to total_tokens = {total_tokens}, got {int(cu_seqlens[-1])}")
+    layout = _layout(cu_seqlens, total_tokens)
+    fits = layout.fits & (lengths <= length).all()
+    index = layout.ids * length + layout.offset.clamp(0, max(length - 1, 0))
+    if padded.shape[0] * length == 0:  # nothing to select from; the sum of nothing is a 0 on the graph
+        nothing = padded.flatten(0, 1).sum(0, dtype=padded.dtype)
+        return _poison(padded.new_zeros(total_tokens, *padded.shape[2:]) + nothing, fits)
+    return _poison(padded.flatten(0, 1).index_select(0, index), fits)
+
+
+def unpack(
+    packed: Tensor,  # (T, ...)
+    *,
+    cu_seqlens: Tensor,  # (B + 1,)
+    length: int,
+    fill: float = 0,
+) -> Tensor:  # (B, L, ...)
+    """A packed stream to right-padded rows: out[b, l] = packed[cu_seqlens[b] + l], `fill` past the end of sequence b.
+
+    Args:
+        packed: (T, ...) of any dtype.
+        cu_seqlens: (B + 1,).
+        length: L, at least the longest sequence.
+        fill: the padding value.
+
+    Returns:
+        (B, L, ...), differentiable in `packed`.
+
+    Raises:
+        ValueError: `cu_seqlens` does not fit, or (on the CPU) a sequence is longer than `length`: nothing is cut off.
+    """
+    layout = _layout_of("packed", packed, cu_seqlens)
+    lengths = cu_seqlens.diff()
+    if _checks.value_checks_allowed(lengths) and (lengths > length).any():
+        raise ValueError(f"length must hold the longest sequence {int(lengths.max())}, got {length}")
+    if packed.shape[0] == 0:
+        empty = packed.new_full((lengths.shape[0], length, *packed.shape[1:]), fill)
+        return empty + packed.sum(0, dtype=packed.dtype)  # the sum of nothing is a 0 on the graph
+    column = torch.arange(length, device=packed.device)
+    index = (cu_seqlens[:-1, None] + column).clamp(0, packed.shape[0] - 1)
+    rows = packed.index_select(0, index.flatten()).unflatten(0, index.shape)
+    rows = torch.where(_like(column < lengths[:, None], rows), rows, rows.new_full((), fill))
+    return _poison(rows, layout.fits & (lengths <= length).all())
+
+
+def at_starts(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (T,) where each sequence begins, 0 where it is empty, and () bool: whether it is not. Both (B,)."""
+    present = cu_seqlens[1:] > cu_seqlens[:-1]
+    x = torch.cat([x, x.new_zeros(1)])  # to be read where a sequence has no token
+    first = x.index_select(0, cu_seqlens[:-1].clamp(0, x.shape[0] - 1))
+    return torch.where(present, first, 0), present
+
+
+def _sum_of_part(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: ProcessGroup | None) -> Tensor:
+    """(B,) in the dtype for long sums: of this rank's part, checked in step with the other ranks."""
+    with in_step(group, x) as agreed:
+        _checks.per_token("x", x, loss_mask=loss_mask)
+        _checks.packed_stream("x", x, cu_seqlens)
+        layout = _layout(cu_seqlens, x.shape[0])
+        agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1})
+    kept = torch.where(loss_mask, x, 0).to(_checks.accumulator_dtype(x))
+    sums = kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, layout.ids, kept)
+    return _poison(sums, layout.fits)
+
+
+class _Layout(NamedTuple):
+    ids: Tensor  # (T,) int64: the sequence of each token, always a readable index
+    offset: Tensor  # (T,): its position in that sequence
+    length: Tensor  # (T,): the length of that sequence
+    fits: Tensor  # () bool: cu_seqlens describes exactly T tokens
+
+
+def _layout(cu_seqlens: Tensor, total_tokens: int) -> _Layout:
+    _checks.cumulative_lengths(cu_seqlens, total_tokens=total_tokens)
+    position = torch.arange(total_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    # right=True: the last sequence that starts at or before the token, which steps over empty sequences
+    ids = torch.searchsorted(cu_seqlens.contiguous(), position, right=True) - 1
+    ids = ids.clamp(0, max(cu_seqlens.shape[0] - 2, 0))
+    start = cu_seqlens.index_select(0, ids)
+    stop = cu_seqlens[1:].index_select(0, ids)
+    fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total_tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    return _Layout(ids, position - start, stop - start, fits)
+
+
+def _layout_of(name: str, x: Tensor, cu_seqlens: Tensor) -> _Layout:
+    _checks.tensors(**{name: x}, cu_seqlens=cu_seqlens)
+    if x.ndim < 1:
+        raise ValueError(f"{name} must be (T, ...), got {tuple(x.shape)}")
+    _checks.same_device("cu_seqlens", cu_seqlens, **{name: x})
+    return _layout(cu_seqlens, x.shape[0])
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    """`mask` with trailing axes of size 1, so that it broadcasts over the trailing axes of `x`."""
+    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+
+
+def _poison(x: Tensor, fits: Tensor) -> Tensor:
+    """NaN throughout where `fits` is False; integers and booleans, which have no NaN, become 0."""
+    if x.dtype.is_floating_point:
+        # through a product, so that the gradient is NaN as well: a 0 would pass for a step without data
+        return torch.where(fits, x, x * torch.where(fits, 0.0, torch.nan))
+    # a 0-dim tensor of the same dtype: beside a bare number, booleans would become integers
+    return torch.where(fits, x, x.new_zeros(()))
+
+
+def _shifted(x: Tensor, steps: int, moved: Tensor, fill: float, fits: Tensor) -> Tensor:
+    """`x` rolled along the stream where `moved`, `fill` elsewhere; where `fits` is False NaN, or `fill` in integers."""
+    floating = x.dtype.is_floating_point
+    moved = moved | ~fits if floating else moved & fits
+    shifted = torch.where(_like(moved, x), x.roll(steps, 0), x.new_full((), fill))
+    return _poison(shifted, fits) if floating else shifted

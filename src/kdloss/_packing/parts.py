@@ -1,0 +1,65 @@
+"""Sequences split across the ranks of a group (context parallel): what their parts make together.
+
+Each rank holds a part of every one of the same B sequences, as a packed stream with a `cu_seqlens` (B + 1,) of its own.
+A part may be empty. Where the order matters (returns, labels), parts follow one another in rank order.
+
+Gradients follow one convention: the ranks descend the *sum* of their losses, as in a step whose gradients are summed,
+or averaged after a factor, over the ranks. So a sum over parts, which every rank gets, has as its gradient the sum of
+what comes in on every rank: one collective forward, one backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kdloss._distributed import gather, ordered_sum
+
+
+def sum_of_parts(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over the ranks, the same to the bit on each. Its gradient is the sum of what comes in on every rank."""
+    return x if group is None else _SumOfParts.apply(x, group)  # type: ignore[no-untyped-call]
+
+
+class _SumOfParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return ordered_sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ordered_sum(gradient, ctx.group), None
+
+
+def returns_of_later_parts(head: Tensor, decay: Tensor, group: ProcessGroup) -> Tensor:
+    """(B,): the return-to-go where this rank's part of each sequence ends, from the heads of the later parts.
+
+    F_r = head_{r+1} + decay_{r+1} * F_{r+1}, and 0 on the last rank. Without gradient.
+
+    Args:
+        head: (B,) the return at the first position of this part, within the part; 0 of an empty one.
+        decay: (B,) the discount across this part; 1 of an empty one.
+    """
+    parts = gather(torch.stack([head, decay]), group)
+    following = torch.zeros_like(head)
+    for rank in range(group.size() - 1, group.rank(), -1):
+        following = parts[rank, 0] + parts[rank, 1] * following
+    return following
+
+
+def first_of_later_parts(first: Tensor, present: Tensor, otherwise: int, group: ProcessGroup) -> Tensor:
+    """(B,) int64: `first` of the next rank whose part of the sequence is not empty; `otherwise` where there is none.
+
+    Args:
+        first: (B,) int64, the first token of this rank's part.
+        present: (B,) bool, whether this part has one.
+    """
+    parts = gather(torch.stack([first, present.to(first.dtype)]), group)
+    following = torch.full_like(first, otherwise)
+    for rank in range(group.size() - 1, group.rank(), -1):
+        following = torch.where(parts[rank, 1] != 0, parts[rank, 0], following)
+    return following

@@ -1,0 +1,134 @@
+"""The output head: its checks, its dtype under autocast, and the products of some rows with all of it.
+
+`prepare_head` is the one way in for functions that take hidden states. A half-precision head is widened one slice at a
+time: a float32 copy of the whole head may be larger than the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._distributed import VocabShard, head_shard
+
+from .backend import takes_triton
+from .vocabulary import Softmax, true_vocab_size
+
+# Entries of a half-precision head that are widened at a time: 16 MiB of float32.
+_SLICE_ENTRIES = 2**22
+
+
+class Head(NamedTuple):
+    """logits = softcap(logit_scale * (hidden @ weight.T + bias))."""
+
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+
+    def without_padding(self, vocab_size: int) -> Head:
+        """This head with its first `vocab_size` rows only."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return self._replace(weight=self.weight[:vocab_size], bias=bias)
+
+
+class Heads(NamedTuple):
+    """Checked heads of the student, and of the teacher where there is one: plain tensors, hidden states (T, D)."""
+
+    student: Head
+    teacher: Head | None
+    softmax: Softmax
+    shape: torch.Size  # of the rows, before they were flattened to T
+
+
+def prepare_head(
+    student: Head,
+    teacher: Head | None = None,
+    *,
+    loss_mask: Tensor | None,
+    temperature: float | Tensor,
+    vocab_size: int | None,
+    shard: VocabShard | None,
+    impl: str,
+) -> Heads:
+    """Check the arguments that every function of hidden states takes, and return what such a function computes from.
+
+    Inside `torch.autocast`, hidden states, weights and biases are cast as a linear layer casts them. The logits are
+    float32 all the same.
+    """
+    student, shard = _local_head(student, shard, "")
+    sides = {"": student}
+    if teacher is not None:
+        teacher, _ = _local_head(teacher, None if shard is None else shard.with_rows_gathered(False), "teacher_")
+        sides["teacher_"] = teacher
+    for side, head in sides.items():
+        _checks.head(*head[:3], logit_scale=head.logit_scale, side=side)
+        _checks.positive(**{f"{side}softcap": head.softcap})
+    rows = student.hidden.shape[:-1]
+    _checks.boolean(loss_mask=loss_mask)
+    if loss_mask is not None and loss_mask.shape != rows:
+        raise ValueError(f"loss_mask must match the rows of hidden {tuple(rows)}, got {tuple(loss_mask.shape)}")
+    if teacher is not None and teacher.hidden.shape[:-1] != rows:
+        came = tuple(teacher.hidden.shape)
+        raise ValueError(f"teacher_hidden must match the rows of hidden {(*rows, 'D')}, got {came}")
+    _checks.same_device("hidden", student.hidden, **_tensors(sides), loss_mask=loss_mask)
+    widths = [head.weight.shape[0] for head in sides.values()]
+    size = true_vocab_size(vocab_size, widths, shard, teacher_name="teacher_weight")
+    tau = _checks.row_temperature("hidden", student.hidden, temperature)
+    sides = {side: _autocast(head) for side, head in sides.items()}
+    softmax = Softmax.of(size, tau, shard, kernels=takes_triton(impl, **_tensors(sides)))
+    return Heads(sides[""], sides.get("teacher_"), softmax, rows)
+
+
+def _tensors(sides: dict[str, Head]) -> dict[str, Tensor | None]:
+    """The tensors of each side by the names of their arguments."""
+    names = ("hidden", "weight", "bias")
+    return {f"{side}{name}": getattr(head, name) for side, head in sides.items() for name in names}
+
+
+def _local_head(head: Head, shard: VocabShard | None, side: str) -> tuple[Head, VocabShard | None]:
+    hidden, weight, bias, shard = head_shard(*head[:3], shard, side)
+    return head._replace(hidden=hidden, weight=weight, bias=bias), shard
+
+
+def _autocast(head: Head) -> Head:
+    """Hidden states (T, D), and all three tensors as autocast casts them: float64 stays."""
+    device = head.hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def cast(x: Tensor) -> Tensor:
+        return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+    bias = None if head.bias is None else cast(head.bias)
+    return Head(cast(head.hidden).flatten(0, -2), cast(head.weight), bias, head.softcap, float(head.logit_scale))
+
+
+def head_product_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`hidden @ weight.T + bias` into `out` (n, V), in its dtype, which is that of hidden (n, D)."""
+    for columns, part in _slices(weight, out.dtype):
+        torch.mm(hidden, part.T, out=out[:, columns])
+    return out if bias is None else out.add_(bias.to(out.dtype))
+
+
+def times_head(gradient: Tensor, weight: Tensor) -> Tensor:
+    """`gradient @ weight`, (n, D), in the dtype of the gradient (n, V)."""
+    out = gradient.new_zeros(gradient.shape[0], weight.shape[1])
+    for columns, part in _slices(weight, gradient.dtype):
+        out.addmm_(gradient[:, columns], part)
+    return out
+
+
+def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head in `dtype`: whole where it is in it already, else slice after slice."""
+    if weight.dtype == dtype:
+        yield slice(None), weight
+        return
+    step = max(256, _SLICE_ENTRIES // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        columns = slice(start, start + step)
+        yield columns, weight[columns].to(dtype)

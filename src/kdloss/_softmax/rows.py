@@ -1,0 +1,265 @@
+"""One block of rows of logits: its softmax state, and the gradient of log-probs and entropies, in few passes.
+
+A row's distribution is read from four numbers that one pass over its logits gives, and that the parts of a row merge
+into (vocabulary slices here, program splits in a kernel, shards of a head):
+
+    z = softcap(logit_scale * x) / temperature
+    m = max z,   s = sum_v e^(z_v - m),   u = sum_v (z_v - m) e^(z_v - m),   and z at the labels
+    logp = (z_label - m) - log s,   entropy = log s - u / s,   p = e^(z - m) / s
+
+Everything is relative to the maximum, so logits far off centre lose no digits: `logsumexp(z) - sum_v p_v z_v` would
+subtract two numbers of the size of the offset.
+
+    dz = sum_k g_k (onehot_k - p) - h p (log p + entropy),   log p + entropy = z - m - u / s
+
+with g the gradient of the log-probs and h that of the entropy.
+
+On a CPU `exp` is what a row costs. torch's fused softmax and the backward of its log-softmax take one `exp` a logit at
+half the price of `torch.exp`, so both directions are written around them. Next come passes over the block: where m is
+small, e^(z - m) is e^z e^-m, without one for the subtraction (`Upstream.unshifted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def flat_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(..., n) tensors of one leading shape as (rows, n) views in order, all at once where their strides allow it.
+
+    Never as a copy: `logits[:, :-1]` of (B, L, V), as a trainer writes it, is B of them.
+    """
+    try:
+        flat = tuple(x.view(-1, x.shape[-1]) for x in tensors)
+    except RuntimeError:  # a copy would cost as much as the logits
+        for parts in zip(*(x.unbind(0) for x in tensors), strict=True):
+            yield from flat_rows(*parts)
+    else:
+        yield flat
+
+
+class Scaling(NamedTuple):
+    """What stands between x, the product with the head, and z, the logits of the softmax."""
+
+    softcap: float | None
+    logit_scale: float
+    temperature: float | Tensor  # one for all, or (n, 1) of the block's rows
+
+    @property
+    def is_identity(self) -> bool:
+        return (
+            self.softcap is None
+            and self.logit_scale == 1
+            and not isinstance(self.temperature, Tensor)
+            and (self.temperature == 1)
+        )
+
+    def split(self, sizes: list[int]) -> list[Scaling]:
+        if not isinstance(self.temperature, Tensor):
+            return [self] * len(sizes)
+        return [self._replace(temperature=part) for part in self.temperature.split(sizes)]
+
+    def at(self, rows: slice) -> Scaling:
+        return self._replace(temperature=self.temperature[rows]) if isinstance(self.temperature, Tensor) else self
+
+    def apply_(self, x: Tensor) -> Tensor:
+        """x (n, V) -> z, in place."""
+        if self.logit_scale != 1:
+            x.mul_(self.logit_scale)
+        if self.softcap is not None:
+            x.div_(self.softcap).tanh_().mul_(self.softcap)
+        if isinstance(self.temperature, Tensor) or self.temperature != 1:
+            x.div_(self.temperature)
+        return x
+
+    def backward_(self, dz: Tensor, z: Tensor) -> Tensor:
+        """dz (n, V) -> dx, in place. dtanh = 1 - tanh², and tanh is z * temperature / softcap. z is used up."""
+        if self.softcap is not None:
+            tanh = z.mul_(self.temperature).div_(self.softcap)
+            dz.addcmul_(dz, tanh.square_(), value=-1)
+        if self.logit_scale != 1:
+            dz.mul_(self.logit_scale)
+        if isinstance(self.temperature, Tensor) or self.temperature != 1:
+            dz.div_(self.temperature)
+        return dz
+
+
+class Sums(NamedTuple):
+    """What is read off blocks of rows, (n, 1): one reduction each, in terms of torch's softmax p of the block."""
+
+    maximum: Tensor  # max z
+    largest: Tensor  # max p
+    mass: Tensor  # sum p: 1 but for rounding
+    weighted: Tensor | None  # sum p (z - max z); None where no entropy is wanted
+
+    @classmethod
+    def empty(cls, rows: int, *, like: Tensor, with_entropy: bool) -> Sums:
+        columns = [like.new_empty(rows, 1) for _ in range(4 if with_entropy else 3)]
+        return cls(*columns, *[None] * (4 - len(columns)))
+
+    def split(self, sizes: list[int]) -> list[Sums]:
+        weighted = [None] * len(sizes) if self.weighted is None else self.weighted.split(sizes)
+        parts = zip(self.maximum.split(sizes), self.largest.split(sizes), self.mass.split(sizes), weighted, strict=True)
+        return [Sums(*part) for part in parts]
+
+    def read_(self, z: Tensor, p: Tensor, shifted: Tensor | None) -> None:
+        """Fill in the sums of a block z (n, V). p and, for the entropy, shifted are scratch; shifted may be z."""
+        torch.amax(z, -1, keepdim=True, out=self.maximum)
+        torch.softmax(z, -1, out=p)
+        torch.amax(p, -1, keepdim=True, out=self.largest)
+        torch.sum(p, -1, keepdim=True, out=self.mass)
+        if self.weighted is not None:
+            # a logit of -inf has no mass: 0 * the lowest number is 0, where 0 * -inf would be NaN
+            assert shifted is not None
+            torch.sub(z, self.maximum, out=shifted).clamp_(min=torch.finfo(z.dtype).min)
+            torch.sum(p.mul_(shifted), -1, keepdim=True, out=self.weighted)
+
+
+# Where all m are in here, neither e^z overflows nor loses a p above e^-70 to the smallest float32.
+_CENTRAL = (-16.0, 64.0)
+
+
+class RowState(NamedTuple):
+    """(m, 1 / s, u / s) of each row, (n, 1). Of no mass at all, where every z is -inf: (-inf, inf, 0)."""
+
+    maximum: Tensor
+    peak: Tensor  # 1 / s, the probability of the largest logit: p = peak * e^(z - maximum)
+    mean: Tensor | None  # u / s, the mean of z - m under p; None where no entropy is wanted
+
+    @classmethod
+    def of(cls, sums: Sums) -> RowState:
+        """torch divides by a sum whose rounding grows with V. All of p shares it: dividing by `mass` removes it."""
+        empty = sums.maximum == -torch.inf
+        peak = (sums.largest / sums.mass).masked_fill(empty, torch.inf)
+        mean = None if sums.weighted is None else (sums.weighted / sums.mass).masked_fill(empty, 0)
+        return cls(sums.maximum, peak, mean)
+
+    @classmethod
+    def empty(cls, rows: int, *, like: Tensor, with_entropy: bool) -> RowState:
+        """Of no logits at all: what merging starts from."""
+        infinity = like.new_full((rows, 1), torch.inf)
+        return cls(-infinity, infinity, torch.zeros_like(infinity) if with_entropy else None)
+
+    def at(self, rows: slice) -> RowState:
+        return RowState(self.maximum[rows], self.peak[rows], None if self.mean is None else self.mean[rows])
+
+    def logp(self, z: Tensor) -> Tensor:
+        """Of logits z (n, K) of the rows."""
+        return (z - self.maximum) + self.peak.log()
+
+    def entropy(self) -> Tensor:
+        """NaN of no mass at all, which is no distribution."""
+        assert self.mean is not None
+        return (-self.peak.log() - self.mean).masked_fill(self.peak == torch.inf, torch.nan)
+
+    def merge(self, other: RowState) -> RowState:
+        """The state of two parts of the same rows side by side: a e^(m - m') for each, m' the larger maximum."""
+        maximum = torch.maximum(self.maximum, other.maximum)
+        total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        for part in (self, other):
+            shift = torch.where(part.maximum == -torch.inf, 0, part.maximum - maximum)
+            mass = shift.exp() / part.peak
+            total += mass
+            if part.mean is not None:
+                weighted += mass * (part.mean + shift)
+        return RowState(maximum, total.reciprocal(), None if self.mean is None else weighted / total.clamp(min=1))
+
+
+class Upstream(NamedTuple):
+    """The incoming gradient of some rows, ready for the pass over their logits."""
+
+    maximum: Tensor | None  # (n, 1) m; None where `scale` holds e^-m already
+    scale: Tensor  # (n, 1): sum_k g_k / s, or 1 / s beside an entropy
+    columns: Tensor  # (n, K) int64, each inside the block; any column where logp is 0
+    logp: Tensor  # (n, K) g, 0 where the label is ignored or in another part of the row
+    entropy: Tensor | None  # (n, 1) h
+    # h (log p + entropy) + sum_k g_k is h * (z - m) + this
+    offset: Tensor | None  # (n, 1)
+
+    @classmethod
+    def of(cls, state: RowState, columns: Tensor, logp: Tensor, entropy: Tensor | None) -> Upstream:
+        """From labels (n, K) of whole rows, -100 where ignored, and the gradients (n, K) and (n, 1)."""
+        ignored = columns < 0
+        logp, columns = logp.masked_fill(ignored, 0), columns.masked_fill(ignored, 0)
+        total = logp.sum(-1, keepdim=True)
+        if entropy is None:
+            return cls(state.maximum, total * state.peak, columns, logp, None, None)
+        assert state.mean is not None
+        return cls(state.maximum, state.peak, columns, logp, entropy, total - entropy * state.mean)
+
+    def unshifted(self) -> Upstream:
+        """The same with e^-m in `scale`, if that is safe in every row, and on a CPU, where asking does not wait."""
+        if self.maximum is None or self.entropy is not None or self.maximum.device.type != "cpu":
+            return self
+        low, high = _CENTRAL
+        if not bool(((self.maximum > low) & (self.maximum < high)).all()):
+            return self
+        return self._replace(
+            maximum=None, scale=(self.scale.double() * (-self.maximum.double()).exp()).to(self.scale.dtype)
+        )
+
+    def split(self, sizes: list[int]) -> list[Upstream]:
+        fields = [[None] * len(sizes) if x is None else x.split(sizes) for x in self]
+        return [Upstream(*part) for part in zip(*fields, strict=True)]
+
+    def at(self, rows: slice) -> Upstream:
+        return Upstream(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+    def part(self, start: int, stop: int) -> Upstream:
+        """Seen from columns start .. stop of the vocabulary."""
+        outside = (self.columns < start) | (self.columns >= stop)
+        columns = (self.columns - start).masked_fill(outside, 0)
+        return self._replace(columns=columns, logp=self.logp.masked_fill(outside, 0))
+
+
+def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, seeds: Tensor, scratch: Tensor | None) -> Tensor:
+    """dz (n, V) into `out`, which may be z. `seeds` (n, V) is 0 and stays so; `scratch` is for the entropy.
+
+    The backward of log-softmax is grad - e^output * sum(grad): a grad with one entry S a row gives -S e^output in one
+    pass over the block, and the entry itself, at the row's first label, is repaired after it.
+    """
+    anchor = upstream.columns[:, :1]
+    shifted = z if upstream.maximum is None else torch.sub(z, upstream.maximum, out=out)
+    repaired = shifted.gather(-1, anchor).exp_().mul_(upstream.scale).neg_()
+    seeds.scatter_(-1, anchor, upstream.scale)
+    if upstream.entropy is None:
+        _negative_exp(shifted, seeds, out)
+        if upstream.columns.shape[-1] == 1:
+            out.scatter_(-1, anchor, repaired.add_(upstream.logp))
+        else:
+            out.scatter_(-1, anchor, repaired).scatter_add_(-1, upstream.columns, upstream.logp)
+    else:
+        assert scratch is not None
+        assert upstream.offset is not None
+        _negative_exp(shifted, seeds, scratch).scatter_(-1, anchor, repaired)
+        # e^-1e4 is 0 in any dtype, and -inf times that would be NaN
+        slope = torch.clamp(shifted, min=-1e4, out=out).mul_(upstream.entropy).add_(upstream.offset)
+        torch.mul(scratch, slope, out=out).scatter_add_(-1, upstream.columns, upstream.logp)
+    seeds.scatter_(-1, anchor, 0)
+    return out
+
+
+def _negative_exp(x: Tensor, seeds: Tensor, out: Tensor) -> Tensor:
+    """-e^x times the one entry of each row of `seeds`, wrong at that entry."""
+    return torch._log_softmax_backward_data(seeds, x, -1, x.dtype, out=out)
+
+
+def column(rows: Tensor | None, like: Tensor) -> Tensor:
+    """(...,) as (..., 1) in memory of its own; where there is none, a stand-in that nothing reads."""
+    return (torch.empty_like(like) if rows is None else rows).contiguous().unsqueeze(-1)
+
+
+def all_zero(factors: Tensor) -> bool:
+    """Whether a block's gradient is 0 because nothing comes in; asked where reading a value waits for no device."""
+    return factors.device.type == "cpu" and not bool(factors.count_nonzero())
+
+
+def scaled(dz: Tensor, factor: Tensor, temperature: float | Tensor) -> Tensor:
+    """`factor * dz / τ` in place; exactly 0 where the factor is, whatever the row holds."""
+    silent = factor == 0
+    dz.mul_(torch.where(silent, 0, factor / temperature))
+    return dz.masked_fill_(silent, 0) if dz.device.type != "cpu" or bool(silent.any()) else dz

@@ -1,0 +1,150 @@
+"""The vocabulary axis: its true size, the labels that index it, and the softmax over it.
+
+`prepare_logits` is the one way in for functions that take logits: it checks what they have in common, and returns what
+they compute from. `prepare_head` in `head.py` is its counterpart for hidden states.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+from kdloss._distributed import VocabShard, vocab_shard
+
+from .backend import takes_triton
+
+IGNORE_INDEX = -100
+
+
+class Softmax(NamedTuple):
+    """How a row of logits becomes a distribution: over which entries, at which temperature, computed by what."""
+
+    vocab_size: int  # the true V of the whole vocabulary
+    local_size: int  # the entries among them that this rank holds; V without a shard
+    temperature: float  # of every row; 1 where rows have their own
+    row_temperature: Tensor | None  # (...,) one value per row, detached
+    shard: VocabShard | None
+    kernels: bool  # True: the Triton kernels compute; False: torch's operations
+
+    @classmethod
+    def of(
+        cls,
+        vocab_size: int,
+        temperature: float | Tensor = 1.0,  # or (...,)
+        shard: VocabShard | None = None,
+        *,
+        kernels: bool = False,
+    ) -> Softmax:
+        rows = temperature.detach() if isinstance(temperature, Tensor) else None
+        number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+        local_size = vocab_size if shard is None else shard.local_size(vocab_size)
+        return cls(vocab_size, local_size, number, rows, shard, kernels)
+
+    @property
+    def flat_temperature(self) -> Tensor | None:
+        """(T,), the rows' own temperatures in one axis."""
+        return None if self.row_temperature is None else self.row_temperature.flatten()
+
+
+class Logits(NamedTuple):
+    """Checked logits of the student, and of the teacher where there is one, as plain tensors."""
+
+    student: Tensor  # (..., V), this rank's slice where there is a shard
+    teacher: Tensor | None  # (..., V) likewise
+    softmax: Softmax
+
+
+def prepare_logits(
+    logits: Tensor,  # (..., V)
+    teacher_logits: Tensor | None = None,  # (..., V)
+    *,
+    temperature: float | Tensor,  # or (...,)
+    vocab_size: int | None,
+    shard: VocabShard | None,
+    impl: str,
+) -> Logits:
+    """Check the arguments that every function of logits takes, and return what such a function computes from."""
+    _checks.floating(logits=logits, teacher_logits=teacher_logits)
+    logits, shard = vocab_shard("logits", logits, -1, shard)
+    check_axis("logits", logits)
+    widths = [logits.shape[-1]]
+    if teacher_logits is not None:
+        teacher_logits, _ = vocab_shard("teacher_logits", teacher_logits, -1, shard)
+        check_axis("teacher_logits", teacher_logits)
+        if teacher_logits.shape[:-1] != logits.shape[:-1]:
+            rows = (*logits.shape[:-1], "V")
+            raise ValueError(f"teacher_logits must match logits {rows}, got {tuple(teacher_logits.shape)}")
+        _checks.same_device("logits", logits, teacher_logits=teacher_logits)
+        widths.append(teacher_logits.shape[-1])
+    size = true_vocab_size(vocab_size, widths, shard, teacher_name="teacher_logits")
+    tau = _checks.row_temperature("logits", logits, temperature)
+    kernels = takes_triton(impl, logits=logits, teacher_logits=teacher_logits)
+    return Logits(logits, teacher_logits, Softmax.of(size, tau, shard, kernels=kernels))
+
+
+def true_vocab_size(
+    vocab_size: int | None,
+    widths: list[int],  # of the student's vocabulary axis, and of the teacher's where there is one
+    shard: VocabShard | None,
+    *,
+    teacher_name: str,
+) -> int:
+    """The vocabulary of all sides: the size that they share, or `vocab_size`, which each must hold."""
+    if shard is not None:
+        return check_vocab_size(vocab_size, shard.vocab_size)
+    if vocab_size is None and len(set(widths)) > 1:
+        student, teacher = widths
+        raise ValueError(
+            f"{teacher_name} must have the student's vocabulary of {student}, got {teacher}; where they differ in "
+            "padding only, pass vocab_size, the true one"
+        )
+    return check_vocab_size(vocab_size, min(widths))
+
+
+def as_columns(labels: Tensor, rows: torch.Size) -> Tensor:
+    """(T, K), whatever the labels hold."""
+    return labels.reshape(rows.numel(), labels.shape[-1] if labels.ndim > len(rows) else 1)
+
+
+def label_columns(labels: Tensor, rows: torch.Size, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Labels as (T, K) columns inside the vocabulary or -100, and where they were neither: there logp is NaN."""
+    columns = as_columns(labels, rows)
+    outside = (columns != IGNORE_INDEX) & ((columns < 0) | (columns >= vocab_size))
+    return columns.masked_fill(outside, 0), outside
+
+
+def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask: Tensor | None = None) -> None:
+    """Labels are int64, (*rows,) or (*rows, K), and -100 or inside the vocabulary wherever they are trained on."""
+    _checks.integral(labels=labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
+    if labels.shape != rows and (labels.ndim != len(rows) + 1 or labels.shape[:-1] != rows):
+        raise ValueError(f"labels must be {tuple(rows)} or {(*rows, 'K')}, got {tuple(labels.shape)}")
+    if _checks.value_checks_allowed(labels):
+        bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+        if loss_mask is not None:
+            bad &= loss_mask.reshape(loss_mask.shape + (1,) * (labels.ndim - loss_mask.ndim))
+        if bad.any():
+            raise ValueError(
+                f"labels must be {IGNORE_INDEX} (ignored) or in 0 .. {vocab_size - 1}, got {int(labels[bad][0])}"
+            )
+
+
+def check_vocab_size(vocab_size: int | None, rows: int) -> int:
+    """The true vocabulary: `vocab_size`, or all `rows` of the head."""
+    if vocab_size is None:
+        return rows
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= rows:
+        raise ValueError(f"vocab_size must be in 1 .. {rows}, the size of the vocabulary axis, got {vocab_size}")
+    return vocab_size
+
+
+def check_axis(name: str, logits: Tensor) -> None:
+    _checks.tensors(**{name: logits})
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{name} must be (..., V) with V >= 1, got {tuple(logits.shape)}")

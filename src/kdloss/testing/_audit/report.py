@@ -1,0 +1,131 @@
+"""What an audit says: the fit of one sampling policy, the two together, and the text that a person reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .known import LENGTHS
+
+_RAISED = ("expected reward", "entropy", "expected length")  # a coefficient of +1 raises these and lowers the others
+_TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+class Nearest(NamedTuple):
+    """The one known objective that comes nearest, its coefficient, and what it leaves of the gradient."""
+
+    objective: str
+    coefficient: float
+    residual: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The expected gradient of a loss under one sampling policy, and the known objectives that it is made of."""
+
+    coefficients: Mapping[str, float]
+    """Known objective -> coefficient. Divergences and 1/length count as lowered, rewards, entropies and lengths as
+    raised, so a loss that ascends the reward has +1. Empty where nothing fits, or the gradient is zero."""
+    residual: float
+    """Norm of what the coefficients leave, relative to the gradient; where nothing fits, the least that any
+    combination leaves, here and at other policies. 0 for a zero gradient."""
+    nearest: Nearest | None
+    """None for a zero gradient, and on a tree at which every known gradient is zero."""
+    is_zero: bool
+    """Whether the expected gradient is zero to rounding, compared with the gradient of single batches."""
+    ambiguous: tuple[str, ...]
+    """Objectives that are linearly dependent on this tree, where the fit has one of them: it is then one reading of
+    several. A tree with an `eos`, more lengths and more prompts tells them apart."""
+    variance: float
+    """Trace of the covariance of the gradient that one batch gives."""
+    length_drift: float
+    """Tokens per unit of step size by which descending the expected gradient changes the expected length."""
+    gradient: Tensor = field(repr=False, compare=False)
+    """(N, V) float64, as `expected_gradient` gives it."""
+
+    def __str__(self) -> str:
+        if self.is_zero:
+            return "nothing: its expected gradient is zero"
+        if not self.coefficients:
+            if self.nearest is None:
+                return "none of the known objectives"
+            name, coefficient, residual = self.nearest
+            return (
+                f"none of the known objectives; the nearest, {number_text(coefficient)} {_TIMES} {name}, "
+                f"leaves a residual of {residual_text(residual)}, all together {residual_text(self.residual)}"
+            )
+        text = ""
+        for name, coefficient in self.coefficients.items():
+            sign = "-" if coefficient < 0 else "+"
+            text += (f" {sign} " if text else sign.strip("+")) + f"{number_text(abs(coefficient))} {_TIMES} {name}"
+        return text
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a loss descends. Its `str` is a verdict and a table; the fields are the same for a test."""
+
+    on_policy: Fit
+    off_policy: Fit
+    """Tokens and prefixes from the tree's behaviour policy."""
+    scope: str
+    """ "any behaviour policy": the same known objectives with the same coefficients whoever samples. "on-policy only":
+    known objectives from the student's own samples, others or none from other policies'. "off-policy only": the
+    reverse. "none": nothing known either way. The behaviour policies tried are the tree's and one more, far from it."""
+    teacher_in_gradient: bool
+    """Whether another teacher changes the expected gradient, on-policy or off-policy."""
+    teacher_in_value: bool
+    """Whether another teacher changes the value of the loss."""
+
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        """What a person should know, in sentences."""
+        on, off = self.on_policy, self.off_policy
+        said = [f"your loss descends {on}" + (f"; residual {residual_text(on.residual)}" if on.coefficients else "")]
+        right = "this holds" if set(on.coefficients) <= set(LENGTHS) else "right"  # nobody asks for a length
+        if self.scope == "any behaviour policy":
+            said.append(f"{right} for any behaviour policy" + (", token by token" if "token by" in str(off) else ""))
+        elif self.scope == "on-policy only":
+            # on a tree whose behaviour policy is the student, or near it, only the second policy tells
+            same = "" if on.coefficients == off.coefficients else f"; from another policy's samples it descends {off}"
+            said.append(f"{right} on-policy only{same}")
+        elif self.scope == "off-policy only":
+            said.append(f"from another policy's samples it descends {off}")
+        if not self.teacher_in_gradient:
+            said.append("the teacher does not enter this " + ("gradient" if self.teacher_in_value else "loss"))
+        for fit, where in ((on, "on-policy"), (off, "off-policy")):
+            if any(name in LENGTHS for name in fit.coefficients):
+                said.append(f"{where} it pushes for {'longer' if fit.length_drift > 0 else 'shorter'} responses")
+            if fit.ambiguous:
+                said.append(
+                    f"{where} this is one reading of several: on this tree {', '.join(fit.ambiguous)} are dependent"
+                )
+        return tuple(said)
+
+    def __str__(self) -> str:
+        table = [("tokens from", "coefficient", "known objective", "descending the loss")]
+        for source, fit in (("the student", self.on_policy), ("another policy", self.off_policy)):
+            rows = []
+            for name, coefficient in fit.coefficients.items():
+                raised = name.startswith(_RAISED) == (coefficient > 0)
+                rows.append((f"{number_text(coefficient):>11}", name, "raises it" if raised else "lowers it"))
+            rows = rows or [("", "zero gradient" if fit.is_zero else "none of the known", "")]
+            rows.append(("", f"residual {residual_text(fit.residual)}, variance {fit.variance:.3g}", ""))
+            table += [(source if row is rows[0] else "", *row) for row in rows]
+        widths = [max(len(row[column]) for row in table) for column in range(4)]
+        table.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        return "\n".join([*self.verdicts, "", *(line.rstrip() for line in lines)])
+
+
+def residual_text(x: float) -> str:
+    return f"{x:.2f}" if x >= 0.005 else f"{x:.0e}" if x > 0 else "0"
+
+
+def number_text(x: float) -> str:
+    """Two decimals where they are exact, else four digits."""
+    return f"{x:.2f}" if math.isclose(x, round(x, 2), rel_tol=1e-6) else f"{x:.4g}"

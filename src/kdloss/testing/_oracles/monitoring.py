@@ -1,0 +1,95 @@
+"""Oracles for what is logged and scheduled: statistics of trained tokens, the distillation weight over training."""
+
+import math
+from collections.abc import Sequence
+
+from .types import ArrayLike, FloatArray, as_float, as_mask, exp, scalar, trained
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def diagnostics(
+    logp: ArrayLike,
+    old_logp: ArrayLike | None,
+    *,
+    loss_mask: ArrayLike,
+    teacher_logp: ArrayLike | None = None,
+    entropy: ArrayLike | None = None,
+) -> dict[str, FloatArray]:
+    """Statistics over the N trained tokens, `ρ = exp(logp - old_logp)`; all 0 where N = 0.
+
+    tokens: N. ratio_mean, ratio_min, ratio_max: of ρ. approx_kl: `mean(ρ - 1 - log ρ)`. effective_sample_size:
+    `(sum ρ)² / (N sum ρ²)`. logp, old_logp, entropy: means. teacher_logp: the mean of its finite values. reverse_kl:
+    `mean(logp - teacher_logp)`. teacher_neg_inf: how many teacher_logp are -inf. The last four only where given.
+    logp, old_logp, teacher_logp, entropy: (T,) float. loss_mask: (T,) bool. Returns a dict of 0-dim arrays.
+    Source: approx_kl: Schulman, Approximating KL Divergence, 2020; effective sample size: Kish, Survey Sampling, 1965.
+    """
+    q = as_float("logp", logp)
+    mask = as_mask("loss_mask", loss_mask, shape=q.shape)
+    tokens = list(trained(mask))
+
+    def values(name: str, x: ArrayLike) -> list[float]:
+        array = as_float(name, x, shape=q.shape)
+        return [float(array[t]) for t in tokens]
+
+    new = values("logp", q)
+    old = new if old_logp is None else values("old_logp", old_logp)
+    log_ratios = [0.0 if old_logp is None else a - b for a, b in zip(new, old, strict=True)]
+    ratios = [exp(x) for x in log_ratios]
+    # the effective sample size does not change with the scale of ρ, so its largest is set to 1
+    scaled = [exp(x - max(log_ratios)) for x in log_ratios]
+    effective = sum(scaled) ** 2 / (len(scaled) * sum(r * r for r in scaled)) if scaled else 0.0
+    result = {
+        "tokens": float(len(tokens)),
+        "ratio_mean": _mean(ratios),
+        "ratio_min": min(ratios, default=0.0),
+        "ratio_max": max(ratios, default=0.0),
+        "approx_kl": _mean([r - 1 - x for r, x in zip(ratios, log_ratios, strict=True)]),
+        "effective_sample_size": effective,
+        "logp": _mean(new),
+        "old_logp": _mean(old),
+    }
+    if teacher_logp is not None:
+        teacher = values("teacher_logp", teacher_logp)
+        result["teacher_logp"] = _mean([p for p in teacher if math.isfinite(p)])
+        result["reverse_kl"] = _mean([a - p for a, p in zip(new, teacher, strict=True)])
+        result["teacher_neg_inf"] = float(teacher.count(-math.inf))
+    if entropy is not None:
+        result["entropy"] = _mean(values("entropy", entropy))
+    return {name: scalar(value) for name, value in result.items()}
+
+
+def constant(step: int, *, value: float) -> float:
+    """`w(step) = value`.
+
+    step: optimizer steps done. Source: KDRL, arXiv 2506.02208, a fixed distillation weight.
+    """
+    return value
+
+
+def linear_floor(step: int, *, start: float = 5e-3, slope: float = 5e-5, floor: float = 1e-3) -> float:
+    """`w(step) = max(start - slope * step, floor)`.
+
+    step: optimizer steps done. slope: decrease per step. Source: KDRL, arXiv 2506.02208, annealed distillation weight.
+    """
+    return max(start - slope * step, floor)
+
+
+def cosine(step: int, *, start: float, end: float, total_steps: int) -> float:
+    """`w(step) = end + ½ (start - end) (1 + cos(π step / total_steps))`, `end` from total_steps on.
+
+    step, total_steps: optimizer steps. Source: SGDR, arXiv 1608.03983, equation 5.
+    """
+    if step >= total_steps:
+        return end
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total_steps))
+
+
+def switch(step: int, *, before: float, after: float, at: int) -> float:
+    """`w(step) = before` for step < at, else `after`.
+
+    step, at: optimizer steps. Source: design.md section 3, the distillation weight over training.
+    """
+    return before if step < at else after

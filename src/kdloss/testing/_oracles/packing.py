@@ -1,0 +1,265 @@
+"""Oracles for the packed layout: cumulative lengths, sums over sequences, label shift, padding."""
+
+import numpy as np
+
+from .types import (
+    AnyArray,
+    ArrayLike,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    as_float,
+    as_int,
+    as_mask,
+    as_wide,
+    segments,
+)
+
+
+def cu_seqlens_from_lengths(lengths: ArrayLike) -> IntArray:
+    """`cu_0 = 0, cu_{b+1} = cu_b + n_b`.
+
+    lengths: (B,) int, tokens. Returns (B+1,) int64. Source: the packed layout of FlashAttention, arXiv 2205.14135.
+    """
+    cu = [0]
+    for n in as_int("lengths", lengths):
+        if n < 0:
+            raise ValueError(f"lengths must not be negative, got {n}")
+        cu.append(cu[-1] + int(n))
+    return np.array(cu, dtype=np.int64)
+
+
+def segment_ids(cu_seqlens: ArrayLike, *, total_tokens: int) -> IntArray:
+    """`id_t = b` where `cu_b <= t < cu_{b+1}`.
+
+    cu_seqlens: (B+1,) int. Returns (T,) int64. Source: design.md section 2.
+    """
+    ids = np.zeros(total_tokens, dtype=np.int64)
+    for b, tokens in enumerate(segments(cu_seqlens, total_tokens)):
+        for t in tokens:
+            ids[t] = b
+    return ids
+
+
+def segment_sum(x: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLike) -> FloatArray:
+    """`y_b = sum of x_t over the trained tokens t of sequence b`, 0 where there are none.
+
+    x: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Returns (B,). Source: design.md section 4.
+    """
+    x = as_float("x", x)
+    mask = as_mask("loss_mask", loss_mask, shape=x.shape)
+    return np.array(
+        [sum(float(x[t]) for t in tokens if mask[t]) for tokens in segments(cu_seqlens, x.size)], np.float64
+    )
+
+
+def segment_sum_grad(x: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLike, upstream: ArrayLike) -> FloatArray:
+    """`dx_t = u_b` at the trained tokens of sequence b, 0 elsewhere.
+
+    x: (T,). loss_mask: (T,) bool. cu_seqlens: (B+1,). upstream: (B,). Returns (T,).
+    Source: derived from `segment_sum`.
+    """
+    x = as_float("x", x)
+    mask = as_mask("loss_mask", loss_mask, shape=x.shape)
+    sequences = segments(cu_seqlens, x.size)
+    u = as_float("upstream", upstream, shape=(len(sequences),))
+    grad = np.zeros(x.shape)
+    for b, tokens in enumerate(sequences):
+        for t in tokens:
+            if mask[t]:
+                grad[t] = u[b]
+    return grad
+
+
+def segment_mean(x: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLike) -> FloatArray:
+    """`y_b = (sum of x_t over the trained tokens t of sequence b) / n_b`, n_b their number; 0 where n_b = 0.
+
+    x: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Returns (B,). Source: design.md section 4.
+    """
+    x = as_float("x", x)
+    mask = as_mask("loss_mask", loss_mask, shape=x.shape)
+    means = []
+    for tokens in segments(cu_seqlens, x.size):
+        values = [float(x[t]) for t in tokens if mask[t]]
+        means.append(sum(values) / len(values) if values else 0.0)
+    return np.array(means, np.float64)
+
+
+def segment_mean_grad(x: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLike, upstream: ArrayLike) -> FloatArray:
+    """`dx_t = u_b / n_b` at the n_b trained tokens of sequence b, 0 elsewhere.
+
+    x: (T,). loss_mask: (T,) bool. cu_seqlens: (B+1,). upstream: (B,). Returns (T,).
+    Source: derived from `segment_mean`.
+    """
+    x = as_float("x", x)
+    mask = as_mask("loss_mask", loss_mask, shape=x.shape)
+    sequences = segments(cu_seqlens, x.size)
+    u = as_float("upstream", upstream, shape=(len(sequences),))
+    grad = np.zeros(x.shape)
+    for b, tokens in enumerate(sequences):
+        counted = [t for t in tokens if mask[t]]
+        for t in counted:
+            grad[t] = u[b] / len(counted)
+    return grad
+
+
+def broadcast_to_tokens(x: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int) -> AnyArray:
+    """`y_t = x_b` for every token t of sequence b.
+
+    x: (B,) float, int or bool. cu_seqlens: (B+1,) int. Returns (T,) of x's kind. Source: design.md section 4.
+    """
+    x = as_wide(x)
+    sequences = segments(cu_seqlens, total_tokens)
+    if x.shape != (len(sequences),):
+        raise ValueError(f"x must have shape {(len(sequences),)}, got {x.shape}")
+    y = np.zeros(total_tokens, dtype=x.dtype)
+    for b, tokens in enumerate(sequences):
+        for t in tokens:
+            y[t] = x[b]
+    return y
+
+
+def broadcast_to_tokens_grad(
+    x: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int, upstream: ArrayLike
+) -> FloatArray:
+    """`dx_b = sum of u_t over every token t of sequence b`.
+
+    x: (B,). cu_seqlens: (B+1,). upstream: (T,). Returns (B,). Source: derived from `broadcast_to_tokens`.
+    """
+    u = as_float("upstream", upstream, shape=(total_tokens,))
+    grad = [sum(float(u[t]) for t in tokens) for tokens in segments(cu_seqlens, total_tokens)]
+    return np.array(grad, np.float64).reshape(np.shape(x))
+
+
+def next_token_labels(input_ids: ArrayLike, *, cu_seqlens: ArrayLike, ignore_index: int = -100) -> IntArray:
+    """`label_t = input_{t+1}` where t + 1 is in the same sequence, else `ignore_index`.
+
+    input_ids: (T,) int. cu_seqlens: (B+1,) int. Returns (T,) int64. Source: design.md section 2, Alignment.
+    """
+    ids = as_int("input_ids", input_ids)
+    labels = np.full(ids.shape, ignore_index, dtype=np.int64)
+    for tokens in segments(cu_seqlens, ids.size):
+        for t in tokens:
+            if t + 1 in tokens:
+                labels[t] = ids[t + 1]
+    return labels
+
+
+def response_mask(prompt_lengths: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int) -> BoolArray:
+    """`m_t = (o + 1 >= prompt_b) and (o + 1 < n_b)`, o the offset of t in sequence b: labels[t] is a response token.
+
+    prompt_lengths: (B,) int, tokens. cu_seqlens: (B+1,) int. Returns (T,) bool. Source: design.md section 2, Alignment.
+    """
+    sequences = segments(cu_seqlens, total_tokens)
+    prompts = as_int("prompt_lengths", prompt_lengths, shape=(len(sequences),))
+    mask = np.zeros(total_tokens, dtype=np.bool_)
+    for b, tokens in enumerate(sequences):
+        for offset, t in enumerate(tokens):
+            mask[t] = prompts[b] <= offset + 1 < len(tokens)
+    return mask
+
+
+def _shift(x: ArrayLike, cu_seqlens: ArrayLike, step: int, fill: float) -> AnyArray:
+    """`y_t = x_{t + step}` where that position is in the same sequence, else `fill`."""
+    x = as_wide(x)
+    y = np.full(x.shape, fill, dtype=x.dtype)
+    for tokens in segments(cu_seqlens, x.shape[0]):
+        for t in tokens:
+            if t + step in tokens:
+                y[t] = x[t + step]
+    return y
+
+
+def to_prediction_positions(x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float) -> AnyArray:
+    """`y_t = x_{t+1}` in the same sequence, `fill` at each sequence's last position.
+
+    x: (T,) any kind, entry t about token t. cu_seqlens: (B+1,). Returns (T,).
+    Source: design.md section 2, Alignment.
+    """
+    return _shift(x, cu_seqlens, 1, fill)
+
+
+def to_prediction_positions_grad(
+    x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float, upstream: ArrayLike
+) -> FloatArray:
+    """`dx_t = u_{t-1}` in the same sequence, 0 at each first position: x_t is read by y_{t-1} alone.
+
+    x: (T,). cu_seqlens: (B+1,). upstream: (T,). Returns (T,). Source: derived from `to_prediction_positions`.
+    """
+    return _shift(as_float("upstream", upstream, shape=np.shape(x)), cu_seqlens, -1, 0.0)
+
+
+def to_token_positions(x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float) -> AnyArray:
+    """`y_t = x_{t-1}` in the same sequence, `fill` at each sequence's first position.
+
+    x: (T,) any kind, entry t about token t + 1. cu_seqlens: (B+1,). Returns (T,).
+    Source: design.md section 2, Alignment.
+    """
+    return _shift(x, cu_seqlens, -1, fill)
+
+
+def to_token_positions_grad(x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float, upstream: ArrayLike) -> FloatArray:
+    """`dx_t = u_{t+1}` in the same sequence, 0 at each last position: x_t is read by y_{t+1} alone.
+
+    x: (T,). cu_seqlens: (B+1,). upstream: (T,). Returns (T,). Source: derived from `to_token_positions`.
+    """
+    return _shift(as_float("upstream", upstream, shape=np.shape(x)), cu_seqlens, 1, 0.0)
+
+
+def pack(padded: ArrayLike, *, lengths: ArrayLike, total_tokens: int) -> AnyArray:
+    """`y = concatenation over b of padded_{b, :n_b}`, of `total_tokens` = sum of n_b tokens.
+
+    padded: (B, L, ...) any kind, right-padded. lengths: (B,) int. Returns (T, ...). Source: design.md section 2.
+    """
+    padded = as_wide(padded)
+    sizes = as_int("lengths", lengths, shape=padded.shape[:1])
+    if sizes.sum() != total_tokens:
+        raise ValueError(f"total_tokens must be the sum of lengths {sizes.sum()}, got {total_tokens}")
+    packed = np.zeros((total_tokens, *padded.shape[2:]), dtype=padded.dtype)
+    t = 0
+    for row, n in zip(padded, sizes, strict=True):
+        if not 0 <= n <= len(row):
+            raise ValueError(f"lengths must be in [0, {len(row)}], got {n}")
+        for value in row[:n]:
+            packed[t] = value
+            t += 1
+    return packed
+
+
+def pack_grad(padded: ArrayLike, *, lengths: ArrayLike, total_tokens: int, upstream: ArrayLike) -> FloatArray:
+    """`dpadded_{b, i} = u_{cu_b + i}` for i < n_b, 0 in the padding: pack copies.
+
+    padded: (B, L, ...). lengths: (B,). upstream: (T, ...). Returns (B, L, ...). Source: derived from `pack`.
+    """
+    u = as_float("upstream", upstream, shape=(total_tokens, *np.shape(padded)[2:]))
+    return unpack(u, cu_seqlens=cu_seqlens_from_lengths(lengths), length=np.shape(padded)[1])
+
+
+def unpack(packed: ArrayLike, *, cu_seqlens: ArrayLike, length: int, fill: float = 0) -> AnyArray:
+    """`y_{b, i} = packed_{cu_b + i}` for i < n_b, else `fill`.
+
+    packed: (T, ...) any kind. cu_seqlens: (B+1,) int. Returns (B, length, ...), right-padded.
+    Source: design.md section 2.
+    """
+    packed = as_wide(packed)
+    sequences = segments(cu_seqlens, packed.shape[0])
+    padded = np.full((len(sequences), length, *packed.shape[1:]), fill, dtype=packed.dtype)
+    for b, tokens in enumerate(sequences):
+        if len(tokens) > length:
+            raise ValueError(f"length must hold the longest sequence, {len(tokens)} tokens, got {length}")
+        for i, t in enumerate(tokens):
+            padded[b, i] = packed[t]
+    return padded
+
+
+def unpack_grad(
+    packed: ArrayLike, *, cu_seqlens: ArrayLike, length: int, fill: float = 0, upstream: ArrayLike
+) -> FloatArray:
+    """`dpacked_{cu_b + i} = u_{b, i}` for i < n_b: unpack copies, and the padding holds none of `packed`.
+
+    packed: (T, ...). cu_seqlens: (B+1,). upstream: (B, length, ...). Returns (T, ...). Source: derived from `unpack`.
+    """
+    total_tokens = np.shape(packed)[0]
+    sequences = segments(cu_seqlens, total_tokens)
+    u = as_float("upstream", upstream, shape=(len(sequences), length, *np.shape(packed)[1:]))
+    return pack(u, lengths=[len(tokens) for tokens in sequences], total_tokens=total_tokens)

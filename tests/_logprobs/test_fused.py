@@ -1,0 +1,221 @@
+"""Holds `fused_linear_loss`: the two-step path's value and gradient, exact scaling, and the errors of coupled losses.
+
+Tolerances: float64 sums over the vocabulary and the tokens in another order, a few roundings of terms of size 10.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdloss
+from kdloss._logprobs import fused
+from kdloss._softmax import head
+
+T, D, V = 13, 4, 9
+CLOSE = {"rtol": 1e-12, "atol": 1e-14}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+MASK = torch.arange(T) % 3 != 1
+LABELS = torch.randint(0, V, (T,), generator=torch.Generator().manual_seed(8)).index_fill(0, torch.tensor([3]), -100)
+OLD, TEACHER, ADVANTAGES = normal(T, seed=3) - 2, normal(T, seed=4) - 2, normal(T, seed=5)
+INPUTS = (OLD, TEACHER, ADVANTAGES, MASK)
+
+
+def token_loss(logp, entropy, old_logp, teacher_logp, advantages, mask):
+    """RL, distillation and an entropy bonus: both arguments carry gradient."""
+    kdrl = kdloss.kdrl_token_loss(logp, old_logp, teacher_logp, advantages, loss_mask=mask, distill_loss_weight=0.5)
+    return kdrl - 0.1 * entropy
+
+
+def two_steps(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Any, *inputs: Any, **options: Any) -> Any:
+    normalizer = options.pop("normalizer", None)
+    out = kdloss.linear_token_logprobs_and_entropy(hidden, weight, labels, **options)
+    total = kdloss.token_mean(
+        loss(out.logp, out.entropy, *inputs), loss_mask=options["loss_mask"], normalizer=normalizer
+    )
+    return total, out
+
+
+def leaves(with_bias: bool = True, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    shapes = [(T, D), (V, D), *([(V,)] if with_bias else [])]
+    return [normal(*shape, seed=seed, dtype=dtype).requires_grad_() for seed, shape in enumerate(shapes)]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "everything": {"temperature": 0.8, "softcap": 3.0, "logit_scale": 0.7},
+    "temperature per token": {"temperature": torch.linspace(0.5, 2, T, dtype=torch.float64)},
+    "normalizer": {"normalizer": 3.5},
+    "normalizer 0": {"normalizer": 0},
+    "static bound": {"max_trained_tokens": 11},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rows_a_chunk", [1, 2, 100])
+def test_one_pass_is_the_two_steps(options, with_bias, rows_a_chunk, monkeypatch):
+    monkeypatch.setitem(fused._CHUNK_BYTES, "cpu", rows_a_chunk * V * 8)
+    inputs = leaves(with_bias)
+    options = {"loss_mask": MASK, "bias": inputs[2] if with_bias else None, **options}
+    found = kdloss.fused_linear_loss(*inputs[:2], LABELS, token_loss, *INPUTS, **options)
+    expected, parts = two_steps(*inputs[:2], LABELS, token_loss, *INPUTS, **options)
+    torch.testing.assert_close(found.loss, expected, **CLOSE)
+    torch.testing.assert_close(found.logp, parts.logp.detach(), **CLOSE)
+    torch.testing.assert_close(found.entropy, parts.entropy.detach(), **CLOSE)
+    assert not found.logp.requires_grad
+    assert not found.entropy.requires_grad
+    for x, y in zip(
+        torch.autograd.grad(found.loss * 3, inputs), torch.autograd.grad(expected * 3, inputs), strict=True
+    ):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
+def test_gradcheck_of_the_pass_itself():
+    """The inner gradients are taken in the forward: finite differences find a wrong one."""
+    inputs = leaves()
+
+    def smooth(logp: Tensor, entropy: Tensor, a: Tensor, b: Tensor) -> Tensor:  # nothing in it is detached
+        return a * logp.exp() + b * entropy.square()
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return kdloss.fused_linear_loss(
+            hidden, weight, LABELS, smooth, OLD, TEACHER, loss_mask=MASK, bias=bias, softcap=2.0, temperature=0.7
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    hidden, weight = leaves(with_bias=False)
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *INPUTS, loss_mask=MASK).loss.backward()
+    assert (hidden.grad is None) == (frozen == "hidden")
+    assert (weight.grad is None) == (frozen == "weight")
+
+
+def test_half_precision_gradients_wait_for_the_incoming_scale():
+    """A gradient of 1e-9 is 0 in float16; a loss scaler's 2^16 must reach it before it is rounded."""
+    hidden, weight = leaves(with_bias=False, dtype=torch.float16)
+    tiny = 1e-9
+
+    def loss(logp: Tensor, entropy: Tensor) -> Tensor:
+        return -tiny * logp
+
+    out = kdloss.fused_linear_loss(hidden, weight, LABELS, loss, loss_mask=MASK).loss
+    (found,) = torch.autograd.grad(out * 2.0**24, weight)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact, _ = two_steps(*wide, LABELS, loss, loss_mask=MASK)
+    (expected,) = torch.autograd.grad(exact * 2.0**24, wide[1])
+    assert found.abs().max() > 0
+    torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(torch.float16).eps, atol=1e-7)
+
+
+def test_a_half_precision_head_is_widened_slice_by_slice(monkeypatch):
+    """Three slices of 256 rows; the products are float32's, so they differ from one product by its roundings alone."""
+    monkeypatch.setattr(head, "_SLICE_ENTRIES", 1)
+    weight = normal(600, D, seed=1, dtype=torch.bfloat16)
+    hidden, labels = normal(T, D, dtype=torch.bfloat16), LABELS * 66 + (LABELS == -100) * 6500
+    found = [x.clone().requires_grad_() for x in (hidden, weight)]
+    wide = [x.float().requires_grad_() for x in (hidden, weight)]
+    inputs = [x.float() for x in INPUTS[:3]]
+    out = kdloss.fused_linear_loss(*found, labels, token_loss, *inputs, MASK, loss_mask=MASK)
+    expected = kdloss.fused_linear_loss(*wide, labels, token_loss, *inputs, MASK, loss_mask=MASK)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    gradients = zip(torch.autograd.grad(out.loss, found), torch.autograd.grad(expected.loss, wide), strict=True)
+    for x, y in gradients:
+        # rounded to bfloat16 once, at the end
+        torch.testing.assert_close(x.float(), y, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+
+
+def test_garbage_under_the_mask_leaves_no_trace():
+    def outcome(value: float) -> list[Tensor]:
+        hidden, weight = leaves(with_bias=False)
+        hidden = torch.where(MASK[:, None], hidden.detach(), value).requires_grad_()
+        inputs = [torch.where(MASK, x, value) for x in INPUTS[:3]]
+        out = kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *inputs, MASK, loss_mask=MASK)
+        return [*out, *torch.autograd.grad(out.loss, (hidden, weight))]
+
+    clean = outcome(1.0)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        assert all(torch.equal(x, y) for x, y in zip(outcome(value), clean, strict=True))
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(T, dtype=torch.bool), torch.arange(T) == 2])
+def test_none_and_one_trained_token(mask):
+    hidden, weight = leaves(with_bias=False)
+    out = kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *INPUTS[:3], mask, loss_mask=mask)
+    expected, _ = two_steps(hidden, weight, LABELS, token_loss, *INPUTS[:3], mask, loss_mask=mask)
+    torch.testing.assert_close(out.loss, expected, **CLOSE)
+    for x, y in zip(
+        torch.autograd.grad(out.loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
+def test_without_a_gradient_and_under_compile_it_is_the_same_number():
+    hidden, weight = leaves(with_bias=False)
+
+    def call() -> Tensor:
+        return kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *INPUTS, loss_mask=MASK).loss
+
+    with torch.no_grad():
+        silent = call()
+    torch.testing.assert_close(silent, call(), **CLOSE)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(compiled, call(), **CLOSE)
+    for x, y in zip(
+        torch.autograd.grad(compiled, (hidden, weight)), torch.autograd.grad(call(), (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda logp, entropy: logp * logp.mean(), ValueError, "must be elementwise.*linear_token_logprobs first"),
+        (lambda logp, entropy: logp.cumsum(0), ValueError, "must be elementwise"),
+        (lambda logp, entropy: logp.flip(0).cumsum(0).flip(0), ValueError, "must be elementwise"),
+        (lambda logp, entropy: logp.sum(), ValueError, r"token_loss must return the loss of each.*got \(\)"),
+        (lambda logp, entropy: 0.5, TypeError, "token_loss must return a tensor, got float"),
+    ],
+)
+def test_a_loss_that_is_no_loss_of_tokens_is_explained(loss, error, message):
+    with pytest.raises(error, match=message):
+        kdloss.fused_linear_loss(*leaves(with_bias=False), LABELS, loss, loss_mask=MASK)
+
+
+def test_token_inputs_must_be_per_token():
+    with pytest.raises(ValueError, match=r"token_inputs\[1\] must be \(13,\) or \(13, '...'\), got \(12,\)"):
+        kdloss.fused_linear_loss(*leaves(with_bias=False), LABELS, lambda *x: x[0], OLD, OLD[1:], loss_mask=MASK)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight = leaves(with_bias=False)
+    loss = kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *INPUTS, loss_mask=MASK).loss
+    (first,) = torch.autograd.grad(loss**2, hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.square().sum(), hidden)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_the_bound_counts_the_tokens_of_the_mask(with_gradient):
+    """Trained tokens without a label have a loss, so they count, with a gradient or without."""
+    hidden, weight = leaves(with_bias=False)
+    labels = LABELS.masked_fill(MASK & (torch.arange(T) > 6), -100)
+    count = int(MASK.sum())
+    with torch.set_grad_enabled(with_gradient):
+        kdloss.fused_linear_loss(hidden, weight, labels, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=count)
+        with pytest.raises(ValueError, match=f"max_trained_tokens must hold the {count} trained tokens"):
+            kdloss.fused_linear_loss(
+                hidden, weight, labels, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=count - 1
+            )

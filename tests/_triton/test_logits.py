@@ -1,0 +1,306 @@
+"""Holds the kernels from logits, forward and backward: each is its torch form, whatever the blocks and splits.
+
+Where there is a GPU they run on it, else interpreted. Memory that a kernel should have written holds NaN before.
+
+Tolerances: kernel and torch form compute in float32 and add in different orders. Each lane's share of a sum is short,
+so a sum is off by a few roundings: 8 of the largest number that takes part. Gradients are then rounded to their dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdloss._triton import _launch
+from kdloss._triton import _logits_backward as backward_kernels
+from kdloss._triton import _logits_forward as forward_kernels
+from triton_aot import assert_within_bounds, compiled
+from triton_harness import DEVICE, far_apart, normal, poisoned
+
+ROWS = 6
+EPS = torch.finfo(torch.float32).eps
+NAMES = ("logp", "entropy", "maximum", "peak", "mean")
+TEMPERATURES = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.25, 1.5])
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "temperature": {"temperature": 0.7},
+    "row temperature": {"row_temperature": TEMPERATURES},
+    "softcap": {"softcap": 1.5},
+    "all": {"row_temperature": TEMPERATURES, "softcap": 1.5, "padding": 3, "labels": 3},
+}
+# A vocabulary of one; odd ones smaller than a block, and of several blocks and splits; one that fills its blocks.
+CASES = [
+    *itertools.product((37, 2049), OPTIONS, (torch.float32, torch.bfloat16)),
+    (37, "all", torch.float16),
+    (1, "defaults", torch.float32),
+    (4096, "defaults", torch.bfloat16),
+]
+IDS = [f"{vocab}-{options}-{str(dtype).removeprefix('torch.')}" for vocab, options, dtype in CASES]
+
+
+def label_rows(vocab: int, count: int) -> Tensor:
+    """(ROWS, count): both ends of the vocabulary, one ignored label, a row that is ignored, one label given twice."""
+    found = torch.randint(0, vocab, (ROWS, count), generator=torch.Generator().manual_seed(1))
+    found[0, 0], found[1, 0] = 0, vocab - 1
+    found[2], found[3, -1], found[4] = -100, -100, found[4, 0]
+    return found.to(DEVICE)
+
+
+def arguments(logits: Tensor, options: dict[str, Any], *, with_entropy: bool = True) -> tuple[Any, ...]:
+    """Of the forward."""
+    temperature = options.get("row_temperature")
+    return (
+        torch.nn.functional.pad(logits, (0, options.get("padding", 0)), value=50.0),
+        label_rows(logits.shape[-1], options.get("labels", 1)),
+        None if temperature is None else temperature.to(DEVICE),
+        options.get("temperature", 1.0),
+        options.get("softcap"),
+        logits.shape[-1],
+        with_entropy,
+    )
+
+
+def backward_arguments(given: tuple[Any, ...], *, of: str = "both") -> tuple[Any, ...]:
+    """Of the backward of a forward; the last row has no incoming gradient."""
+    logits, columns, row_temperature, *options, _ = given
+    _, _, *state = forward_kernels.forward(*given)
+    g, h = normal(*columns.shape, seed=2), normal(columns.shape[0], seed=3)
+    g[-1], h[-1] = 0, 0
+    return (
+        None if of == "entropy" else g,
+        None if of == "logp" else h,
+        logits,
+        columns,
+        row_temperature,
+        *state,
+        *options,
+    )
+
+
+def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, scale: float) -> None:
+    for name, x, y in zip(NAMES, found, expected, strict=True):
+        close = {"rtol": 8 * EPS, "atol": 8 * EPS * scale}
+        torch.testing.assert_close(x, y, **close, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("vocab", "options", "dtype"), CASES, ids=IDS)
+def test_the_forward_is_its_torch_form(vocab, options, dtype):
+    given = arguments(normal(ROWS, vocab, dtype=dtype, scale=3), OPTIONS[options])
+    with poisoned():
+        found = forward_kernels.forward(*given)
+    # z - m and the mean of it, of which log-probs and entropies are differences, reach 20 / 0.25
+    assert_same(found, forward_kernels.forward_in_torch(*given), scale=80)
+
+
+@pytest.mark.parametrize(("vocab", "options", "dtype"), CASES, ids=IDS)
+@pytest.mark.parametrize("of", ["both", "logp", "entropy"])
+def test_the_backward_is_its_torch_form(vocab, options, dtype, of):
+    if of != "both" and (options, dtype) not in (("defaults", torch.float32), ("all", torch.bfloat16)):
+        return  # which gradient comes in meets every option once, and both dtypes
+    given = backward_arguments(arguments(normal(ROWS, vocab, dtype=dtype, scale=3), OPTIONS[options]), of=of)
+    with poisoned():
+        found = backward_kernels.backward(*given)
+    expected = backward_kernels.backward_in_torch(*given)
+    assert found.dtype == dtype
+    # rate * (z - m - mean) of up to 4 * 80, times an incoming gradient of 3, before probabilities make it small
+    close = {"rtol": torch.finfo(dtype).eps, "atol": 8 * EPS * 4}
+    torch.testing.assert_close(found, expected, **close)
+
+
+def test_without_an_entropy_none_is_written():
+    given = arguments(normal(ROWS, 37), {}, with_entropy=False)
+    with poisoned():
+        logp, entropy, maximum, peak, mean = forward_kernels.forward(*given)
+    both = forward_kernels.forward(*arguments(normal(ROWS, 37), {}))
+    assert entropy.shape == mean.shape == (0,)
+    assert torch.equal(logp, both[0])
+    assert torch.equal(maximum, both[2])
+    assert torch.equal(peak, both[3])
+
+
+@pytest.mark.parametrize("programs", [1, 7, 30, 10**6])
+def test_splits_only_move_roundings(programs, monkeypatch):
+    """One, two, five and ten programs a row, which cut 10 blocks evenly or not."""
+    given = arguments(normal(ROWS, 10 * 1024 - 5, dtype=torch.bfloat16), {"row_temperature": TEMPERATURES})
+    whole = forward_kernels.forward(*given)
+    monkeypatch.setattr(_launch, "PROGRAMS", programs)
+    launch = _launch.forward(ROWS, 10 * 1024 - 5, torch.bfloat16)
+    assert launch.splits == {1: 1, 7: 2, 30: 5, 10**6: 10}[programs]
+    with poisoned():
+        found = forward_kernels.forward(*given)
+    assert_same(found, whole, scale=80)
+    assert_same(found, forward_kernels.forward_in_torch(*given), scale=80)
+
+
+@pytest.mark.parametrize("bad", [37, 40, -1, -99, 10**12, -(10**12)])
+def test_a_label_outside_the_vocabulary_is_nan_and_reads_nothing(bad):
+    """Far outside it lies in no memory at all, and in padding it lies in memory that has no say."""
+    given = arguments(normal(ROWS, 37), {"padding": 5, "labels": 2})
+    clean = forward_kernels.forward(*given)
+    columns = given[1].clone()
+    columns[1, 1] = bad
+    changed = (given[0], columns, *given[2:])
+    with poisoned():
+        found = forward_kernels.forward(*changed)
+        gradient = backward_kernels.backward(*backward_arguments(changed))
+    assert found[0][1, 1].isnan()
+    found[0][1, 1] = clean[0][1, 1]
+    assert all(torch.equal(x, y) for x, y in zip(found, clean, strict=True))
+    ignoring = given[1].clone()
+    ignoring[1, 1] = -100
+    expected = backward_kernels.backward(*backward_arguments((given[0], ignoring, *given[2:])))
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), float("-inf")])
+def test_rows_that_take_no_part_are_not_read(garbage):
+    """Ignored rows both ways, rows without an incoming gradient in the backward; nor are their temperatures."""
+    options = {"row_temperature": TEMPERATURES}
+    given = arguments(normal(ROWS, 37), options)
+    clean = forward_kernels.forward(*given)
+    clean_gradient = backward_kernels.backward(*backward_arguments(given))
+    filled, temperatures = given[0].clone(), given[2].clone()
+    filled[2], temperatures[2] = garbage, garbage
+    found = forward_kernels.forward(filled, given[1], temperatures, *given[3:])
+    assert all(torch.equal(x, y) for x, y in zip(found, clean, strict=True))
+    changed = list(backward_arguments(given))
+    filled[-1], temperatures[-1] = garbage, garbage
+    changed[2], changed[4] = filled, temperatures
+    with poisoned():
+        gradient = backward_kernels.backward(*changed)
+    assert torch.equal(gradient, clean_gradient)
+    assert not gradient[[2, -1]].any()
+
+
+def test_an_incoming_nan_is_no_zero():
+    given = list(backward_arguments(arguments(normal(ROWS, 37), {})))
+    given[0][-1] = float("nan")
+    gradient = backward_kernels.backward(*given)
+    assert gradient[-1].isnan().all()
+    assert not gradient[:-1].isnan().any()
+
+
+# Addresses
+
+
+def test_rows_far_apart_are_read_and_written_where_they_are():
+    """Row 2 begins past 2^31 elements, which its stride does not pass, forward, backward and in the gradient."""
+    stride, labelled = 2**30 + 16, torch.tensor([0, 1, 4, 5], device=DEVICE)
+    rows = normal(4, 33, dtype=torch.bfloat16)
+    given = arguments(rows, {})
+    near = (rows, given[1][labelled], *given[2:])
+    spread = (far_apart(rows, stride), *near[1:])
+    expected = forward_kernels.forward(*near)
+    with poisoned():
+        found = forward_kernels.forward(*spread)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    gradient = backward_kernels.backward(*backward_arguments(near))
+    assert gradient[2].any()
+    out = far_apart(torch.full_like(rows, torch.nan), stride)
+    assert torch.equal(backward_kernels.backward(*backward_arguments(spread), out=out), gradient)
+
+
+def test_columns_far_apart_are_read_where_they_are():
+    """Of transposed logits, the last column lies past 2^31 elements."""
+    rows = normal(ROWS, 3, dtype=torch.bfloat16)
+    given = arguments(rows, {})
+    spread = (far_apart(rows.T.contiguous(), 2**30 + 16).T, *given[1:])
+    found, expected = forward_kernels.forward(*spread), forward_kernels.forward(*given)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    gradients = [backward_kernels.backward(*backward_arguments(x)) for x in (spread, given)]
+    assert torch.equal(*gradients)
+
+
+def step(logits: Tensor, vocab: int, *, labels: int = 1, with_entropy: bool = True, every_option: bool = False) -> None:
+    """Forward and backward of logits without memory."""
+    rows = logits.shape[0]
+    columns = torch.empty(rows, labels, dtype=torch.int64, device="meta")
+    state = [torch.empty(rows, device="meta") for _ in range(3)]
+    row_temperature, *options = (state[0], 1.0, 30.0, vocab) if every_option else (None, 1.0, None, vocab)
+    forward_kernels.forward(logits, columns, row_temperature, *options, with_entropy)
+    g, h = torch.empty(columns.shape, device="meta"), state[0] if with_entropy else None
+    backward_kernels.backward(g, h, logits, columns, row_temperature, *state, *options, part=every_option)
+
+
+def aot_layouts(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
+    """(logits, vocabulary): even rows, the same with padding or cut off, odd ones, and columns that lie apart."""
+    x = torch.empty(rows, 151936, dtype=dtype, device="meta")
+    odd, apart = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((rows, 128257), (151936, rows)))
+    return {"even": (x, 151936), "padded": (x, 151669), "cut": (x[:, :151669], 151669), "odd": (odd, 128257)} | {
+        "apart": (apart.T, 151936)
+    }
+
+
+def aot_calls() -> None:
+    """Few rows and many, each part of the kernels with and without; layouts where a thread has most to keep."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows, with_entropy, every_option in itertools.product((1, 256, 8192), (False, True), (False, True)):
+            vocab = 151936 - 267 * every_option
+            logits = torch.empty(rows, 151936, dtype=dtype, device="meta")
+            labels = 1 + 3 * every_option
+            step(logits, vocab, labels=labels, with_entropy=with_entropy, every_option=every_option)
+    layouts = aot_layouts(8192, torch.bfloat16)
+    step(*layouts["odd"])
+    step(*layouts["odd"], with_entropy=False, labels=8)
+    step(*layouts["odd"], every_option=True, labels=64)
+    step(*layouts["apart"])
+    step(*layouts["cut"], labels=64)
+    step(*layouts["cut"], labels=64, with_entropy=False)  # read 16 bytes at a time, and written one by one
+    # an entropy's gradient alone
+    x, state = layouts["odd"][0], [torch.empty(8192, device="meta") for _ in range(3)]
+    columns = torch.empty(8192, 1, dtype=torch.int64, device="meta")
+    backward_kernels.backward(None, state[0], x, columns, None, *state, 1.0, None, 128257)
+
+
+def aot_table() -> None:
+    dtypes, options = (torch.bfloat16, torch.float16, torch.float32), itertools.product((False, True), repeat=2)
+    rows_and_labels = itertools.product((32, 8192), (1, 64, 300))
+    for dtype, (rows, labels), (with_entropy, every_option) in itertools.product(dtypes, rows_and_labels, options):
+        for logits, vocab in aot_layouts(rows, dtype).values():
+            step(logits, vocab, labels=labels, with_entropy=with_entropy, every_option=every_option)
+
+
+def test_nothing_spills():
+    launches = compiled("_triton.test_logits:aot_calls")
+    assert {launch.kernel for launch in launches} == {"forward_kernel", "merge_kernel", "backward_kernel"}
+    assert_within_bounds(launches)
+    assert all(len(launch.grid) == 1 for launch in launches)
+
+
+def test_rows_are_read_past_their_end_where_memory_goes_on():
+    """And written only where no other row lies: what a kernel may touch, and whether 16 bytes at a time."""
+    room = _launch.room(3, 37, dtype=torch.bfloat16, device=torch.device(DEVICE))
+    assert (room.shape, room.stride()) == ((3, 37), (48, 1))
+    assert (_launch.readable(room, 37), _launch.writable(room)) == (48, 48)
+    assert _launch.aligned(room, 48)
+    assert not _launch.aligned(room, 37)
+    tight = torch.zeros(3 * 37, device=DEVICE).view(3, 37)
+    assert (_launch.readable(tight, 37), _launch.writable(tight)) == (37, 37)
+    assert (_launch.readable(tight[:2], 37), _launch.writable(tight[:2])) == (48, 37)  # into the third row
+    assert not _launch.aligned(tight[:2], 48)
+    last = torch.zeros(2 * 48 + 37, device=DEVICE).as_strided((3, 37), (48, 1))  # ends with its last row
+    assert (_launch.readable(last, 37), _launch.writable(last)) == (37, 37)
+    assert not _launch.aligned(room[:, 1:], 32)  # begins between 16 bytes
+    assert _launch.aligned(tight[:1, :32], 32)  # a stride of one row moves nothing
+    apart = torch.zeros(64, 4, device=DEVICE).T
+    assert _launch.readable(apart, 37) == 37
+    assert not _launch.aligned(apart, 64)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 256, 2048, 65536, 2**20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grids_are_legal_and_fill_the_device(rows, dtype):
+    """132 multiprocessors have a program each, and no split or chunk is without columns of its own."""
+    vocab = 151936
+    forward, backward = _launch.forward(rows, vocab, dtype), _launch.backward(rows, vocab, dtype)
+    assert 132 <= rows * forward.splits < 2**31
+    assert 132 <= rows * backward.chunks < 2**31
+    assert (forward.splits - 1) * forward.blocks(vocab) * forward.lanes * forward.width < vocab
+    assert (backward.chunks - 1) * backward.blocks * backward.block < vocab
+    assert forward.splits * forward.blocks(vocab) * forward.lanes * forward.width >= vocab
+    assert backward.chunks * backward.blocks * backward.block >= vocab
