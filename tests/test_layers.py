@@ -16,6 +16,7 @@ PACKAGE = Path(kdloss.__file__).parent
 
 # A room is a file, or a folder as one. A room imports only from rooms above it, and from its own.
 ROOMS = (
+    "_docs",
     "_checks",
     "_distributed",
     "_packing",

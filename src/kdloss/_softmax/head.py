@@ -22,6 +22,35 @@ from .vocabulary import Softmax, true_vocab_size
 _SLICE_ENTRIES = 2**22
 
 
+# Arguments of the functions that take hidden states and a head, for their docstrings (`_docs.py`).
+HEAD_ARGS = {
+    "hidden": """(T, D) hidden states of the student at prediction positions; any leading shape in place of T.
+        Differentiable.""",
+    "weight": "(V, D) the student's output head, of any floating dtype. Differentiable.",
+    "bias": "(V,) bias of the student's head. Differentiable. None: no bias.",
+    "labels": "(T,) int64, or (T, K) for K labels per row. -100 is ignored.",
+    "loss_mask": "(T,) bool, True where a token is trained on. None: every row that has a label.",
+    "temperature": """> 0, a number or (T,); logits are divided by it after `bias`, `logit_scale` and `softcap`, in that
+        order. It carries no gradient, and there is no T² factor.""",
+    "softcap": "c > 0: the student's logits become c * tanh(logits / c). None: no softcap.",
+    "logit_scale": "finite factor of the student's logits, applied before the softcap.",
+    "vocab_size": """the true V, where the last rows of the head are padding: they get no mass and no gradient. Required
+        where the heads of student and teacher differ in rows.""",
+    "shard": """the slice of the vocabulary that weights and biases are, where each rank holds one (`VocabShard`).
+        Hidden states, labels, mask and the incoming gradient are the same on every rank, and the gradient of `hidden`
+        is summed over the ranks. A DTensor head beside DTensor hidden states needs no `shard`.""",
+    "max_trained_tokens": """a static bound on the number of trained tokens, which avoids the device sync. More trained
+        tokens than this raise on the CPU and give NaN elsewhere.""",
+    "impl": """"auto" runs the Triton kernels where the tensors are on a GPU, "torch" never does, and "triton" raises
+        where they cannot run.""",
+    "teacher_hidden": "(T, D') hidden states of the teacher at the same positions, of any width. Detached.",
+    "teacher_weight": "(V, D') the teacher's output head, of any floating dtype. Detached.",
+    "teacher_bias": "(V,) bias of the teacher's head. Detached. None: no bias.",
+    "teacher_softcap": "softcap of the teacher's logits. None: no softcap.",
+    "teacher_logit_scale": "finite factor of the teacher's logits, applied before its softcap.",
+}
+
+
 class Head(NamedTuple):
     """logits = softcap(logit_scale * (hidden @ weight.T + bias))."""
 

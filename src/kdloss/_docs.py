@@ -1,0 +1,50 @@
+"""Texts that docstrings share: each is written once, and every `help()` is whole.
+
+    @documented(LOGITS_ARGS)
+    def forward_kl(logits, ...):
+        \"""...
+
+Args:
+            {logits}
+            {temperature}
+        \"""
+
+A line that holds nothing but `{name}` becomes the entry `name: text`, wrapped. The function itself stays what it is, so
+type checkers, `torch.compile` and pickling see no decorator.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_PLACE = re.compile(r"^( *)\{(\w+)\}$", re.MULTILINE)
+_WIDTH = 112
+
+
+def documented(*texts: Mapping[str, str]) -> Callable[[_F], _F]:
+    """Replace each line `{name}` of a function's docstring by `name: text`.
+
+    Args:
+        texts: the texts by the names of their arguments. Where two mappings have a name, the later one counts.
+
+    Raises:
+        KeyError: the docstring names a text that is in none of them.
+    """
+    known = {name: text for mapping in texts for name, text in mapping.items()}
+
+    def entry(place: re.Match[str]) -> str:
+        indent, name = place.groups()
+        text = f"{name}: {' '.join(known[name].split())}"
+        return textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent + " " * 4)
+
+    def put_in(function: _F) -> _F:
+        if function.__doc__ is not None:  # `python -OO` has removed it
+            function.__doc__ = _PLACE.sub(entry, function.__doc__)
+        return function
+
+    return put_in
