@@ -18,8 +18,9 @@ from torch import Tensor
 
 import kdloss
 from kdloss._logprobs import from_hidden, hidden_op
-from kdloss._logprobs.fused_passes import KernelPass
-from kdloss._softmax.rows import Scaling
+from kdloss._logprobs.fused_passes import KernelChunks
+from kdloss._softmax.head import Head
+from kdloss._softmax.vocabulary import Softmax
 from kdloss._triton import _compaction, _launch, _products
 from kdloss._triton import _linear as kernels
 from kdloss.testing import reference
@@ -395,17 +396,10 @@ def step(
     hidden, weight = (torch.empty(n, width, dtype=dtype, device=meta) for n in (tokens, 151936))
     columns = torch.empty(tokens, labels, dtype=torch.int64, device=meta)
     if fused:
-        over = KernelPass(
-            hidden,
-            weight[:vocab],
-            bias,
-            columns,
-            taus,
-            Scaling(30.0, 1.3, 1.0) if everything else Scaling(None, 1.0, 1.0),
-            1024,
-        )
-        over.logprobs(torch.empty(1024, dtype=torch.int64, device=meta))
-        over.gradient(*torch.empty(2, 1024, device=meta))
+        head = Head(hidden, weight[:vocab], bias, *((30.0, 1.3) if everything else (None, 1.0)))
+        softmax = Softmax(vocab, vocab, 1.0, taus, None, kernels=True)
+        chunk = KernelChunks(head, columns, softmax, 1024).chunk(torch.empty(1024, dtype=torch.int64, device=meta))
+        chunk.gradient(*torch.empty(2, 1024, device=meta))
         return
     scaling = kernels.Scaling(bias, *((1.3, 30.0) if everything else (1.0, None)), 1.0, taus)
     products = _launch.room(tokens if kept else 0, vocab, dtype=torch.float32, device=meta)

@@ -32,7 +32,7 @@ from kdloss._softmax.head import Head, Heads, prepare_head
 from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, label_columns
 
 from .from_hidden import check_head_labels, evaluate, select_rows
-from .fused_passes import KernelPass, Pass, TorchPass, put_back
+from .fused_passes import Chunks, KernelChunks, TorchChunks, put_back
 
 TokenLoss = Callable[..., Tensor]
 
@@ -177,6 +177,18 @@ def _call(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Ten
     return losses
 
 
+def _differentiated(
+    token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None], upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses (n,), and the gradients (n,) of log-probs and entropies under `upstream` (n,)."""
+
+    def losses_of(logp: Tensor, entropy: Tensor) -> Tensor:
+        return _call(token_loss, logp, entropy, inputs)
+
+    losses, pull = torch.func.vjp(losses_of, logp, entropy)  # type: ignore[misc]
+    return losses, *pull(upstream.to(losses.dtype).expand_as(losses))
+
+
 def _check_elementwise(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> None:
     """The first and the last token's loss must stand still where all other tokens move."""
     losses = _call(token_loss, logp, entropy, inputs)
@@ -228,34 +240,29 @@ class _Fused(torch.autograd.Function):
         # ranks take the same rows at a time, as they put them together chunk by chunk
         widest = vocab_size if shard is None else shard.widest
         size = max(1, min(_CHUNK_BYTES[kind] // (widest * dtype.itemsize), rows.shape[0]))
-        make = KernelPass if softmax.kernels else TorchPass
+        make = KernelChunks if softmax.kernels else TorchChunks
         head = Head(hidden, weight, bias, softcap, logit_scale).without_padding(vocab_size)
-        over: Pass = make(head, columns, softmax, size)
+        chunks: Chunks = make(head, columns, softmax, size)
         for start in range(0, rows.shape[0], size):
-            chunk = rows[start : start + size]
-            n = chunk.shape[0]
-            chunk_logp, chunk_entropy = over.logprobs(chunk)
-            chunk_logp = chunk_logp.masked_fill(outside[chunk].squeeze(-1), torch.nan)
-            chosen = [x if x is None or x.ndim == 0 else x[chunk] for x in inputs]
-            if start == 0 and n > 1 and _checks.value_checks_allowed(mask):
-                _check_elementwise(token_loss, chunk_logp, chunk_entropy, chosen)
+            part = rows[start : start + size]
+            chunk, trained = chunks.chunk(part), mask[part]
+            chunk_logp = chunk.logp.masked_fill(outside[part].squeeze(-1), torch.nan)
+            chosen = [x if x is None or x.ndim == 0 else x[part] for x in inputs]
+            if start == 0 and part.shape[0] > 1 and _checks.value_checks_allowed(mask):
+                _check_elementwise(token_loss, chunk_logp, chunk.entropy, chosen)
+            upstream = torch.where(trained, unit, 0)
+            chunk_losses, *slopes = _differentiated(token_loss, chunk_logp, chunk.entropy, chosen, upstream)
+            logp[part], entropy[part] = chunk_logp, chunk.entropy
+            losses[part] = torch.where(trained, chunk_losses, 0).to(dtype)
 
-            def losses_of(lp: Tensor, h: Tensor, chosen: list[Tensor | None] = chosen) -> Tensor:
-                return _call(token_loss, lp, h, chosen)
-
-            trained = mask[chunk]
-            chunk_losses, pull = torch.func.vjp(losses_of, chunk_logp, chunk_entropy)  # type: ignore[misc]
-            g, h = pull(torch.where(trained, unit, 0).to(chunk_losses.dtype).expand_as(chunk_losses))
-            logp[chunk], entropy[chunk] = chunk_logp, chunk_entropy
-            losses[chunk] = torch.where(trained, chunk_losses, 0).to(dtype)
-
-            over.gradient(*(x.to(dtype).masked_fill(~trained, 0) for x in (g, h)))
+            g, h = (x.to(dtype).masked_fill(~trained, 0) for x in slopes)
+            gradient = chunk.gradient(g, h)
             if needs[0]:
-                over.into_hidden(dx[start : start + n])
+                dx[start : start + size] = gradient.of_hidden()
             if dweight is not None:
-                over.into_weight_(dweight[:vocab_size])
+                gradient.add_to_weight_(dweight[:vocab_size])
             if dbias is not None:
-                over.into_bias_(dbias[:vocab_size])
+                gradient.add_to_bias_(dbias[:vocab_size])
         ctx.save_for_backward(rows, dx, dweight, dbias)
         ctx.kernels = softmax.kernels
         ctx.like = [(x.shape, x.dtype) if x is not None else None for x in (hidden, weight, bias)]

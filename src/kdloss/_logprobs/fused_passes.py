@@ -1,46 +1,50 @@
-"""What `fused_linear_loss` does with one chunk of rows, on a CPU or by torch's operations, and by kernels.
+"""What `fused_linear_loss` does with one chunk of rows, by torch's operations and by kernels.
 
-    logprobs(rows)             the logits of some trained rows:  log-probs and entropies (n,)
-    gradient(g, h)             of those logits, from the gradients of what `logprobs` gave, (n,) each
-    into_hidden(out)           dh = dz @ w into out (n, D)
-    into_weight_(total)        total (V, D) += dz.T @ h
-    into_bias_(total)          total (V,) += sum_n dz
+    chunk(rows)             the logits of some trained rows:  log-probs and entropies (n,) of them
+    chunk.gradient(g, h)    dz of those logits, from the gradients g and h of the two, (n,) each
 
-in this order, once a chunk. Labels that are ignored have log-prob and entropy 0.
+and the gradient takes dz to hidden states, weight and bias (`HeadGradient` in `_softmax/head.py`).
+
+Chunks share buffers: one chunk's logits and gradient last until the next chunk is made. Ignored labels have log-prob
+and entropy 0.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed import VocabShard
-from kdloss._softmax.head import Head, head_product_, times_head
+from kdloss._softmax.head import Head, HeadGradient, KernelHeadGradient, TorchHeadGradient, head_product_
 from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, gradient_of
 from kdloss._softmax.vocabulary import Softmax
 from kdloss._softmax.whole_rows import rate_of, whole_rows
 
 
-class Pass(Protocol):
-    """One chunk after another."""
+class Chunk(Protocol):
+    """Rows whose logits have been computed."""
 
-    def logprobs(self, rows: Tensor) -> tuple[Tensor, Tensor]: ...
+    @property
+    def logp(self) -> Tensor: ...  # (n,)
 
-    def gradient(self, g: Tensor, h: Tensor) -> None: ...
+    @property
+    def entropy(self) -> Tensor: ...  # (n,)
 
-    def into_hidden(self, out: Tensor) -> None: ...
-
-    def into_weight_(self, total: Tensor) -> None: ...
-
-    def into_bias_(self, total: Tensor) -> None: ...
+    def gradient(self, g: Tensor, h: Tensor) -> HeadGradient: ...
 
 
-class TorchPass:
-    """Full precision: half-precision operands are widened, the head a slice at a time."""
+class Chunks(Protocol):
+    """The trained rows, a chunk at a time."""
+
+    def chunk(self, rows: Tensor) -> Chunk: ...
+
+
+class TorchChunks:
+    """Full precision: half-precision operands are widened, the head one slice at a time."""
 
     def __init__(
         self,
@@ -49,101 +53,101 @@ class TorchPass:
         softmax: Softmax,
         size: int,  # rows of a chunk, at most
     ) -> None:
-        hidden, weight, bias, softcap, logit_scale = head
-        self._shard = softmax.shard
-        self._hidden, self._weight, self._bias, self._columns = hidden, weight, bias, columns
-        self._row_temperature = softmax.flat_temperature
-        self._scaling = Scaling(softcap, logit_scale, softmax.temperature)
-        dtype = _checks.promoted_dtype(hidden, weight, bias)
-        self._buffers = [
-            torch.empty(size, weight.shape[0], dtype=dtype, device=hidden.device)
-            for _ in range(3 if softcap is None else 4)
-        ]
+        self._head, self._columns, self._softmax = head, columns, softmax
+        shape, dtype = (size, head.weight.shape[0]), _checks.promoted_dtype(*head[:3])
+        self._buffers = [torch.empty(shape, dtype=dtype, device=columns.device) for _ in range(self._wanted)]
 
-    def logprobs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        self._z, self._other, self._seeds, *self._separate = [x[: rows.shape[0]] for x in self._buffers]
-        self._place = self._columns[rows]
-        labelled = self._place >= 0
-        self._x = self._hidden[rows].to(self._z.dtype).masked_fill_(~labelled, 0)
-        self._part = self._scaling
-        if self._row_temperature is not None:
-            divisor = torch.where(labelled, self._row_temperature[rows].to(self._z.dtype)[:, None], 1)
-            self._part = self._scaling._replace(temperature=divisor)
-        self._part.apply_(head_product_(self._z, self._x, self._weight, self._bias))
-        sums = Sums.empty(rows.shape[0], like=self._z, with_entropy=True)
-        sums.read_(self._z, self._other, self._seeds)
-        self._state = RowState.of(sums)
-        local_size, shard = self._z.shape[1], self._shard
-        self._here = self._place if shard is None else shard.columns(self._place, local_size)
-        logp = self._state.logp(self._z.gather(-1, self._here.clamp(0, local_size - 1))).masked_fill(~labelled, 0)
-        if shard is not None:
-            self._state, logp = whole_rows(self._state, logp, self._place, shard)
-        return logp.squeeze(-1), self._state.entropy().masked_fill(~labelled, 0).squeeze(-1)
+    @property
+    def _wanted(self) -> int:
+        """The logits, two scratch blocks, and a gradient that may not overwrite capped logits."""
+        return 3 if self._head.softcap is None else 4
 
-    def gradient(self, g: Tensor, h: Tensor) -> None:
-        dead = self._place < 0
-        upstream = Upstream.of(
-            self._state, self._here, g[:, None].masked_fill(dead, 0), h[:, None].masked_fill(dead, 0)
-        ).part(0, self._z.shape[1])
-        self._dz = self._separate[0] if self._separate else self._z
-        gradient_of(self._z, upstream, out=self._dz, seeds=self._seeds.zero_(), scratch=self._other)
-        self._part.backward_(self._dz, self._z)
-
-    def into_hidden(self, out: Tensor) -> None:
-        out.copy_(times_head(self._dz, self._weight))
-
-    def into_weight_(self, total: Tensor) -> None:
-        total.addmm_(self._dz.T, self._x)
-
-    def into_bias_(self, total: Tensor) -> None:
-        total += self._dz.sum(0)
+    def chunk(self, rows: Tensor) -> TorchChunk:
+        z, *spare = [x[: rows.shape[0]] for x in self._buffers]
+        head, softmax = self._head, self._softmax
+        labels = self._columns[rows]
+        labelled = labels >= 0
+        x = head.hidden[rows].to(z.dtype).masked_fill_(~labelled, 0)
+        scaling = Scaling(head.softcap, head.logit_scale, softmax.temperature)
+        if softmax.row_temperature is not None:
+            divisor = torch.where(labelled, softmax.row_temperature.flatten()[rows].to(z.dtype)[:, None], 1)
+            scaling = scaling._replace(temperature=divisor)
+        scaling.apply_(head_product_(z, x, head.weight, head.bias))
+        sums = Sums.empty(rows.shape[0], like=z, with_entropy=True)
+        sums.read_(z, spare[0], spare[1])
+        state = RowState.of(sums)
+        here = labels if softmax.shard is None else softmax.shard.columns(labels, z.shape[1])
+        logp = state.logp(z.gather(-1, here.clamp(0, z.shape[1] - 1))).masked_fill(~labelled, 0)
+        if softmax.shard is not None:
+            state, logp = whole_rows(state, logp, labels, softmax.shard)
+        entropy = state.entropy().masked_fill(~labelled, 0)
+        return TorchChunk(logp.squeeze(-1), entropy.squeeze(-1), z, spare, x, head.weight, here, state, scaling)
 
 
-class KernelPass:
-    """By the kernels of `_triton`: in half precision where hidden states and head share one, float32 results."""
+class TorchChunk(NamedTuple):
+    logp: Tensor  # (n,)
+    entropy: Tensor  # (n,)
+    z: Tensor  # (n, V)
+    spare: list[Tensor]  # (n, V) each
+    x: Tensor  # (n, D) the hidden states, 0 where the label is ignored
+    weight: Tensor  # (V, D)
+    columns: Tensor  # (n, 1) of this slice, -100 ignored
+    state: RowState  # of whole rows
+    scaling: Scaling
+
+    def gradient(self, g: Tensor, h: Tensor) -> HeadGradient:
+        ignored = self.columns < 0
+        g, h = (x[:, None].masked_fill(ignored, 0) for x in (g, h))
+        upstream = Upstream.of(self.state, self.columns, g, h).part(0, self.z.shape[1])
+        scratch, seeds, *separate = self.spare
+        dz = separate[0] if separate else self.z
+        gradient_of(self.z, upstream, out=dz, seeds=seeds.zero_(), scratch=scratch)
+        self.scaling.backward_(dz, self.z)
+        return TorchHeadGradient(dz, self.x, self.weight)
+
+
+class KernelChunks:
+    """By the kernels of `_triton`: in half precision where hidden states and head share one, with float32 results."""
 
     def __init__(self, head: Head, columns: Tensor, softmax: Softmax, size: int) -> None:
         from kdloss._triton import _launch, _linear, _products
 
-        hidden, weight, shard = head.hidden, head.weight, softmax.shard
-        self._hidden, self._weight = hidden, weight
-        self._scaling = _linear.Scaling.of(
+        self.head, self._columns, self._shard = head, columns, softmax.shard
+        self.scaling = _linear.Scaling.of(
             head.bias, head.logit_scale, head.softcap, softmax.temperature, softmax.flat_temperature
         )
-        self._shard, self._columns = shard, columns
-        here = columns if shard is None else shard.columns(columns, weight.shape[0])
-        self._state = _linear.State.empty(here, with_entropy=True)
-        self._logp, self._g = (torch.zeros(columns.shape, device=columns.device) for _ in range(2))
-        self._entropy, self._h = (torch.zeros_like(self._state.peak) for _ in range(2))
-        self._dtype = _products.product_dtype(hidden, weight)
-        space = partial(_launch.room, size, weight.shape[0], device=hidden.device)
+        width = head.weight.shape[0]
+        here = columns if self._shard is None else self._shard.columns(columns, width)
+        self.state = _linear.State.empty(here, with_entropy=True)
+        self._logp, self.g = (torch.zeros(columns.shape, device=columns.device) for _ in range(2))
+        self._entropy, self.h = (torch.zeros_like(self.state.peak) for _ in range(2))
+        self.dtype = _products.product_dtype(head.hidden, head.weight)
+        space = partial(_launch.room, size, width, device=columns.device)
         self._room = space(dtype=torch.float32)
         # float32 gradients overwrite the logits
-        self._separate = self._room if self._dtype == torch.float32 else space(dtype=self._dtype)
-        self._unscaled: Tensor | None = None
+        self.room_for_gradient = self._room if self.dtype == torch.float32 else space(dtype=self.dtype)
 
-    def logprobs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(self, rows: Tensor) -> KernelChunk:
         from kdloss._triton import _compaction, _launch, _linear, _products
 
+        weight = self.head.weight
         with _launch.on_device(rows):
-            self._rows, self._x = rows, self._room[: rows.shape[0]]
-            self._picked = _compaction.take(self._hidden, rows, self._state.columns, self._dtype)
-            if self._dtype == self._weight.dtype:
-                _products.product_(self._x, self._picked, self._weight.T)
+            x = self._room[: rows.shape[0]]
+            hidden = _compaction.take(self.head.hidden, rows, self.state.columns, self.dtype)
+            if self.dtype == weight.dtype:
+                _products.product_(x, hidden, weight.T)
             else:
-                head_product_(self._x, self._picked, self._weight, None)
-            _linear.fold_(
-                self._logp, self._entropy, self._state, self._x, rows, self._scaling, 0, first=True, last=True
-            )
+                head_product_(x, hidden, weight, None)
+            _linear.fold_(self._logp, self._entropy, self.state, x, rows, self.scaling, 0, first=True, last=True)
         if self._shard is None:
-            return self._logp[rows].squeeze(-1), self._entropy[rows]
-        return self._put_together(rows, self._shard)
+            return KernelChunk(self._logp[rows].squeeze(-1), self._entropy[rows], x, hidden, rows, self)
+        return KernelChunk(*self._of_whole_rows(rows, self._shard), x, hidden, rows, self)
 
-    def _put_together(self, rows: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-        """The rows' states become those of whole rows, from which their log-probs and entropies are."""
-        columns, numbers, temperatures = self._columns[rows], self._state[1:], self._scaling.row_temperature
+    def _of_whole_rows(self, rows: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+        """Turn the states of these rows into those of whole rows; return log-probs and entropies (n,) under them."""
+        columns, numbers, temperatures = self._columns[rows], self.state[1:], self.scaling.row_temperature
         part = RowState(*(x[rows, None] for x in numbers if x is not None))
-        rate = rate_of(self._scaling.temperature, None if temperatures is None else temperatures[rows], columns)
+        rate = rate_of(self.scaling.temperature, None if temperatures is None else temperatures[rows], columns)
         whole, logp = whole_rows(part, self._logp[rows], columns, shard, rate)
         for mine, found in zip(numbers, whole, strict=True):
             assert mine is not None
@@ -151,38 +155,29 @@ class KernelPass:
             mine[rows] = found.squeeze(-1)
         return logp.squeeze(-1), whole.entropy().masked_fill(columns < 0, 0).squeeze(-1)
 
-    def gradient(self, g: Tensor, h: Tensor) -> None:
+
+class KernelChunk(NamedTuple):
+    logp: Tensor  # (n,)
+    entropy: Tensor  # (n,)
+    x: Tensor  # (n, V) products with the head
+    hidden: Tensor  # (n, D) as they were multiplied
+    rows: Tensor  # (n,)
+    chunks: KernelChunks
+
+    def gradient(self, g: Tensor, h: Tensor) -> HeadGradient:
         from kdloss._triton import _launch, _linear
 
-        self._g[self._rows], self._h[self._rows] = g[:, None].float(), h.float()
-        upstream = self._g, self._h
+        every, rows = self.chunks, self.rows
+        every.g[rows], every.h[rows] = g[:, None].float(), h.float()
+        upstream, unscaled = (every.g, every.h), None
         with _launch.on_device(g):
-            if self._dtype == torch.float16:
-                size = self._weight.shape[0]
-                factor = _linear.in_range(*upstream, self._state.columns, self._rows, self._scaling, size)
-                self._unscaled, upstream = factor.reciprocal(), (self._g * factor, self._h * factor)
-            self._dz = _linear.gradient_(
-                self._separate[: len(g)], self._state, *upstream, self._x, None, self._rows, self._scaling, 0
-            )
-
-    def into_hidden(self, out: Tensor) -> None:
-        from kdloss._triton import _products
-
-        if self._dtype == self._weight.dtype:
-            _products.product_(out, self._dz, self._weight)
-        else:
-            out.copy_(times_head(self._dz, self._weight))
-        if self._unscaled is not None:
-            out *= self._unscaled
-
-    def into_weight_(self, total: Tensor) -> None:
-        from kdloss._triton import _products
-
-        _products.add_product_(total, self._dz.T, self._picked, self._unscaled)
-
-    def into_bias_(self, total: Tensor) -> None:
-        found = self._dz.sum(0, dtype=torch.float32)
-        total += found if self._unscaled is None else found * self._unscaled
+            if every.dtype == torch.float16:
+                size = every.head.weight.shape[0]
+                factor = _linear.in_range(*upstream, every.state.columns, rows, every.scaling, size)
+                unscaled, upstream = factor.reciprocal(), (every.g * factor, every.h * factor)
+            out = every.room_for_gradient[: len(g)]
+            dz = _linear.gradient_(out, every.state, *upstream, self.x, None, rows, every.scaling, 0)
+        return KernelHeadGradient(dz, self.hidden, every.head.weight, unscaled)
 
 
 def put_back(

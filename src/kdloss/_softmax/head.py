@@ -7,7 +7,7 @@ time: a float32 copy of the whole head may be larger than the logits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -150,6 +150,61 @@ def times_head(gradient: Tensor, weight: Tensor) -> Tensor:
     for columns, part in _slices(weight, gradient.dtype):
         out.addmm_(gradient[:, columns], part)
     return out
+
+
+class HeadGradient(Protocol):
+    """dz (n, V), the gradient of `hidden @ weight.T + bias` of some rows, and where it goes from there."""
+
+    def of_hidden(self) -> Tensor: ...  # dz @ weight, (n, D)
+
+    def add_to_weight_(self, total: Tensor) -> None: ...  # total (V, D) += dz.T @ hidden
+
+    def add_to_bias_(self, total: Tensor) -> None: ...  # total (V,) += sum_n dz
+
+
+class TorchHeadGradient(NamedTuple):
+    """By torch's operations, in the dtype of dz."""
+
+    dz: Tensor  # (n, V)
+    hidden: Tensor  # (n, D) in the dtype of dz
+    weight: Tensor  # (V, D)
+
+    def of_hidden(self) -> Tensor:
+        return times_head(self.dz, self.weight)
+
+    def add_to_weight_(self, total: Tensor) -> None:
+        total.addmm_(self.dz.T, self.hidden)
+
+    def add_to_bias_(self, total: Tensor) -> None:
+        total += self.dz.sum(0)
+
+
+class KernelHeadGradient(NamedTuple):
+    """By the products of `_triton`, half-precision operands with float32 results."""
+
+    dz: Tensor  # (n, V)
+    hidden: Tensor  # (n, D)
+    weight: Tensor  # (V, D)
+    factor: Tensor | None = None  # (), by which dz has still to be multiplied
+
+    def of_hidden(self) -> Tensor:
+        from kdloss._triton import _products
+
+        if self.dz.dtype == self.weight.dtype:
+            out = torch.empty(self.dz.shape[0], self.weight.shape[1], dtype=torch.float32, device=self.dz.device)
+            _products.product_(out, self.dz, self.weight)
+        else:
+            out = times_head(self.dz, self.weight)
+        return out if self.factor is None else out.mul_(self.factor)
+
+    def add_to_weight_(self, total: Tensor) -> None:
+        from kdloss._triton import _products
+
+        _products.add_product_(total, self.dz.T, self.hidden.to(self.dz.dtype), self.factor)
+
+    def add_to_bias_(self, total: Tensor) -> None:
+        found = self.dz.sum(0, dtype=torch.float32)
+        total += found if self.factor is None else found * self.factor
 
 
 def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
