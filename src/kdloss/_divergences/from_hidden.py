@@ -21,9 +21,8 @@ from kdloss._distributed import VocabShard
 from kdloss._softmax.head import Head, prepare_head
 
 from .from_logits import check_share
-from .hidden_op import linear_divergence
+from .hidden_op import linear_divergence, sharded_linear_divergence
 from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL, Form
-from .sharded_hidden import sharded_linear_divergence
 
 
 def linear_forward_kl(

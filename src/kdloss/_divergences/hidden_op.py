@@ -12,6 +12,15 @@ is taken in the forward, in float32, and the backward is one multiplication.
 
 A half-precision head is widened a slice at a time, once a chunk: logits rounded to bf16 would be off by 3e-2 nats.
 dweight and dbias are summed over chunks in float32, and rounded once.
+
+Where ranks hold a slice of both heads' vocabulary:
+
+    forward    the products with both slices, 5 values per token from them, one all-gather; for a mixture the products
+               again, 2 values per token, another all-gather (`sharded.py`)
+    backward   the products again, and those with the gradient; the gradient of hidden states is summed over the ranks
+
+There a frozen head takes the gradient in the backward, too: the gradient of a chunk needs the other ranks' values of
+that chunk, so taking it in the forward would cost an all-gather per chunk.
 """
 
 from __future__ import annotations
@@ -23,10 +32,13 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
+from kdloss._distributed import VocabShard
 from kdloss._softmax.head import Head, Heads
+from kdloss._softmax.whole_rows import rate_of
 
-from .hidden_passes import KernelPass, Options, Pass, TorchPass, dtype_of
+from .hidden_passes import Chunk, Chunks, KernelChunks, Options, TorchChunks, dtype_of
 from .rows import Form
+from .sharded import whole_divergence
 
 # Logits of a chunk, a side: on a CPU 64 MB in float32, rows enough for a matrix product to run at its speed.
 _CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
@@ -86,13 +98,13 @@ def _linear_divergence(
     dtype = dtype_of(student, teacher)
     out = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
     d_hidden = torch.zeros(hidden.shape if in_forward else (0,), dtype=dtype, device=hidden.device)
-    options = Options(Form(kind, omega), temperature, vocab_size)
-    for rows, over in passes(student, teacher, loss_mask, row_temperature, options, kernels=kernels):
-        value = over.divergence(None, gradient=in_forward)
+    options = Options(Form(kind, omega), temperature, row_temperature, vocab_size)
+    for rows, chunk in _chunks(student, teacher, loss_mask, options, kernels=kernels):
+        value, gradient = chunk.divergence(None, gradient=in_forward)
         assert value is not None
         out[rows] = value
-        if in_forward:
-            d_hidden[rows] = over.hidden_gradient()
+        if gradient is not None:
+            d_hidden[rows] = gradient.of_hidden()
     return out, d_hidden
 
 
@@ -155,17 +167,18 @@ def linear_divergence_backward(
     d_hidden = torch.zeros(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
     d_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=dtype, device=hidden.device)
     d_bias = torch.zeros(weight.shape[:1] if needs_bias else (0,), dtype=dtype, device=hidden.device)
-    options = Options(Form(kind, omega), temperature, vocab_size, shares, slope)
+    options = Options(Form(kind, omega), temperature, row_temperature, vocab_size, shares, slope)
     # tokens whose loss was clipped, masked or weighted away cost nothing
     trained = loss_mask & (upstream != 0)
-    for rows, over in passes(student, teacher, trained, row_temperature, options, kernels=kernels):
-        over.divergence(upstream.index_select(0, rows), gradient=True)
+    for rows, chunk in _chunks(student, teacher, trained, options, kernels=kernels):
+        _, gradient = chunk.divergence(upstream.index_select(0, rows), gradient=True)
+        assert gradient is not None
         if needs_hidden:
-            d_hidden[rows] = over.hidden_gradient().to(hidden.dtype)
+            d_hidden[rows] = gradient.of_hidden().to(hidden.dtype)
         if needs_weight:
-            over.into_weight_(d_weight[:vocab_size])
+            gradient.add_to_weight_(d_weight[:vocab_size])
         if needs_bias:
-            over.into_bias_(d_bias[:vocab_size])
+            gradient.add_to_bias_(d_bias[:vocab_size])
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype if bias is None else bias.dtype)
 
 
@@ -229,21 +242,140 @@ def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tens
 _linear_divergence.register_autograd(_backward, setup_context=_save)
 
 
-def passes(
-    student: Head,
-    teacher: Head,
-    trained: Tensor,  # (T,) bool
+def sharded_linear_divergence(
+    heads: Heads,  # the teacher's is detached here
+    loss_mask: Tensor,  # (T,)
+    form: Form,
+) -> Tensor:  # (T,)
+    """0 where `loss_mask` is False; differentiable in the student's hidden states, weight and bias."""
+    student, teacher, softmax, _ = heads
+    shard, taus = softmax.shard, softmax.flat_temperature
+    assert teacher is not None
+    assert shard is not None
+    total, index = loss_mask.shape[0], None
+    if not torch.compiler.is_compiling():  # only the trained tokens go around
+        index = loss_mask.nonzero().squeeze(-1)
+        student = student._replace(hidden=student.hidden.index_select(0, index))
+        teacher = teacher._replace(hidden=teacher.hidden.index_select(0, index))
+        loss_mask = loss_mask.index_select(0, index)
+        taus = None if taus is None else taus.index_select(0, index)
+    value: Tensor = _ShardedLinear.apply(  # type: ignore[no-untyped-call]
+        shard.enter(student.hidden),
+        student.weight,
+        student.bias,
+        *(None if x is None else x.detach() for x in teacher[:3]),
+        loss_mask,
+        taus,
+        (student.softcap, teacher.softcap, student.logit_scale, teacher.logit_scale),
+        (*form, softmax.temperature, softmax.local_size, softmax.kernels),
+        shard,
+    )
+    return value if index is None else value.new_zeros(total).index_copy(0, index, value)
+
+
+class _ShardedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        loss_mask: Tensor,
+        row_temperature: Tensor | None,
+        scaling: tuple[Any, ...],
+        options: tuple[Any, ...],
+        shard: VocabShard,
+    ) -> Tensor:
+        tensors = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, loss_mask, row_temperature)
+        ctx.options = (*scaling, *options)
+
+        def terms(shares: Tensor) -> Tensor:
+            return _linear_divergence_slice(*tensors, *ctx.options, shares)  # type: ignore[no-any-return]
+
+        kind, _, temperature, _, kernels = options
+        taus = None if row_temperature is None else torch.where(loss_mask, row_temperature, 1)
+        rate = rate_of(temperature, taus, hidden) if kernels else None
+        state = _linear_divergence_slice(*tensors, *ctx.options, None)
+        found = whole_divergence(kind, state, terms, shard, rate)
+        ctx.save_for_backward(*tensors, found.known, found.slope)
+        return found.value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, shares, slope = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        found = linear_divergence_backward(upstream, *tensors, *ctx.options, *needs, shares, slope)
+        return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 8
+
+
+@torch.library.custom_op("kdloss::linear_divergence_slice", mutates_args=())
+def _linear_divergence_slice(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
     row_temperature: Tensor | None,
-    options: Options,
-    *,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
     kernels: bool,
-) -> Iterator[tuple[Tensor, Pass]]:
-    """(rows, a pass that has their logits): the trained rows, as many at a time as the vocabulary allows."""
+    shares: Tensor | None,  # (T, 2); for the kernels (T, 4), the state of whole rows
+) -> Tensor:
+    """`slice_state` (T, 5) of the trained tokens, 0 elsewhere; with the shares, `slice_terms` (T, 2)."""
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    dtype = dtype_of(student, teacher)
+    out = torch.zeros(hidden.shape[0], 5 if shares is None else 2, dtype=dtype, device=hidden.device)
+    options = Options(Form(kind, omega), temperature, row_temperature, vocab_size, shares)
+    for rows, chunk in _chunks(student, teacher, loss_mask, options, kernels=kernels):
+        out[rows] = chunk.slice_values()
+    return out
+
+
+@_linear_divergence_slice.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    loss_mask: Tensor,
+    row_temperature: Tensor | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    logit_scale: float,
+    teacher_logit_scale: float,
+    kind: str,
+    omega: float,
+    temperature: float,
+    vocab_size: int,
+    kernels: bool,
+    shares: Tensor | None,
+) -> Tensor:
+    dtype = _checks.promoted_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    return hidden.new_empty((hidden.shape[0], 5 if shares is None else 2), dtype=dtype)
+
+
+def _chunks(
+    student: Head, teacher: Head, trained: Tensor, options: Options, *, kernels: bool
+) -> Iterator[tuple[Tensor, Chunk]]:
+    """(rows, their chunk): the trained rows (T,), as many at a time as the vocabulary allows."""
     index = trained.nonzero().squeeze(-1)
     rows = max(16, _CHUNK_ENTRIES["cpu" if trained.device.type == "cpu" else "gpu"] // options.vocab_size)
-    make = KernelPass if kernels else TorchPass
-    over = make(student, teacher, row_temperature, options, min(rows, index.shape[0]))
+    make = KernelChunks if kernels else TorchChunks
+    chunks: Chunks = make(student, teacher, options, min(rows, index.shape[0]))
     for start in range(0, index.shape[0], rows):
         part = index[start : start + rows]
-        over.load(part)
-        yield part, over
+        yield part, chunks.chunk(part)

@@ -1,28 +1,29 @@
 """What a divergence from hidden states does with one chunk of trained rows, by torch's operations and by kernels.
 
-    load(rows)                    the logits of both sides
-    divergence(upstream)          the values, unless they are not needed beside an upstream gradient; and dx
-    hidden_gradient()             dx @ weight
-    into_weight_(total)           total += dx.T @ hidden
-    into_bias_(total)             total += sum dx
-    slice_numbers()               what a slice of the vocabulary tells the others, in place of the divergence
+    chunk(rows)                             the logits of both sides
+    chunk.divergence(upstream, gradient)    the values (n,), and dx, the gradient of hidden @ weight.T + bias
+    chunk.slice_values()                    what a slice of the vocabulary tells the other ranks, in their place
 
-in this order, once a chunk; dx is the gradient of hidden @ weight.T + bias of the student.
+Chunks share buffers: one chunk's logits and gradient last until the next chunk is made. dx may overwrite the logits, so
+`divergence` is called once per chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._softmax.head import Head, head_product_, times_head
+from kdloss._softmax.head import Head, HeadGradient, KernelHeadGradient, TorchHeadGradient, head_product_
 from kdloss._softmax.rows import Scaling, scaled
 
 from .rows import Form, Scratch, block, slice_gradient, slice_state, slice_terms
+
+if TYPE_CHECKING:
+    from kdloss._triton._divergences import Pair
 
 
 class Options(NamedTuple):
@@ -30,117 +31,105 @@ class Options(NamedTuple):
 
     form: Form
     temperature: float
+    row_temperature: Tensor | None  # (T,)
     vocab_size: int  # of the slice, where the heads are one
     shares: Tensor | None = None  # (T, 2), as in `slice_gradient`; for the kernels (T, 4), the state of whole rows
     slope: Tensor | None = None  # (T,)
 
 
-class Pass(Protocol):
-    """One chunk after another."""
+class Chunk(Protocol):
+    """Rows whose logits have been computed, on both sides."""
 
-    def load(self, rows: Tensor) -> None: ...
+    def divergence(self, upstream: Tensor | None, *, gradient: bool) -> tuple[Tensor | None, HeadGradient | None]:
+        """The values, but None beside an upstream gradient (n,); and, on request, dx times `upstream`, or times 1."""
 
-    def divergence(self, upstream: Tensor | None, *, gradient: bool) -> Tensor | None: ...
-
-    def hidden_gradient(self) -> Tensor: ...
-
-    def into_weight_(self, total: Tensor) -> None: ...
-
-    def into_bias_(self, total: Tensor) -> None: ...
-
-    def slice_numbers(self) -> Tensor: ...
+    def slice_values(self) -> Tensor:
+        """`slice_state` (n, 5); where the shares are known, `slice_terms` (n, 2)."""
 
 
-class TorchPass:
+class Chunks(Protocol):
+    """The trained rows, a chunk at a time."""
+
+    def chunk(self, rows: Tensor) -> Chunk: ...
+
+
+class TorchChunks:
     """In float32, or float64; half-precision heads are widened a slice at a time."""
 
-    def __init__(
-        self,
-        student: Head,
-        teacher: Head,
-        row_temperature: Tensor | None,  # (T,)
-        options: Options,
-        size: int,  # rows of a chunk, at most
-    ) -> None:
-        self._student, self._teacher, self._options = student, teacher, options
-        self._row_temperature = row_temperature
-        self._dtype = dtype_of(student, teacher)
-        device = student.hidden.device
-        self._room = torch.empty(2, size, options.vocab_size, dtype=self._dtype, device=device)
+    def __init__(self, student: Head, teacher: Head, options: Options, size: int) -> None:  # at most `size` rows each
+        self._heads = [head.without_padding(options.vocab_size) for head in (student, teacher)]
+        self._options, self._dtype = options, dtype_of(student, teacher)
+        self._room = student.hidden.new_empty(2, size, options.vocab_size, dtype=self._dtype)
 
-    def load(self, rows: Tensor) -> None:
-        self._rows = rows
-        self._hidden = self._student.hidden.index_select(0, rows).to(self._dtype)
-        self._y, self._teacher_y = self._room[:, : rows.shape[0]].unbind(0)
-        self._logits(self._hidden, self._student, out=self._y)
-        hidden = self._teacher.hidden.index_select(0, rows).to(self._dtype)
-        self._logits(hidden, self._teacher, out=self._teacher_y)
-        self._taus = None if self._row_temperature is None else self._row_temperature.index_select(0, rows)
+    def chunk(self, rows: Tensor) -> TorchChunk:
+        y, teacher_y = self._room[:, : rows.shape[0]].unbind(0)
+        hidden = [head.hidden.index_select(0, rows).to(self._dtype) for head in self._heads]
+        for out, x, head in zip((y, teacher_y), hidden, self._heads, strict=True):
+            head_product_(out, x, head.weight, head.bias)
+            Scaling(head.softcap, head.logit_scale, 1.0).apply_(out)
+        tau = self._options.row_temperature
+        taus = None if tau is None else tau.index_select(0, rows)
+        return TorchChunk(rows, y, teacher_y, hidden[0], self._heads[0], taus, self._options)
 
-    def _logits(self, hidden: Tensor, head: Head, *, out: Tensor) -> None:
-        """`softcap(logit_scale * (hidden @ weight.T + bias))`, over the columns of `out`."""
-        vocab_size = self._options.vocab_size
-        head_product_(out, hidden, head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size])
-        Scaling(head.softcap, head.logit_scale, 1.0).apply_(out)
 
-    def divergence(self, upstream: Tensor | None, *, gradient: bool) -> Tensor | None:
+class TorchChunk(NamedTuple):
+    rows: Tensor  # (n,) of the stream
+    y: Tensor  # (n, V) logits of the student
+    teacher_y: Tensor  # (n, V) of the teacher
+    hidden: Tensor  # (n, D) of the student
+    student: Head
+    taus: Tensor | None  # (n,)
+    options: Options
+
+    def divergence(self, upstream: Tensor | None, *, gradient: bool) -> tuple[Tensor | None, HeadGradient | None]:
         """In a smaller scratch; dx takes the place of the logits."""
-        form, temperature, _, shares, slope = self._options
+        form, temperature, _, _, shares, slope = self.options
         values = []
-        for rows, logits, taus in self._blocks():
+        for part, logits, taus in self._blocks():
             if shares is None or slope is None:
                 found = block(form, *logits, **taus, value=upstream is None, gradient=gradient)
                 dz = found.gradient
                 if found.value is not None:
                     values.append(found.value)
             else:
-                places = self._rows[rows]
+                places = self.rows[part]
                 dz = slice_gradient(form, *logits, **taus, shares=shares[places], slope=slope[places])
             if not gradient:
                 continue
             assert dz is not None
-            y = self._y[rows]
-            factor = torch.ones_like(y[:, :1]) if upstream is None else upstream[rows].unsqueeze(-1)
-            tau = temperature if self._taus is None else self._taus[rows].unsqueeze(-1).to(self._dtype)
-            dz = scaled(dz, factor * self._student.logit_scale, tau)
-            c = self._student.softcap
+            y = self.y[part]
+            factor = torch.ones_like(y[:, :1]) if upstream is None else upstream[part].unsqueeze(-1)
+            tau = temperature if self.taus is None else self.taus[part].unsqueeze(-1).to(y.dtype)
+            dz = scaled(dz, factor * self.student.logit_scale, tau)
+            c = self.student.softcap
             if c is None:
                 y.copy_(dz)
             else:
                 y.div_(c).square_().neg_().add_(1).mul_(dz)
-        return None if upstream is not None else torch.cat(values)
+        value = None if upstream is not None else torch.cat(values)
+        return value, TorchHeadGradient(self.y, self.hidden, self.student.weight) if gradient else None
 
-    def slice_numbers(self) -> Tensor:
-        """`slice_state` of the chunk, or, where the shares are known, `slice_terms`."""
-        form, _, _, shares, _ = self._options
-        numbers = []
-        for rows, logits, taus in self._blocks():
+    def slice_values(self) -> Tensor:
+        form, _, _, _, shares, _ = self.options
+        values = []
+        for part, logits, taus in self._blocks():
             if shares is None:
-                numbers.append(slice_state(form, *logits, **taus))
+                values.append(slice_state(form, *logits, **taus))
             else:
-                numbers.append(slice_terms(form, *logits, **taus, shares=shares[self._rows[rows]]))
-        return torch.cat(numbers)
+                values.append(slice_terms(form, *logits, **taus, shares=shares[self.rows[part]]))
+        return torch.cat(values)
 
     def _blocks(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Scratch], dict[str, Any]]]:
         """(rows of the chunk, their logits and a scratch, their temperatures)."""
-        total = self._y.shape[0]
-        scratch = Scratch(total, self._options.vocab_size, dtype=self._dtype, device=self._y.device)
-        for rows in scratch.blocks(total):
-            taus = None if self._taus is None else self._taus[rows]
-            logits = (self._y[rows], self._teacher_y[rows], scratch)
-            yield rows, logits, {"temperature": self._options.temperature, "row_temperature": taus}
-
-    def hidden_gradient(self) -> Tensor:
-        return times_head(self._y, self._student.weight[: self._options.vocab_size])
-
-    def into_weight_(self, total: Tensor) -> None:
-        total.addmm_(self._y.T, self._hidden)
-
-    def into_bias_(self, total: Tensor) -> None:
-        total += self._y.sum(0)
+        total, vocab_size = self.y.shape
+        scratch = Scratch(total, vocab_size, dtype=self.y.dtype, device=self.y.device)
+        for part in scratch.blocks(total):
+            taus = None if self.taus is None else self.taus[part]
+            logits = (self.y[part], self.teacher_y[part], scratch)
+            yield part, logits, {"temperature": self.options.temperature, "row_temperature": taus}
 
 
-class KernelPass:
+class KernelChunks:
     """By the kernels of `_triton`, from products in half precision with float32 results where a side shares one.
 
     dx is rounded to bfloat16 for such products. For float16 it stays float32, and so do its products: a scaled loss and
@@ -148,78 +137,67 @@ class KernelPass:
     power of two brings into range (`_triton/_linear.py`), that of a divergence has no bound that is known before.
     """
 
-    def __init__(
-        self, student: Head, teacher: Head, row_temperature: Tensor | None, options: Options, size: int
-    ) -> None:
+    def __init__(self, student: Head, teacher: Head, options: Options, size: int) -> None:
         from kdloss._triton import _launch
 
-        self._student, self._teacher, self._options = student, teacher, options
-        self._row_temperature = row_temperature
+        self._heads = [head.without_padding(options.vocab_size) for head in (student, teacher)]
+        self._options = options
         shape, device = (size, options.vocab_size), student.hidden.device
         self._room = _launch.room(2, *shape, dtype=torch.float32, device=device)
-        self._rounds = student.hidden.dtype == student.weight.dtype == torch.bfloat16
-        separate = _launch.room(*shape, dtype=torch.bfloat16, device=device) if self._rounds else self._room[0]
-        self._separate = separate
+        rounds = student.hidden.dtype == student.weight.dtype == torch.bfloat16
+        self._room_for_gradient = _launch.room(*shape, dtype=torch.bfloat16, device=device) if rounds else self._room[0]
 
-    def load(self, rows: Tensor) -> None:
+    def chunk(self, rows: Tensor) -> KernelChunk:
         from kdloss._triton._divergences import Pair, Side
 
-        self._rows, vocab_size = rows, self._options.vocab_size
-        x, y = self._room[:, : rows.shape[0]].unbind(0)
-        self._hidden = self._product_(x, self._student, rows)
-        self._product_(y, self._teacher, rows)
-        sides = [
-            Side.of(out, None if head.bias is None else head.bias[:vocab_size], head.logit_scale, head.softcap)
-            for out, head in ((x, self._student), (y, self._teacher))
-        ]
-        taus = None if self._row_temperature is None else self._row_temperature.index_select(0, rows)
-        form, temperature, *_ = self._options
-        self._pair = Pair(*form, sides[0], sides[1], temperature, taus, vocab_size)
+        hidden, sides = [], []
+        for out, head in zip(self._room[:, : rows.shape[0]].unbind(0), self._heads, strict=True):
+            hidden.append(_product_(out, head, rows))
+            sides.append(Side.of(out, head.bias, head.logit_scale, head.softcap))
+        form, temperature, tau, vocab_size, *_ = self._options
+        taus = None if tau is None else tau.index_select(0, rows)
+        pair = Pair(*form, sides[0], sides[1], temperature, taus, vocab_size)
+        out = self._room_for_gradient[: rows.shape[0]]
+        return KernelChunk(rows, pair, out, hidden[0], self._heads[0].weight, self._options)
 
-    def _product_(self, out: Tensor, head: Head, rows: Tensor) -> Tensor:
-        """`hidden @ weight.T` of some rows into `out`, and the rows as they were multiplied."""
-        from kdloss._triton import _products
 
-        hidden = head.hidden.index_select(0, rows).to(_products.product_dtype(head.hidden, head.weight))
-        weight = head.weight[: self._options.vocab_size]
-        if hidden.dtype == weight.dtype:
-            _products.product_(out, hidden, weight.T)
-        else:
-            head_product_(out, hidden, weight, None)
-        return hidden
+class KernelChunk(NamedTuple):
+    rows: Tensor  # (n,) of the stream
+    pair: Pair
+    out: Tensor  # (n, V), room for dx
+    hidden: Tensor  # (n, D) of the student, as it was multiplied
+    weight: Tensor  # (V, D)
+    options: Options
 
-    def divergence(self, upstream: Tensor | None, *, gradient: bool) -> Tensor | None:
-        x, (*_, shares, slope) = self._pair.student.x, self._options
-        value, known = x.new_empty(x.shape[0]), x.new_empty(5, x.shape[0])
+    def divergence(self, upstream: Tensor | None, *, gradient: bool) -> tuple[Tensor | None, HeadGradient | None]:
+        shares, slope = self.options.shares, self.options.slope
+        value = self.pair.student.x.new_empty(self.rows.shape[0])
+        known = value.new_empty(5, value.shape[0])
         if shares is None or slope is None:
-            self._pair.value_(value, known)
+            self.pair.value_(value, known)
         else:
-            known[:4], known[4] = shares[self._rows].T, slope[self._rows]
-        if gradient:
-            factor = torch.ones_like(value) if upstream is None else upstream.contiguous()
-            self._dx = self._pair.gradient_(self._separate[: x.shape[0]], known, factor)
-        return None if upstream is not None else value
+            known[:4], known[4] = shares[self.rows].T, slope[self.rows]
+        found = None if upstream is not None else value
+        if not gradient:
+            return found, None
+        factor = torch.ones_like(value) if upstream is None else upstream.contiguous()
+        return found, KernelHeadGradient(self.pair.gradient_(self.out, known, factor), self.hidden, self.weight)
 
-    def slice_numbers(self) -> Tensor:
-        shares = self._options.shares
-        return self._pair.slice_state() if shares is None else self._pair.slice_terms(shares[self._rows])
+    def slice_values(self) -> Tensor:
+        shares = self.options.shares
+        return self.pair.slice_state() if shares is None else self.pair.slice_terms(shares[self.rows])
 
-    def hidden_gradient(self) -> Tensor:
-        from kdloss._triton import _products
 
-        weight = self._student.weight[: self._options.vocab_size]
-        if not self._rounds:
-            return times_head(self._dx, weight)
-        out = torch.empty(self._dx.shape[0], weight.shape[1], dtype=torch.float32, device=weight.device)
-        return _products.product_(out, self._dx, weight)
+def _product_(out: Tensor, head: Head, rows: Tensor) -> Tensor:
+    """`hidden @ weight.T` of some rows into `out`, and the rows as they were multiplied."""
+    from kdloss._triton import _products
 
-    def into_weight_(self, total: Tensor) -> None:
-        from kdloss._triton import _products
-
-        _products.add_product_(total, self._dx.T, self._hidden.to(self._dx.dtype))
-
-    def into_bias_(self, total: Tensor) -> None:
-        total += self._dx.sum(0, dtype=torch.float32)
+    hidden = head.hidden.index_select(0, rows).to(_products.product_dtype(head.hidden, head.weight))
+    if hidden.dtype == head.weight.dtype:
+        _products.product_(out, hidden, head.weight.T)
+    else:
+        head_product_(out, hidden, head.weight, None)
+    return hidden
 
 
 def dtype_of(student: Head, teacher: Head) -> torch.dtype:

@@ -36,7 +36,7 @@ def divergence(
     """`F(softmax(logits / τ), softmax(teacher_logits / τ))` of each row; differentiable in `logits` alone."""
     options = (softmax.row_temperature, *form, softmax.temperature, softmax.local_size)
     if softmax.shard is not None:
-        return _Sharded.apply(logits, teacher_logits.detach(), *options, softmax.shard, softmax.kernels)  # type: ignore[no-any-return, no-untyped-call]
+        return _ShardedDivergence.apply(logits, teacher_logits.detach(), *options, softmax.shard, softmax.kernels)  # type: ignore[no-any-return, no-untyped-call]
     result: Tensor = _divergence(logits, teacher_logits.detach(), *options, softmax.kernels)[0]
     return result
 
@@ -243,7 +243,7 @@ def _(
     return logits.new_empty((*logits.shape[:-1], 5 if shares is None else 2), dtype=dtype)
 
 
-class _Sharded(torch.autograd.Function):
+class _ShardedDivergence(torch.autograd.Function):
     """`_divergence` of logits that are a slice of the rows."""
 
     @staticmethod

@@ -44,7 +44,7 @@ def kept_and_rest(
     """
     options = (softmax.temperature, softmax.local_size, with_rest, softmax.kernels)
     if softmax.shard is not None:
-        kept, rest = _Sharded.apply(logits, ids, softmax.row_temperature, options, softmax.shard)  # type: ignore[no-untyped-call]
+        kept, rest = _ShardedTopk.apply(logits, ids, softmax.row_temperature, options, softmax.shard)  # type: ignore[no-untyped-call]
         return kept, rest
     kept, rest = _kept_and_rest(logits, ids, softmax.row_temperature, *options)
     return kept, rest
@@ -171,7 +171,7 @@ def _backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[T
 _kept_and_rest.register_autograd(_backward, setup_context=_save)
 
 
-class _Sharded(torch.autograd.Function):
+class _ShardedTopk(torch.autograd.Function):
     """`_kept_and_rest` of logits that are a slice of the rows; the results are those of the whole rows."""
 
     @staticmethod

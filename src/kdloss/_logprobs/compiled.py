@@ -34,7 +34,7 @@ def compiled_logprobs(
     return logp, logp.new_empty(0)
 
 
-class _Rows:
+class _CompiledRows:
     """What both directions need of the rows. Masks are laid on numbers a row, and on logits no more than once a pass.
 
     An unused row, one without a label, may hold NaN: it reaches that row's numbers, which are masked, and nothing else.
@@ -94,7 +94,7 @@ class _Rows:
 
 def _backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor | None) -> Tensor:
     logits, columns, row_temperature, maximum, total, *entropy = ctx.saved_tensors
-    rows = _Rows(logits, columns, row_temperature, *ctx.options)
+    rows = _CompiledRows(logits, columns, row_temperature, *ctx.options)
     upstream = logp_gradient.masked_fill(rows.ignored, 0)
     slope, incoming = upstream.sum(-1, keepdim=True), None
     if entropy_gradient is not None:
@@ -134,7 +134,7 @@ class _Logprobs(torch.autograd.Function):
         softcap: float | None,
         vocab_size: int,
     ) -> Tensor:
-        rows = _Rows(logits, columns, row_temperature, temperature, softcap, vocab_size)
+        rows = _CompiledRows(logits, columns, row_temperature, temperature, softcap, vocab_size)
         _, maximum, total = rows.state()
         ctx.save_for_backward(logits, columns, row_temperature, maximum, total)
         ctx.options = (temperature, softcap, vocab_size)
@@ -156,7 +156,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         softcap: float | None,
         vocab_size: int,
     ) -> tuple[Tensor, Tensor]:
-        rows = _Rows(logits, columns, row_temperature, temperature, softcap, vocab_size)
+        rows = _CompiledRows(logits, columns, row_temperature, temperature, softcap, vocab_size)
         shifted, maximum, total = rows.state()
         # a logit of -inf has no mass: 0 * the lowest number is 0, where 0 * -inf would be NaN
         finite = shifted.clamp(min=torch.finfo(shifted.dtype).min)

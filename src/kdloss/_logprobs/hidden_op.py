@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
+from kdloss._softmax.head import Head
 from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, gradient_of
 
 
@@ -76,13 +77,14 @@ def linear_logprobs(
         stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
         return *_linear.forward(hidden, weight, columns, index, stages, products, with_entropy), products
     n_tokens, columns = columns.shape[0], columns[index]
-    head = _Head(hidden, weight, bias, columns, index, row_temperature, Scaling(softcap, logit_scale, temperature))
-    count, wide = index.shape[0], head.hidden
+    head = Head(hidden, weight, bias, softcap, logit_scale)
+    slices = _HeadSlices(head, columns, index, temperature, row_temperature)
+    count, wide = index.shape[0], slices.hidden
     state = RowState.empty(count, like=wide, with_entropy=with_entropy)
     picked = wide.new_zeros(columns.shape)
     kept = wide.new_empty(count if store else 0, vocab_size)
-    p = head.scratch()
-    for piece in head.pieces(vocab_size):
+    p = slices.scratch()
+    for piece in slices.pieces(vocab_size):
         z = piece.logits()
         if store:
             kept[piece.rows, piece.columns] = z
@@ -187,18 +189,18 @@ def linear_logprobs_backward(
         return dhidden, dhead, dshift.to(bias_dtype)
     state = RowState(maximum[index, None], peak[index, None], None if h is None else mean[index, None])
     upstream = Upstream.of(state, columns[index], g[index], None if h is None else h[index]).unshifted()
-    scaling = Scaling(softcap, logit_scale, temperature)
-    head = _Head(hidden, weight, bias, columns[index], index, row_temperature, scaling)
+    head = Head(hidden, weight, bias, softcap, logit_scale)
+    slices = _HeadSlices(head, columns[index], index, temperature, row_temperature)
 
-    x = head.hidden
+    x = slices.hidden
     dx = torch.zeros_like(x) if needs[0] else x.new_empty(0)
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
     dbias = x.new_zeros(weight.shape[0] if needs[2] else 0)
-    seeds = head.scratch().fill_(0)
-    separate = head.scratch() if softcap is not None else None
-    scratch = head.scratch() if h is not None else None
-    accumulator = x.new_empty(head.slice_width if needs[1] else 0, x.shape[1])
-    for piece in head.pieces(vocab_size):
+    seeds = slices.scratch().fill_(0)
+    separate = slices.scratch() if softcap is not None else None
+    scratch = slices.scratch() if h is not None else None
+    accumulator = x.new_empty(slices.width if needs[1] else 0, x.shape[1])
+    for piece in slices.pieces(vocab_size):
         z = piece.logits() if kept.shape[0] == 0 else piece.kept_logits(kept, places)
         part = upstream.at(piece.rows).part(piece.columns.start, piece.columns.stop)
         dz = z if separate is None else _shaped(separate, z)
@@ -302,41 +304,40 @@ class _Piece(NamedTuple):
         return self.tile[: rows * columns].view(rows, columns)
 
 
-class _Head:
-    """Rows of hidden states, gathered and widened, and the head that they meet slice by slice."""
+class _HeadSlices:
+    """Rows of hidden states, gathered and widened, and the head that they are multiplied with slice by slice."""
 
     def __init__(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        columns: Tensor,  # (N, K)
-        index: Tensor,  # (N,)
-        row_temperature: Tensor | None,
-        scaling: Scaling,
+        head: Head,
+        columns: Tensor,  # (N, K) labels of the rows
+        index: Tensor,  # (N,) the rows
+        temperature: float,
+        row_temperature: Tensor | None,  # (T,), in place of the number
     ) -> None:
-        dtype = _checks.promoted_dtype(hidden, weight, bias)
+        dtype = _checks.promoted_dtype(*head[:3])
         used = (columns >= 0).any(-1, keepdim=True)
         # zeroed, not only ignored: 0 * NaN of an unlabelled row would reach the gradient of the weight
-        self.hidden = hidden.index_select(0, index).to(dtype).masked_fill_(~used, 0)
-        self._weight, self._bias, self._scaling = weight, bias, scaling
+        self.hidden = head.hidden.index_select(0, index).to(dtype).masked_fill_(~used, 0)
+        self._weight, self._bias = head.weight, head.bias
+        self._scaling = Scaling(head.softcap, head.logit_scale, temperature)
         if row_temperature is not None:
             divisor = torch.where(used, row_temperature.index_select(0, index).to(dtype)[:, None], 1)
-            self._scaling = scaling._replace(temperature=divisor)
-        budget = _CPU if hidden.device.type == "cpu" else _DEVICE
-        columns_that_fit = budget.slice_elements // max(1, hidden.shape[1]) // 256 * 256
-        self.slice_width = min(max(256, columns_that_fit), budget.tile_columns, weight.shape[0])
+            self._scaling = self._scaling._replace(temperature=divisor)
+        budget = _CPU if index.device.type == "cpu" else _DEVICE
+        columns_that_fit = budget.slice_elements // max(1, self.hidden.shape[1]) // 256 * 256
+        self.width = min(max(256, columns_that_fit), budget.tile_columns, head.weight.shape[0])
         self._tile_rows = min(budget.tile_rows, index.shape[0])
 
     def scratch(self) -> Tensor:
         """Room for a tile, flat."""
-        return self.hidden.new_empty(self._tile_rows * self.slice_width)
+        return self.hidden.new_empty(self._tile_rows * self.width)
 
     def pieces(self, vocab_size: int) -> Iterator[_Piece]:
         """Slices outside, tiles of rows inside."""
         count, tile, dtype = self.hidden.shape[0], self.scratch(), self.hidden.dtype
-        for start in range(0, vocab_size if count else 0, self.slice_width):
-            columns = slice(start, min(start + self.slice_width, vocab_size))
+        for start in range(0, vocab_size if count else 0, self.width):
+            columns = slice(start, min(start + self.width, vocab_size))
             weight = self._weight[columns].to(dtype)
             bias = None if self._bias is None else self._bias[columns].to(dtype)
             for first in range(0, count, self._tile_rows):

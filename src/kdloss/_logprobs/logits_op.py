@@ -55,7 +55,7 @@ def logprobs(
         return forward(logits, columns, row_temperature, temperature, softcap, vocab_size, with_entropy)
     labelled = (columns >= 0).any(-1)
     scaling = Scaling(softcap, 1.0, temperature)
-    rows = _Rows(logits, labelled, vocab_size, scaling, row_temperature)
+    rows = _RowBlocks(logits, labelled, vocab_size, scaling, row_temperature)
     state = _read(rows, with_entropy=with_entropy)
     mean = None if state.mean is None else rows.put_back(state.mean)
     state = RowState(rows.put_back(state.maximum), rows.put_back(state.peak), mean)
@@ -67,7 +67,7 @@ def logprobs(
     return logp, entropy, maximum, peak, mean.squeeze(-1)
 
 
-def _read(rows: _Rows, *, with_entropy: bool) -> RowState:
+def _read(rows: _RowBlocks, *, with_entropy: bool) -> RowState:
     """The state (N, 1) of the wanted rows."""
     z, p, shifted = rows.scratch(), rows.scratch(), rows.scratch() if with_entropy else None
     sums = Sums.empty(rows.count, like=z, with_entropy=with_entropy)
@@ -139,7 +139,7 @@ def logprobs_backward(
     wanted = (g != 0).any(-1)
     if h is not None:
         wanted |= h != 0
-    rows = _Rows(logits, wanted, vocab_size, Scaling(softcap, 1.0, temperature), row_temperature)
+    rows = _RowBlocks(logits, wanted, vocab_size, Scaling(softcap, 1.0, temperature), row_temperature)
     upstream = (
         Upstream.of(
             # of a row that is not wanted the logits are read as 0, if at all
@@ -218,7 +218,7 @@ def _differentiate(
 logprobs.register_autograd(_differentiate, setup_context=_save)
 
 
-class _Block(NamedTuple):
+class _RowBlock(NamedTuple):
     """Some rows of one matrix of logits."""
 
     x: Tensor  # (n, V): a view, or a copy of picked rows
@@ -242,7 +242,7 @@ class _Block(NamedTuple):
         return scratch if n == scratch.shape[0] else scratch[:n]
 
 
-class _Rows:
+class _RowBlocks:
     """The wanted rows of logits, block after block: N of the T.
 
     Only on a CPU are unwanted rows passed over: elsewhere finding them would wait for the device, so there all rows are
@@ -291,13 +291,13 @@ class _Rows:
                     yield x, part, part + start
             start += rows
 
-    def blocks(self) -> Iterator[_Block]:
+    def blocks(self) -> Iterator[_RowBlock]:
         unwanted = None if self._on_cpu else ~self._wanted[:, None]
         scalings = self._scaling._replace(temperature=self._temperature()).split(self.sizes)
         for (matrix, index, place), scaling in zip(self._pieces, scalings, strict=True):
             x = matrix if index is None else matrix[index]
             skipped = None if unwanted is None else unwanted[place]
-            yield _Block(x, place, skipped, scaling, self._in_place and x.stride(-1) == 1)
+            yield _RowBlock(x, place, skipped, scaling, self._in_place and x.stride(-1) == 1)
 
     def targets(self, gradient: Tensor) -> Iterator[Tensor | None]:
         """Where in a contiguous gradient of the logits each block belongs, as a view; None where it is none."""

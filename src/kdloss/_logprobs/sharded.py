@@ -34,7 +34,7 @@ def sharded_logprobs(
     """(logp (T, K), entropy (T,) or (0,)), the same on every rank."""
     options = (softmax.temperature, softcap, softmax.local_size)
     taus, shard, kernels = softmax.flat_temperature, softmax.shard, softmax.kernels
-    return _FromLogits.apply(logits, columns, taus, options, with_entropy, shard, kernels)  # type: ignore[no-any-return, no-untyped-call]
+    return _ShardedLogprobs.apply(logits, columns, taus, options, with_entropy, shard, kernels)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sharded_linear_logprobs(
@@ -55,7 +55,7 @@ def sharded_linear_logprobs(
         taus = None if taus is None else taus.index_select(0, rows)
     hidden = shard.enter(hidden)
     options = (softmax.temperature, head.softcap, head.logit_scale, softmax.local_size, compact, softmax.kernels)
-    logp, entropy = _FromHidden.apply(  # type: ignore[no-untyped-call]
+    logp, entropy = _ShardedLinearLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, columns, taus, options, rows is not None, with_entropy, store, shard
     )
     if rows is not None:
@@ -78,7 +78,7 @@ def _whole(
     return logp, entropy, (maximum, peak, state.mean.squeeze(-1))
 
 
-class _FromLogits(torch.autograd.Function):
+class _ShardedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -104,7 +104,7 @@ class _FromLogits(torch.autograd.Function):
         return logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, *ctx.options, True), *(None,) * 6
 
 
-class _FromHidden(torch.autograd.Function):
+class _ShardedLinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
