@@ -1,16 +1,8 @@
 """Texts that docstrings share: each is written once, and every `help()` is whole.
 
-    @documented(LOGITS_ARGS)
-    def forward_kl(logits, ...):
-        \"""...
-
-Args:
-            {logits}
-            {temperature}
-        \"""
-
-A line that holds nothing but `{name}` becomes the entry `name: text`, wrapped. The function itself stays what it is, so
-type checkers, `torch.compile` and pickling see no decorator.
+A line of a docstring that holds nothing but `{name}` stands for a text that several functions share. The decorator
+`@documented(TEXTS)` replaces it by the entry `name: text`, wrapped. It returns the function that it was given, so type
+checkers, `torch.compile` and pickling see no decorator.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ on either side, each with its own width, dtype, bias, softcap and scale. Logits 
 memory does not grow with T * V, and tokens that `loss_mask` leaves out cost nothing. Finding them waits for the device
 once.
 
-Everything is computed in float32, or float64 where any input is; half-precision heads are widened slice by slice, or
-multiplied as they are into float32 by the kernels. The student's hidden states, weight and bias get gradients, in their
-dtypes; the teacher's get none. Logits that are masked out, or whose incoming gradient is 0, leave no trace, whatever
-their hidden states hold. What -inf logits (from a bias) do is in `_divergences`.
+Everything is computed in float32, or float64 where any input is. Half-precision heads are widened slice by slice; the
+kernels multiply them as they are, into float32. The student's hidden states, weight and bias get gradients in their
+dtypes; the teacher's get none. A token that is masked out, or whose incoming gradient is 0, leaves no trace, even if
+its hidden states hold NaN. `from_logits.py` says what logits of -inf (from a bias) do.
 """
 
 from __future__ import annotations
@@ -18,13 +18,34 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed import VocabShard
-from kdloss._softmax.head import Head, prepare_head
+from kdloss._docs import documented
+from kdloss._softmax.head import HEAD_ARGS, Head, prepare_head
 
 from .from_logits import check_share
 from .hidden_op import linear_divergence, sharded_linear_divergence
 from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL, Form
 
+LINEAR_ARGS = HEAD_ARGS | {
+    "weight": """(V, D) the student's output head. Differentiable. If neither it nor `bias` requires grad, the gradient
+    is
+        computed in the forward, and the backward is one multiplication.""",
+    "loss_mask": "(T,) bool, True where a token is trained on.",
+    "temperature": """τ > 0, a number or (T,); both sides' logits are divided by it after `bias`, `logit_scale` and
+        `softcap`, in that order. It carries no gradient.""",
+    "vocab_size": """the true V, where the last rows of either head are padding: they get no mass and no gradient.
+        Required where the heads differ in rows.""",
+    "shard": """the slice of the vocabulary that both heads are, where each rank holds one (`VocabShard`). Hidden
+    states,
+        mask and the incoming gradient are the same on every rank, and the gradient of `hidden` is summed over the
+        ranks. The gradient is then always computed in the backward. DTensor heads beside DTensor hidden states need no
+        `shard`.""",
+    "ValueError": """shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where
+    the
+        kernels cannot run.""",
+}
 
+
+@documented(LINEAR_ARGS)
 def linear_forward_kl(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -43,40 +64,52 @@ def linear_forward_kl(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
-    """`forward_kl`, KL(p || q), from hidden states, for the trained tokens only.
+    """Forward KL from the teacher, from hidden states and output heads, for the trained tokens only.
+
+        KL(p || q) = sum_v p_v (log p_v - log q_v)
+
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
+    V) logits never exist at once.
 
     Args:
-        hidden: (T, D) of the student at prediction positions, any leading shape in place of T. Differentiable.
-        weight: (V, D) the student's head. Differentiable. Where neither it nor `bias` requires grad, the gradient is
-            taken in the forward, and the backward is one multiplication.
-        teacher_hidden: (T, D') of the teacher, at the same positions, of any width. Detached.
-        teacher_weight: (V, D') the teacher's head, of any dtype. Detached.
-        loss_mask: (T,) bool, the tokens that are trained on.
-        bias: (V,) of the student. Differentiable.
-        teacher_bias: (V,) of the teacher. Detached.
-        softcap: c > 0 of c * tanh(logits / c) for the student. None: none.
-        teacher_softcap: the same for the teacher.
-        logit_scale: finite factor of the student's logits, before the softcap.
-        teacher_logit_scale: the same for the teacher.
-        temperature: > 0, a number or (T,), for both sides, after all of these.
-        vocab_size: the true V, where the last rows of either head are padding; needed where the heads differ in rows.
-        shard: which slice of the vocabulary both heads are, where ranks hold one each (`VocabShard`): what else is the
-            same on every rank, as in `linear_token_logprobs`. The gradient is then taken in the backward, always.
-        impl: "auto" | "torch" | "triton": the kernels where hidden is on a GPU; never; or else an error.
+        {hidden}
+        {weight}
+        {teacher_hidden}
+        {teacher_weight}
+        {loss_mask}
+        {bias}
+        {teacher_bias}
+        {softcap}
+        {teacher_softcap}
+        {logit_scale}
+        {teacher_logit_scale}
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
-        The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens.
+        The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens. +inf
+        where the teacher has mass on what the student excludes.
 
     Expected gradient:
-        That of `forward_kl` in the logits, (q - p) / temperature, carried through softcap, scale and head; gradients of
-        weight and bias are summed in float32 and rounded once.
+        ∇KL(p || q) = (q - p) / temperature in the logits, carried through softcap, scale and head. Gradients of weight
+        and bias are summed in float32 and rounded once.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where the
-            kernels cannot run.
+        {TypeError}
+        {ValueError}
 
-    Source: as `forward_kl`.
+    Example:
+        >>> import torch, kdloss
+        >>> weight = torch.tensor([0.5, 0.3, 0.2]).log()[:, None]
+        >>> teacher_weight = torch.tensor([0.2, 0.5, 0.3]).log()[:, None]
+        >>> hidden, loss_mask = torch.ones(2, 1), torch.tensor([True, False])
+        >>> kdloss.linear_forward_kl(hidden, weight, hidden, teacher_weight, loss_mask=loss_mask)
+        tensor([0.1938, 0.0000])
+
+    Source:
+        Hinton et al., arXiv 1503.02531, without the T² factor.
     """
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
@@ -84,6 +117,7 @@ def linear_forward_kl(
     return _linear(form, student, teacher, loss_mask, temperature, vocab_size, shard, impl)
 
 
+@documented(LINEAR_ARGS)
 def linear_reverse_kl(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -102,9 +136,52 @@ def linear_reverse_kl(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
-    """`reverse_kl`, KL(q || p), from hidden states, for the trained tokens only.
+    """Reverse KL to the teacher, from hidden states and output heads, for the trained tokens only.
 
-    Args, results and errors as in `linear_forward_kl`; value and expected gradient in the logits as in `reverse_kl`.
+        KL(q || p) = sum_v q_v (log q_v - log p_v)
+
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
+    V) logits never exist at once.
+
+    Args:
+        {hidden}
+        {weight}
+        {teacher_hidden}
+        {teacher_weight}
+        {loss_mask}
+        {bias}
+        {teacher_bias}
+        {softcap}
+        {teacher_softcap}
+        {logit_scale}
+        {teacher_logit_scale}
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
+
+    Returns:
+        The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens. +inf
+        where the student has mass on what the teacher excludes.
+
+    Expected gradient:
+        ∇KL(q || p) = q (log q/p - KL(q || p)) / temperature in the logits, carried through softcap, scale and head.
+        Gradients of weight and bias are summed in float32 and rounded once.
+
+    Raises:
+        {TypeError}
+        {ValueError}
+
+    Example:
+        >>> import torch, kdloss
+        >>> weight = torch.tensor([0.5, 0.3, 0.2]).log()[:, None]
+        >>> teacher_weight = torch.tensor([0.2, 0.5, 0.3]).log()[:, None]
+        >>> hidden, loss_mask = torch.ones(2, 1), torch.tensor([True, False])
+        >>> kdloss.linear_reverse_kl(hidden, weight, hidden, teacher_weight, loss_mask=loss_mask)
+        tensor([0.2238, 0.0000])
+
+    Source:
+        MiniLLM, arXiv 2306.08543, for one token.
     """
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
@@ -112,6 +189,7 @@ def linear_reverse_kl(
     return _linear(form, student, teacher, loss_mask, temperature, vocab_size, shard, impl)
 
 
+@documented(LINEAR_ARGS)
 def linear_generalized_jsd(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -131,10 +209,55 @@ def linear_generalized_jsd(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
-    """`generalized_jsd`, β KL(p || m) + (1-β) KL(q || m), from hidden states, for the trained tokens only.
+    """Generalised Jensen-Shannon divergence, from hidden states and output heads, for the trained tokens only.
 
-    Args, results and errors as in `linear_forward_kl`; `beta`, value and expected gradient in the logits as in
-    `generalized_jsd`.
+        β KL(p || m) + (1-β) KL(q || m),   m = β p + (1-β) q
+
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
+    V) logits never exist at once.
+
+    Args:
+        {hidden}
+        {weight}
+        {teacher_hidden}
+        {teacher_weight}
+        {loss_mask}
+        beta: β, 0 < β < 1. JSD / (β (1-β)) tends to the forward KL as β → 0 and to the reverse KL as β → 1; JSD itself
+            goes to 0 at both ends.
+        {bias}
+        {teacher_bias}
+        {softcap}
+        {teacher_softcap}
+        {logit_scale}
+        {teacher_logit_scale}
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
+
+    Returns:
+        The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens. At
+        most the entropy of (β, 1-β): always finite.
+
+    Expected gradient:
+        ∇JSD = (1-β) q (log q/m - KL(q || m)) / temperature in the logits, carried through softcap, scale and head.
+        Gradients of weight and bias are summed in float32 and rounded once.
+
+    Raises:
+        {TypeError}
+        ValueError: `beta` is 0 or 1 (use the KL that the error names), shapes, devices or
+            vocabularies disagree, an option is out of range, or `impl` is "triton" where the kernels cannot run.
+
+    Example:
+        >>> import torch, kdloss
+        >>> weight = torch.tensor([0.5, 0.3, 0.2]).log()[:, None]
+        >>> teacher_weight = torch.tensor([0.2, 0.5, 0.3]).log()[:, None]
+        >>> hidden, loss_mask = torch.ones(2, 1), torch.tensor([True, False])
+        >>> kdloss.linear_generalized_jsd(hidden, weight, hidden, teacher_weight, loss_mask=loss_mask, beta=0.5)
+        tensor([0.0509, 0.0000])
+
+    Source:
+        GKD, arXiv 2306.13649, section 3, where p is the teacher.
     """
     check_share("beta", beta, linear_forward_kl.__name__, linear_reverse_kl.__name__)
     student = Head(hidden, weight, bias, softcap, logit_scale)
@@ -143,6 +266,7 @@ def linear_generalized_jsd(
     return _linear(form, student, teacher, loss_mask, temperature, vocab_size, shard, impl)
 
 
+@documented(LINEAR_ARGS)
 def linear_skewed_forward_kl(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -162,10 +286,54 @@ def linear_skewed_forward_kl(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
-    """`skewed_forward_kl`, KL(p || α p + (1-α) q), from hidden states, for the trained tokens only.
+    """Skewed forward KL, from hidden states and output heads, for the trained tokens only.
 
-    Args, results and errors as in `linear_forward_kl`; `alpha`, value and expected gradient in the logits as in
-    `skewed_forward_kl`.
+        KL(p || m),   m = α p + (1-α) q
+
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
+    V) logits never exist at once.
+
+    Args:
+        {hidden}
+        {weight}
+        {teacher_hidden}
+        {teacher_weight}
+        {loss_mask}
+        alpha: α, the teacher's share of the mixture, 0 < α < 1; DistiLLM takes 0.1.
+        {bias}
+        {teacher_bias}
+        {softcap}
+        {teacher_softcap}
+        {logit_scale}
+        {teacher_logit_scale}
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
+
+    Returns:
+        The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens. At
+        most -log α: always finite.
+
+    Expected gradient:
+        ∇KL(p || m) = (q sum_u p_u w_u - p w) / temperature in the logits, w = (1-α) q/m, carried through softcap, scale
+        and head. Gradients of weight and bias are summed in float32 and rounded once.
+
+    Raises:
+        {TypeError}
+        ValueError: `alpha` is 0 (use `linear_forward_kl`) or 1 (the divergence is 0 for any student), shapes, devices
+            or vocabularies disagree, an option is out of range, or `impl` is "triton" where the kernels cannot run.
+
+    Example:
+        >>> import torch, kdloss
+        >>> weight = torch.tensor([0.5, 0.3, 0.2]).log()[:, None]
+        >>> teacher_weight = torch.tensor([0.2, 0.5, 0.3]).log()[:, None]
+        >>> hidden, loss_mask = torch.ones(2, 1), torch.tensor([True, False])
+        >>> kdloss.linear_skewed_forward_kl(hidden, weight, hidden, teacher_weight, loss_mask=loss_mask, alpha=0.1)
+        tensor([0.1593, 0.0000])
+
+    Source:
+        DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, linear_forward_kl.__name__, None)
     student = Head(hidden, weight, bias, softcap, logit_scale)
@@ -174,6 +342,7 @@ def linear_skewed_forward_kl(
     return _linear(form, student, teacher, loss_mask, temperature, vocab_size, shard, impl)
 
 
+@documented(LINEAR_ARGS)
 def linear_skewed_reverse_kl(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -193,10 +362,54 @@ def linear_skewed_reverse_kl(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,)
-    """`skewed_reverse_kl`, KL(q || (1-α) p + α q), from hidden states, for the trained tokens only.
+    """Skewed reverse KL, from hidden states and output heads, for the trained tokens only.
 
-    Args, results and errors as in `linear_forward_kl`; `alpha`, value and expected gradient in the logits as in
-    `skewed_reverse_kl`.
+        KL(q || m),   m = (1-α) p + α q
+
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
+    V) logits never exist at once.
+
+    Args:
+        {hidden}
+        {weight}
+        {teacher_hidden}
+        {teacher_weight}
+        {loss_mask}
+        alpha: α, the student's share of the mixture, 0 < α < 1; DistiLLM takes 0.1.
+        {bias}
+        {teacher_bias}
+        {softcap}
+        {teacher_softcap}
+        {logit_scale}
+        {teacher_logit_scale}
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
+
+    Returns:
+        The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens. At
+        most -log α: always finite.
+
+    Expected gradient:
+        ∇KL(q || m) = q (h - sum_u q_u h_u) / temperature in the logits, h = log q/m - α q/m, carried through softcap,
+        scale and head. Gradients of weight and bias are summed in float32 and rounded once.
+
+    Raises:
+        {TypeError}
+        ValueError: `alpha` is 0 (use `linear_reverse_kl`) or 1 (the divergence is 0 for any student), shapes, devices
+            or vocabularies disagree, an option is out of range, or `impl` is "triton" where the kernels cannot run.
+
+    Example:
+        >>> import torch, kdloss
+        >>> weight = torch.tensor([0.5, 0.3, 0.2]).log()[:, None]
+        >>> teacher_weight = torch.tensor([0.2, 0.5, 0.3]).log()[:, None]
+        >>> hidden, loss_mask = torch.ones(2, 1), torch.tensor([True, False])
+        >>> kdloss.linear_skewed_reverse_kl(hidden, weight, hidden, teacher_weight, loss_mask=loss_mask, alpha=0.1)
+        tensor([0.1730, 0.0000])
+
+    Source:
+        DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, linear_reverse_kl.__name__, None)
     student = Head(hidden, weight, bias, softcap, logit_scale)

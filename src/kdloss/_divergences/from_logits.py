@@ -2,16 +2,16 @@
 
     q = softmax(logits / τ),   p = softmax(teacher_logits / τ)
 
-Each is the exact expectation that a sampled estimator only averages to: no noise, at V numbers a token from a teacher.
-The gradient goes to the student's logits alone, `teacher_logits` that require grad get none.
+Each is the exact expectation that a sampled estimator only averages to: it has no noise, and needs V logits per token
+from a teacher. Only the student's logits get a gradient; `teacher_logits` that require grad get none.
 
 A logit of -inf is a mass of 0 and legal on either side: 0 log 0 is 0, and a divergence that divides a mass by 0 is
-+inf, not NaN. NaN and +inf make their own row NaN and no other, and a row with an incoming gradient of 0 gets exactly 0
-whatever it holds: `token_mean` and `where` keep untrained rows out.
++inf, not NaN. NaN and +inf make their own row NaN and no other. A row whose incoming gradient is 0 gets exactly 0, even
+if it holds NaN: `token_mean` and `where` keep untrained rows out.
 
 Half-precision logits are widened before anything else. Rows go through a scratch of a few MB, so peak extra memory is
-the gradient; the kernels that a GPU runs need none. There is no T² factor: scale losses of another temperature by hand
-if you want Hinton's.
+the gradient; the kernels that a GPU runs need no scratch. There is no T² factor: multiply losses of another temperature
+by it yourself if you want Hinton's.
 """
 
 from __future__ import annotations
@@ -20,12 +20,26 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed import VocabShard
-from kdloss._softmax.vocabulary import prepare_logits
+from kdloss._docs import documented
+from kdloss._softmax.vocabulary import LOGITS_ARGS, prepare_logits
 
 from .logits_op import divergence
 from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL, Form
 
+DIVERGENCE_ARGS = LOGITS_ARGS | {
+    "teacher_logits": "(..., V) with the leading shape and the vocabulary of `logits`. Detached.",
+    "temperature": "τ > 0, a number or one value per row, for both sides. It carries no gradient.",
+    "vocab_size": """the true V, where the last columns of either side are padding: they get no mass and no gradient.
+        Required where the sides differ in width.""",
+    "shard": """the slice of the vocabulary that these logits and the teacher's are, where each rank holds one
+        (`VocabShard`). Logits that are DTensors placed `Shard(-1)` need no `shard`.""",
+    "ValueError": """shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where
+    the
+        kernels cannot run.""",
+}
 
+
+@documented(DIVERGENCE_ARGS)
 def forward_kl(
     logits: Tensor,  # (..., V)
     teacher_logits: Tensor,  # (..., V)
@@ -38,14 +52,12 @@ def forward_kl(
     """Forward KL from the teacher: KL(p || q) = sum_v p_v (log p_v - log q_v). Mass-covering.
 
     Args:
-        logits: (..., V) of the student, any floating dtype and strides. Differentiable.
-        teacher_logits: (..., V) of the same leading shape and vocabulary. Detached.
-        temperature: > 0, a number or one value a row, for both sides. It carries no gradient.
-        vocab_size: the true V, where the last columns of either side are padding; needed where the sides differ in
-            width. Padding gets no mass and no gradient.
-        shard: which slice of the vocabulary these logits and the teacher's are, where ranks hold one each
-            (`VocabShard`). Logits that are DTensors placed `Shard(-1)` need none.
-        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
+        {logits}
+        {teacher_logits}
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
         (...,) nats, float32 for half-precision logits. +inf where the teacher has mass on what the student excludes.
@@ -55,15 +67,24 @@ def forward_kl(
         finite, where the value is +inf.
 
     Raises:
-        TypeError: logits are not floating-point.
-        ValueError: shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where the
-            kernels cannot run.
+        {TypeError}
+        {ValueError}
 
-    Source: Hinton et al., arXiv 1503.02531, without the T² factor.
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log().requires_grad_()
+        >>> teacher_logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+        >>> kdloss.forward_kl(logits, teacher_logits).sum().backward()
+        >>> logits.grad  # q - p
+        tensor([[ 0.3000, -0.2000, -0.1000]])
+
+    Source:
+        Hinton et al., arXiv 1503.02531, without the T² factor.
     """
     return _of_logits(Form(FORWARD_KL), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
+@documented(DIVERGENCE_ARGS)
 def reverse_kl(
     logits: Tensor,  # (..., V)
     teacher_logits: Tensor,  # (..., V)
@@ -75,21 +96,40 @@ def reverse_kl(
 ) -> Tensor:  # (...,)
     """Reverse KL to the teacher: KL(q || p) = sum_v q_v (log q_v - log p_v). Mode-seeking.
 
-    Args, dtypes and errors as in `forward_kl`.
+    Args:
+        {logits}
+        {teacher_logits}
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
-        (...,) nats. +inf where the student has mass on what the teacher excludes.
+        (...,) nats, float32 for half-precision logits. +inf where the student has mass on what the teacher excludes.
 
     Expected gradient:
         ∇KL(q || p) = q (log q/p - KL(q || p)) / temperature: what `distillation_loss` has in expectation over sampled
-        tokens, with no variance. Not finite in a row whose value is +inf: exclude the same tokens on both sides, or
+        tokens, without variance. Not finite in a row whose value is +inf: exclude the same tokens on both sides, or
         take a form that is bounded there (`generalized_jsd`, `skewed_reverse_kl`).
 
-    Source: MiniLLM, arXiv 2306.08543, for one token.
+    Raises:
+        {TypeError}
+        {ValueError}
+
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> teacher_logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+        >>> kdloss.reverse_kl(logits, teacher_logits)
+        tensor([0.2238])
+
+    Source:
+        MiniLLM, arXiv 2306.08543, for one token.
     """
     return _of_logits(Form(REVERSE_KL), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
+@documented(DIVERGENCE_ARGS)
 def generalized_jsd(
     logits: Tensor,  # (..., V)
     teacher_logits: Tensor,  # (..., V)
@@ -103,30 +143,41 @@ def generalized_jsd(
     """Generalised Jensen-Shannon divergence: β KL(p || m) + (1-β) KL(q || m), m = β p + (1-β) q.
 
     Args:
-        logits: as in `forward_kl`, and so are the arguments that are not named here.
-        teacher_logits: as in `forward_kl`.
+        {logits}
+        {teacher_logits}
         beta: β, 0 < β < 1. JSD / (β (1-β)) tends to the forward KL as β → 0 and to the reverse KL as β → 1, and is
-            accurate on the way: the mixture is taken in log space. JSD itself goes to 0 there.
-        temperature: as in `forward_kl`.
-        vocab_size: as in `forward_kl`.
-        shard: as in `forward_kl`.
-        impl: as in `forward_kl`.
+            accurate on the way: the mixture is taken in log space. JSD itself goes to 0 at both ends.
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
-        (...,) nats, at most the entropy of (β, 1-β), log 2 at ½: always finite.
+        (...,) nats, float32 for half-precision logits. At most the entropy of (β, 1-β), log 2 at β = ½: always finite.
 
     Expected gradient:
         ∇JSD = (1-β) q (log q/m - KL(q || m)) / temperature: the mixture moves with the student.
 
     Raises:
-        ValueError: `beta` is 0 or 1 (use the KL that is named), or as in `forward_kl`.
+        {TypeError}
+        ValueError: `beta` is 0 or 1 (use the KL that the error names), shapes, devices or vocabularies disagree, an
+            option is out of range, or `impl` is "triton" where the kernels cannot run.
 
-    Source: GKD, arXiv 2306.13649, section 3, p being the teacher.
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> teacher_logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+        >>> kdloss.generalized_jsd(logits, teacher_logits, beta=0.5)
+        tensor([0.0509])
+
+    Source:
+        GKD, arXiv 2306.13649, section 3, where p is the teacher.
     """
     check_share("beta", beta, forward_kl.__name__, reverse_kl.__name__)
     return _of_logits(Form(GENERALIZED_JSD, beta), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
+@documented(DIVERGENCE_ARGS)
 def skewed_forward_kl(
     logits: Tensor,  # (..., V)
     teacher_logits: Tensor,  # (..., V)
@@ -140,29 +191,40 @@ def skewed_forward_kl(
     """Skewed forward KL: KL(p || m), m = α p + (1-α) q. The forward KL with bounded ratios.
 
     Args:
-        logits: as in `forward_kl`, and so are the arguments that are not named here.
-        teacher_logits: as in `forward_kl`.
+        {logits}
+        {teacher_logits}
         alpha: α, the teacher's share of the mixture, 0 < α < 1; DistiLLM takes 0.1.
-        temperature: as in `forward_kl`.
-        vocab_size: as in `forward_kl`.
-        shard: as in `forward_kl`.
-        impl: as in `forward_kl`.
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
-        (...,) nats, at most -log α: always finite.
+        (...,) nats, float32 for half-precision logits. At most -log α: always finite.
 
     Expected gradient:
         ∇KL(p || m) = (q sum_u p_u w_u - p w) / temperature, w = (1-α) q/m.
 
     Raises:
-        ValueError: `alpha` is 0 (use `forward_kl`) or 1 (it is 0 for any student), or as in `forward_kl`.
+        {TypeError}
+        ValueError: `alpha` is 0 (use `forward_kl`) or 1 (the divergence is 0 for any student), shapes, devices or
+            vocabularies disagree, an option is out of range, or `impl` is "triton" where the kernels cannot run.
 
-    Source: DistiLLM, arXiv 2402.03898, section 3.1.
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> teacher_logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+        >>> kdloss.skewed_forward_kl(logits, teacher_logits, alpha=0.1)
+        tensor([0.1593])
+
+    Source:
+        DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, forward_kl.__name__, None)
     return _of_logits(Form(SKEWED_FORWARD_KL, alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
+@documented(DIVERGENCE_ARGS)
 def skewed_reverse_kl(
     logits: Tensor,  # (..., V)
     teacher_logits: Tensor,  # (..., V)
@@ -176,24 +238,35 @@ def skewed_reverse_kl(
     """Skewed reverse KL: KL(q || m), m = (1-α) p + α q. The reverse KL with bounded ratios.
 
     Args:
-        logits: as in `forward_kl`, and so are the arguments that are not named here.
-        teacher_logits: as in `forward_kl`.
+        {logits}
+        {teacher_logits}
         alpha: α, the student's share of the mixture, 0 < α < 1; DistiLLM takes 0.1.
-        temperature: as in `forward_kl`.
-        vocab_size: as in `forward_kl`.
-        shard: as in `forward_kl`.
-        impl: as in `forward_kl`.
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
-        (...,) nats, at most -log α: finite where the teacher excludes what the student does not.
+        (...,) nats, float32 for half-precision logits. At most -log α: finite even where the teacher excludes what the
+        student does not.
 
     Expected gradient:
         ∇KL(q || m) = q (h - sum_u q_u h_u) / temperature, h = log q/m - α q/m: the mixture moves with the student.
 
     Raises:
-        ValueError: `alpha` is 0 (use `reverse_kl`) or 1 (it is 0 for any student), or as in `forward_kl`.
+        {TypeError}
+        ValueError: `alpha` is 0 (use `reverse_kl`) or 1 (the divergence is 0 for any student), shapes, devices or
+            vocabularies disagree, an option is out of range, or `impl` is "triton" where the kernels cannot run.
 
-    Source: DistiLLM, arXiv 2402.03898, section 3.1.
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> teacher_logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+        >>> kdloss.skewed_reverse_kl(logits, teacher_logits, alpha=0.1)
+        tensor([0.1730])
+
+    Source:
+        DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, reverse_kl.__name__, None)
     return _of_logits(Form(SKEWED_REVERSE_KL, 1 - alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
@@ -217,7 +290,7 @@ def _of_logits(
 
 
 def check_share(name: str, share: float, at_0: str, at_1: str | None) -> None:
-    """A share of a mixture, strictly between 0 and 1; at either end, the error says what to use."""
+    """A share of a mixture is strictly between 0 and 1; at either end, the error says which function to use."""
     _checks.finite(**{name: share})
     if 0 < share < 1:
         return

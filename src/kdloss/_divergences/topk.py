@@ -1,4 +1,4 @@
-"""Divergences from a teacher that gives K log-probs a token, as scoring servers do.
+"""Divergences from a teacher that gives K log-probs per token, as scoring servers do.
 
     S = the ids of a row,   P = sum of p over S,   Q = sum of q over S,   q = softmax(logits / τ)
 
@@ -8,17 +8,17 @@
 | "renormalize" | p_S / P with q_S / Q: inside S only | yes, but blind to Q; identically 0 at K = 1 |
 | "truncate" | the sum over S of the full form's terms | no: it may be negative, and is not clamped |
 
-The bucket is what to take. Its optimum has q = p on S and the right mass outside. Renormalising never moves mass into S
-or out of it. Truncating moves it without a bound: see the gradients of each function.
+Take the bucket. Its optimum has q = p on S and the right mass outside. "renormalize" never moves mass into S or out of
+it. "truncate" moves it without a bound: see the gradient in each function's docstring.
 
-Rows with fewer ids are padded with id -1, whatever their log-probs hold; a row of padding alone is 0 without gradient.
-What either side excludes altogether cannot be renormalised: such a row is NaN.
-S may be the teacher's top K or the student's: for `topk_reverse_kl` and student-owned support, pass the student's own
-top ids and the teacher's log-probs of those. How S was chosen carries no gradient.
+Rows with fewer ids are padded with id -1; their log-probs there are not read. A row of padding alone is 0 without
+gradient. A row in which either side excludes all of S cannot be renormalised: it is NaN. S may be the teacher's top K
+or the student's. The choice of S carries no gradient.
 
-A teacher's log-probs are rounded, and may leave no room for a tail, or 1e-8 of it. A tail below 8 epsilons of the dtype
-of the computation counts as 0 where it is the numerator, as 8 epsilons where it is the denominator, so that rounding
-alone makes nothing infinite. Keep the log-probs in float32: rounded to bf16 they are off by 1 %, and so is their tail.
+A teacher's log-probs are rounded, and may leave no room for a tail, or a spurious one of 1e-8. A tail below 8 epsilons
+of the dtype of the computation counts as 0 where it is the numerator, and as 8 epsilons where it is the denominator, so
+that rounding alone makes nothing infinite. Keep the log-probs in float32: rounded to bf16 they are off by 1 %, and so
+is their tail.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed import VocabShard
-from kdloss._softmax.vocabulary import Softmax, prepare_logits
+from kdloss._docs import documented
+from kdloss._softmax.vocabulary import LOGITS_ARGS, Softmax, prepare_logits
 
 from .from_logits import check_share
 from .logits_op import divergence
@@ -39,10 +40,23 @@ from .topk_op import kept_and_rest
 
 PADDING = -1
 TAILS = ("bucket", "renormalize", "truncate")
-# log-ratios beyond it are 0 or 1 to a sigmoid
+# the sigmoid of a log-ratio beyond it is 0 or 1
 _SATURATED = 1e4
 
+TOPK_ARGS = LOGITS_ARGS | {
+    "teacher_topk_logp": """(..., K) nats, the teacher's log-probs of the ids, at the sampling temperature, normalised
+        over the whole vocabulary. Detached. -inf is legal.""",
+    "teacher_topk_ids": "(..., K) int32 or int64, distinct within a row, in any order; -1 is padding.",
+    "temperature": """τ > 0, a number or one value per row, for the student only: the teacher's log-probs already have
+    it.
+        It carries no gradient.""",
+    "ValueError": """shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
+        run, or (on the CPU) an id is twice in a row or outside the vocabulary. Elsewhere, and under `torch.compile`,
+        such a row is NaN.""",
+}
 
+
+@documented(TOPK_ARGS)
 def topk_forward_kl(
     logits: Tensor,  # (..., V)
     teacher_topk_logp: Tensor,  # (..., K)
@@ -54,41 +68,46 @@ def topk_forward_kl(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
-    """Forward KL from a teacher's K log-probs: sum_S p (log p - log q), and the tail as `tail` says.
+    """Forward KL from a teacher's K log-probs: sum_S p (log p - log q), and a tail.
 
     Args:
-        logits: (..., V) of the student, any floating dtype and strides. Differentiable.
-        teacher_topk_logp: (..., K) nats, the teacher's log-probs of the ids, at the sampling temperature, normalised
-            over the whole vocabulary. Detached. -inf is legal.
-        teacher_topk_ids: (..., K) int32 or int64, distinct in a row, in any order; -1 is padding.
+        {logits}
+        {teacher_topk_logp}
+        {teacher_topk_ids}
         tail: "bucket" adds (1-P) log (1-P)/(1-Q), "renormalize" divides by P and Q first, "truncate" does neither.
-        temperature: > 0, a number or one value a row, for the student; the teacher's log-probs have it already.
-        vocab_size: the true V, where the last columns of `logits` are padding.
-        shard: which slice of the vocabulary these logits are, where ranks hold one each (`VocabShard`); the ids are
-            those of the whole vocabulary. Logits that are a DTensor placed `Shard(-1)` need none.
-        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
         (...,) nats, float32 for half-precision inputs. "bucket" and "renormalize": >= 0, +inf where the student
-        excludes what the teacher does not. "truncate": from P log P up, negative where the student puts more than P
-        on S in the teacher's proportions.
+        excludes what the teacher does not. "truncate": at least P log P; negative where the student puts more than P on
+        S in the teacher's proportions.
 
     Expected gradient, times 1 / temperature:
         "bucket": q - p on S, q - (1-P) q/(1-Q) outside. "renormalize": q/Q - p/P on S, 0 outside. "truncate": P q - p
         on S, P q outside: it pulls all mass out of the tail, towards q = p/P on S.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
-            run, or (on the CPU) an id is twice in a row or outside the vocabulary. Elsewhere, and under
-            `torch.compile`, such a row is NaN.
+        {TypeError}
+        {ValueError}
 
-    Source: the bucket is the forward KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> logp, ids = torch.tensor([[0.5]]).log(), torch.tensor([[1]])  # the teacher's most probable token
+        >>> kdloss.topk_forward_kl(logits, logp, ids, tail="bucket")
+        tensor([0.0872])
+
+    Source:
+        The bucket is the forward KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
     """
     form = Form(FORWARD_KL, 0.5)
     return _topk(form, logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, shard, impl)
 
 
+@documented(TOPK_ARGS)
 def topk_reverse_kl(
     logits: Tensor,  # (..., V)
     teacher_topk_logp: Tensor,  # (..., K)
@@ -100,26 +119,49 @@ def topk_reverse_kl(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
-    """Reverse KL to a teacher's K log-probs: sum_S q (log q - log p), and the tail as `tail` says.
+    """Reverse KL to a teacher's K log-probs: sum_S q (log q - log p), and a tail.
 
-    Args and errors as in `topk_forward_kl`. The mass that is compared is the student's, so the student's own top ids
-    are the better support: pass them as `teacher_topk_ids`, with the teacher's log-probs of them.
+    The mass that is compared is the student's, so the student's own top ids are the better support: pass them as
+    `teacher_topk_ids`, with the teacher's log-probs of them.
+
+    Args:
+        {logits}
+        {teacher_topk_logp}
+        {teacher_topk_ids}
+        tail: "bucket" adds (1-Q) log (1-Q)/(1-P), "renormalize" divides by P and Q first, "truncate" does neither.
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
-        (...,) nats. "bucket" and "renormalize": >= 0, +inf where the student has mass on what the teacher excludes.
-        "truncate": may be negative.
+        (...,) nats, float32 for half-precision inputs. "bucket" and "renormalize": >= 0, +inf where the student has
+        mass on what the teacher excludes. "truncate": may be negative.
 
     Expected gradient, times 1 / temperature, with h = log q/p on S:
-        "bucket": q (h - F) on S, q (log (1-Q)/(1-P) - F) outside, F being the value. "renormalize": the same of q/Q and
-        p/P, 0 outside. "truncate": q (h + 1 - C) on S, -q C outside, C = sum_S q (h + 1): where the student agrees with
-        the teacher it still moves mass out of S.
+        "bucket": q (h - F) on S, q (log (1-Q)/(1-P) - F) outside, where F is the value. "renormalize": the same of q/Q
+        and p/P, 0 outside. "truncate": q (h + 1 - C) on S, -q C outside, C = sum_S q (h + 1): where the student agrees
+        with the teacher it still moves mass out of S.
 
-    Source: as `topk_forward_kl`.
+    Raises:
+        {TypeError}
+        {ValueError}
+
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> logp, ids = torch.tensor([[0.5]]).log(), torch.tensor([[1]])  # the teacher's most probable token
+        >>> kdloss.topk_reverse_kl(logits, logp, ids, tail="bucket")
+        tensor([0.0823])
+
+    Source:
+        The bucket is the reverse KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
     """
     form = Form(REVERSE_KL, 0.5)
     return _topk(form, logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, shard, impl)
 
 
+@documented(TOPK_ARGS)
 def topk_generalized_jsd(
     logits: Tensor,  # (..., V)
     teacher_topk_logp: Tensor,  # (..., K)
@@ -132,30 +174,42 @@ def topk_generalized_jsd(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
-    """Generalised JSD from a teacher's K log-probs: β KL(p || m) + (1-β) KL(q || m), the tail as `tail` says.
+    """Generalised JSD from a teacher's K log-probs: sum_S β KL(p || m) + (1-β) KL(q || m) and a tail, m = β p + (1-β) q.
 
     Args:
-        logits: as in `topk_forward_kl`, and so are the arguments that are not named here.
-        teacher_topk_logp: as in `topk_forward_kl`.
-        teacher_topk_ids: as in `topk_forward_kl`.
-        tail: as in `topk_forward_kl`: a bucket, a division by P and Q, or nothing.
-        beta: β, 0 < β < 1, as in `generalized_jsd`.
-        temperature: as in `topk_forward_kl`.
-        vocab_size: as in `topk_forward_kl`.
-        shard: as in `topk_forward_kl`.
-        impl: as in `topk_forward_kl`.
+        {logits}
+        {teacher_topk_logp}
+        {teacher_topk_ids}
+        tail: "bucket" adds the same two terms of the masses outside S, 1-P and 1-Q; "renormalize" divides by P and Q
+            first; "truncate" does neither.
+        beta: β, 0 < β < 1. JSD / (β (1-β)) tends to the forward KL as β → 0 and to the reverse KL as β → 1.
+        {temperature}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
-        (...,) nats, finite. "truncate": may be negative.
+        (...,) nats, float32 for half-precision inputs, finite. "truncate": may be negative.
 
     Expected gradient, times 1 / temperature, with a = log q/m on S:
-        "bucket": (1-β) q (a - C), a of the bucket outside S, C the mean of a under q. "renormalize": the same of q/Q
-        and p/P, 0 outside. "truncate": (1-β) q (a - C) on S, -(1-β) q C outside, C = sum_S q a.
+        "bucket": (1-β) q (a - C), with a of the bucket outside S, and C the mean of a under q. "renormalize": the same
+        of q/Q and p/P, 0 outside. "truncate": (1-β) q (a - C) on S, -(1-β) q C outside, C = sum_S q a.
 
     Raises:
-        ValueError: `beta` is 0 or 1 (use the KL that is named), or as in `topk_forward_kl`.
+        {TypeError}
+        ValueError: `beta` is 0 or 1 (use the KL that the error names), shapes or devices disagree, an option is out of
+            range, `impl` is "triton" where the kernels cannot run, or (on the CPU) an id is twice in a row or outside
+            the vocabulary. Elsewhere, and under `torch.compile`, such a row is NaN.
 
-    Source: as `generalized_jsd` and `topk_forward_kl`.
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> logp, ids = torch.tensor([[0.5]]).log(), torch.tensor([[1]])  # the teacher's most probable token
+        >>> kdloss.topk_generalized_jsd(logits, logp, ids, tail="bucket", beta=0.5)
+        tensor([0.0210])
+
+    Source:
+        GKD, arXiv 2306.13649, section 3, where p is the teacher; its coarse-graining (Cover and Thomas, theorem 2.7.1).
     """
     check_share("beta", beta, topk_forward_kl.__name__, topk_reverse_kl.__name__)
     return _topk(

@@ -2,12 +2,12 @@
 
     logits = softcap(logit_scale * (hidden @ weight.T + bias)),   then as from logits
 
-Only the rows with a label that is trained on meet the head, so time and memory go with their number. Which rows take
-part follows from the mask alone: the same mask gives the same bits. The backward leaves out those whose incoming
-gradient is 0 as well.
+Only rows with a trained label are multiplied with the head, so time and memory are proportional to their number. The
+mask alone decides which rows those are: the same mask gives the same bits. The backward also leaves out rows whose
+incoming gradient is 0.
 
-Finding the rows takes one wait for the device forward and one backward. `max_trained_tokens` is a static bound that
-removes both (CUDA graphs), and computes that many rows either way.
+Finding the rows waits for the device once forward and once backward. `max_trained_tokens`, a static bound, removes both
+waits (CUDA graphs), and then that many rows are always computed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed import VocabShard
-from kdloss._softmax.head import Head, Heads, prepare_head
+from kdloss._docs import documented
+from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_head
 from kdloss._softmax.vocabulary import IGNORE_INDEX, check_labels, label_columns
 
 from .from_logits import LogprobsAndEntropy
@@ -25,6 +26,7 @@ from .hidden_op import DEVICE_KEPT_BYTES, KEPT_BYTES, linear_logprobs
 from .sharded import sharded_linear_logprobs
 
 
+@documented(HEAD_ARGS)
 def linear_token_logprobs(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -40,36 +42,44 @@ def linear_token_logprobs(
     max_trained_tokens: int | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T,) or (T, K)
-    """`token_logprobs` of logits = logit_scale * (hidden @ weight.T + bias), for the trained tokens only.
+    """Log-probs of labels from hidden states and the output head, for the trained tokens only.
+
+        logp = log softmax(z)[label],   z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
+
+    Equal to `token_logprobs` of these logits, but the (T, V) logits never exist at once.
 
     Args:
-        hidden: (T, D) at prediction positions, any leading shape in place of T. Differentiable.
-        weight: (V, D) the output head, of any floating dtype. Differentiable.
-        labels: (T,) int64, or (T, K); -100 is ignored.
-        loss_mask: (T,) bool. None: every row with a label.
-        bias: (V,). Differentiable.
-        temperature: > 0, a number or (T,); applied after bias, logit_scale and softcap, in that order.
-        softcap: c > 0 of c * tanh(logits / c). None: none.
-        logit_scale: finite factor of the logits.
-        vocab_size: the true V, where the last rows of `weight` are padding.
-        shard: which slice of the vocabulary `weight` and `bias` are, where ranks hold one each (`VocabShard`). Hidden
-            states, labels, mask and the incoming gradient are the same on every rank; the gradient of `hidden` is
-            summed over them. A DTensor head beside DTensor hidden states needs none.
-        max_trained_tokens: a static bound on the trained tokens: no device sync. More trained tokens than this raise
-            on the CPU and give NaN elsewhere.
-        impl: "auto" | "torch" | "triton": the kernels where hidden is on a GPU; never; or else an error.
+        {hidden}
+        {weight}
+        {labels}
+        {loss_mask}
+        {bias}
+        {temperature}
+        {softcap}
+        {logit_scale}
+        {vocab_size}
+        {shard}
+        {max_trained_tokens}
+        {impl}
 
     Returns:
-        The shape of `labels`, nats, float32 for half-precision inputs. 0 without gradient at untrained tokens,
-        whatever their hidden states hold.
+        The shape of `labels`, nats, float32 for half-precision inputs. 0 without gradient at untrained tokens, even if
+        their hidden states hold NaN.
 
     Expected gradient:
-        That of log q(label). Gradients have the dtypes of their inputs.
+        That of log q(label), carried on to `hidden`, `weight` and `bias`, in the dtype of each.
 
     Raises:
-        TypeError: a dtype is wrong.
+        {TypeError}
         ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
-            run, or (on the CPU) a label is outside the vocabulary or `max_trained_tokens` is exceeded.
+            run, or (on the CPU) a label is outside the vocabulary or there are more than `max_trained_tokens`.
+
+    Example:
+        >>> import torch, kdloss
+        >>> weight = torch.tensor([[0.5, 0.1], [0.3, 0.6], [0.2, 0.3]]).log()
+        >>> labels, loss_mask = torch.tensor([0, 1]), torch.tensor([True, False])
+        >>> kdloss.linear_token_logprobs(torch.eye(2), weight, labels, loss_mask=loss_mask).exp()
+        tensor([0.5000, 1.0000])
     """
     head = Head(hidden, weight, bias, softcap, logit_scale)
     heads = prepare_head(
@@ -78,6 +88,7 @@ def linear_token_logprobs(
     return evaluate(heads, labels, loss_mask=loss_mask, max_trained_tokens=max_trained_tokens)[0]
 
 
+@documented(HEAD_ARGS)
 def linear_token_logprobs_and_entropy(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -93,12 +104,45 @@ def linear_token_logprobs_and_entropy(
     max_trained_tokens: int | None = None,
     impl: str = "auto",
 ) -> LogprobsAndEntropy:
-    """`linear_token_logprobs`, and the entropy of every trained row's distribution.
+    """Log-probs of labels and entropies from hidden states and the output head, for the trained tokens only.
 
-    Args, errors and the gradient as in `linear_token_logprobs`.
+        logp = log softmax(z)[label],   entropy = -sum_v p_v log p_v,   p = softmax(z)
+        z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
+
+    Equal to `token_logprobs_and_entropy` of these logits, but the (T, V) logits never exist at once.
+
+    Args:
+        {hidden}
+        {weight}
+        {labels}
+        {loss_mask}
+        {bias}
+        {temperature}
+        {softcap}
+        {logit_scale}
+        {vocab_size}
+        {shard}
+        {max_trained_tokens}
+        {impl}
 
     Returns:
-        `LogprobsAndEntropy(logp, entropy)`; `entropy` is (T,), nats, differentiable, 0 at untrained tokens.
+        `LogprobsAndEntropy(logp, entropy)`, nats, float32 for half-precision inputs. `logp` has the shape of `labels`,
+        `entropy` is (T,). Both are 0 without gradient at untrained tokens, even if their hidden states hold NaN.
+
+    Expected gradient:
+        Those of log q(label) and of the entropy, carried on to `hidden`, `weight` and `bias`, in the dtype of each.
+
+    Raises:
+        {TypeError}
+        ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
+            run, or (on the CPU) a label is outside the vocabulary or there are more than `max_trained_tokens`.
+
+    Example:
+        >>> import torch, kdloss
+        >>> hidden, weight = torch.ones(1, 2), torch.zeros(4, 2)  # uniform: the entropy is log 4
+        >>> out = kdloss.linear_token_logprobs_and_entropy(hidden, weight, torch.tensor([2]))
+        >>> out.logp, out.entropy
+        (tensor([-1.3863]), tensor([1.3863]))
     """
     head = Head(hidden, weight, bias, softcap, logit_scale)
     heads = prepare_head(
@@ -165,8 +209,9 @@ def select_rows(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(rows to compute (N,), the trained ones among them; trained rows that they have no room for (T,)).
 
-    Rows of None: whoever computes them finds them, as their number may not be known here (`torch.compile`). Nothing is
-    left out without a bound; with one that is too small every trained row is, so that none is right by luck.
+    Rows of None: the operator finds them, as their number may not be known here (`torch.compile`). Without a bound no
+    row is left out. If the bound is too small, every trained row is marked as left out, so that a partial result cannot
+    pass unnoticed.
     """
     if max_trained_tokens is None:
         return (None if torch.compiler.is_compiling() else trained.nonzero().squeeze(-1)), None

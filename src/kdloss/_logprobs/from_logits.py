@@ -6,7 +6,7 @@
 Everything is in float32, or float64 for float64 logits. Half-precision logits are widened before the subtraction: a
 log-prob rounded to bf16 is off by up to 3e-2 nats, which an importance ratio turns into 3 %.
 
-A label outside the vocabulary raises on the CPU; on other devices, and under `torch.compile`, its log-prob is NaN.
+A label outside the vocabulary raises on the CPU. On other devices, and under `torch.compile`, its log-prob is NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed import VocabShard
-from kdloss._softmax.vocabulary import as_columns, check_labels, label_columns, prepare_logits
+from kdloss._docs import documented
+from kdloss._softmax.vocabulary import LOGITS_ARGS, Softmax, as_columns, check_labels, label_columns, prepare_logits
 
 from .compiled import compiled_logprobs
 from .logits_op import logprobs
@@ -26,12 +27,18 @@ from .sharded import sharded_logprobs
 
 
 class LogprobsAndEntropy(NamedTuple):
-    """Log-probs of the labels and the entropy of the distribution they are read from, in nats. Both differentiable."""
+    """Log-probs of labels, and the entropy of the distributions that they are read from.
+
+    Attributes:
+        logp: (...,) or (..., K), the shape of the labels; nats. Differentiable.
+        entropy: (...,) one value per row; nats. Differentiable.
+    """
 
     logp: Tensor  # (...,) or (..., K), the shape of the labels
     entropy: Tensor  # (...,)
 
 
+@documented(LOGITS_ARGS)
 def token_logprobs(
     logits: Tensor,  # (..., V)
     labels: Tensor,  # (...,) or (..., K)
@@ -45,40 +52,38 @@ def token_logprobs(
     """Log-prob of each label under its row of logits: log softmax(z)[label], z = softcap(logits) / temperature.
 
     Args:
-        logits: (..., V) of any floating dtype and strides. Differentiable.
-        labels: (...,) int64, or (..., K) for K labels a row; -100 is ignored.
-        temperature: > 0, a number or one value a row; applied after the softcap. It carries no gradient.
-        softcap: c > 0 of c * tanh(logits / c). None: none.
-        vocab_size: the true V, where the last columns are padding: they get no mass and no gradient.
-        shard: which slice of the vocabulary these logits are, where ranks hold one each (`VocabShard`); labels are
-            those of the whole vocabulary. Logits that are a DTensor placed `Shard(-1)` need none.
-        impl: "auto" | "torch" | "triton": the kernels where logits are on a GPU; never; or else an error.
+        {logits}
+        {labels}
+        {temperature}
+        {softcap}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
         The shape of `labels`, nats, float32 for half-precision logits. 0 without gradient where the label is ignored,
-        whatever that row of logits holds; -inf where the label's logit is -inf.
+        even if that row of logits holds NaN; -inf where the label's logit is -inf.
 
     Expected gradient:
         That of log q(label): (onehot - softmax(z)) / temperature for the capped logits. Not a loss by itself.
 
     Raises:
-        TypeError: `logits` is not floating-point, or `labels` not int64.
+        {TypeError}
         ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
             run, or (on the CPU) a label is outside the vocabulary.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).log()
+        >>> logp = kdloss.token_logprobs(logits, torch.tensor([0, 1]))
+        >>> logp.exp()
+        tensor([0.5000, 0.6000])
     """
-    logp, _ = _evaluate(
-        logits,
-        labels,
-        temperature=temperature,
-        softcap=softcap,
-        vocab_size=vocab_size,
-        shard=shard,
-        impl=impl,
-        with_entropy=False,
-    )
-    return logp
+    logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
+    return _evaluate(logits, labels, softcap, softmax, with_entropy=False)[0]
 
 
+@documented(LOGITS_ARGS)
 def token_logprobs_and_entropy(
     logits: Tensor,  # (..., V)
     labels: Tensor,  # (...,) or (..., K)
@@ -89,44 +94,50 @@ def token_logprobs_and_entropy(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> LogprobsAndEntropy:
-    """`token_logprobs`, and the entropy -sum_v p_v log p_v of every row, p = softmax(softcap(logits) / temperature).
+    """Log-prob of each label and entropy of each row, from one read of the logits.
 
-    Args, errors and what carries gradient as in `token_logprobs`.
+        logp = log softmax(z)[label],   z = softcap(logits) / temperature
+        entropy = -sum_v p_v log p_v,   p = softmax(z)
+
+    Args:
+        {logits}
+        {labels}
+        {temperature}
+        {softcap}
+        {vocab_size}
+        {shard}
+        {impl}
 
     Returns:
-        `LogprobsAndEntropy(logp, entropy)`: `entropy` is (...,), nats, differentiable, and 0 without gradient on rows
-        that have no label but -100. Logits of -inf have no mass and take no part.
+        `LogprobsAndEntropy(logp, entropy)`, nats, float32 for half-precision logits. `logp` has the shape of `labels`,
+        and is 0 without gradient where the label is ignored. `entropy` is (...,), and 0 without gradient in rows whose
+        labels are all ignored. A logit of -inf has no mass and adds nothing to the entropy.
 
     Expected gradient:
-        Those of log q(label) and of the entropy, exactly: the entropy is not an estimate.
+        That of log q(label), (onehot - softmax(z)) / temperature for the capped logits, and that of the entropy. Both
+        are exact: the entropy is no estimate.
+
+    Raises:
+        {TypeError}
+        ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
+            run, or (on the CPU) a label is outside the vocabulary.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.zeros(1, 4)  # uniform: the entropy is log 4, and so is -logp
+        >>> out = kdloss.token_logprobs_and_entropy(logits, torch.tensor([2]))
+        >>> out.logp, out.entropy
+        (tensor([-1.3863]), tensor([1.3863]))
     """
-    logp, entropy = _evaluate(
-        logits,
-        labels,
-        temperature=temperature,
-        softcap=softcap,
-        vocab_size=vocab_size,
-        shard=shard,
-        impl=impl,
-        with_entropy=True,
-    )
-    return LogprobsAndEntropy(logp, entropy)
+    logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
+    return LogprobsAndEntropy(*_evaluate(logits, labels, softcap, softmax, with_entropy=True))
 
 
 def _evaluate(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor,
-    softcap: float | None,
-    vocab_size: int | None,
-    shard: VocabShard | None,
-    impl: str,
-    with_entropy: bool,
+    logits: Tensor, labels: Tensor, softcap: float | None, softmax: Softmax, *, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy), the latter empty unless it is asked for."""
     _checks.positive(softcap=softcap)
-    logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
     shape = logits.shape[:-1]
     check_labels(labels, shape, softmax.vocab_size)
     _checks.same_device("logits", logits, labels=labels)

@@ -1,20 +1,21 @@
 """A per-token loss of the user's from hidden states, with its gradients, in one pass over the head.
 
-The two-step path computes log-probs, hands them to a loss, and in the backward computes the logits again: four products
-with the head. Here the loss is known while a chunk of logits is there, so its gradient is taken on the spot: three.
+The two-step path computes log-probs, passes them to a loss, and computes the logits again in the backward: four
+products with the head. Here the loss is known while a chunk of logits exists, so its gradient is taken on the spot:
+three products.
 
     for each chunk of trained rows:
         z = head(h)                            logp, entropy from it
         l = token_loss(logp, entropy, ...)     and dl / dlogp, dl / dentropy by torch.func.vjp
         dz from those,   dh = dz @ w,   dw += dz.T @ h
 
-That takes chunks of rows with the whole vocabulary, as a token's loss needs its log-prob complete, so dw accumulates
-over chunks, in float32. The gradients wait for the backward in float32, are scaled by the gradient that comes in, and
-only then rounded to the dtypes of their inputs: scaling is exact whatever a gradient scaler does.
+A chunk is some rows by the whole vocabulary, because the loss of a token needs its complete log-prob; so dw is summed
+over chunks, in float32. The gradients stay in float32 until the backward, which multiplies them by the incoming
+gradient and only then rounds them to the dtypes of their inputs: a gradient scaler loses no digits.
 
-Where the head is sharded, the states of a chunk's rows are put together before its loss: one all-gather a chunk, and as
-a slice of the vocabulary makes chunks long, there is one or a few. The gradient of hidden states is summed over the
-ranks in the backward.
+If the head is sharded, the states of a chunk's rows are merged before their loss: one all-gather per chunk. A slice of
+the vocabulary makes chunks long, so there are one or a few. The gradient of hidden states is summed over the ranks in
+the backward.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed import VocabShard
+from kdloss._docs import documented
 from kdloss._packing.reductions import token_mean
-from kdloss._softmax.head import Head, Heads, prepare_head
+from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_head
 from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, label_columns
 
 from .from_hidden import check_head_labels, evaluate, select_rows
@@ -41,13 +43,20 @@ _CHUNK_BYTES = {"cpu": 1 << 28, "other": 1 << 30}
 
 
 class FusedLoss(NamedTuple):
-    """The reduced loss, which is descended, and what it was computed from, for logging."""
+    """The reduced loss, which is descended, and what it was computed from, for logging.
+
+    Attributes:
+        loss: () the reduced loss. Differentiable in hidden states, weight and bias.
+        logp: (T,) log-probs of the labels in nats, detached; 0 at untrained tokens.
+        entropy: (T,) entropies in nats, detached; 0 at untrained tokens.
+    """
 
     loss: Tensor  # (), differentiable in hidden, weight and bias
     logp: Tensor  # (T,), detached, 0 at untrained tokens
     entropy: Tensor  # (T,), detached, 0 at untrained tokens
 
 
+@documented(HEAD_ARGS)
 def fused_linear_loss(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -65,38 +74,58 @@ def fused_linear_loss(
     max_trained_tokens: int | None = None,
     impl: str = "auto",
 ) -> FusedLoss:
-    """The token mean of `token_loss(logp, entropy, *token_inputs)`, and its gradients, in one pass over the head.
+    """The token mean of a per-token loss of your own, and its gradients, in one pass over the head.
 
-    loss = (1 / normalizer) * sum over trained t of token_loss(logp_t, entropy_t, ...)
+        loss = (1 / normalizer) * sum over trained t of token_loss(logp_t, entropy_t, ...)
 
-    Equal to `token_mean(token_loss(*linear_token_logprobs_and_entropy(...), ...), loss_mask=loss_mask)` in value and
-    gradient, with three products of the size of the head's instead of four.
+    Equal in value and gradient to `linear_token_logprobs_and_entropy`, then `token_loss`, then `token_mean`, with three
+    products of the head's size instead of four.
 
     Args:
-        hidden: (T, D) at prediction positions, any leading shape in place of T. Differentiable.
-        weight: (V, D) the output head, of any floating dtype. Differentiable.
-        labels: (T,) int64. -100 is ignored: logp and entropy are 0 there, without gradient.
-        token_loss: maps logp (t,), entropy (t,) and the same t rows of every token input to the losses (t,), by
-            operations that `torch.func` differentiates. Elementwise: the loss of a token hangs on that token alone.
-            It is called on some of the tokens at a time. Tensors that it captures get no gradient, and must not be
-            per token: those are `token_inputs`.
-        *token_inputs: detached per-token tensors of any dtype, (T,) or (T, ...); 0-dim tensors and None are handed on.
-        loss_mask: (T,) bool; the tokens that are trained on.
+        {hidden}
+        {weight}
+        labels: (T,) int64. -100 is ignored: log-prob and entropy are 0 there, without gradient.
+        token_loss: maps log-probs (t,), entropies (t,) and the same t rows of every token input to losses (t,), by
+            operations that `torch.func` differentiates. It is elementwise: the loss of a token depends only on that
+            token. It is called on some of the tokens at a time. Tensors that it captures get no gradient, and may not
+            be per token: pass those in `token_inputs`.
+        *token_inputs: per-token tensors of any dtype, (T,) or (T, ...), detached; 0-dim tensors and None are passed on.
+        loss_mask: (T,) bool, True where a token is trained on.
         normalizer: the denominator, a number or a 0-dim tensor, detached. None: the count of `loss_mask`.
-        bias, temperature, softcap, logit_scale, vocab_size, shard, max_trained_tokens, impl: as in
-            `linear_token_logprobs`.
+        {bias}
+        {temperature}
+        {softcap}
+        {logit_scale}
+        {vocab_size}
+        {shard}
+        {max_trained_tokens}
+        {impl}
 
     Returns:
-        `FusedLoss(loss, logp, entropy)`; only `loss` carries gradient, to hidden, weight and bias. Where the count or
-        the normalizer is 0, the loss is an attached 0.
+        `FusedLoss(loss, logp, entropy)`. Only `loss` carries gradient, to `hidden`, `weight` and `bias`. If the count
+        or the normalizer is 0, the loss is a 0 that is still attached to the graph.
 
     Expected gradient:
         That of `token_loss` under `token_mean`. With `kdrl_token_loss`: that of `kdrl_loss`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `linear_token_logprobs`; also where `token_loss` does not return
-            (t,), or, on the CPU, where the loss of one token moves with another (a sequence-level ratio, a discount):
+        {TypeError}
+        ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
+            run; `token_loss` does not return (t,); or, on the CPU, a label is outside the vocabulary, there are more
+            than `max_trained_tokens`, or the loss of one token moves with another (a sequence-level ratio, a discount):
             such a loss needs `linear_token_logprobs` and a loss on whole sequences.
+
+    Example:
+        >>> import torch, kdloss
+        >>> weight = torch.tensor([[0.5, 0.1], [0.3, 0.6], [0.2, 0.3]]).log().requires_grad_()
+        >>> labels, loss_mask = torch.tensor([0, 1]), torch.tensor([True, True])
+        >>> cross_entropy = lambda logp, entropy: -logp
+        >>> out = kdloss.fused_linear_loss(torch.eye(2), weight, labels, cross_entropy, loss_mask=loss_mask)
+        >>> out.loss.backward()
+        >>> weight.grad  # (q - onehot) / 2, a column per token
+        tensor([[-0.2500,  0.0500],
+                [ 0.1500, -0.2000],
+                [ 0.1000,  0.1500]])
     """
     _checks.tensors(loss_mask=loss_mask)
     _checks.normalizer(normalizer)

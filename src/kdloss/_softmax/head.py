@@ -47,6 +47,7 @@ HEAD_ARGS = {
     "teacher_weight": "(V, D') the teacher's output head, of any floating dtype. Detached.",
     "teacher_bias": "(V,) bias of the teacher's head. Detached. None: no bias.",
     "teacher_softcap": "softcap of the teacher's logits. None: no softcap.",
+    "TypeError": "a tensor has the wrong dtype, or is no tensor.",
     "teacher_logit_scale": "finite factor of the teacher's logits, applied before its softcap.",
 }
 

@@ -21,17 +21,16 @@ IGNORE_INDEX = -100
 # Arguments of the functions that take logits, for their docstrings (`_docs.py`).
 LOGITS_ARGS = {
     "logits": "(..., V) of the student, of any floating dtype and any strides. Differentiable.",
-    "teacher_logits": "(..., V) with the same leading shape and the same vocabulary as `logits`. Detached.",
     "labels": "(...,) int64, or (..., K) for K labels per row. -100 is ignored.",
-    "temperature": """> 0, a number or one value per row; z = softcap(logits) / temperature. It carries no gradient, and
+    "temperature": """> 0, a number or one value per row, which the logits are divided by. It carries no gradient, and
         there is no T² factor.""",
-    "softcap": "c > 0: logits become c * tanh(logits / c). None: no softcap.",
-    "vocab_size": """the true V, where the last columns are padding: they get no mass and no gradient. Required where
-        student and teacher differ in width.""",
+    "softcap": "c > 0: logits become c * tanh(logits / c), before the temperature. None: no softcap.",
+    "vocab_size": "the true V, where the last columns are padding: they get no mass and no gradient.",
     "shard": """the slice of the vocabulary that these logits are, where each rank holds one (`VocabShard`). Labels and
         ids always refer to the whole vocabulary. Logits that are DTensors placed `Shard(-1)` need no `shard`.""",
     "impl": """"auto" runs the Triton kernels where the tensors are on a GPU, "torch" never does, and "triton" raises
         where they cannot run.""",
+    "TypeError": "a tensor has the wrong dtype, or is no tensor.",
 }
 
 
