@@ -174,7 +174,7 @@ def topk_generalized_jsd(
     shard: VocabShard | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (...,)
-    """Generalised JSD from a teacher's K log-probs: sum_S β KL(p || m) + (1-β) KL(q || m) and a tail, m = β p + (1-β) q.
+    """Generalised JSD from a teacher's K log-probs: sum_S β p log p/m + (1-β) q log q/m, and a tail; m = β p + (1-β) q.
 
     Args:
         {logits}
