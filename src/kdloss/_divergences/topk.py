@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard
+from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.vocabulary import Softmax, prepare_logits
 
 from .from_logits import check_share

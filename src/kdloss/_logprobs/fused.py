@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard
+from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._packing.reductions import token_mean
 from kdloss._softmax.head import Head, Heads, prepare_head
 from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, label_columns
