@@ -1,7 +1,6 @@
-"""The tensors given to a loss as plain ones, and which slice of the vocabulary they are.
+"""Tensors passed to a loss, plain or DTensors, as plain local tensors with the vocabulary slice that they hold.
 
-A tensor is plain or a DTensor. Sequence-parallel hidden states are all-gathered here, and their gradient is
-reduce-scattered.
+Sequence-parallel hidden states are all-gathered here, and their gradient is reduce-scattered.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from .vocab_shard import VocabShard, is_dtensor, of_dtensor
 
 
 def vocab_shard(name: str, x: Tensor, axis: int, shard: object) -> tuple[Tensor, VocabShard | None]:
-    """`x` as a plain tensor, and which slice of the vocabulary axis it is; None where it is all of it."""
+    """`x` as a plain tensor, and the slice that its vocabulary axis holds; None for the whole vocabulary."""
     if shard is not None and not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}")
     if is_dtensor(x):
         found = of_dtensor(name, x, axis)
         if shard is not None and (found is None or (found.start, found.stop) != (shard.start, shard.stop)):
-            raise ValueError(f"shard must be the slice that {name} is placed as, {found}, got {shard}")
+            raise ValueError(f"shard must match the placement of {name}, {found}, got {shard}")
         shard, x = shard or found, x.to_local()  # type: ignore[attr-defined]
     if shard is None:
         return x, None
@@ -41,12 +40,12 @@ def vocab_shard(name: str, x: Tensor, axis: int, shard: object) -> tuple[Tensor,
 def head_shard(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: object, side: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShard | None]:
-    """Hidden states, head and bias as plain tensors, and which slice the head is."""
+    """Hidden states, weight and bias as plain tensors, and the vocabulary slice that the head holds."""
     if is_dtensor(weight) and not is_dtensor(hidden) and shard is None:
         raise ValueError(
             f"{side}weight is a DTensor beside a plain {side}hidden, got {weight.placements}; pass "  # type: ignore[attr-defined]
-            f"shard=VocabShard.from_dtensor({side}weight) where {side}hidden is the same on all its ranks (tensor "
-            f"parallel). Under FSDP2 call this inside the module's forward, or pass {side}weight.full_tensor()"
+            f"shard=VocabShard.from_dtensor({side}weight) if {side}hidden is the same on all its ranks (tensor "
+            f"parallel). Under FSDP2, call this inside the module's forward, or pass {side}weight.full_tensor()"
         )
     weight, found = vocab_shard(f"{side}weight", weight, 0, shard)
     if bias is not None and is_dtensor(bias):
@@ -61,7 +60,7 @@ def head_shard(
 
 
 def _local_hidden(name: str, hidden: Tensor, shard: VocabShard | None) -> Tensor:
-    """Replicated hidden states, or rows that are split across the shard's own ranks, as a plain tensor."""
+    """DTensor hidden states as a plain tensor: replicated, or split by rows across the ranks of the shard."""
     placements = hidden.placements  # type: ignore[attr-defined]
     split = [(at, placement) for at, placement in enumerate(placements) if not placement.is_replicate()]
     if not split:
@@ -84,7 +83,7 @@ def _local_hidden(name: str, hidden: Tensor, shard: VocabShard | None) -> Tensor
 
 
 class _GatherSequence(torch.autograd.Function):
-    """Rows (T / ranks, D) of every rank, (T, D); each rank gets the gradient of its own, summed over the ranks."""
+    """All-gather the rows (T / ranks, D) of every rank to (T, D). Backward, reduce-scatter the gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, size: int, group_name: str) -> Tensor:

@@ -1,11 +1,11 @@
-"""`VocabShard`: which slice of the vocabulary a rank holds, of a head that is split across ranks.
+"""`VocabShard`: the vocabulary slice that a rank holds when the output head is split across ranks.
 
-Its slice is compared with those of the other ranks once, when it is made; the slice of a DTensor is read from its
-placement. Hidden states pass `VocabShard.enter` before they meet a slice of the head: the same values forward, and an
+The constructor compares the slices of all ranks once. For a DTensor, the slice is read from its placement. Hidden
+states pass through `VocabShard.enter` before they are multiplied by a slice of the head: the identity forward, and an
 all-reduce backward that sums the gradients of all slices.
 
-Kernels know nothing of shards: they see one slice of each row, and rows are merged between the kernel and what is
-computed from it.
+Kernels do not know about shards: they see one slice of each row, and the per-row results are merged between the kernel
+and whatever is computed from them.
 """
 
 from __future__ import annotations
@@ -23,25 +23,39 @@ from .agreement import gather_objects, same
 class VocabShard:
     """The slice start .. stop - 1 of the vocabulary that this rank holds, of a head split across `group`.
 
-    Given as `shard=`, it says that `logits` or `weight` (and `bias`) are this slice. Everything else is the same on
-    every rank of the group: hidden states, labels (which stay those of the whole vocabulary), masks, and the gradient
-    that comes in. Results are the same on every rank, to the bit. Slices may differ in width; in which order ranks hold
-    them is free.
+    Passed as `shard=`, it says that `logits` or `weight` (and `bias`) are this slice. Everything else is the same on
+    every rank of the group: hidden states, labels (which refer to the whole vocabulary), masks, and the incoming
+    gradient. Results are the same on every rank, to the bit. Slices may differ in width, and ranks may hold them in any
+    order.
 
-    Making one compares it with the others' (one collective, once), so that holes and overlaps are an error on every
-    rank, and no hang. Make it where the head is made, and keep it.
+    The constructor compares the slices of all ranks (one collective), so gaps and overlaps raise on every rank instead
+    of hanging. Create it once, next to the head.
 
     Args:
-        start: the first entry of the vocabulary in this slice.
-        stop: one past the last.
-        group: the ranks that hold the slices. None: all of them.
-        sequence_parallel: hidden states come split by rows, the same number on each rank in rank order, while labels
-            and masks are whole. They are gathered, and their gradient is reduced and scattered, in place of an
-            all-reduce.
+        start: the first vocabulary entry of this slice.
+        stop: one past its last entry.
+        group: the ranks that hold the slices. None: all ranks.
+        sequence_parallel: hidden states are split by rows, the same number on each rank in rank order, while labels and
+            masks are whole. The rows are all-gathered, and their gradient is reduce-scattered instead of all-reduced.
 
-    Raises, on every rank:
-        TypeError: `group` is no process group, or a bound no int.
-        ValueError: slices overlap, leave a hole or are empty, ranks disagree, or this process is not in the group.
+    Attributes:
+        start, stop, group, sequence_parallel: as passed.
+        bounds: (start, stop) of every rank, in rank order.
+        rank, size: this rank in `group`, and the number of its ranks.
+
+    Raises:
+        TypeError: on every rank: a bound is not an int. On this rank: `group` is not a process group.
+        ValueError: on every rank: slices overlap, leave a gap or are empty, or ranks disagree on `sequence_parallel`.
+            On this rank: it is not in `group`, or torch.distributed is not initialized.
+
+    Example:
+        >>> import torch, torch.distributed as dist, kdloss
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> shard = kdloss.VocabShard(0, 4)  # one rank holds the whole vocabulary
+        >>> logp = kdloss.token_logprobs(torch.zeros(1, 4), torch.tensor([3]), shard=shard)
+        >>> round(logp.exp().item(), 4)
+        0.25
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -54,20 +68,37 @@ class VocabShard:
 
     @classmethod
     def even(cls, vocab_size: int, group: ProcessGroup | None = None, *, sequence_parallel: bool = False) -> VocabShard:
-        """This rank's slice where `torch.chunk` and `DTensor` cut: all of ceil(V / ranks) entries, the last fewer.
+        """This rank's slice of a vocabulary that is cut as `torch.chunk` and `DTensor` cut it.
+
+        Ranks hold ceil(V / ranks) entries each, in rank order, and the last ranks fewer.
 
         Args:
             vocab_size: V, the rows of the whole head, padding included.
-            group: as above.
-            sequence_parallel: as above.
+            group: the ranks that hold the slices. None: all ranks.
+            sequence_parallel: hidden states are split by rows, the same number on each rank in rank order, while labels
+                and masks are whole. The rows are all-gathered, and their gradient is reduce-scattered instead of
+                all-reduced.
 
-        Raises, on every rank:
-            TypeError: `vocab_size` is no int on one of them.
-            ValueError: ranks disagree on `vocab_size`, or there are so few entries that a rank has none.
+        Returns:
+            The `VocabShard` of this rank, compared with those of the other ranks (one collective).
+
+        Raises:
+            TypeError: on every rank: `vocab_size` is not an int on one of them. On this rank: `group` is not a process
+                group.
+            ValueError: on every rank: ranks disagree on an argument, or V is so small that a rank gets no entry. On
+                this rank: it is not in `group`, or torch.distributed is not initialized.
+
+        Example:
+            >>> import torch.distributed as dist, kdloss
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> kdloss.VocabShard.even(10)
+            VocabShard(0, 10, rank=0 of 1)
+            >>> dist.destroy_process_group()
         """
         shard = cls.__new__(cls)
         shard._join(0, 0, group, sequence_parallel)
-        found = gather_objects((vocab_size, sequence_parallel), shard.group)  # before any check that one rank may fail
+        # before any check that may fail on one rank only
+        found = gather_objects((vocab_size, sequence_parallel), shard.group)
         cuts = [(*_chunk(size, rank, shard.size), size, parallel) for rank, (size, parallel) in enumerate(found)]
         shard.bounds = _agreed(cuts)
         shard.start, shard.stop = shard.bounds[shard.rank]
@@ -75,11 +106,32 @@ class VocabShard:
 
     @classmethod
     def from_dtensor(cls, head: Tensor, *, sequence_parallel: bool = False) -> VocabShard:
-        """The slice that a DTensor head placed `Shard(0)`, or logits placed `Shard(-1)`, hold here. No collective.
+        """The slice that this rank holds of a DTensor: a head placed `Shard(0)`, or logits placed `Shard(-1)`.
+
+        No collective.
+
+        Args:
+            head: the DTensor.
+            sequence_parallel: hidden states are split by rows, the same number on each rank in rank order, while labels
+                and masks are whole. The rows are all-gathered, and their gradient is reduce-scattered instead of
+                all-reduced.
+
+        Returns:
+            The `VocabShard` of this rank; its group is the mesh axis that splits the vocabulary.
 
         Raises:
-            TypeError: `head` is no DTensor.
-            ValueError: it is split along another axis, or along more than one.
+            TypeError: `head` is not a DTensor.
+            ValueError: `head` is not split, or split along another axis or along more than one mesh axis, or a rank
+                holds no entry.
+
+        Example:
+            >>> import torch, torch.distributed as dist, kdloss
+            >>> from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> head = distribute_tensor(torch.zeros(10, 2), DeviceMesh("cpu", [0]), [Shard(0)])
+            >>> kdloss.VocabShard.from_dtensor(head)
+            VocabShard(0, 10, rank=0 of 1)
+            >>> dist.destroy_process_group()
         """
         found = of_dtensor("head", head)
         if found is None:
@@ -94,30 +146,38 @@ class VocabShard:
         self.group = group
         self.group_name = self.group.group_name
         self.start, self.stop, self.sequence_parallel = start, stop, sequence_parallel
-        self.gathered = False  # whether the rows of sequence-parallel hidden states have been
+        self.gathered = False  # True: the rows of sequence-parallel hidden states are already gathered
 
     def __repr__(self) -> str:
         return f"VocabShard({self.start}, {self.stop}, rank={self.rank} of {self.size})"
 
     @property
     def vocab_size(self) -> int:
-        """V of the whole head, padding included."""
+        """V, the rows of the whole head, padding included."""
         return max(stop for _, stop in self.bounds)
 
     @property
     def widest(self) -> int:
-        """Entries of the largest slice: what has to be the same on every rank is sized by it."""
+        """Entries of the widest slice, which sizes whatever must have the same size on every rank."""
         return max(stop - start for start, stop in self.bounds)
 
     def validate(self, *, vocab_size: int | None = None, total_tokens: int | None = None) -> None:
-        """Compares this shard, and what is given beside it, across the group: one collective, for debugging.
+        """Compare this shard and the arguments across the group: one collective, for debugging.
 
         Args:
-            vocab_size: the V that this rank will pass to a loss.
-            total_tokens: T, the rows that this rank is about to pass to one.
+            vocab_size: the V that this rank will pass to a loss. None on every rank: not compared.
+            total_tokens: T, the number of rows that this rank will pass to a loss. None on every rank: not compared.
 
-        Raises, on every rank:
-            ValueError: the slices no longer fit together, or ranks differ in an argument; it names who has what.
+        Raises:
+            ValueError: on every rank: the slices no longer fit together, or an argument differs between ranks. The
+                message lists the value of each rank.
+
+        Example:
+            >>> import torch.distributed as dist, kdloss
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> shard = kdloss.VocabShard.even(10)
+            >>> shard.validate(vocab_size=9, total_tokens=128)  # every rank passes the same numbers: no error
+            >>> dist.destroy_process_group()
         """
         mine = (self.start, self.stop, None, self.sequence_parallel)
         found = gather_objects((mine, vocab_size, total_tokens), self.group)
@@ -126,42 +186,45 @@ class VocabShard:
         same("total_tokens", [tokens for _, _, tokens in found])
 
     def local_size(self, vocab_size: int) -> int:
-        """How many of this slice's entries are below `vocab_size`, the true V; the rest is padding."""
+        """Number of entries of this slice below `vocab_size`, the true V; the rest is padding."""
         for rank, (start, _) in enumerate(self.bounds):
             if start >= vocab_size:
                 raise ValueError(
                     f"vocab_size must leave every rank of the shard an entry, got {vocab_size}, "
-                    f"and rank {rank} begins at {start}"
+                    f"but rank {rank} starts at {start}"
                 )
         return min(self.stop, vocab_size) - self.start
 
     def columns(self, columns: Tensor, local_size: int) -> Tensor:
-        """Columns of the whole vocabulary as columns of this slice: -100 stays, `local_size` is in another one."""
+        """Map columns of the whole vocabulary to columns of this slice.
+
+        -100 stays; a column that another slice holds becomes `local_size`.
+        """
         here = columns - self.start
         elsewhere = (here < 0) | (here >= local_size)
         return torch.where(columns < 0, columns, here.masked_fill(elsewhere, local_size))
 
     def with_rows_gathered(self, gathered: bool) -> VocabShard:
-        """This shard for hidden states whose rows have been gathered, by what reduces and scatters their gradient."""
+        """A copy of this shard. True: the rows are already gathered, and that gather's backward sums the gradient."""
         shard = VocabShard.__new__(VocabShard)
         shard._join(self.start, self.stop, self.group, self.sequence_parallel)
         shard.bounds, shard.gathered = self.bounds, gathered
         return shard
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """Hidden states before they meet this slice: their gradient is the sum of all slices'."""
+        """The identity on hidden states, to be applied before this slice: their gradient is summed over all slices."""
         return _SumGradients.apply(hidden, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def sum_gradients(self, gradient: Tensor) -> Tensor:
-        """The gradient of hidden states, from each slice's share of it."""
-        if gradient.numel() == 0 or self.gathered:  # of gathered rows, reducing and scattering is what sums
+        """The gradient of hidden states: the sum over the ranks of each slice's share."""
+        if gradient.numel() == 0 or self.gathered:  # for gathered rows, the reduce-scatter sums
             return gradient
         ops = torch.ops._c10d_functional
         return ops.wait_tensor(ops.all_reduce(gradient.contiguous(), "sum", self.group_name))  # type: ignore[no-any-return]
 
 
 class _SumGradients(torch.autograd.Function):
-    """The identity, whose gradient is summed over the ranks: each of them knows its own slice's share alone."""
+    """The identity, whose gradient is summed over the ranks: each rank computes only its own slice's share."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, shard: VocabShard) -> Tensor:
@@ -174,12 +237,12 @@ class _SumGradients(torch.autograd.Function):
 
 
 def is_dtensor(x: object) -> bool:
-    # by its class's own module, as importing it takes a second that most users have no use for
+    # by the name of its class: importing DTensor takes a second, which most users do not need
     return type(x).__module__.startswith("torch.distributed.tensor") and type(x).__name__ == "DTensor"
 
 
 def of_dtensor(name: str, x: Tensor, axis: int | None = None) -> VocabShard | None:
-    """The slice of the vocabulary axis that a DTensor holds; None where it is replicated."""
+    """This rank's slice of a DTensor along `axis` (None: the first or the last one); None if `x` is replicated."""
     if not is_dtensor(x):
         raise TypeError(f"{name} must be a DTensor, got {type(x).__name__}")
     placements, mesh = x.placements, x.device_mesh  # type: ignore[attr-defined]
@@ -210,19 +273,22 @@ def _chunk(vocab_size: int, rank: int, size: int) -> tuple[int, int]:
 
 def _rank_and_size(group: object) -> tuple[int, int]:
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("group: torch.distributed is not initialized, got no process group to share a vocabulary in")
+        raise ValueError("group: torch.distributed is not initialized, so no process group can split a vocabulary")
     if group is None:
         group = dist.group.WORLD
-    # what `new_group` gives a process that is not in the group
+    # what `new_group` returns to a process that is not in the group
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"group must hold this process, rank {dist.get_rank()}, got one without it")
+        raise ValueError(f"group must contain this process, but rank {dist.get_rank()} is not a member of it")
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     return group.rank(), group.size()
 
 
 def _agreed(slices: list[Any]) -> tuple[tuple[int, int], ...]:
-    """The bounds of all ranks, where they cover 0 .. V - 1 once; every rank sees the same list and the same error."""
+    """The bounds of all ranks, checked to cover 0 .. V - 1 exactly once.
+
+    A slice is (start, stop, vocab_size, sequence_parallel). Every rank gets the same list, so all raise the same error.
+    """
     holds = ", ".join(f"rank {rank} holds {start} .. {stop}" for rank, (start, stop, *_) in enumerate(slices))
     for start, stop, *_ in slices:
         if any(isinstance(x, bool) or not isinstance(x, int) for x in (start, stop)):
