@@ -81,7 +81,7 @@ def _spread(reference: Tensor, advantages: Tensor) -> str:
     else:
         column = "advantages" if advantages.ndim == reference.ndim else "advantages[:, None]"
         how = f"{column}.expand_as(logp)"
-    return f"; advantages are per token: expand one value per sequence with {how}"
+    return f"; they are per token: expand one value per sequence with {how}"
 
 
 def same_device(name: str, reference: Tensor, **others: Tensor | None) -> None:
