@@ -45,7 +45,7 @@ def bad_floats(first: str, *others: str) -> Iterator[Bad]:
     for name in others:
         came = f"{name} must match {first} (17,), got (16,)"
         if name == "advantages":
-            came += "; they are one value a token: from one a sequence take broadcast_to_tokens(...total_tokens=17)"
+            came += "; they are per token: expand one value per sequence with broadcast_to_tokens(...total_tokens=17)"
         yield Bad(f"{name} is short", {name: SHORT}, ValueError, came)
         came = f"{name} must be on {first}'s device cpu, got meta"
         yield Bad(f"{name} is elsewhere", {name: ELSEWHERE}, ValueError, came)

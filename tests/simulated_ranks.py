@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kdloss import VocabShard, _distributed
+from kdloss import VocabShard
+from kdloss._distributed import collectives
 from kdloss._divergences import sharded
 from kdloss._softmax import whole_rows
 
@@ -45,7 +46,7 @@ class Ranks:
                 errors.append(error)
                 self._all.abort()
 
-        patches = [mock.patch.object(x, "gather", _gather) for x in (whole_rows, sharded, _distributed)]
+        patches = [mock.patch.object(x, "gather", _gather) for x in (whole_rows, sharded, collectives)]
         threads = [threading.Thread(target=rank, args=(number,)) for number in range(len(self.bounds))]
         with patches[0], patches[1], patches[2]:
             for thread in threads:

@@ -6,8 +6,8 @@ positional, everything else is keyword-only, and every public function states it
 
 from . import config as config
 from . import schedules as schedules
-from ._distributed import VocabShard as VocabShard
-from ._distributed import global_token_count as global_token_count
+from ._distributed.collectives import global_token_count as global_token_count
+from ._distributed.vocab_shard import VocabShard as VocabShard
 from ._divergences.from_hidden import linear_forward_kl as linear_forward_kl
 from ._divergences.from_hidden import linear_generalized_jsd as linear_generalized_jsd
 from ._divergences.from_hidden import linear_reverse_kl as linear_reverse_kl

@@ -1,8 +1,8 @@
-"""Argument checks: every error of the library names the argument, what was expected and what came.
+"""Argument checks: every error names the argument, what was expected and what was passed.
 
 Shapes, dtypes, devices and Python numbers are metadata, so checking them never waits for a device. Checks that read
-*values* (`value_checks_allowed`) run on CPU tensors only, outside `torch.compile`; on other devices a bad value is
-poisoned with NaN by the function that would have used it.
+*values* (`value_checks_allowed`) run on CPU tensors only, outside `torch.compile`. On other devices, the function that
+uses a bad value returns NaN in its place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype to compute in: float64 where any input is float64, else float32 (half precision is widened)."""
+    """The dtype to compute in: float64 if any input is float64, else float32 (half precision is widened)."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
@@ -26,16 +26,16 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
 
 
 def tensors(**arguments: object) -> None:
-    """Arguments that must be there: a None that slipped in must not pass for a default."""
+    """Required tensors; None is an error."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
-            part = name.removeprefix("teacher_")  # a layer in place of its weight, a model's output of its logits
+            part = name.removeprefix("teacher_")  # a layer passed for its weight, or a model's output for its logits
             hint = f"; pass its .{part}" if isinstance(getattr(x, part, None), Tensor) else ""
             raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}{hint}")
 
 
 def floating(**arguments: Tensor | None) -> None:
-    """Floating-point tensors; None is passed over."""
+    """Floating-point tensors; None passes."""
     for name, x in arguments.items():
         if x is None:
             continue
@@ -46,6 +46,7 @@ def floating(**arguments: Tensor | None) -> None:
 
 
 def integral(**arguments: Tensor) -> None:
+    """Tensors of int32 or int64."""
     for name, x in arguments.items():
         tensors(**{name: x})
         if x.dtype not in (torch.int32, torch.int64):
@@ -53,7 +54,7 @@ def integral(**arguments: Tensor) -> None:
 
 
 def boolean(**masks: Tensor | None) -> None:
-    """Boolean tensors; None is passed over."""
+    """Boolean tensors; None passes."""
     for name, mask in masks.items():
         if mask is None:
             continue
@@ -63,7 +64,7 @@ def boolean(**masks: Tensor | None) -> None:
 
 
 def same_shape(name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Every one of `others` has the shape and the device of `reference`, which is called `name` in the error."""
+    """`others` have the shape and the device of `reference`, which the error calls `name`; None passes."""
     for other, x in others.items():
         if x is None:
             continue
@@ -74,23 +75,24 @@ def same_shape(name: str, reference: Tensor, **others: Tensor | None) -> None:
 
 
 def _spread(reference: Tensor, advantages: Tensor) -> str:
-    """How advantages that are given one a sequence come to have the shape of `reference`."""
+    """A hint on how to expand per-sequence advantages to the shape of `reference`."""
     if reference.ndim == 1:
         how = f"broadcast_to_tokens(advantages, cu_seqlens=..., total_tokens={len(reference)})"
     else:
         column = "advantages" if advantages.ndim == reference.ndim else "advantages[:, None]"
         how = f"{column}.expand_as(logp)"
-    return f"; they are one value a token: from one a sequence take {how}"
+    return f"; they are per token: expand one value per sequence with {how}"
 
 
 def same_device(name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """`others` are on the device of `reference`, which the error calls `name`; None passes."""
     for other, x in others.items():
         if x is not None and x.device != reference.device:
             raise ValueError(f"{other} must be on {name}'s device {reference.device}, got {x.device}")
 
 
 def per_token(name: str, reference: Tensor, *, loss_mask: Tensor, **others: Tensor | None) -> None:
-    """The usual set: floating per-token tensors of one shape, and a boolean mask of that shape."""
+    """Floating per-token tensors of one shape and device, and a boolean mask of that shape; None in `others` passes."""
     tensors(**{name: reference}, loss_mask=loss_mask)
     floating(**{name: reference}, **others)
     boolean(loss_mask=loss_mask)
@@ -121,11 +123,12 @@ def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int) -> None:
         raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
     if cu_seqlens[-1] != total_tokens:
         raise ValueError(f"cu_seqlens must end at the number of tokens {total_tokens}, got {int(cu_seqlens[-1])}")
-    if (cu_seqlens[1:] < cu_seqlens[:-1]).any():  # compared, as a difference may wrap in int32
+    if (cu_seqlens[1:] < cu_seqlens[:-1]).any():  # compared, because an int32 difference may wrap around
         raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
 
 
 def positive(**numbers: float | None) -> None:
+    """Python numbers > 0; None passes."""
     for name, x in numbers.items():
         if x is None:
             continue
@@ -135,6 +138,7 @@ def positive(**numbers: float | None) -> None:
 
 
 def non_negative(**numbers: float | None) -> None:
+    """Python numbers >= 0; None passes."""
     for name, x in numbers.items():
         if x is None:
             continue
@@ -144,6 +148,7 @@ def non_negative(**numbers: float | None) -> None:
 
 
 def finite(**numbers: float) -> None:
+    """Finite Python numbers."""
     for name, x in numbers.items():
         _number(name, x)
         if not -math.inf < x < math.inf:
@@ -151,6 +156,7 @@ def finite(**numbers: float) -> None:
 
 
 def unit_interval(**numbers: float) -> None:
+    """Python numbers in 0 .. 1."""
     non_negative(**numbers)
     for name, x in numbers.items():
         if not x <= 1:
@@ -158,6 +164,7 @@ def unit_interval(**numbers: float) -> None:
 
 
 def ppo_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+    """The bounds of PPO's clip: >= 0, and `dual_clip` > 1 or None."""
     non_negative(clip_low=clip_low, clip_high=clip_high)
     positive(dual_clip=dual_clip)
     if dual_clip is not None and not dual_clip > 1:
@@ -165,14 +172,14 @@ def ppo_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> Non
 
 
 def flag(**switches: object) -> None:
-    """Switches are bool: a text such as "false" from a config is true wherever it is tested."""
+    """Switches are bool: the string "false" from a config would count as true."""
     for name, x in switches.items():
         if not isinstance(x, bool):
             raise TypeError(f"{name} must be true or false, got {x!r}")
 
 
 def weight(reference_name: str, reference: Tensor, **weights: float | Tensor) -> None:
-    """Loss weights: finite Python numbers, or floating tensors that are 0-dim or of the shape of `reference`."""
+    """Loss weights: finite Python numbers, or floating tensors, 0-dim or of the shape of `reference`."""
     for name, x in weights.items():
         if not isinstance(x, Tensor):
             finite(**{name: x})
@@ -183,7 +190,7 @@ def weight(reference_name: str, reference: Tensor, **weights: float | Tensor) ->
 
 
 def interval(minimum: tuple[str, float], maximum: tuple[str, float]) -> None:
-    """Two non-negative bounds, the lower not above the upper; each is (name, value)."""
+    """Two non-negative bounds with minimum <= maximum, each given as (name, value)."""
     non_negative(**dict([minimum]))
     positive(**dict([maximum]))
     if minimum[1] > maximum[1]:
@@ -191,6 +198,7 @@ def interval(minimum: tuple[str, float], maximum: tuple[str, float]) -> None:
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """`value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -208,7 +216,7 @@ def normalizer(value: float | Tensor | None) -> None:
 
 
 def no_reward_options(kd_discount: float, kd_reward_clip: float | None, kd_max_ratio: float | None) -> None:
-    """The literal joint form has no reward, so what shapes one is refused beside it."""
+    """`direct_penalty` has no reward, so options that shape the reward must be off."""
     for name, value, off in (
         ("kd_discount", kd_discount, 0),
         ("kd_reward_clip", kd_reward_clip, None),
@@ -219,7 +227,7 @@ def no_reward_options(kd_discount: float, kd_reward_clip: float | None, kd_max_r
 
 
 def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -> float | Tensor:
-    """A number, or a tensor expanded to one value a row of `reference`, which is called `name` in the error."""
+    """A number, or a tensor expanded to one value per row of `reference`, which the error calls `name`."""
     if not isinstance(temperature, Tensor):
         positive(temperature=temperature)
         finite(temperature=temperature)
@@ -233,7 +241,7 @@ def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: float, side: str = "") -> None:
-    """Hidden states (T, D) and the head (V, D), (V,) that they meet; `side` begins the names in the errors."""
+    """Hidden states (T, D) and their head: weight (V, D), bias (V,). `side` is the prefix of the names in errors."""
     names = [f"{side}{name}" for name in ("hidden", "weight", "bias", "logit_scale")]
     tensors(**{names[0]: hidden, names[1]: weight})
     floating(**dict(zip(names[:3], (hidden, weight, bias), strict=True)))
@@ -249,12 +257,12 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: fl
 
 
 def value_checks_allowed(x: Tensor) -> bool:
-    """Whether reading the values of `x` is free of device syncs and graph breaks."""
+    """Whether reading the values of `x` causes no device sync and no graph break."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def warn(message: str) -> None:
-    """Warn the caller of the public function that calls this; silent inside `torch.compile`."""
+    """Warn at the line that called the public function, which must call this directly. No-op under `torch.compile`."""
     if not torch.compiler.is_compiling():
         warnings.warn(message, UserWarning, stacklevel=3)
 

@@ -62,8 +62,8 @@ def test_what_is_no_tensor_is_a_type_error_with_a_name(name, argument, value, ki
 
 def test_advantages_of_padded_sequences_are_told_how_to_become_per_token():
     logp, mask, advantages = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.tensor([1.0, -1.0])
-    with pytest.raises(ValueError, match=r"got \(2,\); .* take advantages\[:, None\]\.expand_as\(logp\)$"):
+    with pytest.raises(ValueError, match=r"got \(2,\); .* with advantages\[:, None\]\.expand_as\(logp\)$"):
         kdloss.grpo_loss(logp, None, advantages, loss_mask=mask)
     kdloss.grpo_loss(logp, None, advantages[:, None].expand_as(logp), loss_mask=mask)
-    with pytest.raises(ValueError, match=r"got \(2, 1\); .* take advantages\.expand_as\(logp\)$"):
+    with pytest.raises(ValueError, match=r"got \(2, 1\); .* with advantages\.expand_as\(logp\)$"):
         kdloss.grpo_loss(logp, None, advantages[:, None], loss_mask=mask)

@@ -295,9 +295,7 @@ def case_dtensors(ranks: Ranks) -> None:
     )
     raises(ValueError, "weight is a DTensor beside a plain hidden", kdloss.linear_token_logprobs, hidden, w, labels)
     other = kdloss.VocabShard(*UNEVEN[ranks.size][ranks.rank], ranks.group)
-    raises(
-        ValueError, "shard must be the slice that logits is placed as", kdloss.token_logprobs, x, labels, shard=other
-    )
+    raises(ValueError, "shard must match the placement of logits", kdloss.token_logprobs, x, labels, shard=other)
     raises(ValueError, "hidden must be replicated", losses, placed(hidden, Shard(0)), w, b)
     raises(TypeError, "head must be a DTensor, got Tensor", kdloss.VocabShard.from_dtensor, weight)
 
@@ -419,7 +417,13 @@ def case_a_group_that_cannot_carry_the_tensors(ranks: Ranks) -> None:
     raises(ValueError, "group must have a backend for", kdloss.global_token_count, mask, group=cuda_only)
     pair = dist.new_group([0, 1])
     if ranks.rank > 1:
-        raises(ValueError, f"group must hold this process, rank {ranks.rank}", kdloss.VocabShard.even, 32, pair)
+        raises(
+            ValueError,
+            f"group must contain this process, but rank {ranks.rank} is not",
+            kdloss.VocabShard.even,
+            32,
+            pair,
+        )
 
 
 @on(2)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 
 import pytest
+import torch.distributed as dist
 
-from scale_out.ranks import cases, run
+from kdloss._distributed import vocab_shard
+from scale_out.ranks import INTERFACE, cases, run
 
 MODULES = [
     "scale_out.cases_vocabulary",
@@ -27,6 +30,21 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("case", [name for module in MODULES for name, *_ in cases(importlib.import_module(module))])
 def test_like_one_process(outcomes, case):
     assert outcomes[case] == "", outcomes[case]
+
+
+def test_the_examples_of_vocab_shard_run(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", INTERFACE)
+    report: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False)
+    examples = [x for x in doctest.DocTestFinder().find(vocab_shard) if x.examples]
+    try:
+        for example in examples:
+            runner.run(example, out=report.append)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert len(examples) == 4  # the class, even, from_dtensor and validate
+    assert not runner.failures, "".join(report)
 
 
 def test_a_hang_ends_in_seconds_with_the_stack_of_the_rank(tmp_path):

@@ -19,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard
+from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
 from kdloss._softmax.vocabulary import LOGITS_ARGS, prepare_logits
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard
+from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.head import Head, Heads
 from kdloss._softmax.whole_rows import rate_of
 

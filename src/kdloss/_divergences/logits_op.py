@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard
+from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.rows import all_zero, column, flat_rows, scaled
 from kdloss._softmax.vocabulary import Softmax
 from kdloss._softmax.whole_rows import rate_of

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdloss._distributed import VocabShard, gather, ordered_sum
+from kdloss._distributed.collectives import gather, ordered_sum
+from kdloss._distributed.vocab_shard import VocabShard
 
 from .rows import FORWARD_KL, REVERSE_KL
 

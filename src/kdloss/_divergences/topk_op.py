@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard, gather
+from kdloss._distributed.collectives import gather
+from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.rows import all_zero, column, flat_rows
 from kdloss._softmax.vocabulary import Softmax
 

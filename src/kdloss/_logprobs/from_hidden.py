@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard
+from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
 from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_head
 from kdloss._softmax.vocabulary import IGNORE_INDEX, check_labels, label_columns

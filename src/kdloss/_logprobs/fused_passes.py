@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard
+from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.head import Head, HeadGradient, KernelHeadGradient, TorchHeadGradient, head_product_
 from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, gradient_of
 from kdloss._softmax.vocabulary import Softmax

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdloss._distributed import VocabShard
+from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.head import Head
 from kdloss._softmax.rows import RowState
 from kdloss._softmax.vocabulary import Softmax

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import in_step
+from kdloss._distributed.agreement import in_step
 from kdloss._packing.layout import SEQUENCES, at_starts, segment_ids_and_fit
 from kdloss._packing.parts import returns_of_later_parts
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import in_step
+from kdloss._distributed.agreement import in_step
 
 from .estimators import kl_k1
 from .objectives import LossOutput, _kd_returns, _kd_reward, _no_surrogate, _output, _Reduction, _teacher_mask

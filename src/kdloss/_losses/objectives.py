@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import global_sum, in_step
+from kdloss._distributed.agreement import in_step
+from kdloss._distributed.collectives import global_sum
 from kdloss._packing.layout import SEQUENCES, segment_sum
 from kdloss._packing.reductions import mean_of_sequences, token_mean
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import in_step
+from kdloss._distributed.agreement import in_step
 from kdloss._packing.layout import broadcast_to_tokens, segment_mean, segment_sum
 
 from .estimators import _log_ratio

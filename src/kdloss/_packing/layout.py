@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import in_step
+from kdloss._distributed.agreement import in_step
 
 from .parts import first_of_later_parts, sum_of_parts
 

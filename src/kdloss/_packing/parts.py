@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kdloss._distributed import gather, ordered_sum
+from kdloss._distributed.collectives import gather, ordered_sum
 
 
 def sum_of_parts(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import all_ranks, check_group, global_sum, in_step
+from kdloss._distributed.agreement import check_group, in_step
+from kdloss._distributed.collectives import all_ranks, global_sum
 
 from .layout import segment_sum
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard, head_shard
+from kdloss._distributed.sharded_inputs import head_shard
+from kdloss._distributed.vocab_shard import VocabShard
 
 from .backend import takes_triton
 from .vocabulary import Softmax, true_vocab_size

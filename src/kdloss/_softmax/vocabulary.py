@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._distributed import VocabShard, vocab_shard
+from kdloss._distributed.sharded_inputs import vocab_shard
+from kdloss._distributed.vocab_shard import VocabShard
 
 from .backend import takes_triton
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdloss._distributed import VocabShard, gather
+from kdloss._distributed.collectives import gather
+from kdloss._distributed.vocab_shard import VocabShard
 
 from .rows import RowState
 
