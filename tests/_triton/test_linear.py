@@ -20,8 +20,7 @@ import kdloss
 from kdloss._logprobs import from_hidden, hidden_op
 from kdloss._logprobs.fused_passes import KernelPass
 from kdloss._softmax.rows import Scaling
-from kdloss._triton import _compaction, _launch, _products
-from kdloss._triton import _linear as kernels
+from kdloss._triton import _compaction, _launch, _linear as kernels, _products
 from kdloss.testing import reference
 from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
