@@ -14,8 +14,7 @@ import os
 import sys
 
 import torch
-from opd import config as configuration
-from opd import ranks
+from opd import config as configuration, ranks
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,68 +4,89 @@ Every per-token tensor is at prediction positions: entry t speaks of the token a
 positional, everything else is keyword-only, and every public function states its expected gradient.
 """
 
-from . import config as config
-from . import schedules as schedules
+from . import config as config, schedules as schedules
 from ._distributed.collectives import global_token_count as global_token_count
 from ._distributed.vocab_shard import VocabShard as VocabShard
-from ._divergences.from_hidden import linear_forward_kl as linear_forward_kl
-from ._divergences.from_hidden import linear_generalized_jsd as linear_generalized_jsd
-from ._divergences.from_hidden import linear_reverse_kl as linear_reverse_kl
-from ._divergences.from_hidden import linear_skewed_forward_kl as linear_skewed_forward_kl
-from ._divergences.from_hidden import linear_skewed_reverse_kl as linear_skewed_reverse_kl
-from ._divergences.from_logits import forward_kl as forward_kl
-from ._divergences.from_logits import generalized_jsd as generalized_jsd
-from ._divergences.from_logits import reverse_kl as reverse_kl
-from ._divergences.from_logits import skewed_forward_kl as skewed_forward_kl
-from ._divergences.from_logits import skewed_reverse_kl as skewed_reverse_kl
-from ._divergences.topk import topk_forward_kl as topk_forward_kl
-from ._divergences.topk import topk_generalized_jsd as topk_generalized_jsd
-from ._divergences.topk import topk_reverse_kl as topk_reverse_kl
-from ._logprobs.from_hidden import linear_token_logprobs as linear_token_logprobs
-from ._logprobs.from_hidden import linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy
-from ._logprobs.from_logits import LogprobsAndEntropy as LogprobsAndEntropy
-from ._logprobs.from_logits import token_logprobs as token_logprobs
-from ._logprobs.from_logits import token_logprobs_and_entropy as token_logprobs_and_entropy
-from ._logprobs.fused import FusedLoss as FusedLoss
-from ._logprobs.fused import fused_linear_loss as fused_linear_loss
-from ._losses.advantages import fold_kd_reward as fold_kd_reward
-from ._losses.advantages import group_relative_advantages as group_relative_advantages
-from ._losses.advantages import leave_one_out_advantages as leave_one_out_advantages
+from ._divergences.from_hidden import (
+    linear_forward_kl as linear_forward_kl,
+    linear_generalized_jsd as linear_generalized_jsd,
+    linear_reverse_kl as linear_reverse_kl,
+    linear_skewed_forward_kl as linear_skewed_forward_kl,
+    linear_skewed_reverse_kl as linear_skewed_reverse_kl,
+)
+from ._divergences.from_logits import (
+    forward_kl as forward_kl,
+    generalized_jsd as generalized_jsd,
+    reverse_kl as reverse_kl,
+    skewed_forward_kl as skewed_forward_kl,
+    skewed_reverse_kl as skewed_reverse_kl,
+)
+from ._divergences.topk import (
+    topk_forward_kl as topk_forward_kl,
+    topk_generalized_jsd as topk_generalized_jsd,
+    topk_reverse_kl as topk_reverse_kl,
+)
+from ._logprobs.from_hidden import (
+    linear_token_logprobs as linear_token_logprobs,
+    linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy,
+)
+from ._logprobs.from_logits import (
+    LogprobsAndEntropy as LogprobsAndEntropy,
+    token_logprobs as token_logprobs,
+    token_logprobs_and_entropy as token_logprobs_and_entropy,
+)
+from ._logprobs.fused import FusedLoss as FusedLoss, fused_linear_loss as fused_linear_loss
+from ._losses.advantages import (
+    fold_kd_reward as fold_kd_reward,
+    group_relative_advantages as group_relative_advantages,
+    leave_one_out_advantages as leave_one_out_advantages,
+)
 from ._losses.diagnostics import diagnostics as diagnostics
-from ._losses.estimators import discounted_returns as discounted_returns
-from ._losses.estimators import kl_k1 as kl_k1
-from ._losses.estimators import kl_k2 as kl_k2
-from ._losses.estimators import kl_k3 as kl_k3
-from ._losses.estimators import reverse_kl_reward as reverse_kl_reward
-from ._losses.kdrl import kdrl_loss as kdrl_loss
-from ._losses.kdrl import kdrl_token_loss as kdrl_token_loss
-from ._losses.objectives import LossOutput as LossOutput
-from ._losses.objectives import distillation_loss as distillation_loss
-from ._losses.objectives import grpo_loss as grpo_loss
-from ._losses.objectives import sft_loss as sft_loss
-from ._losses.surrogates import Surrogate as Surrogate
-from ._losses.surrogates import cispo_surrogate as cispo_surrogate
-from ._losses.surrogates import clipped_surrogate as clipped_surrogate
-from ._losses.surrogates import importance_sampled_surrogate as importance_sampled_surrogate
-from ._losses.surrogates import sapo_surrogate as sapo_surrogate
-from ._losses.surrogates import sequence_clipped_surrogate as sequence_clipped_surrogate
-from ._losses.weights import masked_importance_weights as masked_importance_weights
-from ._losses.weights import sequence_importance_weights as sequence_importance_weights
-from ._losses.weights import truncated_importance_weights as truncated_importance_weights
-from ._packing.layout import broadcast_to_tokens as broadcast_to_tokens
-from ._packing.layout import cu_seqlens_from_lengths as cu_seqlens_from_lengths
-from ._packing.layout import next_token_labels as next_token_labels
-from ._packing.layout import pack as pack
-from ._packing.layout import response_mask as response_mask
-from ._packing.layout import segment_ids as segment_ids
-from ._packing.layout import segment_mean as segment_mean
-from ._packing.layout import segment_sum as segment_sum
-from ._packing.layout import to_prediction_positions as to_prediction_positions
-from ._packing.layout import to_token_positions as to_token_positions
-from ._packing.layout import unpack as unpack
-from ._packing.reductions import global_sequence_count as global_sequence_count
-from ._packing.reductions import sequence_mean as sequence_mean
-from ._packing.reductions import token_mean as token_mean
+from ._losses.estimators import (
+    discounted_returns as discounted_returns,
+    kl_k1 as kl_k1,
+    kl_k2 as kl_k2,
+    kl_k3 as kl_k3,
+    reverse_kl_reward as reverse_kl_reward,
+)
+from ._losses.kdrl import kdrl_loss as kdrl_loss, kdrl_token_loss as kdrl_token_loss
+from ._losses.objectives import (
+    LossOutput as LossOutput,
+    distillation_loss as distillation_loss,
+    grpo_loss as grpo_loss,
+    sft_loss as sft_loss,
+)
+from ._losses.surrogates import (
+    Surrogate as Surrogate,
+    cispo_surrogate as cispo_surrogate,
+    clipped_surrogate as clipped_surrogate,
+    importance_sampled_surrogate as importance_sampled_surrogate,
+    sapo_surrogate as sapo_surrogate,
+    sequence_clipped_surrogate as sequence_clipped_surrogate,
+)
+from ._losses.weights import (
+    masked_importance_weights as masked_importance_weights,
+    sequence_importance_weights as sequence_importance_weights,
+    truncated_importance_weights as truncated_importance_weights,
+)
+from ._packing.layout import (
+    broadcast_to_tokens as broadcast_to_tokens,
+    cu_seqlens_from_lengths as cu_seqlens_from_lengths,
+    next_token_labels as next_token_labels,
+    pack as pack,
+    response_mask as response_mask,
+    segment_ids as segment_ids,
+    segment_mean as segment_mean,
+    segment_sum as segment_sum,
+    to_prediction_positions as to_prediction_positions,
+    to_token_positions as to_token_positions,
+    unpack as unpack,
+)
+from ._packing.reductions import (
+    global_sequence_count as global_sequence_count,
+    sequence_mean as sequence_mean,
+    token_mean as token_mean,
+)
 from .config import KDRLConfig as KDRLConfig
 
 __version__ = "0.1.0"

@@ -11,10 +11,7 @@ from collections import defaultdict
 
 import torch
 
-from _triton import test_divergences as divergences
-from _triton import test_linear as linear
-from _triton import test_logits as logits
-from _triton import test_topk as topk
+from _triton import test_divergences as divergences, test_linear as linear, test_logits as logits, test_topk as topk
 from kdloss._triton import _compaction
 from triton_aot import compiled
 

@@ -21,8 +21,7 @@ from kdloss._logprobs import from_hidden, hidden_op
 from kdloss._logprobs.fused_passes import KernelChunks
 from kdloss._softmax.head import Head
 from kdloss._softmax.vocabulary import Softmax
-from kdloss._triton import _compaction, _launch, _products
-from kdloss._triton import _linear as kernels
+from kdloss._triton import _compaction, _launch, _linear as kernels, _products
 from kdloss.testing import reference
 from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned

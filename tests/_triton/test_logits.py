@@ -15,9 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdloss._triton import _launch
-from kdloss._triton import _logits_backward as backward_kernels
-from kdloss._triton import _logits_forward as forward_kernels
+from kdloss._triton import _launch, _logits_backward as backward_kernels, _logits_forward as forward_kernels
 from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 

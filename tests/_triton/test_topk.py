@@ -19,9 +19,7 @@ from torch import Tensor
 
 import kdloss
 from kdloss._divergences import topk_op
-from kdloss._triton import _launch
-from kdloss._triton import _topk_backward as backward_kernels
-from kdloss._triton import _topk_forward as forward_kernels
+from kdloss._triton import _launch, _topk_backward as backward_kernels, _topk_forward as forward_kernels
 from kdloss.testing import reference
 from triton_aot import compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned

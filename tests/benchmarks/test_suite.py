@@ -16,8 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import __main__ as command
-from benchmarks import bars, machine, parity, peers, processes, report, results, suite, timing, truth
+from benchmarks import (
+    __main__ as command,
+    bars,
+    machine,
+    parity,
+    peers,
+    processes,
+    report,
+    results,
+    suite,
+    timing,
+    truth,
+)
 from benchmarks.cases import CPU_GRIDS, GRIDS, MIN_TOKENS, Case, fitted, grid_of, matching
 from benchmarks.contenders import Contender, Run
 from benchmarks.paths import PATHS

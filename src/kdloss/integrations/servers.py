@@ -21,8 +21,7 @@ import kdloss
 from kdloss import _checks
 
 from . import _answers
-from ._alignment import Alignment as Alignment
-from ._alignment import check_alignment as check_alignment
+from ._alignment import Alignment as Alignment, check_alignment as check_alignment
 from ._answers import ScoreError as ScoreError
 
 if TYPE_CHECKING:

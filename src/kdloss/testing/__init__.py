@@ -7,12 +7,10 @@ Nothing else is needed beyond the library's own dependencies.
 """
 
 from kdloss.testing._audit.audit import audit as audit
-from kdloss.testing._audit.report import Audit as Audit
-from kdloss.testing._audit.report import Fit as Fit
+from kdloss.testing._audit.report import Audit as Audit, Fit as Fit
 
 from . import reference as reference
 from ._expected_gradient import expected_gradient as expected_gradient
-from ._sequence_tree import SequenceTree as SequenceTree
-from ._sequence_tree import TokenBatch as TokenBatch
+from ._sequence_tree import SequenceTree as SequenceTree, TokenBatch as TokenBatch
 
 __all__ = ["Audit", "Fit", "SequenceTree", "TokenBatch", "audit", "expected_gradient", "reference"]

@@ -8,305 +8,125 @@ vector-Jacobian product with `upstream`. A weight of the objectives is a tensor 
 
 from kdloss.testing._oracles.divergences import (
     forward_kl as forward_kl,
-)
-from kdloss.testing._oracles.divergences import (
     forward_kl_grad as forward_kl_grad,
-)
-from kdloss.testing._oracles.divergences import (
     generalized_jsd as generalized_jsd,
-)
-from kdloss.testing._oracles.divergences import (
     generalized_jsd_grad as generalized_jsd_grad,
-)
-from kdloss.testing._oracles.divergences import (
     linear_forward_kl as linear_forward_kl,
-)
-from kdloss.testing._oracles.divergences import (
     linear_forward_kl_grad as linear_forward_kl_grad,
-)
-from kdloss.testing._oracles.divergences import (
     linear_generalized_jsd as linear_generalized_jsd,
-)
-from kdloss.testing._oracles.divergences import (
     linear_generalized_jsd_grad as linear_generalized_jsd_grad,
-)
-from kdloss.testing._oracles.divergences import (
     linear_reverse_kl as linear_reverse_kl,
-)
-from kdloss.testing._oracles.divergences import (
     linear_reverse_kl_grad as linear_reverse_kl_grad,
-)
-from kdloss.testing._oracles.divergences import (
     linear_skewed_forward_kl as linear_skewed_forward_kl,
-)
-from kdloss.testing._oracles.divergences import (
     linear_skewed_forward_kl_grad as linear_skewed_forward_kl_grad,
-)
-from kdloss.testing._oracles.divergences import (
     linear_skewed_reverse_kl as linear_skewed_reverse_kl,
-)
-from kdloss.testing._oracles.divergences import (
     linear_skewed_reverse_kl_grad as linear_skewed_reverse_kl_grad,
-)
-from kdloss.testing._oracles.divergences import (
     reverse_kl as reverse_kl,
-)
-from kdloss.testing._oracles.divergences import (
     reverse_kl_grad as reverse_kl_grad,
-)
-from kdloss.testing._oracles.divergences import (
     skewed_forward_kl as skewed_forward_kl,
-)
-from kdloss.testing._oracles.divergences import (
     skewed_forward_kl_grad as skewed_forward_kl_grad,
-)
-from kdloss.testing._oracles.divergences import (
     skewed_reverse_kl as skewed_reverse_kl,
-)
-from kdloss.testing._oracles.divergences import (
     skewed_reverse_kl_grad as skewed_reverse_kl_grad,
 )
 from kdloss.testing._oracles.kdrl import (
     kdrl_loss as kdrl_loss,
-)
-from kdloss.testing._oracles.kdrl import (
     kdrl_loss_grad as kdrl_loss_grad,
-)
-from kdloss.testing._oracles.kdrl import (
     kdrl_token_loss as kdrl_token_loss,
-)
-from kdloss.testing._oracles.kdrl import (
     kdrl_token_loss_grad as kdrl_token_loss_grad,
 )
 from kdloss.testing._oracles.logprobs import (
     linear_token_logprobs as linear_token_logprobs,
-)
-from kdloss.testing._oracles.logprobs import (
     linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy,
-)
-from kdloss.testing._oracles.logprobs import (
     linear_token_logprobs_and_entropy_grad as linear_token_logprobs_and_entropy_grad,
-)
-from kdloss.testing._oracles.logprobs import (
     linear_token_logprobs_grad as linear_token_logprobs_grad,
-)
-from kdloss.testing._oracles.logprobs import (
     token_logprobs as token_logprobs,
-)
-from kdloss.testing._oracles.logprobs import (
     token_logprobs_and_entropy as token_logprobs_and_entropy,
-)
-from kdloss.testing._oracles.logprobs import (
     token_logprobs_and_entropy_grad as token_logprobs_and_entropy_grad,
-)
-from kdloss.testing._oracles.logprobs import (
     token_logprobs_grad as token_logprobs_grad,
 )
 from kdloss.testing._oracles.monitoring import (
     constant as constant,
-)
-from kdloss.testing._oracles.monitoring import (
     cosine as cosine,
-)
-from kdloss.testing._oracles.monitoring import (
     diagnostics as diagnostics,
-)
-from kdloss.testing._oracles.monitoring import (
     linear_floor as linear_floor,
-)
-from kdloss.testing._oracles.monitoring import (
     switch as switch,
 )
 from kdloss.testing._oracles.objectives import (
     distillation_loss as distillation_loss,
-)
-from kdloss.testing._oracles.objectives import (
     distillation_loss_grad as distillation_loss_grad,
-)
-from kdloss.testing._oracles.objectives import (
     grpo_loss as grpo_loss,
-)
-from kdloss.testing._oracles.objectives import (
     grpo_loss_grad as grpo_loss_grad,
-)
-from kdloss.testing._oracles.objectives import (
     sft_loss as sft_loss,
-)
-from kdloss.testing._oracles.objectives import (
     sft_loss_grad as sft_loss_grad,
 )
 from kdloss.testing._oracles.packing import (
     broadcast_to_tokens as broadcast_to_tokens,
-)
-from kdloss.testing._oracles.packing import (
     broadcast_to_tokens_grad as broadcast_to_tokens_grad,
-)
-from kdloss.testing._oracles.packing import (
     cu_seqlens_from_lengths as cu_seqlens_from_lengths,
-)
-from kdloss.testing._oracles.packing import (
     next_token_labels as next_token_labels,
-)
-from kdloss.testing._oracles.packing import (
     pack as pack,
-)
-from kdloss.testing._oracles.packing import (
     pack_grad as pack_grad,
-)
-from kdloss.testing._oracles.packing import (
     response_mask as response_mask,
-)
-from kdloss.testing._oracles.packing import (
     segment_ids as segment_ids,
-)
-from kdloss.testing._oracles.packing import (
     segment_mean as segment_mean,
-)
-from kdloss.testing._oracles.packing import (
     segment_mean_grad as segment_mean_grad,
-)
-from kdloss.testing._oracles.packing import (
     segment_sum as segment_sum,
-)
-from kdloss.testing._oracles.packing import (
     segment_sum_grad as segment_sum_grad,
-)
-from kdloss.testing._oracles.packing import (
     to_prediction_positions as to_prediction_positions,
-)
-from kdloss.testing._oracles.packing import (
     to_prediction_positions_grad as to_prediction_positions_grad,
-)
-from kdloss.testing._oracles.packing import (
     to_token_positions as to_token_positions,
-)
-from kdloss.testing._oracles.packing import (
     to_token_positions_grad as to_token_positions_grad,
-)
-from kdloss.testing._oracles.packing import (
     unpack as unpack,
-)
-from kdloss.testing._oracles.packing import (
     unpack_grad as unpack_grad,
 )
 from kdloss.testing._oracles.reductions import (
     global_sequence_count as global_sequence_count,
-)
-from kdloss.testing._oracles.reductions import (
     global_token_count as global_token_count,
-)
-from kdloss.testing._oracles.reductions import (
     sequence_mean as sequence_mean,
-)
-from kdloss.testing._oracles.reductions import (
     sequence_mean_grad as sequence_mean_grad,
-)
-from kdloss.testing._oracles.reductions import (
     token_mean as token_mean,
-)
-from kdloss.testing._oracles.reductions import (
     token_mean_grad as token_mean_grad,
 )
 from kdloss.testing._oracles.signals import (
     discounted_returns as discounted_returns,
-)
-from kdloss.testing._oracles.signals import (
     fold_kd_reward as fold_kd_reward,
-)
-from kdloss.testing._oracles.signals import (
     group_relative_advantages as group_relative_advantages,
-)
-from kdloss.testing._oracles.signals import (
     kl_k1 as kl_k1,
-)
-from kdloss.testing._oracles.signals import (
     kl_k1_grad as kl_k1_grad,
-)
-from kdloss.testing._oracles.signals import (
     kl_k2 as kl_k2,
-)
-from kdloss.testing._oracles.signals import (
     kl_k2_grad as kl_k2_grad,
-)
-from kdloss.testing._oracles.signals import (
     kl_k3 as kl_k3,
-)
-from kdloss.testing._oracles.signals import (
     kl_k3_grad as kl_k3_grad,
-)
-from kdloss.testing._oracles.signals import (
     leave_one_out_advantages as leave_one_out_advantages,
-)
-from kdloss.testing._oracles.signals import (
     masked_importance_weights as masked_importance_weights,
-)
-from kdloss.testing._oracles.signals import (
     reverse_kl_reward as reverse_kl_reward,
-)
-from kdloss.testing._oracles.signals import (
     sequence_importance_weights as sequence_importance_weights,
-)
-from kdloss.testing._oracles.signals import (
     truncated_importance_weights as truncated_importance_weights,
 )
 from kdloss.testing._oracles.surrogates import (
     cispo_surrogate as cispo_surrogate,
-)
-from kdloss.testing._oracles.surrogates import (
     cispo_surrogate_grad as cispo_surrogate_grad,
-)
-from kdloss.testing._oracles.surrogates import (
     clipped_surrogate as clipped_surrogate,
-)
-from kdloss.testing._oracles.surrogates import (
     clipped_surrogate_grad as clipped_surrogate_grad,
-)
-from kdloss.testing._oracles.surrogates import (
     importance_sampled_surrogate as importance_sampled_surrogate,
-)
-from kdloss.testing._oracles.surrogates import (
     importance_sampled_surrogate_grad as importance_sampled_surrogate_grad,
-)
-from kdloss.testing._oracles.surrogates import (
     sapo_surrogate as sapo_surrogate,
-)
-from kdloss.testing._oracles.surrogates import (
     sapo_surrogate_grad as sapo_surrogate_grad,
-)
-from kdloss.testing._oracles.surrogates import (
     sequence_clipped_surrogate as sequence_clipped_surrogate,
-)
-from kdloss.testing._oracles.surrogates import (
     sequence_clipped_surrogate_grad as sequence_clipped_surrogate_grad,
 )
 from kdloss.testing._oracles.topk import (
     topk_forward_kl as topk_forward_kl,
-)
-from kdloss.testing._oracles.topk import (
     topk_forward_kl_grad as topk_forward_kl_grad,
-)
-from kdloss.testing._oracles.topk import (
     topk_generalized_jsd as topk_generalized_jsd,
-)
-from kdloss.testing._oracles.topk import (
     topk_generalized_jsd_grad as topk_generalized_jsd_grad,
-)
-from kdloss.testing._oracles.topk import (
     topk_reverse_kl as topk_reverse_kl,
-)
-from kdloss.testing._oracles.topk import (
     topk_reverse_kl_grad as topk_reverse_kl_grad,
 )
 from kdloss.testing._oracles.types import (
     LinearGradients as LinearGradients,
-)
-from kdloss.testing._oracles.types import (
     LogprobsAndEntropy as LogprobsAndEntropy,
-)
-from kdloss.testing._oracles.types import (
     LossOutput as LossOutput,
-)
-from kdloss.testing._oracles.types import (
     Surrogate as Surrogate,
 )
 
