@@ -136,21 +136,6 @@ def test_checkpointing_changes_nothing(reentrant):
     assert torch.equal(weight.grad, plain[1])
 
 
-def test_under_autocast_the_operands_are_rounded_and_the_logits_are_not():
-    hidden, weight = normal(T, D).requires_grad_(), normal(V, D, seed=1).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logp = kdloss.linear_token_logprobs(hidden, weight, LABELS)
-        fused = kdloss.fused_linear_loss(hidden, weight, LABELS, lambda logp, entropy: -logp, loss_mask=LABELS != -100)
-        from_logits = kdloss.token_logprobs(normal(T, V).requires_grad_(), LABELS)
-    expected = kdloss.linear_token_logprobs(hidden.bfloat16(), weight.bfloat16(), LABELS)
-    assert logp.dtype == from_logits.dtype == torch.float32
-    assert torch.equal(logp, expected)
-    torch.testing.assert_close(fused.logp, expected.detach())
-    assert torch.equal(from_logits, kdloss.token_logprobs(normal(T, V), LABELS))
-    (found,) = torch.autograd.grad(logp.sum(), weight)
-    assert found.dtype == torch.float32
-
-
 def test_logits_cut_from_a_batch_are_not_copied():
     """`logits[:, :-1]` of (B, L, V), as a trainer writes it, is no matrix: it is walked over sequence by sequence."""
     whole = normal(3, 5, V)

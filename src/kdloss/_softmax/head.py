@@ -26,7 +26,8 @@ _SLICE_ENTRIES = 2**22
 # Arguments of the functions that take hidden states and a head, for their docstrings (`_docs.py`).
 HEAD_ARGS = {
     "hidden": """(T, D) hidden states of the student at prediction positions; any leading shape in place of T.
-        Differentiable.""",
+        Differentiable. Inside `torch.autocast`, hidden states, weights and biases are cast as a linear layer casts
+        them, and the logits stay float32.""",
     "weight": "(V, D) the student's output head, of any floating dtype. Differentiable.",
     "bias": "(V,) bias of the student's head. Differentiable. None: no bias.",
     "labels": "(T,) int64, or (T, K) for K labels per row. -100 is ignored.",
