@@ -411,7 +411,7 @@ _BAD_DIVERGENCE = [
         "teacher is padded",
         {"teacher_logits": WIDE},
         ValueError,
-        "teacher_logits must have the student's vocabulary of 7, got 9; ...pass vocab_size, the true one",
+        "teacher_logits must have the student's vocabulary of 7, got 9; ...pass the true vocab_size",
     ),
 ]
 
@@ -500,7 +500,7 @@ _BAD_LINEAR_DIVERGENCE = [
         "teacher is padded",
         {"teacher_weight": torch.cat([TEACHER_HEAD, TEACHER_HEAD])},
         ValueError,
-        "teacher_weight must have the student's vocabulary of 7, got 14; ...pass vocab_size, the true one",
+        "teacher_weight must have the student's vocabulary of 7, got 14; ...pass the true vocab_size",
     ),
 ]
 

@@ -1,8 +1,8 @@
-"""Texts that docstrings share: each is written once, and every `help()` is whole.
+"""Shared docstring texts: each is written once, and every `help()` is complete.
 
-A line of a docstring that holds nothing but `{name}` stands for a text that several functions share. The decorator
-`@documented(TEXTS)` replaces it by the entry `name: text`, wrapped. It returns the function that it was given, so type
-checkers, `torch.compile` and pickling see no decorator.
+A docstring line that contains only `{name}` stands for a text that several functions share. The decorator
+`@documented(TEXTS)` replaces it with the entry `name: text`, wrapped. It returns the function that it was given, so
+type checkers, `torch.compile` and pickling see no decorator.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _WIDTH = 112
 
 
 def documented(*texts: Mapping[str, str]) -> Callable[[_F], _F]:
-    """Replace each line `{name}` of a function's docstring by `name: text`.
+    """Replace each line `{name}` of a function's docstring with `name: text`.
 
     Args:
-        texts: the texts by the names of their arguments. Where two mappings have a name, the later one counts.
+        texts: texts by argument name. If a name is in two mappings, the later one wins.
 
     Raises:
-        KeyError: the docstring names a text that is in none of them.
+        KeyError: the docstring has a name that is in none of them.
     """
     known = {name: text for mapping in texts for name, text in mapping.items()}
 
@@ -34,9 +34,9 @@ def documented(*texts: Mapping[str, str]) -> Callable[[_F], _F]:
         text = f"{name}: {' '.join(known[name].split())}"
         return textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent + " " * 4)
 
-    def put_in(function: _F) -> _F:
+    def fill_in(function: _F) -> _F:
         if function.__doc__ is not None:  # `python -OO` has removed it
             function.__doc__ = _PLACE.sub(entry, function.__doc__)
         return function
 
-    return put_in
+    return fill_in

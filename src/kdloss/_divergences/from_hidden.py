@@ -19,7 +19,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
-from kdloss._softmax.head import HEAD_ARGS, Head, prepare_head
+from kdloss._softmax.head import HEAD_ARGS, Head, prepare_heads
 
 from .from_logits import check_share
 from .hidden_op import linear_divergence, sharded_linear_divergence
@@ -430,7 +430,7 @@ def _linear(
     impl: str,
 ) -> Tensor:
     _checks.tensors(loss_mask=loss_mask)
-    heads = prepare_head(
+    heads = prepare_heads(
         student,
         teacher,
         loss_mask=loss_mask,

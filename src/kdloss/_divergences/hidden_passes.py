@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._softmax.head import Head, HeadGradient, KernelHeadGradient, TorchHeadGradient, head_product_
-from kdloss._softmax.rows import Scaling, scaled
+from kdloss._softmax.rows import Scaling, scale_
 
 from .rows import Form, Scratch, block, slice_gradient, slice_state, slice_terms
 
@@ -100,7 +100,7 @@ class TorchChunk(NamedTuple):
             y = self.y[part]
             factor = torch.ones_like(y[:, :1]) if upstream is None else upstream[part].unsqueeze(-1)
             tau = temperature if self.taus is None else self.taus[part].unsqueeze(-1).to(y.dtype)
-            dz = scaled(dz, factor * self.student.logit_scale, tau)
+            dz = scale_(dz, factor * self.student.logit_scale, tau)
             c = self.student.softcap
             if c is None:
                 y.copy_(dz)

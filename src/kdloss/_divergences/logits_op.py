@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
-from kdloss._softmax.rows import all_zero, column, flat_rows, scaled
+from kdloss._softmax.rows import all_zero, column, flat_rows, scale_
 from kdloss._softmax.vocabulary import Softmax
 from kdloss._softmax.whole_rows import rate_of
 
@@ -159,7 +159,7 @@ def _divergence_backward(
                     *of, temperature=temperature, row_temperature=taus, shares=mass[rows], slope=total[rows, 0]
                 )
             divisor = temperature if row_temperature is None else tau[rows].to(dtype)
-            result[rows] = scaled(dz, factor[rows].to(dtype), divisor)
+            result[rows] = scale_(dz, factor[rows].to(dtype), divisor)
     return grad
 
 

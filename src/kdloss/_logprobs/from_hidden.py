@@ -18,7 +18,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
-from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_head
+from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_heads
 from kdloss._softmax.vocabulary import IGNORE_INDEX, check_labels, label_columns
 
 from .from_logits import LogprobsAndEntropy
@@ -82,7 +82,7 @@ def linear_token_logprobs(
         tensor([0.5000, 1.0000])
     """
     head = Head(hidden, weight, bias, softcap, logit_scale)
-    heads = prepare_head(
+    heads = prepare_heads(
         head, loss_mask=loss_mask, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl
     )
     return evaluate(heads, labels, loss_mask=loss_mask, max_trained_tokens=max_trained_tokens)[0]
@@ -145,7 +145,7 @@ def linear_token_logprobs_and_entropy(
         (tensor([-1.3863]), tensor([1.3863]))
     """
     head = Head(hidden, weight, bias, softcap, logit_scale)
-    heads = prepare_head(
+    heads = prepare_heads(
         head, loss_mask=loss_mask, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl
     )
     return LogprobsAndEntropy(

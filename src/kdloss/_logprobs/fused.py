@@ -30,7 +30,7 @@ from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
 from kdloss._packing.reductions import token_mean
-from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_head
+from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_heads
 from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, label_columns
 
 from .from_hidden import check_head_labels, evaluate, select_rows
@@ -130,7 +130,7 @@ def fused_linear_loss(
     _checks.tensors(loss_mask=loss_mask)
     _checks.normalizer(normalizer)
     head = Head(hidden, weight, bias, softcap, logit_scale)
-    heads = prepare_head(
+    heads = prepare_heads(
         head, loss_mask=loss_mask, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl
     )
     check_head_labels(heads, labels, loss_mask)

@@ -1,8 +1,8 @@
-"""Whether plain torch or the Triton kernels compute: what `impl` stands for.
+"""What `impl` selects: plain torch or the Triton kernels.
 
 "torch"   never the kernels
-"triton"  the kernels, or an error that says why not
-"auto"    the kernels for CUDA tensors; where they cannot, plain torch, and a debug log that says why
+"triton"  the kernels, or an error with the reason why not
+"auto"    the kernels for CUDA tensors; if they cannot run, plain torch and a debug log with the reason
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ CHOICES = ("auto", "torch", "triton")
 
 _log = logging.getLogger("kdloss")
 _installed = importlib.util.find_spec("triton") is not None
-# Triton's own switch: kernels then run on CPU tensors, for tests. Read here, as Triton reads it when it is imported.
+# Triton's switch for its interpreter, which runs kernels on CPU tensors, for tests. Read on import, as Triton does.
 _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def takes_triton(impl: str, **inputs: Tensor | None) -> bool:
-    """Whether the kernels compute a function of `inputs`, named as the caller's arguments; None is no input.
+    """Whether the Triton kernels compute a function of `inputs`, keyed by argument name; None is skipped.
 
-    Ranks that share a vocabulary have to agree, as the kernels' maxima are in a unit of their own. They do where
-    `impl`, dtypes, kinds of device and what is installed are the same on all of them.
+    Ranks that share a vocabulary must agree, because the kernels keep row maxima in a unit of their own. They agree if
+    `impl`, dtypes, device types and installed packages are the same on all of them.
     """
     _checks.one_of("impl", impl, CHOICES)
     given = {name: x for name, x in inputs.items() if x is not None}
@@ -40,12 +40,12 @@ def takes_triton(impl: str, **inputs: Tensor | None) -> bool:
     if impl == "triton":
         raise ValueError(f'impl="triton" {reason}')
     if not torch.compiler.is_compiling():
-        _log.debug("impl='auto' takes torch: the kernels' form %s", reason)
+        _log.debug("impl='auto' runs torch: the Triton form %s", reason)
     return False
 
 
 def _obstacle(inputs: dict[str, Tensor]) -> str | None:
-    """What keeps the kernels from these inputs, as the rest of a sentence."""
+    """Why the kernels cannot take these inputs, as the rest of a sentence; None if they can."""
     for name, x in inputs.items():
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"takes float32, bfloat16 and float16, got {name} in {x.dtype}"

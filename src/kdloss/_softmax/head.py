@@ -1,7 +1,7 @@
-"""The output head: its checks, its dtype under autocast, and the products of some rows with all of it.
+"""The output head: its checks, its dtype under autocast, and its products with rows of hidden states.
 
-`prepare_head` is the one way in for functions that take hidden states. A half-precision head is widened one slice at a
-time: a float32 copy of the whole head may be larger than the logits.
+Every function that takes hidden states starts with `prepare_heads`. A half-precision head is widened one slice at a
+time, because a float32 copy of the whole head may be larger than the logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .vocabulary import Softmax, true_vocab_size
 
 # Entries of a half-precision head that are widened at a time: 16 MiB of float32.
 _SLICE_ENTRIES = 2**22
-
 
 # Arguments of the functions that take hidden states and a head, for their docstrings (`_docs.py`).
 HEAD_ARGS = {
@@ -49,8 +48,8 @@ HEAD_ARGS = {
     "teacher_weight": "(V, D') the teacher's output head, of any floating dtype. Detached.",
     "teacher_bias": "(V,) bias of the teacher's head. Detached. None: no bias.",
     "teacher_softcap": "softcap of the teacher's logits. None: no softcap.",
-    "TypeError": "a tensor has the wrong dtype, or is no tensor.",
     "teacher_logit_scale": "finite factor of the teacher's logits, applied before its softcap.",
+    "TypeError": "a tensor has the wrong dtype, or is no tensor.",
 }
 
 
@@ -64,21 +63,21 @@ class Head(NamedTuple):
     logit_scale: float
 
     def without_padding(self, vocab_size: int) -> Head:
-        """This head with its first `vocab_size` rows only."""
+        """This head with only its first `vocab_size` rows."""
         bias = None if self.bias is None else self.bias[:vocab_size]
         return self._replace(weight=self.weight[:vocab_size], bias=bias)
 
 
 class Heads(NamedTuple):
-    """Checked heads of the student, and of the teacher where there is one: plain tensors, hidden states (T, D)."""
+    """Checked heads of the student, and of the teacher if there is one: plain tensors, hidden states (T, D)."""
 
     student: Head
     teacher: Head | None
     softmax: Softmax
-    shape: torch.Size  # of the rows, before they were flattened to T
+    shape: torch.Size  # leading shape of the hidden states, which was flattened to T
 
 
-def prepare_head(
+def prepare_heads(
     student: Head,
     teacher: Head | None = None,
     *,
@@ -88,10 +87,10 @@ def prepare_head(
     shard: VocabShard | None,
     impl: str,
 ) -> Heads:
-    """Check the arguments that every function of hidden states takes, and return what such a function computes from.
+    """Check the arguments that all functions of hidden states share, and return what they compute from.
 
     Inside `torch.autocast`, hidden states, weights and biases are cast as a linear layer casts them. The logits are
-    float32 all the same.
+    still float32.
     """
     student, shard = _local_head(student, shard, "")
     sides = {"": student}
@@ -112,24 +111,25 @@ def prepare_head(
     widths = [head.weight.shape[0] for head in sides.values()]
     size = true_vocab_size(vocab_size, widths, shard, teacher_name="teacher_weight")
     tau = _checks.row_temperature("hidden", student.hidden, temperature)
-    sides = {side: _autocast(head) for side, head in sides.items()}
+    sides = {side: _flat_and_cast(head) for side, head in sides.items()}
     softmax = Softmax.of(size, tau, shard, kernels=takes_triton(impl, **_tensors(sides)))
     return Heads(sides[""], sides.get("teacher_"), softmax, rows)
 
 
 def _tensors(sides: dict[str, Head]) -> dict[str, Tensor | None]:
-    """The tensors of each side by the names of their arguments."""
+    """The tensors of all sides, keyed by argument name."""
     names = ("hidden", "weight", "bias")
     return {f"{side}{name}": getattr(head, name) for side, head in sides.items() for name in names}
 
 
 def _local_head(head: Head, shard: VocabShard | None, side: str) -> tuple[Head, VocabShard | None]:
+    """The head with plain tensors, and the slice of the vocabulary that it is; None for the whole vocabulary."""
     hidden, weight, bias, shard = head_shard(*head[:3], shard, side)
     return head._replace(hidden=hidden, weight=weight, bias=bias), shard
 
 
-def _autocast(head: Head) -> Head:
-    """Hidden states (T, D), and all three tensors as autocast casts them: float64 stays."""
+def _flat_and_cast(head: Head) -> Head:
+    """The head with hidden states (T, D) and its three tensors cast as autocast casts them, which keeps float64."""
     device = head.hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -141,22 +141,22 @@ def _autocast(head: Head) -> Head:
 
 
 def head_product_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`hidden @ weight.T + bias` into `out` (n, V), in its dtype, which is that of hidden (n, D)."""
-    for columns, part in _slices(weight, out.dtype):
+    """`hidden @ weight.T + bias` into `out` (n, V), in the dtype that `out` and hidden (n, D) share."""
+    for columns, part in _widened_slices(weight, out.dtype):
         torch.mm(hidden, part.T, out=out[:, columns])
     return out if bias is None else out.add_(bias.to(out.dtype))
 
 
 def times_head(gradient: Tensor, weight: Tensor) -> Tensor:
-    """`gradient @ weight`, (n, D), in the dtype of the gradient (n, V)."""
+    """`gradient @ weight` (n, D), in the dtype of the gradient (n, V)."""
     out = gradient.new_zeros(gradient.shape[0], weight.shape[1])
-    for columns, part in _slices(weight, gradient.dtype):
+    for columns, part in _widened_slices(weight, gradient.dtype):
         out.addmm_(gradient[:, columns], part)
     return out
 
 
 class HeadGradient(Protocol):
-    """dz (n, V), the gradient of `hidden @ weight.T + bias` of some rows, and where it goes from there."""
+    """dz (n, V), the gradient of `hidden @ weight.T + bias` for some rows, and the products that carry it on."""
 
     def of_hidden(self) -> Tensor: ...  # dz @ weight, (n, D)
 
@@ -166,7 +166,7 @@ class HeadGradient(Protocol):
 
 
 class TorchHeadGradient(NamedTuple):
-    """By torch's operations, in the dtype of dz."""
+    """Products by torch, in the dtype of dz."""
 
     dz: Tensor  # (n, V)
     hidden: Tensor  # (n, D) in the dtype of dz
@@ -183,12 +183,12 @@ class TorchHeadGradient(NamedTuple):
 
 
 class KernelHeadGradient(NamedTuple):
-    """By the products of `_triton`, half-precision operands with float32 results."""
+    """Products by `_triton/_products.py`: half-precision operands, float32 results."""
 
     dz: Tensor  # (n, V)
     hidden: Tensor  # (n, D)
     weight: Tensor  # (V, D)
-    factor: Tensor | None = None  # (), by which dz has still to be multiplied
+    factor: Tensor | None = None  # (), still to be multiplied into the products
 
     def of_hidden(self) -> Tensor:
         from kdloss._triton import _products
@@ -210,8 +210,8 @@ class KernelHeadGradient(NamedTuple):
         total += found if self.factor is None else found * self.factor
 
 
-def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head in `dtype`: whole where it is in it already, else slice after slice."""
+def _widened_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows of the head, these in `dtype`): the whole head if it has that dtype, else one slice at a time."""
     if weight.dtype == dtype:
         yield slice(None), weight
         return

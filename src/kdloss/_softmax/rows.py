@@ -1,22 +1,22 @@
 """One block of rows of logits: its softmax state, and the gradient of log-probs and entropies, in few passes.
 
-A row's distribution is read from four numbers that one pass over its logits gives, and that the parts of a row merge
-into (vocabulary slices here, program splits in a kernel, shards of a head):
+The distribution of a row follows from four values that one pass over its logits gives. The values of parts of a row
+(vocabulary slices here, program splits in a kernel, shards of a head) merge into those of the row:
 
     z = softcap(logit_scale * x) / temperature
     m = max z,   s = sum_v e^(z_v - m),   u = sum_v (z_v - m) e^(z_v - m),   and z at the labels
     logp = (z_label - m) - log s,   entropy = log s - u / s,   p = e^(z - m) / s
 
-Everything is relative to the maximum, so logits far off centre lose no digits: `logsumexp(z) - sum_v p_v z_v` would
-subtract two numbers of the size of the offset.
+Everything is relative to the maximum, so logits far from 0 lose no digits: `logsumexp(z) - sum_v p_v z_v` would
+subtract two numbers as large as the offset.
 
     dz = sum_k g_k (onehot_k - p) - h p (log p + entropy),   log p + entropy = z - m - u / s
 
-with g the gradient of the log-probs and h that of the entropy.
+where g is the gradient of the log-probs and h that of the entropy.
 
-On a CPU `exp` is what a row costs. torch's fused softmax and the backward of its log-softmax take one `exp` a logit at
-half the price of `torch.exp`, so both directions are written around them. Next come passes over the block: where m is
-small, e^(z - m) is e^z e^-m, without one for the subtraction (`Upstream.unshifted`).
+On a CPU, `exp` dominates the cost of a row. torch's fused softmax and the backward of its log-softmax compute one `exp`
+per logit at half the price of `torch.exp`, so both directions are built on them. Passes over the block come next: if m
+is small, e^(z - m) = e^z e^-m needs no pass for the subtraction (`Upstream.unshifted`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor
 
 
 def flat_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """(..., n) tensors of one leading shape as (rows, n) views in order, all at once where their strides allow it.
+    """Yield tensors (..., n) of one leading shape as (rows, n) views, in order; one view each if the strides allow it.
 
-    Never as a copy: `logits[:, :-1]` of (B, L, V), as a trainer writes it, is B of them.
+    Nothing is copied: `logits[:, :-1]` of (B, L, V), a common input from trainers, gives B views.
     """
     try:
         flat = tuple(x.view(-1, x.shape[-1]) for x in tensors)
@@ -43,11 +43,11 @@ def flat_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class Scaling(NamedTuple):
-    """What stands between x, the product with the head, and z, the logits of the softmax."""
+    """The map from x, the product with the head, to z, the logits of the softmax."""
 
     softcap: float | None
     logit_scale: float
-    temperature: float | Tensor  # one for all, or (n, 1) of the block's rows
+    temperature: float | Tensor  # of all rows, or (n, 1), one value per row
 
     @property
     def is_identity(self) -> bool:
@@ -59,6 +59,7 @@ class Scaling(NamedTuple):
         )
 
     def split(self, sizes: list[int]) -> list[Scaling]:
+        """The scaling of each of consecutive groups of rows."""
         if not isinstance(self.temperature, Tensor):
             return [self] * len(sizes)
         return [self._replace(temperature=part) for part in self.temperature.split(sizes)]
@@ -77,7 +78,7 @@ class Scaling(NamedTuple):
         return x
 
     def backward_(self, dz: Tensor, z: Tensor) -> Tensor:
-        """dz (n, V) -> dx, in place. dtanh = 1 - tanh², and tanh is z * temperature / softcap. z is used up."""
+        """dz (n, V) -> dx, in place. tanh' = 1 - tanh², where tanh is z * temperature / softcap. Overwrites z."""
         if self.softcap is not None:
             tanh = z.mul_(self.temperature).div_(self.softcap)
             dz.addcmul_(dz, tanh.square_(), value=-1)
@@ -89,50 +90,56 @@ class Scaling(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is read off blocks of rows, (n, 1): one reduction each, in terms of torch's softmax p of the block."""
+    """Four reductions of a block of rows, (n, 1) each, where p is torch's softmax of the block."""
 
     maximum: Tensor  # max z
     largest: Tensor  # max p
-    mass: Tensor  # sum p: 1 but for rounding
-    weighted: Tensor | None  # sum p (z - max z); None where no entropy is wanted
+    mass: Tensor  # sum p: 1 up to rounding
+    weighted: Tensor | None  # sum p (z - max z); None without an entropy
 
     @classmethod
     def empty(cls, rows: int, *, like: Tensor, with_entropy: bool) -> Sums:
+        """Uninitialised memory for the sums of `rows` rows."""
         columns = [like.new_empty(rows, 1) for _ in range(4 if with_entropy else 3)]
         return cls(*columns, *[None] * (4 - len(columns)))
 
     def split(self, sizes: list[int]) -> list[Sums]:
+        """The sums of each of consecutive groups of rows, as views."""
         weighted = [None] * len(sizes) if self.weighted is None else self.weighted.split(sizes)
         parts = zip(self.maximum.split(sizes), self.largest.split(sizes), self.mass.split(sizes), weighted, strict=True)
         return [Sums(*part) for part in parts]
 
     def read_(self, z: Tensor, p: Tensor, shifted: Tensor | None) -> None:
-        """Fill in the sums of a block z (n, V). p and, for the entropy, shifted are scratch; shifted may be z."""
+        """Fill in the sums of a block z (n, V). p and, for the entropy, `shifted` are scratch; `shifted` may be z."""
         torch.amax(z, -1, keepdim=True, out=self.maximum)
         torch.softmax(z, -1, out=p)
         torch.amax(p, -1, keepdim=True, out=self.largest)
         torch.sum(p, -1, keepdim=True, out=self.mass)
         if self.weighted is not None:
-            # a logit of -inf has no mass: 0 * the lowest number is 0, where 0 * -inf would be NaN
+            # a logit of -inf has no mass: 0 times the lowest finite number is 0, but 0 * -inf would be NaN
             assert shifted is not None
             torch.sub(z, self.maximum, out=shifted).clamp_(min=torch.finfo(z.dtype).min)
             torch.sum(p.mul_(shifted), -1, keepdim=True, out=self.weighted)
 
 
-# Where all m are in here, neither e^z overflows nor loses a p above e^-70 to the smallest float32.
+# If every m is in this range, e^z does not overflow, and it does not underflow where p is above e^-70 (float32).
 _CENTRAL = (-16.0, 64.0)
 
 
 class RowState(NamedTuple):
-    """(m, 1 / s, u / s) of each row, (n, 1). Of no mass at all, where every z is -inf: (-inf, inf, 0)."""
+    """(m, 1 / s, u / s) of each row, (n, 1) each. For a row without mass, where every z is -inf: (-inf, inf, 0)."""
 
     maximum: Tensor
     peak: Tensor  # 1 / s, the probability of the largest logit: p = peak * e^(z - maximum)
-    mean: Tensor | None  # u / s, the mean of z - m under p; None where no entropy is wanted
+    mean: Tensor | None  # u / s, the mean of z - m under p; None without an entropy
 
     @classmethod
     def of(cls, sums: Sums) -> RowState:
-        """torch divides by a sum whose rounding grows with V. All of p shares it: dividing by `mass` removes it."""
+        """The state that follows from the sums of a block.
+
+        torch's softmax divides by a sum whose rounding error grows with V. All entries of p share this error, so
+        dividing by `mass` removes it.
+        """
         empty = sums.maximum == -torch.inf
         peak = (sums.largest / sums.mass).masked_fill(empty, torch.inf)
         mean = None if sums.weighted is None else (sums.weighted / sums.mass).masked_fill(empty, 0)
@@ -140,7 +147,7 @@ class RowState(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, *, like: Tensor, with_entropy: bool) -> RowState:
-        """Of no logits at all: what merging starts from."""
+        """The state of no logits at all, which merging starts from."""
         infinity = like.new_full((rows, 1), torch.inf)
         return cls(-infinity, infinity, torch.zeros_like(infinity) if with_entropy else None)
 
@@ -148,16 +155,16 @@ class RowState(NamedTuple):
         return RowState(self.maximum[rows], self.peak[rows], None if self.mean is None else self.mean[rows])
 
     def logp(self, z: Tensor) -> Tensor:
-        """Of logits z (n, K) of the rows."""
+        """Log-probs (n, K) of logits z (n, K) of these rows."""
         return (z - self.maximum) + self.peak.log()
 
     def entropy(self) -> Tensor:
-        """NaN of no mass at all, which is no distribution."""
+        """(n, 1); NaN for a row without mass, which is not a distribution."""
         assert self.mean is not None
         return (-self.peak.log() - self.mean).masked_fill(self.peak == torch.inf, torch.nan)
 
     def merge(self, other: RowState) -> RowState:
-        """The state of two parts of the same rows side by side: a e^(m - m') for each, m' the larger maximum."""
+        """The state of rows that consist of two parts, each of whose sums is shifted to the larger maximum."""
         maximum = torch.maximum(self.maximum, other.maximum)
         total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
         for part in (self, other):
@@ -170,19 +177,18 @@ class RowState(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The incoming gradient of some rows, ready for the pass over their logits."""
+    """The incoming gradient of some rows, in the form that `gradient_of` takes."""
 
-    maximum: Tensor | None  # (n, 1) m; None where `scale` holds e^-m already
-    scale: Tensor  # (n, 1): sum_k g_k / s, or 1 / s beside an entropy
+    maximum: Tensor | None  # (n, 1) m; None if `scale` includes e^-m
+    scale: Tensor  # (n, 1): sum_k g_k / s; 1 / s with an entropy gradient
     columns: Tensor  # (n, K) int64, each inside the block; any column where logp is 0
     logp: Tensor  # (n, K) g, 0 where the label is ignored or in another part of the row
     entropy: Tensor | None  # (n, 1) h
-    # h (log p + entropy) + sum_k g_k is h * (z - m) + this
-    offset: Tensor | None  # (n, 1)
+    offset: Tensor | None  # (n, 1): h (log p + entropy) + sum_k g_k = h * (z - m) + offset
 
     @classmethod
     def of(cls, state: RowState, columns: Tensor, logp: Tensor, entropy: Tensor | None) -> Upstream:
-        """From labels (n, K) of whole rows, -100 where ignored, and the gradients (n, K) and (n, 1)."""
+        """From labels (n, K) of whole rows, -100 ignored, and the gradients g (n, K) and h (n, 1)."""
         ignored = columns < 0
         logp, columns = logp.masked_fill(ignored, 0), columns.masked_fill(ignored, 0)
         total = logp.sum(-1, keepdim=True)
@@ -192,7 +198,11 @@ class Upstream(NamedTuple):
         return cls(state.maximum, state.peak, columns, logp, entropy, total - entropy * state.mean)
 
     def unshifted(self) -> Upstream:
-        """The same with e^-m in `scale`, if that is safe in every row, and on a CPU, where asking does not wait."""
+        """The same gradient with e^-m included in `scale`, which saves the subtraction of m.
+
+        Unchanged if that is unsafe in some row, if there is an entropy gradient, or off the CPU, where the check would
+        wait for the device.
+        """
         if self.maximum is None or self.entropy is not None or self.maximum.device.type != "cpu":
             return self
         low, high = _CENTRAL
@@ -203,6 +213,7 @@ class Upstream(NamedTuple):
         )
 
     def split(self, sizes: list[int]) -> list[Upstream]:
+        """The gradient of each of consecutive groups of rows."""
         fields = [[None] * len(sizes) if x is None else x.split(sizes) for x in self]
         return [Upstream(*part) for part in zip(*fields, strict=True)]
 
@@ -210,17 +221,17 @@ class Upstream(NamedTuple):
         return Upstream(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
     def part(self, start: int, stop: int) -> Upstream:
-        """Seen from columns start .. stop of the vocabulary."""
+        """The gradient for a block that has only columns start .. stop - 1 of the vocabulary."""
         outside = (self.columns < start) | (self.columns >= stop)
         columns = (self.columns - start).masked_fill(outside, 0)
         return self._replace(columns=columns, logp=self.logp.masked_fill(outside, 0))
 
 
 def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, seeds: Tensor, scratch: Tensor | None) -> Tensor:
-    """dz (n, V) into `out`, which may be z. `seeds` (n, V) is 0 and stays so; `scratch` is for the entropy.
+    """dz (n, V) into `out`, which may be z. `seeds` (n, V) is 0 before and after; `scratch` is for the entropy.
 
-    The backward of log-softmax is grad - e^output * sum(grad): a grad with one entry S a row gives -S e^output in one
-    pass over the block, and the entry itself, at the row's first label, is repaired after it.
+    The backward of log-softmax is grad - e^output * sum(grad). If grad has one entry S per row, this gives -S e^output
+    in one pass over the block, except at that entry (the row's first label), which is repaired afterwards.
     """
     anchor = upstream.columns[:, :1]
     shifted = z if upstream.maximum is None else torch.sub(z, upstream.maximum, out=out)
@@ -236,7 +247,7 @@ def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, seeds: Tensor, sc
         assert scratch is not None
         assert upstream.offset is not None
         _negative_exp(shifted, seeds, scratch).scatter_(-1, anchor, repaired)
-        # e^-1e4 is 0 in any dtype, and -inf times that would be NaN
+        # e^-1e4 is 0 in any dtype, but 0 * -inf would be NaN
         slope = torch.clamp(shifted, min=-1e4, out=out).mul_(upstream.entropy).add_(upstream.offset)
         torch.mul(scratch, slope, out=out).scatter_add_(-1, upstream.columns, upstream.logp)
     seeds.scatter_(-1, anchor, 0)
@@ -244,22 +255,22 @@ def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, seeds: Tensor, sc
 
 
 def _negative_exp(x: Tensor, seeds: Tensor, out: Tensor) -> Tensor:
-    """-e^x times the one entry of each row of `seeds`, wrong at that entry."""
+    """-e^x times the only nonzero entry of each row of `seeds`, into `out`; wrong at that entry."""
     return torch._log_softmax_backward_data(seeds, x, -1, x.dtype, out=out)
 
 
 def column(rows: Tensor | None, like: Tensor) -> Tensor:
-    """(...,) as (..., 1) in memory of its own; where there is none, a stand-in that nothing reads."""
+    """Values per row (...,) as contiguous (..., 1); for None a placeholder that nothing reads."""
     return (torch.empty_like(like) if rows is None else rows).contiguous().unsqueeze(-1)
 
 
 def all_zero(factors: Tensor) -> bool:
-    """Whether a block's gradient is 0 because nothing comes in; asked where reading a value waits for no device."""
+    """Whether all factors of a block's gradient are 0. False off the CPU, where reading one waits for the device."""
     return factors.device.type == "cpu" and not bool(factors.count_nonzero())
 
 
-def scaled(dz: Tensor, factor: Tensor, temperature: float | Tensor) -> Tensor:
-    """`factor * dz / τ` in place; exactly 0 where the factor is, whatever the row holds."""
+def scale_(dz: Tensor, factor: Tensor, temperature: float | Tensor) -> Tensor:
+    """`factor * dz / τ`, in place; exactly 0 where `factor` is 0, even if the row holds NaN."""
     silent = factor == 0
     dz.mul_(torch.where(silent, 0, factor / temperature))
     return dz.masked_fill_(silent, 0) if dz.device.type != "cpu" or bool(silent.any()) else dz

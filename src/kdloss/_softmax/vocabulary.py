@@ -1,7 +1,7 @@
 """The vocabulary axis: its true size, the labels that index it, and the softmax over it.
 
-`prepare_logits` is the one way in for functions that take logits: it checks what they have in common, and returns what
-they compute from. `prepare_head` in `head.py` is its counterpart for hidden states.
+Every function that takes logits starts with `prepare_logits`, which checks the arguments that these functions share and
+returns what they compute from. `prepare_heads` in `head.py` does the same for hidden states.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ LOGITS_ARGS = {
 
 
 class Softmax(NamedTuple):
-    """How a row of logits becomes a distribution: over which entries, at which temperature, computed by what."""
+    """How a row of logits becomes a distribution: its vocabulary, its temperature, and what computes it."""
 
-    vocab_size: int  # the true V of the whole vocabulary
-    local_size: int  # the entries among them that this rank holds; V without a shard
-    temperature: float  # of every row; 1 where rows have their own
-    row_temperature: Tensor | None  # (...,) one value per row, detached
+    vocab_size: int  # V of the whole vocabulary, without padding
+    local_size: int  # how many of these entries this rank holds; V without a shard
+    temperature: float  # of all rows; 1 if each row has its own
+    row_temperature: Tensor | None  # (...,) detached; None if all rows share one temperature
     shard: VocabShard | None
     kernels: bool  # True: the Triton kernels compute; False: torch's operations
 
@@ -54,6 +54,7 @@ class Softmax(NamedTuple):
         *,
         kernels: bool = False,
     ) -> Softmax:
+        """Split `temperature` into a number and a tensor, and count the entries of this rank."""
         rows = temperature.detach() if isinstance(temperature, Tensor) else None
         number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
         local_size = vocab_size if shard is None else shard.local_size(vocab_size)
@@ -61,15 +62,15 @@ class Softmax(NamedTuple):
 
     @property
     def flat_temperature(self) -> Tensor | None:
-        """(T,), the rows' own temperatures in one axis."""
+        """(T,) the temperature of each row; None if all rows share one."""
         return None if self.row_temperature is None else self.row_temperature.flatten()
 
 
 class Logits(NamedTuple):
-    """Checked logits of the student, and of the teacher where there is one, as plain tensors."""
+    """Checked logits of the student, and of the teacher if there is one, as plain tensors."""
 
-    student: Tensor  # (..., V), this rank's slice where there is a shard
-    teacher: Tensor | None  # (..., V) likewise
+    student: Tensor  # (..., V), or this rank's slice of it
+    teacher: Tensor | None  # likewise
     softmax: Softmax
 
 
@@ -82,14 +83,14 @@ def prepare_logits(
     shard: VocabShard | None,
     impl: str,
 ) -> Logits:
-    """Check the arguments that every function of logits takes, and return what such a function computes from."""
+    """Check the arguments that all functions of logits share, and return what they compute from."""
     _checks.floating(logits=logits, teacher_logits=teacher_logits)
     logits, shard = vocab_shard("logits", logits, -1, shard)
-    check_axis("logits", logits)
+    _check_axis("logits", logits)
     widths = [logits.shape[-1]]
     if teacher_logits is not None:
         teacher_logits, _ = vocab_shard("teacher_logits", teacher_logits, -1, shard)
-        check_axis("teacher_logits", teacher_logits)
+        _check_axis("teacher_logits", teacher_logits)
         if teacher_logits.shape[:-1] != logits.shape[:-1]:
             rows = (*logits.shape[:-1], "V")
             raise ValueError(f"teacher_logits must match logits {rows}, got {tuple(teacher_logits.shape)}")
@@ -103,37 +104,37 @@ def prepare_logits(
 
 def true_vocab_size(
     vocab_size: int | None,
-    widths: list[int],  # of the student's vocabulary axis, and of the teacher's where there is one
+    widths: list[int],  # of the student's vocabulary axis, and of the teacher's if there is one
     shard: VocabShard | None,
     *,
     teacher_name: str,
 ) -> int:
-    """The vocabulary of all sides: the size that they share, or `vocab_size`, which each must hold."""
+    """V without padding: the width that all sides share, or `vocab_size`, which may exceed no side's width."""
     if shard is not None:
-        return check_vocab_size(vocab_size, shard.vocab_size)
+        return _checked_vocab_size(vocab_size, shard.vocab_size)
     if vocab_size is None and len(set(widths)) > 1:
         student, teacher = widths
         raise ValueError(
-            f"{teacher_name} must have the student's vocabulary of {student}, got {teacher}; where they differ in "
-            "padding only, pass vocab_size, the true one"
+            f"{teacher_name} must have the student's vocabulary of {student}, got {teacher}; if they differ "
+            "only in padding, pass the true vocab_size"
         )
-    return check_vocab_size(vocab_size, min(widths))
+    return _checked_vocab_size(vocab_size, min(widths))
 
 
 def as_columns(labels: Tensor, rows: torch.Size) -> Tensor:
-    """(T, K), whatever the labels hold."""
+    """Labels (*rows,) or (*rows, K) as (T, K); their values are not checked."""
     return labels.reshape(rows.numel(), labels.shape[-1] if labels.ndim > len(rows) else 1)
 
 
 def label_columns(labels: Tensor, rows: torch.Size, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Labels as (T, K) columns inside the vocabulary or -100, and where they were neither: there logp is NaN."""
+    """Labels as (T, K) columns inside the vocabulary or -100, and a mask of those that were neither: logp is NaN."""
     columns = as_columns(labels, rows)
     outside = (columns != IGNORE_INDEX) & ((columns < 0) | (columns >= vocab_size))
     return columns.masked_fill(outside, 0), outside
 
 
 def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask: Tensor | None = None) -> None:
-    """Labels are int64, (*rows,) or (*rows, K), and -100 or inside the vocabulary wherever they are trained on."""
+    """Raise unless labels are int64 (*rows,) or (*rows, K), and -100 or inside the vocabulary where trained on."""
     _checks.integral(labels=labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
@@ -149,18 +150,19 @@ def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask
             )
 
 
-def check_vocab_size(vocab_size: int | None, rows: int) -> int:
-    """The true vocabulary: `vocab_size`, or all `rows` of the head."""
+def _checked_vocab_size(vocab_size: int | None, width: int) -> int:
+    """`vocab_size`, which must be in 1 .. width; None: the width of the vocabulary axis, padding included."""
     if vocab_size is None:
-        return rows
+        return width
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= rows:
-        raise ValueError(f"vocab_size must be in 1 .. {rows}, the size of the vocabulary axis, got {vocab_size}")
+    if not 1 <= vocab_size <= width:
+        raise ValueError(f"vocab_size must be in 1 .. {width}, the size of the vocabulary axis, got {vocab_size}")
     return vocab_size
 
 
-def check_axis(name: str, logits: Tensor) -> None:
+def _check_axis(name: str, logits: Tensor) -> None:
+    """Raise unless `logits` is a tensor (..., V) with V >= 1."""
     _checks.tensors(**{name: logits})
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name} must be (..., V) with V >= 1, got {tuple(logits.shape)}")
