@@ -162,19 +162,20 @@ class KernelPass:
         self._separate = separate
 
     def load(self, rows: Tensor) -> None:
-        from kdloss._triton._divergences import Pair, Side
+        from kdloss._triton._divergences import Pair
+        from kdloss._triton._row_math import LogitTransform
 
         self._rows, vocab_size = rows, self._options.vocab_size
         x, y = self._room[:, : rows.shape[0]].unbind(0)
         self._hidden = self._product_(x, self._student, rows)
         self._product_(y, self._teacher, rows)
-        sides = [
-            Side.of(out, None if head.bias is None else head.bias[:vocab_size], head.logit_scale, head.softcap)
-            for out, head in ((x, self._student), (y, self._teacher))
-        ]
+        student, teacher = (
+            LogitTransform.of(None if head.bias is None else head.bias[:vocab_size], head.logit_scale, head.softcap)
+            for head in (self._student, self._teacher)
+        )
         taus = None if self._row_temperature is None else self._row_temperature.index_select(0, rows)
         form, temperature, *_ = self._options
-        self._pair = Pair(*form, sides[0], sides[1], temperature, taus, vocab_size)
+        self._pair = Pair(*form, x, y, student, teacher, temperature, taus, vocab_size)
 
     def _product_(self, out: Tensor, head: Head, rows: Tensor) -> Tensor:
         """`hidden @ weight.T` of some rows into `out`, and the rows as they were multiplied."""
@@ -189,7 +190,7 @@ class KernelPass:
         return hidden
 
     def divergence(self, upstream: Tensor | None, *, gradient: bool) -> Tensor | None:
-        x, (*_, shares, slope) = self._pair.student.x, self._options
+        x, (*_, shares, slope) = self._pair.x, self._options
         value, known = x.new_empty(x.shape[0]), x.new_empty(5, x.shape[0])
         if shares is None or slope is None:
             self._pair.value_(value, known)

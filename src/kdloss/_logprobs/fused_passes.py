@@ -103,16 +103,15 @@ class KernelPass:
     """By the kernels of `_triton`: in half precision where hidden states and head share one, float32 results."""
 
     def __init__(self, head: Head, columns: Tensor, softmax: Softmax, size: int) -> None:
-        from kdloss._triton import _launch, _linear, _products
+        from kdloss._triton import _launch, _products
+        from kdloss._triton._row_math import LogitTransform, State
 
         hidden, weight, shard = head.hidden, head.weight, softmax.shard
         self._hidden, self._weight = hidden, weight
-        self._scaling = _linear.Scaling.of(
-            head.bias, head.logit_scale, head.softcap, softmax.temperature, softmax.flat_temperature
-        )
+        self._transform = LogitTransform.of(head.bias, head.logit_scale, head.softcap)
         self._shard, self._columns = shard, columns
         here = columns if shard is None else shard.columns(columns, weight.shape[0])
-        self._state = _linear.State.empty(here, with_entropy=True)
+        self._state = State.empty(here, softmax.temperature, softmax.flat_temperature, with_entropy=True)
         self._logp, self._g = (torch.zeros(columns.shape, device=columns.device) for _ in range(2))
         self._entropy, self._h = (torch.zeros_like(self._state.peak) for _ in range(2))
         self._dtype = _products.product_dtype(hidden, weight)
@@ -133,7 +132,7 @@ class KernelPass:
             else:
                 head_product_(self._x, self._picked, self._weight, None)
             _linear.fold_(
-                self._logp, self._entropy, self._state, self._x, rows, self._scaling, 0, first=True, last=True
+                self._logp, self._entropy, self._state, self._x, rows, self._transform, 0, first=True, last=True
             )
         if self._shard is None:
             return self._logp[rows].squeeze(-1), self._entropy[rows]
@@ -141,9 +140,9 @@ class KernelPass:
 
     def _put_together(self, rows: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
         """The rows' states become those of whole rows, from which their log-probs and entropies are."""
-        columns, numbers, temperatures = self._columns[rows], self._state[1:], self._scaling.row_temperature
+        columns, (_, temperature, temperatures, *numbers) = self._columns[rows], self._state
         part = RowState(*(x[rows, None] for x in numbers if x is not None))
-        rate = rate_of(self._scaling.temperature, None if temperatures is None else temperatures[rows], columns)
+        rate = rate_of(temperature, None if temperatures is None else temperatures[rows], columns)
         whole, logp = whole_rows(part, self._logp[rows], columns, shard, rate)
         for mine, found in zip(numbers, whole, strict=True):
             assert mine is not None
@@ -159,10 +158,10 @@ class KernelPass:
         with _launch.on_device(g):
             if self._dtype == torch.float16:
                 size = self._weight.shape[0]
-                factor = _linear.in_range(*upstream, self._state.columns, self._rows, self._scaling, size)
+                factor = _linear.in_range(*upstream, self._state, self._rows, self._transform.logit_scale, size)
                 self._unscaled, upstream = factor.reciprocal(), (self._g * factor, self._h * factor)
             self._dz = _linear.gradient_(
-                self._separate[: len(g)], self._state, *upstream, self._x, None, self._rows, self._scaling, 0
+                self._separate[: len(g)], self._state, *upstream, self._x, None, self._rows, self._transform, 0
             )
 
     def into_hidden(self, out: Tensor) -> None:
