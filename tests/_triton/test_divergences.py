@@ -20,7 +20,8 @@ from torch import Tensor
 import kdloss
 from kdloss._divergences import hidden_op, logits_op
 from kdloss._triton import _launch
-from kdloss._triton._divergences import Pair, Side
+from kdloss._triton._divergences import Pair
+from kdloss._triton._row_math import LogitTransform
 from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
@@ -321,10 +322,10 @@ def test_opcheck():
 def step(kind: str, x: Tensor, y: Tensor, vocab: int, *, everything: bool = False) -> None:
     """Value and gradient of rows without memory."""
     bias = torch.empty(x.shape[1], dtype=torch.bfloat16, device="meta")
-    options = (bias, 0.7, 30.0) if everything else ()
+    transform = LogitTransform(bias, 0.7, 30.0) if everything else LogitTransform()
     value, known = torch.empty(x.shape[0], device="meta"), torch.empty(5, x.shape[0], device="meta")
     taus = value if everything else None
-    pair = Pair(kind, 0.3, Side.of(x, *options), Side.of(y, *options), 1.0, taus, vocab)
+    pair = Pair(kind, 0.3, x, y, transform, transform, 1.0, taus, vocab)
     pair.value_(value, known)
     out = x if everything else torch.empty(x.shape, dtype=x.dtype, device="meta")  # in place, as from hidden states
     pair.gradient_(out, known, value)

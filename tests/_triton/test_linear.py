@@ -22,6 +22,7 @@ from kdloss._logprobs.fused_passes import KernelChunks
 from kdloss._softmax.head import Head
 from kdloss._softmax.vocabulary import Softmax
 from kdloss._triton import _compaction, _launch, _linear as kernels, _products
+from kdloss._triton._row_math import LogitTransform, State
 from kdloss.testing import reference
 from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
@@ -319,17 +320,16 @@ def test_rows_past_2_to_the_31_are_found():
     hidden, weight = normal(3, D), normal(9, D, seed=1)
     labels = torch.tensor([[1], [-100], [8]], device=DEVICE)
     rows = torch.tensor([0, 2], device=DEVICE)
-    scaling = kernels.Scaling(None, 1.0, None, 1.0, None)
-    given = (labels, rows, scaling, torch.empty(0, 9, device=DEVICE), True)
+    given = (labels, rows, LogitTransform(), 1.0, None, torch.empty(0, 9, device=DEVICE), True)
     near = kernels.forward(hidden, weight, *given)
     far = kernels.forward(far_apart(hidden, 2**31 + 16), weight, *given)
     assert all(torch.equal(x, y) for x, y in zip(near, far, strict=True))
-    state = kernels.State(labels, *near[2:])
+    state = State(labels, 1.0, None, *near[2:])
     incoming = normal(3, 1), normal(3)
     x = hidden[rows] @ weight.T
     out = [torch.empty_like(x), far_apart(x, 2**31 + 16)]
-    kernels.gradient_(out[0], state, *incoming, x, None, rows, scaling, 0)
-    kernels.gradient_(out[1], state, *incoming, out[1], None, rows, scaling, 0)  # in place, too
+    kernels.gradient_(out[0], state, *incoming, x, None, rows, LogitTransform(), 0)
+    kernels.gradient_(out[1], state, *incoming, out[1], None, rows, LogitTransform(), 0)  # in place, too
     assert torch.equal(*out)
 
 
@@ -339,15 +339,16 @@ def test_float16_gradients_do_not_hang_on_the_size_of_what_comes_in(scale):
     given = problem(300, torch.float16, temperature=0.25, logit_scale=2.0)
     hidden, weight = given.leaves
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
-    scaling = kernels.Scaling(None, 2.0, None, 0.25, None)
+    transform, temperature = LogitTransform(logit_scale=2.0), (0.25, None)
     labels, kept = given.labels, torch.empty(0, 300, device=DEVICE)
     rows = (labels >= 0).any(-1).nonzero().squeeze(-1)
 
     def weight_gradient(hidden: Tensor, weight: Tensor, out: torch.dtype) -> Tensor:
-        state = kernels.State(labels, *kernels.forward(hidden, weight, labels, rows, scaling, kept, True)[2:])
+        known = kernels.forward(hidden, weight, labels, rows, transform, *temperature, kept, True)[2:]
+        state = State(labels, *temperature, *known)
         incoming = given.logp * scale, given.entropy * scale
         needs = [False, False, True]  # of the bias, which is float32
-        return kernels.backward(*incoming, state, hidden, weight, rows, None, scaling, kept, needs)[2]
+        return kernels.backward(*incoming, state, hidden, weight, rows, None, transform, kept, needs)[2]
 
     found = weight_gradient(hidden.detach(), weight.detach(), torch.float32) / scale
     expected = weight_gradient(*[x.detach() for x in wide], torch.float32) / scale
@@ -396,18 +397,17 @@ def step(
     columns = torch.empty(tokens, labels, dtype=torch.int64, device=meta)
     if fused:
         head = Head(hidden, weight[:vocab], bias, *((30.0, 1.3) if everything else (None, 1.0)))
-        softmax = Softmax(vocab, vocab, 1.0, taus, None, kernels=True)
-        chunk = KernelChunks(head, columns, softmax, 1024).chunk(torch.empty(1024, dtype=torch.int64, device=meta))
-        chunk.gradient(*torch.empty(2, 1024, device=meta))
+        chunks = KernelChunks(head, columns, Softmax.of(vocab, 1.0 if taus is None else taus), 1024)
+        chunks.chunk(torch.empty(1024, dtype=torch.int64, device=meta)).gradient(*torch.empty(2, 1024, device=meta))
         return
-    scaling = kernels.Scaling(bias, *((1.3, 30.0) if everything else (1.0, None)), 1.0, taus)
+    transform = LogitTransform(bias, *((1.3, 30.0) if everything else (1.0, None)))
     products = _launch.room(tokens if kept else 0, vocab, dtype=torch.float32, device=meta)
     index, active = (torch.empty(n, dtype=torch.int64, device=meta) for n in (tokens if kept else rows, rows))
-    known = kernels.forward(hidden, weight, columns, index, scaling, products, everything)
-    state = kernels.State(columns, *known[2:4], known[4] if everything else None)
+    known = kernels.forward(hidden, weight, columns, index, transform, 1.0, taus, products, everything)
+    state = State(columns, 1.0, taus, *known[2:4], known[4] if everything else None)
     incoming = torch.empty(tokens, labels, device=meta), torch.empty(tokens, device=meta) if everything else None
     places = active if kept else None
-    kernels.backward(*incoming, state, hidden, weight, active, places, scaling, products, [True, True, True])
+    kernels.backward(*incoming, state, hidden, weight, active, places, transform, products, [True, True, True])
 
 
 def aot_calls() -> None:

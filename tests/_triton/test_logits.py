@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdloss._triton import _launch, _logits_backward as backward_kernels, _logits_forward as forward_kernels
+from kdloss._triton._row_math import State
 from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
@@ -65,17 +66,15 @@ def arguments(logits: Tensor, options: dict[str, Any], *, with_entropy: bool = T
 
 def backward_arguments(given: tuple[Any, ...], *, of: str = "both") -> tuple[Any, ...]:
     """Of the backward of a forward; the last row has no incoming gradient."""
-    logits, columns, row_temperature, *options, _ = given
-    _, _, *state = forward_kernels.forward(*given)
+    logits, columns, row_temperature, temperature, *options, _ = given
+    _, _, *known = forward_kernels.forward(*given)
     g, h = normal(*columns.shape, seed=2), normal(columns.shape[0], seed=3)
     g[-1], h[-1] = 0, 0
     return (
         None if of == "entropy" else g,
         None if of == "logp" else h,
         logits,
-        columns,
-        row_temperature,
-        *state,
+        State(columns, temperature, row_temperature, *known),
         *options,
     )
 
@@ -168,7 +167,7 @@ def test_rows_that_take_no_part_are_not_read(garbage):
     assert all(torch.equal(x, y) for x, y in zip(found, clean, strict=True))
     changed = list(backward_arguments(given))
     filled[-1], temperatures[-1] = garbage, garbage
-    changed[2], changed[4] = filled, temperatures
+    changed[2], changed[3] = filled, changed[3]._replace(row_temperature=temperatures)
     with poisoned():
         gradient = backward_kernels.backward(*changed)
     assert torch.equal(gradient, clean_gradient)
@@ -218,11 +217,12 @@ def step(logits: Tensor, vocab: int, *, labels: int = 1, with_entropy: bool = Tr
     """Forward and backward of logits without memory."""
     rows = logits.shape[0]
     columns = torch.empty(rows, labels, dtype=torch.int64, device="meta")
-    state = [torch.empty(rows, device="meta") for _ in range(3)]
-    row_temperature, *options = (state[0], 1.0, 30.0, vocab) if every_option else (None, 1.0, None, vocab)
-    forward_kernels.forward(logits, columns, row_temperature, *options, with_entropy)
-    g, h = torch.empty(columns.shape, device="meta"), state[0] if with_entropy else None
-    backward_kernels.backward(g, h, logits, columns, row_temperature, *state, *options, part=every_option)
+    known = [torch.empty(rows, device="meta") for _ in range(3)]
+    row_temperature, *options = (known[0], 30.0, vocab) if every_option else (None, None, vocab)
+    forward_kernels.forward(logits, columns, row_temperature, 1.0, *options, with_entropy)
+    g, h = torch.empty(columns.shape, device="meta"), known[0] if with_entropy else None
+    state = State(columns, 1.0, row_temperature, *known)
+    backward_kernels.backward(g, h, logits, state, *options, part=every_option)
 
 
 def aot_layouts(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
@@ -250,9 +250,9 @@ def aot_calls() -> None:
     step(*layouts["cut"], labels=64)
     step(*layouts["cut"], labels=64, with_entropy=False)  # read 16 bytes at a time, and written one by one
     # an entropy's gradient alone
-    x, state = layouts["odd"][0], [torch.empty(8192, device="meta") for _ in range(3)]
+    x, known = layouts["odd"][0], [torch.empty(8192, device="meta") for _ in range(3)]
     columns = torch.empty(8192, 1, dtype=torch.int64, device="meta")
-    backward_kernels.backward(None, state[0], x, columns, None, *state, 1.0, None, 128257)
+    backward_kernels.backward(None, known[0], x, State(columns, 1.0, None, *known), None, 128257)
 
 
 def aot_table() -> None:

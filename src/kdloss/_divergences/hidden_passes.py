@@ -148,17 +148,19 @@ class KernelChunks:
         self._room_for_gradient = _launch.room(*shape, dtype=torch.bfloat16, device=device) if rounds else self._room[0]
 
     def chunk(self, rows: Tensor) -> KernelChunk:
-        from kdloss._triton._divergences import Pair, Side
+        from kdloss._triton._divergences import Pair
+        from kdloss._triton._row_math import LogitTransform
 
-        hidden, sides = [], []
-        for out, head in zip(self._room[:, : rows.shape[0]].unbind(0), self._heads, strict=True):
-            hidden.append(_product_(out, head, rows))
-            sides.append(Side.of(out, head.bias, head.logit_scale, head.softcap))
+        x, y = self._room[:, : rows.shape[0]].unbind(0)
+        student, teacher = self._heads
+        hidden = _product_(x, student, rows)
+        _product_(y, teacher, rows)
+        transforms = (LogitTransform.of(head.bias, head.logit_scale, head.softcap) for head in self._heads)
         form, temperature, tau, vocab_size, *_ = self._options
         taus = None if tau is None else tau.index_select(0, rows)
-        pair = Pair(*form, sides[0], sides[1], temperature, taus, vocab_size)
+        pair = Pair(*form, x, y, *transforms, temperature, taus, vocab_size)
         out = self._room_for_gradient[: rows.shape[0]]
-        return KernelChunk(rows, pair, out, hidden[0], self._heads[0].weight, self._options)
+        return KernelChunk(rows, pair, out, hidden, student.weight, self._options)
 
 
 class KernelChunk(NamedTuple):
@@ -171,7 +173,7 @@ class KernelChunk(NamedTuple):
 
     def divergence(self, upstream: Tensor | None, *, gradient: bool) -> tuple[Tensor | None, HeadGradient | None]:
         shares, slope = self.options.shares, self.options.slope
-        value = self.pair.student.x.new_empty(self.rows.shape[0])
+        value = self.pair.x.new_empty(self.rows.shape[0])
         known = value.new_empty(5, value.shape[0])
         if shares is None or slope is None:
             self.pair.value_(value, known)

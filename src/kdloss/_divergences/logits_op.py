@@ -104,14 +104,16 @@ def _pairs(
     vocab_size: int,
 ) -> Iterator[tuple[slice, Pair]]:
     """(which rows, both sides of them) as the kernels take them."""
-    from kdloss._triton._divergences import Pair, Side
+    from kdloss._triton._divergences import Pair
+    from kdloss._triton._row_math import LogitTransform
 
     taus = None if row_temperature is None else row_temperature.reshape(-1).contiguous()
     start = 0
     for student, teacher in flat_rows(logits[..., :vocab_size], teacher_logits[..., :vocab_size]):
         rows = slice(start, start + student.shape[0])
         tau = None if taus is None else taus[rows]
-        yield rows, Pair(kind, omega, Side.of(student), Side.of(teacher), temperature, tau, vocab_size)
+        x, y = (side if side.stride(-1) == 1 else side.contiguous() for side in (student, teacher))
+        yield rows, Pair(kind, omega, x, y, LogitTransform(), LogitTransform(), temperature, tau, vocab_size)
         start = rows.stop
 
 

@@ -110,15 +110,14 @@ class KernelChunks:
     """By the kernels of `_triton`: in half precision where hidden states and head share one, with float32 results."""
 
     def __init__(self, head: Head, columns: Tensor, softmax: Softmax, size: int) -> None:
-        from kdloss._triton import _launch, _linear, _products
+        from kdloss._triton import _launch, _products
+        from kdloss._triton._row_math import LogitTransform, State
 
         self.head, self._columns, self._shard = head, columns, softmax.shard
-        self.scaling = _linear.Scaling.of(
-            head.bias, head.logit_scale, head.softcap, softmax.temperature, softmax.flat_temperature
-        )
+        self.transform = LogitTransform.of(head.bias, head.logit_scale, head.softcap)
         width = head.weight.shape[0]
         here = columns if self._shard is None else self._shard.columns(columns, width)
-        self.state = _linear.State.empty(here, with_entropy=True)
+        self.state = State.empty(here, softmax.temperature, softmax.flat_temperature, with_entropy=True)
         self._logp, self.g = (torch.zeros(columns.shape, device=columns.device) for _ in range(2))
         self._entropy, self.h = (torch.zeros_like(self.state.peak) for _ in range(2))
         self.dtype = _products.product_dtype(head.hidden, head.weight)
@@ -138,16 +137,16 @@ class KernelChunks:
                 _products.product_(x, hidden, weight.T)
             else:
                 head_product_(x, hidden, weight, None)
-            _linear.fold_(self._logp, self._entropy, self.state, x, rows, self.scaling, 0, first=True, last=True)
+            _linear.fold_(self._logp, self._entropy, self.state, x, rows, self.transform, 0, first=True, last=True)
         if self._shard is None:
             return KernelChunk(self._logp[rows].squeeze(-1), self._entropy[rows], x, hidden, rows, self)
         return KernelChunk(*self._of_whole_rows(rows, self._shard), x, hidden, rows, self)
 
     def _of_whole_rows(self, rows: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
         """Turn the states of these rows into those of whole rows; return log-probs and entropies (n,) under them."""
-        columns, numbers, temperatures = self._columns[rows], self.state[1:], self.scaling.row_temperature
+        columns, (_, temperature, temperatures, *numbers) = self._columns[rows], self.state
         part = RowState(*(x[rows, None] for x in numbers if x is not None))
-        rate = rate_of(self.scaling.temperature, None if temperatures is None else temperatures[rows], columns)
+        rate = rate_of(temperature, None if temperatures is None else temperatures[rows], columns)
         whole, logp = whole_rows(part, self._logp[rows], columns, shard, rate)
         for mine, found in zip(numbers, whole, strict=True):
             assert mine is not None
@@ -173,10 +172,10 @@ class KernelChunk(NamedTuple):
         with _launch.on_device(g):
             if every.dtype == torch.float16:
                 size = every.head.weight.shape[0]
-                factor = _linear.in_range(*upstream, every.state.columns, rows, every.scaling, size)
+                factor = _linear.in_range(*upstream, every.state, rows, every.transform.logit_scale, size)
                 unscaled, upstream = factor.reciprocal(), (every.g * factor, every.h * factor)
             out = every.room_for_gradient[: len(g)]
-            dz = _linear.gradient_(out, every.state, *upstream, self.x, None, rows, every.scaling, 0)
+            dz = _linear.gradient_(out, every.state, *upstream, self.x, None, rows, every.transform, 0)
         return KernelHeadGradient(dz, self.hidden, every.head.weight, unscaled)
 
 

@@ -71,11 +71,13 @@ def linear_logprobs(
     index = _labelled(columns) if rows is None else rows
     if kernels:
         from kdloss._triton import _launch, _linear
+        from kdloss._triton._row_math import LogitTransform
 
         count = index.shape[0] if store else 0
         products = _launch.room(count, vocab_size, dtype=torch.float32, device=hidden.device)
-        stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
-        return *_linear.forward(hidden, weight, columns, index, stages, products, with_entropy), products
+        transform = LogitTransform.of(bias, logit_scale, softcap)
+        inputs = (hidden, weight, columns, index, transform, temperature, row_temperature)
+        return *_linear.forward(*inputs, products, with_entropy), products
     n_tokens, columns = columns.shape[0], columns[index]
     head = Head(hidden, weight, bias, softcap, logit_scale)
     slices = _HeadSlices(head, columns, index, temperature, row_temperature)
@@ -180,11 +182,12 @@ def linear_logprobs_backward(
     bias_dtype = (hidden if bias is None else bias).dtype
     if kernels:
         from kdloss._triton import _linear
+        from kdloss._triton._row_math import LogitTransform, State
 
-        known = _linear.State(columns, maximum, peak, None if h is None else mean)
-        stages = _linear.Scaling.of(bias, logit_scale, softcap, temperature, row_temperature)
+        known = State(columns, temperature, row_temperature, maximum, peak, None if h is None else mean)
+        transform = LogitTransform.of(bias, logit_scale, softcap)
         dhidden, dhead, dshift = _linear.backward(
-            g, None if h is None else h.squeeze(-1), known, hidden, weight, index, places, stages, kept, needs
+            g, None if h is None else h.squeeze(-1), known, hidden, weight, index, places, transform, kept, needs
         )
         return dhidden, dhead, dshift.to(bias_dtype)
     state = RowState(maximum[index, None], peak[index, None], None if h is None else mean[index, None])

@@ -117,20 +117,10 @@ def logprobs_backward(
     """
     if triton:
         from kdloss._triton._logits_backward import backward
+        from kdloss._triton._row_math import State
 
-        state = (maximum, peak, mean)
-        return backward(
-            logp_gradient,
-            entropy_gradient,
-            logits,
-            columns,
-            row_temperature,
-            *state,
-            temperature,
-            softcap,
-            vocab_size,
-            part=part,
-        )
+        known = State(columns, temperature, row_temperature, maximum, peak, mean)
+        return backward(logp_gradient, entropy_gradient, logits, known, softcap, vocab_size, part=part)
     wide = _checks.promoted_dtype(logits)
     ignored = columns < 0
     g = torch.zeros(columns.shape, dtype=wide, device=logits.device) if logp_gradient is None else logp_gradient

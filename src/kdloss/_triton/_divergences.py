@@ -19,6 +19,7 @@ from ._divergence_kernels import (
     pair_sum_kernel,
     state_kernel,
 )
+from ._row_math import LogitTransform
 
 KLS = ("forward_kl", "reverse_kl")
 
@@ -27,43 +28,22 @@ KLS = ("forward_kl", "reverse_kl")
 _TILE, _MIXTURE, _BLOCK = 4096, 1024, 2048
 
 
-class Side(NamedTuple):
-    """Logits are softcap(logit_scale (x + bias))."""
-
-    x: Tensor  # (R, V) of unit column stride, V at least the vocabulary
-    bias: Tensor | None = None  # (V,)
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, x: Tensor, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None) -> Side:
-        """As the kernels read them: logits of another column stride, and such a bias, are copied."""
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        return cls(x, None if bias is None else bias.contiguous(), logit_scale, softcap)
-
-    @property
-    def numbers(self) -> tuple[float | None, float | None]:
-        return None if self.logit_scale == 1 else self.logit_scale, self.softcap
-
-    def columns(self, vocab_size: int) -> int:
-        """That may be read, whatever they hold."""
-        return _launch.readable(self.x, vocab_size)
-
-
 class Pair(NamedTuple):
     """What is compared, and how."""
 
     kind: str
     omega: float  # the weight of the teacher in the mixture
-    student: Side
-    teacher: Side
+    x: Tensor  # (R, V) of the student, of unit column stride, V at least the vocabulary
+    y: Tensor  # of the teacher, likewise
+    student: LogitTransform
+    teacher: LogitTransform
     temperature: float
     row_temperature: Tensor | None  # (R,) contiguous
     vocab_size: int
 
     @property
     def _inputs(self) -> tuple[Tensor | None, ...]:
-        return self.student.x, self.teacher.x, self.student.bias, self.teacher.bias, self.row_temperature
+        return self.x, self.y, self.student.bias, self.teacher.bias, self.row_temperature
 
     @property
     def _numbers(self) -> tuple[float | None, ...]:
@@ -71,7 +51,8 @@ class Pair(NamedTuple):
 
     @property
     def _columns(self) -> tuple[int, int, int]:
-        return self.vocab_size, self.student.columns(self.vocab_size), self.teacher.columns(self.vocab_size)
+        size = self.vocab_size
+        return size, _launch.readable(self.x, size), _launch.readable(self.y, size)
 
     @property
     def _shares(self) -> tuple[float, float, float]:
@@ -88,8 +69,8 @@ class Pair(NamedTuple):
 
         As `_divergence_rows.slice_state`, but for the unit of m, which is that of the logits.
         """
-        rows = self.student.x.shape[0]
-        value = torch.zeros(rows, dtype=torch.float32, device=self.student.x.device)
+        rows = self.x.shape[0]
+        value = torch.zeros(rows, dtype=torch.float32, device=self.x.device)
         known = value.new_empty(5, rows)
         self._state_(value, known)
         m_q, log_s_q, m_p, log_s_p, _ = known
@@ -110,9 +91,9 @@ class Pair(NamedTuple):
         if rows == 0:
             return
         size, *bounds = self._columns
-        sides = zip((self.student.x, self.teacher.x), bounds, strict=True)
+        sides = zip((self.x, self.y), bounds, strict=True)
         aligned = all(_launch.aligned(x, bound) for x, bound in sides)
-        width = 16 // max(self.student.x.element_size(), self.teacher.x.element_size())
+        width = 16 // max(self.x.element_size(), self.y.element_size())
         launch = _launch.pairs(rows, size, _TILE)
         parts = out.new_empty(5, rows, launch.splits) if launch.splits > 1 else None
         with _launch.on_device(out):
@@ -189,7 +170,7 @@ class Pair(NamedTuple):
                 )
 
     def _strides(self, known: Tensor) -> tuple[int, int, int]:
-        return known.stride(0), self.student.x.stride(0), self.teacher.x.stride(0)
+        return known.stride(0), self.x.stride(0), self.y.stride(0)
 
     def gradient_(self, out: Tensor, known: Tensor, factor: Tensor) -> Tensor:
         """`factor` (R,) times the gradient of x into `out`, which may be x; 0 in columns past the vocabulary.

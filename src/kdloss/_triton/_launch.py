@@ -102,9 +102,9 @@ def pairs_backward(rows: int, columns: int, block: int) -> Pairs:
     return Pairs(block, blocks_a_split, -(-blocks // blocks_a_split), warps)
 
 
-def block_labels(count: int) -> int:
-    """The power of two that holds `count` labels, up to `LABELS`."""
-    return min(1 << max(0, count - 1).bit_length(), LABELS)
+def block_labels(count: int, most: int = LABELS) -> int:
+    """The power of two that holds `count` labels, up to `most`."""
+    return min(1 << max(0, count - 1).bit_length(), most)
 
 
 class Piece(NamedTuple):

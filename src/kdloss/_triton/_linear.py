@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import triton
@@ -28,52 +27,8 @@ from torch import Tensor
 from . import _launch
 from ._compaction import put_back, take
 from ._products import add_product_, product_, product_dtype, slices, widest_slice
+from ._row_math import LogitTransform, State
 from ._slices import BLOCK, LABELS_AT_A_TIME, LANES, SPAN, WARPS, WIDTH, fold_kernel, gradient_kernel
-
-
-class Scaling(NamedTuple):
-    """What stands between the product with the head and the logits of the softmax."""
-
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-    row_temperature: Tensor | None  # (T,)
-
-    @classmethod
-    def of(
-        cls,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
-        temperature: float,
-        row_temperature: Tensor | None,
-    ) -> Scaling:
-        """As the kernels read them, one entry after another."""
-        bias, row_temperature = (None if x is None else x.contiguous() for x in (bias, row_temperature))
-        return cls(bias, logit_scale, softcap, temperature, row_temperature)
-
-    @property
-    def numbers(self) -> tuple[float, float | None, float | None]:
-        """As the kernels take them."""
-        return self.temperature, None if self.logit_scale == 1 else self.logit_scale, self.softcap
-
-
-class State(NamedTuple):
-    """What is known of every row of the stream, float32, and 0 in rows that take no part."""
-
-    columns: Tensor  # (T, K) int64, -100 ignored; past this head's columns: in another part of it
-    maximum: Tensor  # (T,)
-    peak: Tensor  # (T,)
-    mean: Tensor | None  # (T,); None without entropy
-
-    @classmethod
-    def empty(cls, columns: Tensor, *, with_entropy: bool) -> State:
-        columns = columns.contiguous()
-        maximum, peak, mean = (
-            torch.zeros(columns.shape[0], dtype=torch.float32, device=columns.device) for _ in range(3)
-        )
-        return cls(columns, maximum, peak, mean if with_entropy else None)
 
 
 def fold_(
@@ -82,7 +37,7 @@ def fold_(
     state: State,
     x: Tensor,  # (N, size) float32, products with the rows of the head from `start`
     rows: Tensor,  # (N,) of the stream
-    scaling: Scaling,
+    transform: LogitTransform,
     start: int,
     *,
     first: bool,
@@ -95,14 +50,15 @@ def fold_(
         x,
         rows,
         state.columns,
-        scaling.bias,
-        scaling.row_temperature,
+        transform.bias,
+        state.row_temperature,
         logp,
         entropy,
         state.maximum,
         state.peak,
         state.mean,
-        *scaling.numbers,
+        state.temperature,
+        *transform.numbers,
         start,
         x.shape[1],
         x_columns,
@@ -113,7 +69,7 @@ def fold_(
         LANES,
         WIDTH,
         _launch.aligned(x, x_columns),
-        _block_labels(n_labels),
+        _launch.block_labels(n_labels, LABELS_AT_A_TIME),
         num_warps=WARPS,
     )
 
@@ -126,7 +82,7 @@ def gradient_(
     x: Tensor,  # (M, size) float32
     places: Tensor | None,  # (N,) rows of x; None: the first N
     rows: Tensor,  # (N,) of the stream
-    scaling: Scaling,
+    transform: LogitTransform,
     start: int,
 ) -> Tensor:
     """The gradient of the products x, into `out`, which may be x itself where every row of it is wanted.
@@ -139,15 +95,16 @@ def gradient_(
         places,
         rows,
         state.columns,
-        scaling.bias,
-        scaling.row_temperature,
+        transform.bias,
+        state.row_temperature,
         state.maximum,
         state.peak,
         state.mean,
         logp_gradient,
         entropy_gradient,
         out,
-        *scaling.numbers,
+        state.temperature,
+        *transform.numbers,
         start,
         x.shape[1],
         _launch.readable(x, x.shape[1]),
@@ -157,7 +114,7 @@ def gradient_(
         out.stride(0),
         SPAN,
         BLOCK,
-        _block_labels(n_labels),
+        _launch.block_labels(n_labels, LABELS_AT_A_TIME),
         num_warps=WARPS,
     )
     return out
@@ -168,12 +125,14 @@ def forward(
     weight: Tensor,  # (V, D)
     columns: Tensor,  # (T, K) int64 inside the vocabulary, -100 ignored
     rows: Tensor,  # (N,) int64, distinct
-    scaling: Scaling,
+    transform: LogitTransform,
+    temperature: float,
+    row_temperature: Tensor | None,  # (T,)
     kept: Tensor,  # (N, V) float32, to keep the products in, or (0, V)
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean like entropy)."""
-    state = State.empty(columns, with_entropy=with_entropy)
+    state = State.empty(columns, temperature, row_temperature, with_entropy=with_entropy)
     logp = torch.zeros(columns.shape, dtype=torch.float32, device=hidden.device)
     entropy = torch.zeros_like(state.peak) if with_entropy else None
     tokens, vocab_size = hidden.shape[0], kept.shape[1]
@@ -185,7 +144,7 @@ def forward(
             x = kept[:, part] if room is None else room[:, : part.stop - part.start]
             product_(x, h, weight[part].to(h.dtype).T)
             first, last = part.start == 0, part.stop == vocab_size
-            fold_(logp, entropy, state, x, rows, scaling, part.start, first=first, last=last)
+            fold_(logp, entropy, state, x, rows, transform, part.start, first=first, last=last)
     if entropy is None or state.mean is None:
         return logp, logp.new_empty(0), state.maximum, state.peak, logp.new_empty(0)
     return logp, entropy, state.maximum, state.peak, state.mean
@@ -199,13 +158,13 @@ def backward(
     weight: Tensor,
     rows: Tensor,  # (N,) int64, distinct: those with a gradient among them
     places: Tensor | None,  # (N,) of those rows in `kept`; None: all of `kept`, in order
-    scaling: Scaling,
+    transform: LogitTransform,
     kept: Tensor,  # (M, V) or (0, V)
     needs: list[bool],  # whether hidden, weight and bias want a gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden and weight in their dtypes and of the bias in float32; (0,) for one not wanted."""
     tokens, vocab_size, count = hidden.shape[0], kept.shape[1], rows.shape[0]
-    state = state._replace(columns=state.columns.contiguous())
+    state = state.contiguous()
     g, h = logp_gradient.float(), None if entropy_gradient is None else entropy_gradient.float()
     make = torch.empty if count and vocab_size == weight.shape[0] else torch.zeros  # whether every row is written below
     dweight = make(weight.shape if needs[1] else (0,), dtype=weight.dtype, device=weight.device)
@@ -214,7 +173,7 @@ def backward(
         picked = take(hidden, rows, state.columns, product_dtype(hidden, weight))
         unscaled = None
         if picked.dtype == torch.float16:
-            factor = in_range(g, h, state.columns, rows, scaling, vocab_size)
+            factor = in_range(g, h, state, rows, transform.logit_scale, vocab_size)
             unscaled, g, h = factor.reciprocal(), g * factor, None if h is None else h * factor
         g, h = g.contiguous(), None if h is None else h.contiguous()
         width = widest_slice(tokens, vocab_size)
@@ -230,7 +189,7 @@ def backward(
             w = weight[part].to(picked.dtype)
             x = kept[:, part] if room is None else product_(room[:, :size], picked, w.T)
             within = places if room is None else None
-            dx = gradient_(separate[:, :size], state, g, h, x, within, rows, scaling, part.start)
+            dx = gradient_(separate[:, :size], state, g, h, x, within, rows, transform, part.start)
             if needs[0] and part.start == 0:
                 product_(dh, dx, w)
             elif needs[0]:
@@ -248,19 +207,15 @@ def backward(
     return dhidden, dweight, dbias
 
 
-def in_range(g: Tensor, h: Tensor | None, columns: Tensor, rows: Tensor, scaling: Scaling, vocab_size: int) -> Tensor:
+def in_range(g: Tensor, h: Tensor | None, state: State, rows: Tensor, logit_scale: float, vocab_size: int) -> Tensor:
     """The power of two () that brings the bound on a logit's gradient, r (sum |g| + |h| (1 + log V)), to about 2^12."""
-    columns = columns[rows]
+    columns = state.columns[rows]
     bound = g[rows].masked_fill(columns < 0, 0).abs().sum(-1)
     unlabelled = (columns < 0).all(-1)
     if h is not None:
         bound = bound + h[rows].masked_fill(unlabelled, 0).abs() * (1 + math.log(vocab_size))
-    if scaling.row_temperature is not None:
-        bound = bound / scaling.row_temperature[rows].masked_fill(unlabelled, 1)
-    largest = bound.amax() * (abs(scaling.logit_scale) / scaling.temperature) if rows.shape[0] else bound.sum()
+    if state.row_temperature is not None:
+        bound = bound / state.row_temperature[rows].masked_fill(unlabelled, 1)
+    largest = bound.amax() * (abs(logit_scale) / state.temperature) if rows.shape[0] else bound.sum()
     factor = (12 - largest.log2().ceil()).clamp(-100, 100).exp2()
     return torch.where(largest.isfinite(), factor, 1)
-
-
-def _block_labels(n_labels: int) -> int:
-    return min(int(triton.next_power_of_2(max(1, n_labels))), LABELS_AT_A_TIME)

@@ -25,9 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._row_math import LOG2_E, capped, capped_slope, row_offset, row_rate
-
-IGNORE_INDEX = -100
+from ._logits_forward import IGNORE_INDEX
+from ._row_math import LOG2_E, State, capped, capped_slope, row_offset, row_rate
 
 
 @triton.jit
@@ -151,12 +150,7 @@ def backward(
     logp_gradient: Tensor | None,  # (T, K)
     entropy_gradient: Tensor | None,  # (T,)
     logits: Tensor,  # (..., V)
-    columns: Tensor,  # (T, K) int64
-    row_temperature: Tensor | None,  # (T,)
-    maximum: Tensor,  # (T,), as the next two, from the forward
-    peak: Tensor,
-    mean: Tensor,  # (0,) without an entropy
-    temperature: float,
+    state: State,  # from the forward
     softcap: float | None,
     vocab_size: int,
     *,
@@ -164,10 +158,9 @@ def backward(
     part: bool = False,
 ) -> Tensor:
     """The gradient of the logits, of their shape and dtype, contiguous unless `out` is given."""
-    n_labels = columns.shape[1]
-    columns = columns.contiguous()
-    if row_temperature is not None:
-        row_temperature = row_temperature.float().contiguous()
+    n_labels = state.columns.shape[1]
+    taus = None if state.row_temperature is None else state.row_temperature.float()
+    columns, temperature, taus, maximum, peak, mean = state._replace(row_temperature=taus).contiguous()
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     rows = gradient.view(-1, gradient.shape[-1]) if out is None else out
     block_labels = _launch.block_labels(n_labels)
@@ -182,10 +175,10 @@ def backward(
             backward_kernel[(piece.rows * launch.chunks,)](
                 piece.x,
                 columns[place],
-                None if row_temperature is None else row_temperature[place],
+                None if taus is None else taus[place],
                 maximum[place],
                 peak[place],
-                None if h is None else mean[place],
+                None if h is None or mean is None else mean[place],
                 g,
                 h,
                 rows[place],
@@ -214,16 +207,12 @@ def backward_in_torch(
     logp_gradient: Tensor | None,
     entropy_gradient: Tensor | None,
     logits: Tensor,  # (T, V)
-    columns: Tensor,  # (T, K) inside the vocabulary or -100
-    row_temperature: Tensor | None,
-    maximum: Tensor,
-    peak: Tensor,
-    mean: Tensor,
-    temperature: float,
+    state: State,  # of labels inside the vocabulary
     softcap: float | None,
     vocab_size: int,
 ) -> Tensor:
     """The same algorithm, all blocks of all rows side by side."""
+    columns, temperature, row_temperature, maximum, peak, mean = state
     ignored = columns == IGNORE_INDEX
     g = (
         torch.zeros_like(columns, dtype=torch.float32)
@@ -240,6 +229,7 @@ def backward_in_torch(
     d = (c - maximum[:, None]) * rate
     slope = g.sum(-1, keepdim=True)
     if entropy_gradient is not None:
+        assert mean is not None
         slope = slope + h[:, None] * (d.clamp(min=-1e4) - mean[:, None])
     dz = -torch.exp(d) * peak[:, None] * slope
     for label, value in zip(columns.clamp(min=0).unbind(-1), g.unbind(-1), strict=True):

@@ -13,8 +13,57 @@ The difference to the maximum is taken before it is multiplied: logits far off c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class LogitTransform(NamedTuple):
+    """c = softcap(logit_scale (x + bias)) of logits, or of products with a head, x."""
+
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, bias: Tensor | None, logit_scale: float, softcap: float | None) -> LogitTransform:
+        """As the kernels read it, one entry of the bias after another."""
+        return cls(None if bias is None else bias.contiguous(), logit_scale, softcap)
+
+    @property
+    def numbers(self) -> tuple[float | None, float | None]:
+        """(logit_scale, softcap) as the kernels take them: None leaves either out."""
+        return None if self.logit_scale == 1 else self.logit_scale, self.softcap
+
+
+class State(NamedTuple):
+    """What is known of every row: its labels, its temperature and, float32, what its softmax follows from."""
+
+    columns: Tensor  # (T, K) int64, -100 ignored; past the columns of the logits: in another part of the row
+    temperature: float  # of all rows
+    row_temperature: Tensor | None  # (T,) in its place
+    maximum: Tensor  # (T,) m
+    peak: Tensor  # (T,) 1 / s
+    mean: Tensor | None  # (T,) rate u / s; not read without an entropy
+
+    @classmethod
+    def empty(cls, columns: Tensor, temperature: float, row_temperature: Tensor | None, *, with_entropy: bool) -> State:
+        """Of rows of which nothing has been read: zeros, which stay in rows that take no part."""
+        shape, device = columns.shape[:1], columns.device
+        maximum, peak, mean = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
+        state = cls(columns, temperature, row_temperature, maximum, peak, mean if with_entropy else None)
+        return state.contiguous()
+
+    def contiguous(self) -> State:
+        """As the kernels read it, one label and one temperature after another."""
+        taus = self.row_temperature
+        return self._replace(
+            columns=self.columns.contiguous(), row_temperature=None if taus is None else taus.contiguous()
+        )
+
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # 0 times this is 0, where 0 times -inf would be NaN
