@@ -37,11 +37,11 @@ from ._losses.estimators import kl_k1 as kl_k1
 from ._losses.estimators import kl_k2 as kl_k2
 from ._losses.estimators import kl_k3 as kl_k3
 from ._losses.estimators import reverse_kl_reward as reverse_kl_reward
-from ._losses.kdrl import kdrl_loss as kdrl_loss
-from ._losses.kdrl import kdrl_token_loss as kdrl_token_loss
 from ._losses.objectives import LossOutput as LossOutput
 from ._losses.objectives import distillation_loss as distillation_loss
 from ._losses.objectives import grpo_loss as grpo_loss
+from ._losses.objectives import kdrl_loss as kdrl_loss
+from ._losses.objectives import kdrl_token_loss as kdrl_token_loss
 from ._losses.objectives import sft_loss as sft_loss
 from ._losses.surrogates import Surrogate as Surrogate
 from ._losses.surrogates import cispo_surrogate as cispo_surrogate
