@@ -49,11 +49,12 @@ from ._losses.estimators import (
     kl_k3 as kl_k3,
     reverse_kl_reward as reverse_kl_reward,
 )
-from ._losses.kdrl import kdrl_loss as kdrl_loss, kdrl_token_loss as kdrl_token_loss
 from ._losses.objectives import (
     LossOutput as LossOutput,
     distillation_loss as distillation_loss,
     grpo_loss as grpo_loss,
+    kdrl_loss as kdrl_loss,
+    kdrl_token_loss as kdrl_token_loss,
     sft_loss as sft_loss,
 )
 from ._losses.surrogates import (

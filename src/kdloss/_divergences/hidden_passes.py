@@ -155,10 +155,10 @@ class KernelChunks:
         student, teacher = self._heads
         hidden = _product_(x, student, rows)
         _product_(y, teacher, rows)
-        transforms = (LogitTransform.of(head.bias, head.logit_scale, head.softcap) for head in self._heads)
+        sides = [LogitTransform.of(head.bias, head.logit_scale, head.softcap) for head in self._heads]
         form, temperature, tau, vocab_size, *_ = self._options
         taus = None if tau is None else tau.index_select(0, rows)
-        pair = Pair(*form, x, y, *transforms, temperature, taus, vocab_size)
+        pair = Pair(*form, x, y, sides[0], sides[1], temperature, taus, vocab_size)
         out = self._room_for_gradient[: rows.shape[0]]
         return KernelChunk(rows, pair, out, hidden, student.weight, self._options)
 

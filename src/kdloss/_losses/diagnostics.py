@@ -8,7 +8,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._packing.reductions import token_mean
 
-from .estimators import _log_ratio
+from .estimators import masked_log_ratio
 
 
 def diagnostics(
@@ -57,7 +57,7 @@ def diagnostics(
     def mean(x: Tensor, mask: Tensor = loss_mask) -> Tensor:
         return token_mean(x.detach(), loss_mask=mask)
 
-    log_ratio = _log_ratio("logp", logp, loss_mask, old_logp=old_logp)
+    log_ratio = masked_log_ratio("logp", logp, loss_mask, old_logp=old_logp)
     ratio = log_ratio.exp()
     tokens = loss_mask.sum()
     smallest = -_largest(-log_ratio, loss_mask)
@@ -76,7 +76,7 @@ def diagnostics(
     }
     if teacher_logp is not None:
         excluded = loss_mask & (teacher_logp == -torch.inf)
-        statistics["reverse_kl"] = mean(_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp))
+        statistics["reverse_kl"] = mean(masked_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp))
         statistics["teacher_logp"] = mean(teacher_logp, loss_mask & ~excluded)
         statistics["teacher_neg_inf"] = excluded.sum()
     if entropy is not None:

@@ -210,10 +210,10 @@ def _from_later_parts(
 
 def _teacher_log_ratio(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
     _checks.tensors(teacher_logp=teacher_logp)
-    return _log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
+    return masked_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
 
 
-def _log_ratio(
+def masked_log_ratio(
     name: str,
     logp: Tensor,
     loss_mask: Tensor,

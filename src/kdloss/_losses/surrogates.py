@@ -17,7 +17,7 @@ from kdloss import _checks
 from kdloss._distributed.agreement import in_step
 from kdloss._packing.layout import broadcast_to_tokens, segment_mean
 
-from .estimators import _log_ratio
+from .estimators import masked_log_ratio
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -272,7 +272,7 @@ def _prepare(
     _checks.tensors(advantages=advantages)
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, advantages=advantages, weights=weights)
     dtype = _checks.promoted_dtype(logp, old_logp, advantages, weights)
-    log_ratio = _log_ratio("logp", logp, loss_mask, old_logp=old_logp).to(dtype)
+    log_ratio = masked_log_ratio("logp", logp, loss_mask, old_logp=old_logp).to(dtype)
     advantages = torch.where(loss_mask, advantages.detach().to(dtype), 0)
     weighted = advantages
     if weights is not None:

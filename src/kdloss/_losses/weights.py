@@ -19,7 +19,7 @@ from kdloss import _checks
 from kdloss._distributed.agreement import in_step
 from kdloss._packing.layout import broadcast_to_tokens, segment_mean, segment_sum
 
-from .estimators import _log_ratio
+from .estimators import masked_log_ratio
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -140,7 +140,7 @@ def _weight(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
 
 def _detached_log_ratio(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
     _checks.tensors(old_logp=old_logp)
-    return _log_ratio("prox_logp", prox_logp, loss_mask, old_logp=old_logp).detach()
+    return masked_log_ratio("prox_logp", prox_logp, loss_mask, old_logp=old_logp).detach()
 
 
 def _drop_outside(weight: Tensor, min_weight: float, max_weight: float) -> Tensor:

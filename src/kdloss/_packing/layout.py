@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from kdloss import _checks
@@ -317,10 +318,11 @@ def pack(
     layout = _layout(cu_seqlens, total_tokens)
     fits = layout.fits & (lengths <= length).all()
     index = layout.ids * length + layout.offset.clamp(0, max(length - 1, 0))
-    if padded.shape[0] * length == 0:  # nothing to select from; the sum of nothing is a 0 on the graph
-        nothing = padded.flatten(0, 1).sum(0, dtype=padded.dtype)
+    stream = rearrange(padded, "b l ... -> (b l) ...")
+    if stream.shape[0] == 0:  # nothing to select from; the sum of nothing is a 0 on the graph
+        nothing = stream.sum(0, dtype=padded.dtype)
         return _poison(padded.new_zeros(total_tokens, *padded.shape[2:]) + nothing, fits)
-    return _poison(padded.flatten(0, 1).index_select(0, index), fits)
+    return _poison(stream.index_select(0, index), fits)
 
 
 def unpack(
@@ -353,7 +355,8 @@ def unpack(
         return empty + packed.sum(0, dtype=packed.dtype)  # the sum of nothing is a 0 on the graph
     column = torch.arange(length, device=packed.device)
     index = (cu_seqlens[:-1, None] + column).clamp(0, packed.shape[0] - 1)
-    rows = packed.index_select(0, index.flatten()).unflatten(0, index.shape)
+    rows = packed.index_select(0, rearrange(index, "b l -> (b l)"))
+    rows = rearrange(rows, "(b l) ... -> b l ...", b=index.shape[0], l=length)
     rows = torch.where(_like(column < lengths[:, None], rows), rows, rows.new_full((), fill))
     return _poison(rows, layout.fits & (lengths <= length).all())
 
