@@ -4,11 +4,14 @@ One row: `z = ((W h + b) * logit_scale`, `z <- c tanh(z / c)`, `z <- z / τ`, `l
 `vocab_size` entries only.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
+from .pairs import pair
 from .types import (
     ArrayLike,
     BoolArray,
@@ -72,6 +75,11 @@ def _per_row(name: str, x: ArrayLike, lead: tuple[int, ...]) -> FloatArray:
     return np.broadcast_to(array, lead) if array.ndim == 0 else as_float(name, array, shape=lead)
 
 
+def _upstream(name: str, x: ArrayLike | None, shape: tuple[int, ...]) -> FloatArray:
+    """The upstream gradient of a result, 0 where it is not given."""
+    return np.zeros(shape) if x is None else as_float(name, x, shape=shape)
+
+
 def _label_rows(labels: ArrayLike, lead: tuple[int, ...]) -> tuple[IntArray, IntArray]:
     """The labels as they are, (...,) or (..., K), and with an axis K always: (..., K)."""
     labels = as_int("labels", labels)
@@ -93,43 +101,24 @@ def _scored(rows: IntArray, mask: BoolArray, vocab: int) -> Iterator[tuple[Index
             yield row, places, targets
 
 
-def token_logprobs_and_entropy(
+def token_logprobs_and_entropy_and_grad(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
     temperature: ArrayLike = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
-) -> LogprobsAndEntropy:
+    upstream_logp: ArrayLike | None = None,
+    upstream_entropy: ArrayLike | None = None,
+) -> tuple[LogprobsAndEntropy, FloatArray]:
     """`logp = z_label - logsumexp(z)`, `H = -sum_j p_j log p_j`, `z = cap(logits) / τ`; 0 at ignored labels.
 
     logits: (..., V) float. labels: (...,) or (..., K) int, -100 ignored. temperature: float or (...,).
     Returns logp of labels' shape and entropy (...,), 0 where a row has no valid label.
     Source: softmax; softcap: Gemma 2, arXiv 2408.00118, section 2.
-    """
-    x = as_float("logits", logits)
-    lead, vocab = x.shape[:-1], x.shape[-1] if vocab_size is None else vocab_size
-    labels, rows = _label_rows(labels, lead)
-    tau = _per_row("temperature", temperature, lead)
-    logp, entropy = np.zeros(rows.shape), np.zeros(lead)
-    for row, places, targets in _scored(rows, np.ones(lead, dtype=np.bool_), vocab):
-        row_logp = _log_softmax(x[row][:vocab], float(tau[row]), softcap)
-        logp[row][places] = row_logp[targets]
-        entropy[row] = _entropy(row_logp)
-    return LogprobsAndEntropy(logp.reshape(labels.shape), entropy)
 
-
-def token_logprobs_and_entropy_grad(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    temperature: ArrayLike = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    upstream_logp: ArrayLike,
-    upstream_entropy: ArrayLike,
-) -> FloatArray:
-    """`dlogits_j = (sum_k u_k (1[j = k] - p_j) - v p_j (log p_j + H)) (1 - tanh²(x_j / c)) / τ`; 0 at ignored rows.
+    Gradient: `dlogits_j = (sum_k u_k (1[j = k] - p_j) - v p_j (log p_j + H)) (1 - tanh²(x_j / c)) / τ`; 0 at ignored
+    rows.
 
     logits: (..., V). labels, upstream_logp (u): (...,) or (..., K). upstream_entropy (v): (...,). temperature: float
     or (...,). Returns (..., V), 0 from vocab_size on. Source: derived from `token_logprobs_and_entropy`.
@@ -138,61 +127,49 @@ def token_logprobs_and_entropy_grad(
     lead, vocab = x.shape[:-1], x.shape[-1] if vocab_size is None else vocab_size
     labels, rows = _label_rows(labels, lead)
     tau = _per_row("temperature", temperature, lead)
-    u = as_float("upstream_logp", upstream_logp, shape=labels.shape).reshape(rows.shape)
-    v = as_float("upstream_entropy", upstream_entropy, shape=lead)
-    grad = np.zeros(x.shape)
+    u = _upstream("upstream_logp", upstream_logp, labels.shape).reshape(rows.shape)
+    v = _upstream("upstream_entropy", upstream_entropy, lead)
+    wants_gradient = upstream_logp is not None or upstream_entropy is not None
+    logp, entropy, grad = np.zeros(rows.shape), np.zeros(lead), np.zeros(x.shape)
     for row, places, targets in _scored(rows, np.ones(lead, dtype=np.bool_), vocab):
-        u_row = [float(u[row][k]) for k in places]
-        grad[row][:vocab] = _row_gradient(x[row][:vocab], float(tau[row]), softcap, targets, u_row, float(v[row]))
-    return grad
+        x_row, t = x[row][:vocab], float(tau[row])
+        row_logp = _log_softmax(x_row, t, softcap)
+        logp[row][places] = row_logp[targets]
+        entropy[row] = _entropy(row_logp)
+        if wants_gradient:
+            grad[row][:vocab] = _row_gradient(x_row, t, softcap, targets, u[row][places].tolist(), float(v[row]))
+    return LogprobsAndEntropy(logp.reshape(labels.shape), entropy), grad
 
 
-def token_logprobs(
+token_logprobs_and_entropy, token_logprobs_and_entropy_grad = pair(token_logprobs_and_entropy_and_grad)
+
+
+def token_logprobs_and_grad(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
     temperature: ArrayLike = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
-) -> FloatArray:
+    upstream: ArrayLike | None = None,
+) -> tuple[FloatArray, FloatArray]:
     """`logp = z_label - logsumexp(z)`, `z = cap(logits) / τ`; 0 at ignored labels.
 
     logits: (..., V) float. labels: (...,) or (..., K) int. temperature: float or (...,). Returns labels' shape, nats.
     Source: softmax; softcap: Gemma 2, arXiv 2408.00118, section 2.
-    """
-    return token_logprobs_and_entropy(
-        logits, labels, temperature=temperature, softcap=softcap, vocab_size=vocab_size
-    ).logp
 
-
-def token_logprobs_grad(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    temperature: ArrayLike = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    upstream: ArrayLike,
-) -> FloatArray:
-    """`dlogits_j = sum_k u_k (1[j = k] - p_j) (1 - tanh²(x_j / c)) / τ`; 0 at ignored rows.
+    Gradient: `dlogits_j = sum_k u_k (1[j = k] - p_j) (1 - tanh²(x_j / c)) / τ`; 0 at ignored rows.
 
     logits: (..., V). labels, upstream (u): (...,) or (..., K). temperature: float or (...,). Returns (..., V).
     Source: derived from `token_logprobs`.
     """
-    return token_logprobs_and_entropy_grad(
-        logits,
-        labels,
-        temperature=temperature,
-        softcap=softcap,
-        vocab_size=vocab_size,
-        upstream_logp=upstream,
-        upstream_entropy=np.zeros(np.shape(logits)[:-1]),
+    (logp, _), grad = token_logprobs_and_entropy_and_grad(
+        logits, labels, temperature=temperature, softcap=softcap, vocab_size=vocab_size, upstream_logp=upstream
     )
+    return logp, grad
 
 
-def _linear_logits(hidden: FloatArray, weight: FloatArray, bias: FloatArray, logit_scale: float) -> FloatArray:
-    """`(W h + b) * logit_scale` of one row, (V,), before softcap and temperature."""
-    return (weight @ hidden + bias) * logit_scale
+token_logprobs, token_logprobs_grad = pair(token_logprobs_and_grad)
 
 
 def _linear_inputs(
@@ -216,7 +193,7 @@ def _linear_mask(loss_mask: ArrayLike | None, rows: IntArray, max_trained_tokens
     return mask
 
 
-def linear_token_logprobs_and_entropy(
+def linear_token_logprobs_and_entropy_and_grad(
     hidden: ArrayLike,
     weight: ArrayLike,
     labels: ArrayLike,
@@ -228,41 +205,16 @@ def linear_token_logprobs_and_entropy(
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     max_trained_tokens: int | None = None,
-) -> LogprobsAndEntropy:
+    upstream_logp: ArrayLike | None = None,
+    upstream_entropy: ArrayLike | None = None,
+) -> tuple[LogprobsAndEntropy, LinearGradients]:
     """`z = cap((W h + b) s) / τ`, `logp = z_label - logsumexp(z)`, `H = -sum_j p_j log p_j`; 0 where not trained.
 
     hidden: (T, D). weight: (V, D). labels: (T,) or (T, K) int. loss_mask: (T,) bool. bias: (V,). temperature: float
     or (T,). Returns logp of labels' shape and entropy (T,); max_trained_tokens changes neither.
     Source: softmax; computed without (T, V) logits by Cut Cross-Entropy, arXiv 2411.09009.
-    """
-    h, w, b = _linear_inputs(hidden, weight, bias, vocab_size)
-    labels, rows = _label_rows(labels, h.shape[:1])
-    tau = _per_row("temperature", temperature, h.shape[:1])
-    mask = _linear_mask(loss_mask, rows, max_trained_tokens)
-    logp, entropy = np.zeros(rows.shape), np.zeros(len(h))
-    for row, places, targets in _scored(rows, mask, len(w)):
-        row_logp = _log_softmax(_linear_logits(h[row], w, b, logit_scale), float(tau[row]), softcap)
-        logp[row][places] = row_logp[targets]
-        entropy[row] = _entropy(row_logp)
-    return LogprobsAndEntropy(logp.reshape(labels.shape), entropy)
 
-
-def linear_token_logprobs_and_entropy_grad(
-    hidden: ArrayLike,
-    weight: ArrayLike,
-    labels: ArrayLike,
-    *,
-    loss_mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    temperature: ArrayLike = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    vocab_size: int | None = None,
-    max_trained_tokens: int | None = None,
-    upstream_logp: ArrayLike,
-    upstream_entropy: ArrayLike,
-) -> LinearGradients:
-    """`g` the gradient of the row's uncapped logits x = (W h + b) s: `dh = s Wᵀ g`, `dW = sum s g hᵀ`, `db = sum s g`.
+    Gradient: `dh = s Wᵀ g`, `dW = sum s g hᵀ`, `db = sum s g`, g the gradient of a row's logits (W h + b) s.
 
     hidden: (T, D). weight: (V, D). labels, upstream_logp: (T,) or (T, K). loss_mask: (T,) bool. bias: (V,).
     temperature: float or (T,). upstream_entropy: (T,). Returns hidden (T, D), weight (V, D), bias (V,) or None;
@@ -272,21 +224,33 @@ def linear_token_logprobs_and_entropy_grad(
     labels, rows = _label_rows(labels, h.shape[:1])
     tau = _per_row("temperature", temperature, h.shape[:1])
     mask = _linear_mask(loss_mask, rows, max_trained_tokens)
-    u = as_float("upstream_logp", upstream_logp, shape=labels.shape).reshape(rows.shape)
-    v = as_float("upstream_entropy", upstream_entropy, shape=h.shape[:1])
+    u = _upstream("upstream_logp", upstream_logp, labels.shape).reshape(rows.shape)
+    v = _upstream("upstream_entropy", upstream_entropy, h.shape[:1])
+    wants_gradient = upstream_logp is not None or upstream_entropy is not None
+    logp, entropy = np.zeros(rows.shape), np.zeros(len(h))
     d_hidden, d_weight = np.zeros(h.shape), np.zeros(np.shape(weight))
     d_bias = np.zeros(len(d_weight))
     for row, places, targets in _scored(rows, mask, len(w)):
-        x = _linear_logits(h[row], w, b, logit_scale)
-        u_row = [float(u[row][k]) for k in places]
-        g = logit_scale * _row_gradient(x, float(tau[row]), softcap, targets, u_row, float(v[row]))
+        x, t = (w @ h[row] + b) * logit_scale, float(tau[row])
+        row_logp = _log_softmax(x, t, softcap)
+        logp[row][places] = row_logp[targets]
+        entropy[row] = _entropy(row_logp)
+        if not wants_gradient:
+            continue
+        g = logit_scale * _row_gradient(x, t, softcap, targets, u[row][places].tolist(), float(v[row]))
         d_hidden[row] = g @ w
         d_weight[: len(w)] += np.outer(g, h[row])
         d_bias[: len(w)] += g
-    return LinearGradients(d_hidden, d_weight, None if bias is None else d_bias)
+    gradients = LinearGradients(d_hidden, d_weight, None if bias is None else d_bias)
+    return LogprobsAndEntropy(logp.reshape(labels.shape), entropy), gradients
 
 
-def linear_token_logprobs(
+linear_token_logprobs_and_entropy, linear_token_logprobs_and_entropy_grad = pair(
+    linear_token_logprobs_and_entropy_and_grad
+)
+
+
+def linear_token_logprobs_and_grad(
     hidden: ArrayLike,
     weight: ArrayLike,
     labels: ArrayLike,
@@ -298,47 +262,20 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     max_trained_tokens: int | None = None,
-) -> FloatArray:
+    upstream: ArrayLike | None = None,
+) -> tuple[FloatArray, LinearGradients]:
     """`z = cap((W h + b) s) / τ`, `logp = z_label - logsumexp(z)`; 0 where not trained.
 
     hidden: (T, D). weight: (V, D). labels: (T,) or (T, K) int. loss_mask: (T,) bool. bias: (V,). temperature: float
     or (T,). Returns labels' shape, nats. Source: softmax; Cut Cross-Entropy, arXiv 2411.09009.
-    """
-    return linear_token_logprobs_and_entropy(
-        hidden,
-        weight,
-        labels,
-        loss_mask=loss_mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        max_trained_tokens=max_trained_tokens,
-    ).logp
 
-
-def linear_token_logprobs_grad(
-    hidden: ArrayLike,
-    weight: ArrayLike,
-    labels: ArrayLike,
-    *,
-    loss_mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    temperature: ArrayLike = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    vocab_size: int | None = None,
-    max_trained_tokens: int | None = None,
-    upstream: ArrayLike,
-) -> LinearGradients:
-    """As `linear_token_logprobs_and_entropy_grad` with no gradient from the entropy.
+    Gradient: `dh = s Wᵀ g`, `dW = sum s g hᵀ`, `db = sum s g`, g the gradient of a row's logits (W h + b) s.
 
     hidden: (T, D). weight: (V, D). labels, upstream: (T,) or (T, K). loss_mask: (T,) bool. bias: (V,). temperature:
     float or (T,). Returns hidden (T, D), weight (V, D), bias (V,) or None.
     Source: derived from `linear_token_logprobs`.
     """
-    return linear_token_logprobs_and_entropy_grad(
+    (logp, _), gradients = linear_token_logprobs_and_entropy_and_grad(
         hidden,
         weight,
         labels,
@@ -350,5 +287,8 @@ def linear_token_logprobs_grad(
         vocab_size=vocab_size,
         max_trained_tokens=max_trained_tokens,
         upstream_logp=upstream,
-        upstream_entropy=np.zeros(np.shape(hidden)[0]),
     )
+    return logp, gradients
+
+
+linear_token_logprobs, linear_token_logprobs_grad = pair(linear_token_logprobs_and_grad)

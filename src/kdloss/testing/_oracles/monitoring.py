@@ -1,5 +1,7 @@
 """Oracles for what is logged and scheduled: statistics of trained tokens, the distillation weight over training."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 

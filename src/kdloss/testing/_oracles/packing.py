@@ -1,19 +1,10 @@
 """Oracles for the packed layout: cumulative lengths, sums over sequences, label shift, padding."""
 
+from __future__ import annotations
+
 import numpy as np
 
-from .types import (
-    AnyArray,
-    ArrayLike,
-    BoolArray,
-    FloatArray,
-    IntArray,
-    as_float,
-    as_int,
-    as_mask,
-    as_wide,
-    segments,
-)
+from .types import AnyArray, ArrayLike, BoolArray, FloatArray, IntArray, as_float, as_int, as_mask, as_wide, segments
 
 
 def cu_seqlens_from_lengths(lengths: ArrayLike) -> IntArray:

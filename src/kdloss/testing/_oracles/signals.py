@@ -3,23 +3,14 @@
 q the student, p the teacher; `logp = log q(token)`, `teacher_logp = log p(token)`. Per-token functions take any shape.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 
 import numpy as np
 
-from .types import (
-    ArrayLike,
-    BoolArray,
-    FloatArray,
-    as_float,
-    as_int,
-    as_mask,
-    exp,
-    segments,
-    times,
-    trained,
-)
+from .types import ArrayLike, BoolArray, FloatArray, as_float, as_int, as_mask, exp, segments, times, trained
 
 
 def _per_token(

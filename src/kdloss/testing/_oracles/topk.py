@@ -1,27 +1,24 @@
-"""Oracles for divergences from K log-probs a token, row by row: outcomes are listed, the chain rule written out.
+"""Oracles for divergences from K log-probs per token, row by row: outcomes are listed, the chain rule is written out.
 
-"bucket": the ids of S and one outcome for all others. "renormalize": S, masses divided by those of S. "truncate": S, as
-they are. Outcome o has slope s_o in log q_o (see `_reference_divergences`), and dF/dx_j = sum_o s_o d log q_o/dx_j.
+S is the set of the K ids. "bucket": the ids of S, and one outcome for all others. "renormalize": S, with the masses
+divided by their sum. "truncate": S, with the masses unchanged. s_o = q_o dF/dq_o is the slope of F in log q_o for
+outcome o, and dF/dx_j = sum_o s_o d log q_o/dx_j.
 """
+
+from __future__ import annotations
 
 import numpy as np
 
-from .divergences import (
-    Slope,
-    Value,
-    distribution,
-    forward_form,
-    jsd_form,
-    reverse_form,
-)
+from .divergences import Form, distribution, forward_form, jsd_form, reverse_form
+from .pairs import pair
 from .types import ArrayLike, FloatArray, as_float, as_int
 
-# A tail below this is what rounding left: 0 as a numerator, this as a denominator (float64).
-LEAST_TAIL = 8 * 2.0**-52
+# A float64 tail below this is a rounding error: it counts as 0 in a numerator, and as this in a denominator.
+_MIN_TAIL = 8 * 2.0**-52
 
 
 def _row(
-    form: tuple[Value, Slope], tail: str, x: FloatArray, logp: FloatArray, ids: list[int], tau: float, floor: float
+    form: Form, tail: str, x: FloatArray, logp: FloatArray, ids: list[int], tau: float, floor: float
 ) -> tuple[float, FloatArray]:
     """Value and gradient of one row's logits x, (V,)."""
     kept = [k for k, id_ in enumerate(ids) if id_ != -1]
@@ -40,15 +37,15 @@ def _row(
         others[support] = False
         rest = float(q_all[others].sum())
         left = 1 - float(p.sum())
-        p, q = np.append(p, floor if left < LEAST_TAIL else left), np.append(q, rest)
+        p, q = np.append(p, floor if left < _MIN_TAIL else left), np.append(q, rest)
         share = np.where(others, q_all, 0) / (rest if rest > 0 else 1)
         jacobian = np.vstack([jacobian, share - q_all])
-    gradient: FloatArray = form[1](p, q) @ jacobian / tau
-    return form[0](p, q), gradient
+    gradient: FloatArray = form.slope(p, q) @ jacobian / tau
+    return form.value(p, q), gradient
 
 
 def _topk(
-    form: tuple[Value, Slope],
+    form: Form,
     logits: ArrayLike,
     teacher_topk_logp: ArrayLike,
     teacher_topk_ids: ArrayLike,
@@ -71,7 +68,7 @@ def _topk(
     return value, grad
 
 
-def topk_forward_kl(
+def topk_forward_kl_and_grad(
     logits: ArrayLike,
     teacher_topk_logp: ArrayLike,
     teacher_topk_ids: ArrayLike,
@@ -79,12 +76,21 @@ def topk_forward_kl(
     tail: str,
     temperature: ArrayLike = 1.0,
     vocab_size: int | None = None,
-) -> FloatArray:
-    """`sum_S p log(p/q)` and the tail. logits: (..., V). teacher_topk_logp, _ids: (..., K), id -1 is padding."""
-    return _topk(forward_form(), logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, None)[0]
+    upstream: ArrayLike | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """`sum_S p log(p/q)`, and the tail.
+
+    logits: (..., V). teacher_topk_logp, _ids: (..., K), id -1 is padding. Returns (...,), nats.
+
+    Gradient: `u dF/dx_j = u sum_o s_o d log q_o/dx_j`, (..., V). upstream (u): (...,).
+    """
+    return _topk(forward_form(), logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, upstream)
 
 
-def topk_forward_kl_grad(
+topk_forward_kl, topk_forward_kl_grad = pair(topk_forward_kl_and_grad)
+
+
+def topk_reverse_kl_and_grad(
     logits: ArrayLike,
     teacher_topk_logp: ArrayLike,
     teacher_topk_ids: ArrayLike,
@@ -92,46 +98,23 @@ def topk_forward_kl_grad(
     tail: str,
     temperature: ArrayLike = 1.0,
     vocab_size: int | None = None,
-    upstream: ArrayLike,
-) -> FloatArray:
-    """(..., V). upstream: (...,)."""
-    return _topk(forward_form(), logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, upstream)[
-        1
-    ]
+    upstream: ArrayLike | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """`sum_S q log(q/p)`, and the tail.
 
+    logits: (..., V). teacher_topk_logp, _ids: (..., K), id -1 is padding. Returns (...,), nats.
 
-def topk_reverse_kl(
-    logits: ArrayLike,
-    teacher_topk_logp: ArrayLike,
-    teacher_topk_ids: ArrayLike,
-    *,
-    tail: str,
-    temperature: ArrayLike = 1.0,
-    vocab_size: int | None = None,
-) -> FloatArray:
-    """`sum_S q log(q/p)` and the tail. logits: (..., V). teacher_topk_logp, _ids: (..., K), id -1 is padding."""
+    Gradient: `u dF/dx_j = u sum_o s_o d log q_o/dx_j`, (..., V). upstream (u): (...,).
+    """
     return _topk(
-        reverse_form(), logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, None, LEAST_TAIL
-    )[0]
+        reverse_form(), logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, upstream, _MIN_TAIL
+    )
 
 
-def topk_reverse_kl_grad(
-    logits: ArrayLike,
-    teacher_topk_logp: ArrayLike,
-    teacher_topk_ids: ArrayLike,
-    *,
-    tail: str,
-    temperature: ArrayLike = 1.0,
-    vocab_size: int | None = None,
-    upstream: ArrayLike,
-) -> FloatArray:
-    """(..., V). upstream: (...,)."""
-    return _topk(
-        reverse_form(), logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, upstream, LEAST_TAIL
-    )[1]
+topk_reverse_kl, topk_reverse_kl_grad = pair(topk_reverse_kl_and_grad)
 
 
-def topk_generalized_jsd(
+def topk_generalized_jsd_and_grad(
     logits: ArrayLike,
     teacher_topk_logp: ArrayLike,
     teacher_topk_ids: ArrayLike,
@@ -140,23 +123,15 @@ def topk_generalized_jsd(
     beta: float,
     temperature: ArrayLike = 1.0,
     vocab_size: int | None = None,
-) -> FloatArray:
-    """`β KL(p || m) + (1-β) KL(q || m)` over S, and the tail. logits: (..., V). teacher_topk_logp, _ids: (..., K)."""
-    return _topk(jsd_form(beta), logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, None)[0]
+    upstream: ArrayLike | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """`β KL(p || m) + (1-β) KL(q || m)` over S, and the tail.
+
+    logits: (..., V). teacher_topk_logp, _ids: (..., K), id -1 is padding. Returns (...,), nats.
+
+    Gradient: `u dF/dx_j = u sum_o s_o d log q_o/dx_j`, (..., V). upstream (u): (...,).
+    """
+    return _topk(jsd_form(beta), logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, upstream)
 
 
-def topk_generalized_jsd_grad(
-    logits: ArrayLike,
-    teacher_topk_logp: ArrayLike,
-    teacher_topk_ids: ArrayLike,
-    *,
-    tail: str,
-    beta: float,
-    temperature: ArrayLike = 1.0,
-    vocab_size: int | None = None,
-    upstream: ArrayLike,
-) -> FloatArray:
-    """(..., V). upstream: (...,)."""
-    return _topk(jsd_form(beta), logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, upstream)[
-        1
-    ]
+topk_generalized_jsd, topk_generalized_jsd_grad = pair(topk_generalized_jsd_and_grad)

@@ -4,6 +4,8 @@ Every oracle walks over the trained tokens one by one and never touches the othe
 leave a trace. Scalars are Python floats, whose arithmetic gives inf and NaN without warnings.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -122,26 +124,3 @@ def times(*factors: float) -> float:
 def scalar(x: float) -> FloatArray:
     """A 0-dim float64 array."""
     return np.asarray(x, dtype=np.float64)
-
-
-__all__ = [
-    "AnyArray",
-    "ArrayLike",
-    "BoolArray",
-    "FloatArray",
-    "Index",
-    "IntArray",
-    "LinearGradients",
-    "LogprobsAndEntropy",
-    "LossOutput",
-    "Surrogate",
-    "as_float",
-    "as_int",
-    "as_mask",
-    "as_wide",
-    "exp",
-    "scalar",
-    "segments",
-    "times",
-    "trained",
-]
