@@ -272,10 +272,10 @@ def test_starts_are_a_number_or_one_a_sequence(starts):
 @pytest.mark.parametrize(
     ("starts", "error", "message"),
     [
-        ([1, 1], ValueError, "starts must be one number, or one a sequence, 1, got 2"),
-        ([], ValueError, "starts must be one number, or one a sequence, 1, got 0"),
-        (np.array([1, 5, 7]), ValueError, "starts must be one number, or one a sequence, 1, got 3"),
-        (1.0, TypeError, "starts must be an integer, or one a sequence, got float 1.0"),
+        ([1, 1], ValueError, "starts must be one number, or one per sequence, 1, got 2"),
+        ([], ValueError, "starts must be one number, or one per sequence, 1, got 0"),
+        (np.array([1, 5, 7]), ValueError, "starts must be one number, or one per sequence, 1, got 3"),
+        (1.0, TypeError, "starts must be an integer, or one per sequence, got float 1.0"),
         (torch.tensor([1.0]), TypeError, "got float 1.0"),
         (np.array([True]), TypeError, "got bool True"),
         ("1", TypeError, "got str '1'"),
@@ -307,7 +307,7 @@ def test_what_is_not_an_answer(server):
             with pytest.raises(ScoreError, match=r"sequence 0 .* holds no .*; the server said 'too long'$"):
                 call([refused], **stream())
         for answers in (answer(server), "text", iter([answer(server)]), SimpleNamespace()):
-            with pytest.raises(TypeError, match="answers must be a list with one answer a sequence, got"):
+            with pytest.raises(TypeError, match="answers must be a list with one answer per sequence, got"):
                 call(answers, **stream())
         with pytest.raises(ScoreError, match=r"sequence 0 \(4 tokens\): .* 4, got 1|sequence 0 \(4 tokens\): .*list"):
             call([[answer(server)]], **stream())
@@ -325,7 +325,7 @@ def test_where_a_list_will_do_and_where_not():
         servers.read_openai([[None, -1.0, -3.0, -2.0]], **stream())
     with pytest.raises(ScoreError, match=r"logprobs must hold token_logprobs and tokens, got list"):
         servers.read_openai([{"choices": [{"logprobs": [None, -1.0, -3.0, -2.0]}]}], **stream())
-    with pytest.raises(ScoreError, match=r"prompt_logprobs must be a list with one entry a token, got dict"):
+    with pytest.raises(ScoreError, match=r"prompt_logprobs must be a list with one entry per token, got dict"):
         servers.read_vllm([{"prompt_logprobs": {"7": -1.0}}], **stream())
 
 
@@ -423,5 +423,5 @@ def test_the_ids_that_a_server_says_it_was_given(server):
 
 def test_an_echo_that_goes_on_into_the_completion():
     longer = openai([*TOKENS, 3], [*OWN, -1.0], [*TOP, [(3, -1.0)]])
-    with pytest.raises(ScoreError, match=r"one entry a token, 4, got 5; an echo goes on .* max_tokens > 0"):
+    with pytest.raises(ScoreError, match=r"one entry per token, 4, got 5; an echo goes on .* max_tokens > 0"):
         servers.read_openai([longer], **stream())

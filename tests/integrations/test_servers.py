@@ -141,11 +141,11 @@ def entries(server, answer, top=False):
 
 
 FAULTS = {
-    "cut off": (lambda s, a: entries(s, a).pop(), r"must have one entry a token, 5, got 4"),
-    "too long": (lambda s, a: entries(s, a).append(entries(s, a)[-1]), r"must have one entry a token, 5, got 6"),
+    "cut off": (lambda s, a: entries(s, a).pop(), r"must have one entry per token, 5, got 4"),
+    "too long": (lambda s, a: entries(s, a).append(entries(s, a)[-1]), r"must have one entry per token, 5, got 6"),
     "unscored": (lambda s, a: forget(s, a, 4), r"token 4 \(id \d+\) is trained on, and its log-prob is None"),
     "empty": (lambda s, a: a.clear(), "holds no"),
-    "not asked for": (lambda s, a: entries(s, a).clear(), "must have one entry a token, 5, got 0"),
+    "not asked for": (lambda s, a: entries(s, a).clear(), "must have one entry per token, 5, got 0"),
     "no choice": (lambda s, a: a.update(choices=[], meta_info=[]), "0 choices|holds no input_token_logprobs"),
     "two choices": (
         lambda s, a: a.update(choices=a["choices"] * 2) if s != "sglang" else a.clear(),
@@ -212,7 +212,7 @@ def test_too_few_likely_tokens_raise(server):
     if server != "vllm":
         for answer in plain:
             entries(server, answer, top=True).clear()
-        with pytest.raises(ScoreError, match=r"sequence 0 .*top_logprobs must have one entry a token, 6, got 0"):
+        with pytest.raises(ScoreError, match=r"sequence 0 .*top_logprobs must have one entry per token, 6, got 0"):
             read_topk(plain, batch.input_ids, k=2, **batch.layout())
 
 
@@ -226,7 +226,7 @@ def test_a_sequence_that_was_not_sent(server):
     assert (read_topk(answers, batch.input_ids, k=2, **batch.layout(loss_mask=mask)).ids[3:] == -1).all()
     with pytest.raises(ScoreError, match=r"sequence 1 \(3 tokens\): there is no answer, and 2 of its tokens"):
         read(answers, batch.input_ids, **batch.layout())
-    with pytest.raises(ValueError, match=r"answers must have one entry a sequence, 2, got 1"):
+    with pytest.raises(ValueError, match=r"answers must have one entry per sequence, 2, got 1"):
         read(answers[:1], batch.input_ids, **batch.layout(loss_mask=mask))
 
 
@@ -273,7 +273,7 @@ def test_sglang_from_the_prompts_end_on():
     assert_close(servers.read_sglang(answers, batch.input_ids, **layout), torch.where(mask, batch.expected, 0))
     top = servers.read_sglang_topk(answers, batch.input_ids, k=3, **layout)
     assert_close(top.ids, torch.where(mask[:, None], batch.teacher.topk(3).indices, -1))
-    with pytest.raises(ScoreError, match=r"sequence 0 .*one entry a token, 6, got 4"):
+    with pytest.raises(ScoreError, match=r"sequence 0 .*one entry per token, 6, got 4"):
         servers.read_sglang(answers, batch.input_ids, **batch.layout(loss_mask=mask))
     everything = batch.layout(starts=starts)
     with pytest.raises(ScoreError, match=r"sequence 0 .*token 1 .* is trained on"):

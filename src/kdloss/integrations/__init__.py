@@ -1,5 +1,5 @@
-"""Adapters for the trainers that people run, one file a trainer: `from kdloss.integrations.trl import KDRLTrainer`.
+"""Adapters for common trainers, one file per trainer: `from kdloss.integrations.trl import KDRLTrainer`.
 
-An adapter brings layout, alignment, mask, denominator and metric names of its trainer to the losses of `kdloss`, and
-holds no loss of its own. It is imported by name, and its trainer is imported when the adapter is used.
+An adapter translates its trainer's layout, alignment, mask, denominator and metric names for the losses of `kdloss`; it
+contains no loss of its own. Import adapters by name. The trainer itself is imported when the adapter is first used.
 """

@@ -1,4 +1,4 @@
-"""Whether two streams of log-probs of the same tokens are aligned: what is hard for one model is hard for another."""
+"""Detects a shift between two streams of log-probs: tokens that are hard for one model are hard for another."""
 
 from __future__ import annotations
 
@@ -12,35 +12,42 @@ from torch import Tensor
 import kdloss
 from kdloss import _checks
 
-# In standard errors. Neighbouring tokens of text are not independent, so it is more than a textbook test would ask.
+# In standard errors. Larger than in a textbook test, because neighbouring tokens of text are not independent.
 _EVIDENCE = 5.0
-_FEWEST = 20  # pairs: fewer may agree by chance
-# In nats: below it a log-prob says "not at all", be it -11, a server's -9999 or -inf. Ranks in place of a floor would
-# compare how certain two models are of what both are certain of, which is noise, and most tokens of trained models.
+_FEWEST = 20  # pairs of tokens; fewer may agree by chance
+# In nats. A log-prob below the floor means "practically impossible", whether it is -11, a server's -9999 or -inf. Rank
+# correlation would need no floor, but it compares how certain two models are of tokens that both are certain of: noise,
+# and most tokens of trained models are such tokens.
 _FLOOR = -10.0
 
 
 class Alignment(NamedTuple):
-    """What `check_alignment` found."""
+    """The result of `check_alignment`.
 
-    shift: int | None  # teacher_logp[t + shift] goes with logp[t]: 0 is right; None: the tokens do not tell
-    correlations: dict[int, float]  # of the log-probs, by shift
-    tokens: int  # trained tokens that were compared at shift 0
+    Attributes:
+        shift: teacher_logp[t + shift] belongs to logp[t]; 0 is correct. None: the tokens do not determine it.
+        correlations: correlation of the log-probs for each shift; NaN with fewer than 20 pairs or a constant side.
+        tokens: number of trained tokens compared at shift 0.
+    """
+
+    shift: int | None
+    correlations: dict[int, float]
+    tokens: int
 
     @property
     def shifted(self) -> bool:
-        """Whether one stream looks shifted against the other."""
+        """True if one stream looks shifted against the other."""
         return self.shift not in (0, None)
 
     def __str__(self) -> str:
-        """A sentence with the correlations, for an assertion or a log."""
+        """One sentence with the correlations, for an assertion message or a log."""
         found = ", ".join(f"{shift:+d}: {r:.2f}" for shift, r in self.correlations.items())
         if self.shift is None:
             verdict = "too little in common to tell"
         elif self.shift == 0:
             verdict = "aligned"
         else:
-            verdict = f"teacher_logp[t {self.shift:+d}] goes with logp[t]"
+            verdict = f"teacher_logp[t {self.shift:+d}] belongs to logp[t]"
             if self.shift == 1:
                 verdict += ", as of a server that reports at the token's own position: use to_prediction_positions"
         return f"{verdict} (correlation by shift over {self.tokens} tokens: {found})"
@@ -54,28 +61,36 @@ def check_alignment(
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     max_shift: int = 2,
 ) -> Alignment:
-    """Whether `teacher_logp` looks shifted against `logp`: their correlation at shifts -max_shift .. max_shift.
+    """Check whether `teacher_logp` is shifted against `logp`, by their correlation at shifts -max_shift .. max_shift.
 
-    Two language models find the same tokens hard, so their log-probs of the same tokens rise and fall together, and
-    those of neighbouring tokens much less. A teacher that is off by one trains without an error and teaches the wrong
-    thing: call this once, on the first batch.
+    Two language models find the same tokens hard. Their log-probs of the same tokens are therefore correlated, and
+    those of neighbouring tokens much less. A teacher that is off by one position raises no error and teaches the wrong
+    thing, so call this once, on the first batch.
 
         assert not (alignment := check_alignment(logp, teacher_logp, loss_mask=mask, cu_seqlens=cu)).shifted, alignment
 
     Args:
-        logp, teacher_logp: per token, nats: a packed stream with `cu_seqlens`, or padded (B, L) rows without. A flat
-            stream without `cu_seqlens` is one sequence.
-        loss_mask: bool. Pairs of trained tokens of one sequence are compared.
-        max_shift: >= 1.
+        logp, teacher_logp: log-probs of the same tokens, nats: a packed (T,) stream with `cu_seqlens`, or padded (B, L)
+            rows without. A flat stream without `cu_seqlens` is one sequence.
+        loss_mask: bool. Only pairs of trained tokens in the same sequence are compared.
+        cu_seqlens: (B + 1,) cumulative lengths of a packed stream. None: each row is a sequence.
+        max_shift: the largest shift to try, >= 1.
 
     Returns:
-        `Alignment`, on the host: this waits for the device. A shift is named where it fits better than every other, by
-        five standard errors: a few hundred trained tokens are enough for models that are at all alike. Log-probs below
-        -10 count as -10.
+        `Alignment`, on the host: this waits for the device. Its `shift` is set only if one shift fits better than every
+        other by five standard errors; a few hundred trained tokens are enough for models with anything in common.
+        Log-probs below -10 count as -10.
 
     Raises:
-        TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
-        ValueError: shapes differ, or `cu_seqlens` does not fit.
+        TypeError: a per-token tensor is not floating-point, `loss_mask` is not bool, or `max_shift` is not an int.
+        ValueError: shapes differ, `cu_seqlens` does not fit, or `max_shift` is not > 0.
+
+    Example:
+        >>> import torch
+        >>> from kdloss.integrations.servers import check_alignment
+        >>> logp = -torch.rand(400, generator=torch.Generator().manual_seed(0))
+        >>> check_alignment(logp, logp.roll(1), loss_mask=torch.ones(400, dtype=torch.bool)).shift
+        1
     """
     _checks.tensors(teacher_logp=teacher_logp)
     _checks.per_token("logp", logp, loss_mask=loss_mask, teacher_logp=teacher_logp)
@@ -97,7 +112,7 @@ def check_alignment(
 
 
 def _verdict(correlations: dict[int, float], pairs: dict[int, int]) -> int | None:
-    # Fisher's transform: differences of atanh(r) have a standard error that does not depend on r
+    # Fisher's transform: the standard error of atanh(r) does not depend on r
     strength = {shift: math.atanh(max(-1 + 1e-9, min(r, 1 - 1e-9))) for shift, r in correlations.items() if r == r}
     if not strength:
         return None
@@ -109,7 +124,7 @@ def _verdict(correlations: dict[int, float], pairs: dict[int, int]) -> int | Non
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's r; NaN for few pairs and where a side has a single value."""
+    """Pearson's r; NaN for fewer than `_FEWEST` pairs or where one side is constant."""
     if x.numel() < _FEWEST:
         return math.nan
     x, y = x.double().clamp(min=_FLOOR), y.double().clamp(min=_FLOOR)

@@ -1,10 +1,13 @@
-"""Answers of scoring servers, taken apart and checked: what each protocol says at every token's own position.
+"""Parses and checks the answers of scoring servers: the log-probs that each protocol reports, at the token's position.
 
-Formats, read from the servers' own code. vLLM's `prompt_logprobs`: a sequence with None for the first token, then a
-dictionary a token, by id (text in JSON), of numbers, dictionaries or objects with a `logprob`; `FlatLogprobs` is such a
-sequence, with an empty dictionary for None. SGLang's `input_token_logprobs`: [log-prob, id, text] from
-`logprob_start_len` on, None as the log-prob of the first; `input_top_logprobs`: a list of such, or None, a token. The
-completions of OpenAI's protocol: parallel lists of texts, log-probs and dictionaries by text.
+The formats, taken from the servers' source code:
+
+- vLLM's `prompt_logprobs`: a sequence with None for the first token, then one dictionary per token. Its keys are ids
+  (strings in JSON); its values are numbers, or dictionaries or objects with a `logprob`. `FlatLogprobs` is such a
+  sequence, with an empty dictionary instead of None.
+- SGLang's `input_token_logprobs`: one [log-prob, id, text] per token from `logprob_start_len` on; the first log-prob is
+  None. `input_top_logprobs`: per token, a list of such entries or None.
+- Completions of OpenAI's protocol: parallel lists of texts, log-probs, and dictionaries by text.
 """
 
 from __future__ import annotations
@@ -16,60 +19,63 @@ from numbers import Integral, Real
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
-# In nats above 0: a log-softmax in float32 ends a few 1e-6 above it at most. What is higher is no log-prob.
+# In nats above 0. A float32 log-softmax exceeds 0 by a few 1e-6 at most; a larger value is not a log-prob.
 _ROUNDING = 1e-3
-# Log-probs below -16 hardly add, and those above are off by 1/32 at most in bf16, so that no rounding adds 10 %.
+# Log-probs below -16 add almost no mass, and bf16 rounds the others by 1/32 at most, so rounding cannot add 10 %.
 _MOST_MASS = 1.1
 
 
 class ScoreError(ValueError):
-    """An answer does not score the sequence that it belongs to; the message names the request."""
+    """An answer does not score its sequence correctly; the message names the request."""
 
 
 class Scores(NamedTuple):
-    """What an answer says at each token's own position."""
+    """The scores in an answer, at each token's own position."""
 
     logp: list[float | None]  # None or NaN: no score
-    top: list[list[tuple[int, float]]]  # (id, log-prob), most likely first; empty where nothing was given or asked for
+    top: list[list[tuple[int, float]]]  # (id, log-prob), most likely first; empty if not given or not requested
 
 
 @dataclass(frozen=True)
 class Request:
-    """A sequence of the stream as it was sent, and which of its tokens need a score; at the tokens' own positions."""
+    """A sequence as it was sent, and which of its tokens need a score; at the tokens' own positions."""
 
     index: int
     tokens: list[int]
     needed: list[bool]
-    start: int  # the first token of the answer
+    start: int  # index of the first token that the answer covers
     answer: Any
 
     def fail(self, reason: str, cause: Exception | None = None) -> NoReturn:
+        """Raise a `ScoreError` that names the sequence and the request."""
         name, said = _request_id(self.answer), _refusal(self.answer)
         sequence = f"sequence {self.index} ({'' if name is None else f'request {name}, '}{len(self.tokens)} tokens)"
         raise ScoreError(f"{sequence}: {reason}{'' if said is None else f'; the server said {said}'}") from cause
 
     def named(self, position: int) -> str:
+        """How errors refer to the token at `position`."""
         return f"token {position} (id {self.tokens[position]})"
 
     def of_length(self, entries: Any, name: str, longer: str = "") -> list[Any]:
-        """`entries`, one a token from `start` on, preceded by None for the tokens before it."""
+        """`entries`, checked to be one per token from `start` on, with None prepended for each token before `start`."""
         if entries is None:
             self.fail(f"the answer holds no {name}: was it asked for?")
         if not _is_list(entries):
-            self.fail(f"{name} must be a list with one entry a token, got {_shown(entries)}")
+            self.fail(f"{name} must be a list with one entry per token, got {_shown(entries)}")
         expected = len(self.tokens) - self.start
         if len(entries) != expected:
             hint = longer if len(entries) > expected else ""
-            self.fail(f"{name} must have one entry a token, {expected}, got {len(entries)}{hint}")
+            self.fail(f"{name} must have one entry per token, {expected}, got {len(entries)}{hint}")
         return [None] * self.start + list(entries)
 
     def check_token(self, position: int, scored: Any) -> None:
+        """Check that the server scored the id that was sent."""
         sent = self.tokens[position]
         if not is_integer(scored) or scored != sent:
             self.fail(f"token {position} was sent as id {sent}, and id {scored!r} was scored")
 
     def check_prompt(self, ids: Any) -> bool:
-        """Whether the server says which ids it was given; where it does, they are checked."""
+        """Check the prompt ids that the server returns; False if it returns none."""
         if not _is_list(ids):
             return False
         if len(ids) != len(self.tokens):
@@ -79,19 +85,19 @@ class Request:
         return True
 
     def logp(self, position: int, value: Any) -> float | None:
-        """The log-prob of a token; None or NaN where there is none and none is needed."""
+        """The log-prob of a token; None or NaN if it is missing and not needed."""
         x = self._number(position, value)
         if (x is None or x != x) and self.needed[position]:
             self.fail(f"{self.named(position)} is trained on, and its log-prob is {x}")
         if position == 0 and x and x == x:
             self.fail(
                 f"{self.named(0)} has a log-prob, {x}, and nothing comes before it: the log-probs are not at the "
-                "tokens' own positions, or the server put a token in front"
+                "tokens' own positions, or the server added a token in front"
             )
         return x
 
     def top(self, position: int, entries: Iterable[tuple[Any, Any]]) -> list[tuple[int, float]]:
-        """The likely tokens at a position, those without a score left out."""
+        """The likely tokens at a position, most likely first, without those that have no score."""
         row: dict[int, float] = {}
         for token, value in entries:
             if not is_integer(token) or not 0 <= token < 2**63:
@@ -103,7 +109,7 @@ class Request:
                     f"the likely tokens at {self.named(position)} have id {token} twice: does every text have an id of "
                     "its own?"
                 )
-            x = value if type(value) is float and value <= 0 else self._number(position, value)  # the first is fast
+            x = value if type(value) is float and value <= 0 else self._number(position, value)  # the fast path first
             row[token] = math.nan if x is None else x
         ranked = sorted(((int(token), x) for token, x in row.items() if x == x), key=itemgetter(1), reverse=True)
         mass = sum(map(math.exp, map(itemgetter(1), ranked)))
@@ -112,7 +118,7 @@ class Request:
         return ranked
 
     def choice(self, field: str) -> Any:
-        """What holds the field: the answer, or the one choice in it."""
+        """The object that has the field: the answer, or its only choice."""
         answer = self.answer
         if _is_list(answer) or isinstance(answer, (str, bytes, Real)):
             self.fail(f"an answer must be the server's response, parsed, or one of its choices, got {_shown(answer)}")
@@ -125,7 +131,7 @@ class Request:
         return choices[0]
 
     def _number(self, position: int, x: Any) -> float | None:
-        """A log-prob as it must be; rounding above 0 counts as 0."""
+        """`x` checked to be a log-prob; rounding above 0 becomes 0."""
         if x is None:
             return None
         value = x if type(x) is float else _real(x)
@@ -134,10 +140,11 @@ class Request:
         return min(value, 0.0)
 
 
-Parser = Callable[[Request, bool], Scores]  # the flag: whether the most likely tokens are wanted, too
+Parser = Callable[[Request, bool], Scores]  # the flag: also parse the most likely tokens
 
 
 def vllm(request: Request, likely: bool) -> Scores:
+    """Parse vLLM's `prompt_logprobs`."""
     if _is_list(request.answer):
         entries = request.answer
     else:
@@ -172,12 +179,13 @@ def _vllm_logprob(score: Any) -> Any:
 
 
 def sglang(request: Request, likely: bool) -> Scores:
+    """Parse SGLang's `input_token_logprobs` and `input_top_logprobs`."""
     answer = request.answer
     meta = None
     if not _is_list(answer):
         meta = get(request.choice("meta_info"), "meta_info")
         if meta is None:
-            request.fail(f"the answer holds no meta_info: is it of /generate? It is {_shown(answer)}")
+            request.fail(f"the answer holds no meta_info: is it from /generate? Got {_shown(answer)}")
     elif likely:
         request.fail("the answer is a list, which holds no input_top_logprobs: pass the whole response")
     scored = answer if meta is None else get(meta, "input_token_logprobs")
@@ -203,13 +211,15 @@ def _sglang_entry(request: Request, position: int, entry: Any, name: str) -> tup
 
 
 def openai(token_id: Callable[[str], int] | None) -> Parser:
+    """The parser of OpenAI-compatible completions; `token_id` maps a token's text to its id, None: no check of ids."""
+
     def parse(request: Request, likely: bool) -> Scores:
         part = request.choice("logprobs")
         block = get(part, "logprobs")
         if isinstance(block, (str, bytes, Real)) or _is_list(block):
             request.fail(f"logprobs must hold token_logprobs and tokens, got {_shown(block)}")
         known = request.check_prompt(get(part, "prompt_token_ids"))
-        echoed = "; an echo goes on into the completion where max_tokens > 0"
+        echoed = "; an echo goes on into the completion if max_tokens > 0"
         values = request.of_length(get(block, "token_logprobs"), "token_logprobs", echoed)
         if token_id is not None and not known:
             for position, text in enumerate(request.of_length(get(block, "tokens"), "tokens")):
@@ -228,7 +238,7 @@ def openai(token_id: Callable[[str], int] | None) -> Parser:
 
 
 def parsed(parse: Parser, request: Request, *, likely: bool) -> Scores:
-    """What the answer says; an error of any kind while it is read is a ScoreError."""
+    """Parse an answer; any error while parsing becomes a `ScoreError`."""
     if request.answer is None:
         if any(request.needed):
             request.fail(f"there is no answer, and {sum(request.needed)} of its tokens are trained on")
@@ -243,7 +253,7 @@ def parsed(parse: Parser, request: Request, *, likely: bool) -> Scores:
 
 
 def get(holder: Any, name: str) -> Any:
-    """A field of a dictionary or an attribute of an object; None where there is none."""
+    """A field of a dictionary or an attribute of an object; None if it does not exist."""
     return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
 
 
@@ -270,7 +280,7 @@ def _request_id(answer: Any) -> object:
 
 
 def _refusal(answer: Any) -> str | None:
-    """The error that a server sends in place of an answer, or beside an empty one."""
+    """The error that a server sends instead of an answer, or with an empty one."""
     error, end = get(answer, "error"), get(get(answer, "meta_info"), "finish_reason")
     if get(answer, "object") == "error":
         error = answer

@@ -1,4 +1,4 @@
-"""What AReaL drops or reweights before its loss: M2PO's mask, and the `rejection_sampling` of stale samples."""
+"""Tokens that AReaL drops or reweights before its loss: M2PO's mask, and `rejection_sampling` of stale samples."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ _METRICS = {"ratio": kdloss.kl_k1, "kl_k1": kdloss.kl_k1, "kl_k2": kdloss.kl_k2,
 
 
 class Rejection(NamedTuple):
-    kept: Tensor  # (T,) bool: trained, and not rejected
-    weights: Tensor  # (T,) behaviour weights prox/old, bounded
-    fraction: Tensor  # () of the trained tokens that were rejected or clamped
+    """What `reject` returns."""
+
+    kept: Tensor  # (T,) bool: trained and not rejected
+    weights: Tensor  # (T,) behaviour weights prox/old, bounded; 0 where not kept
+    fraction: Tensor  # () fraction of the trained tokens that were rejected or clamped
 
 
 def m2po_mask(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor, threshold: float) -> Tensor:
-    """M2PO: the largest squared log-ratios go until the mean of the rest is below the threshold; one always stays."""
+    """M2PO: drop the largest squared log-ratios until the mean of the rest is below `threshold`; keep at least one."""
     squared = kdloss.kl_k1(prox_logp, old_logp, loss_mask=loss_mask).square()
-    ordered, index = torch.where(loss_mask, squared, -1).sort(descending=True)  # the untrained come last
+    ordered, index = torch.where(loss_mask, squared, -1).sort(descending=True)  # untrained tokens come last
     trained = ordered >= 0
     total = torch.where(trained, ordered, 0).flip(0).cumsum(0).flip(0)
     count = trained.flip(0).cumsum(0).flip(0)
@@ -37,11 +39,11 @@ def reject(
     config: Any,
     cu_seqlens: Callable[[], Tensor],
 ) -> Rejection:
-    """Which tokens or sequences are too far from the policy that sampled them, and the weights prox/old of the rest.
+    """Reject tokens or sequences that are too far from the policy that sampled them; weights prox/old for the rest.
 
     Args:
         config: AReaL's `RejectionSamplingConfig`.
-        cu_seqlens: asked at `level="sequence"` only, since a slice of a sequence has none.
+        cu_seqlens: called at `level="sequence"` only, because a slice of a sequence has no `cu_seqlens`.
     """
     metric = _METRICS[config.metric](prox_logp, old_logp, loss_mask=trained)
     log_weights = kdloss.kl_k1(prox_logp, old_logp, loss_mask=trained)
@@ -65,11 +67,11 @@ def reject(
 
 
 def _aggregate(x: Tensor, how: str, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The sum, mean or maximum over the trained tokens of each sequence, at each of its tokens."""
+    """The sum, mean or maximum over the trained tokens of each sequence, repeated at each of its tokens."""
     if how == "max":
         ids = kdloss.segment_ids(cu_seqlens, total_tokens=x.shape[0])
         smallest = x.new_full((cu_seqlens.shape[0] - 1,), -torch.inf)
-        # -inf where nothing is trained, which no one reads
+        # -inf for a sequence without trained tokens; it is never read
         aggregated = smallest.scatter_reduce(0, ids, torch.where(loss_mask, x, -torch.inf), "amax")
     else:
         reduce = {"sum": kdloss.segment_sum, "mean": kdloss.segment_mean}[how]

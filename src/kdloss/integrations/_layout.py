@@ -1,4 +1,4 @@
-"""Padded (B, L) tensors as packed streams, and ratios of whole sequences in either."""
+"""Padded (B, L) tensors as packed streams, and means over whole sequences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import kdloss
 def row_cu_seqlens(
     padded: Tensor,  # (B, L)
 ) -> Tensor:  # (B + 1,)
-    """The rows as sequences of the flat stream."""
+    """`cu_seqlens` of the flattened tensor, with one sequence per row."""
     rows, length = padded.shape
     return torch.arange(rows + 1, device=padded.device) * length
 
@@ -22,9 +22,9 @@ def sequence_means(
     loss_mask: Tensor,  # (T,) bool
     cu_seqlens: Tensor,  # (B + 1,)
 ) -> Tensor:  # (T,)
-    """Every token gets the mean over the trained tokens of its sequence; differentiable.
+    """Each token gets the mean over the trained tokens of its sequence; differentiable.
 
-    Of log-ratios this makes any per-token surrogate, its ratio then against 0, one of whole sequences, as GSPO is.
+    A per-token surrogate of the mean log-ratios against 0 is a surrogate of whole sequences, as in GSPO.
     """
     means = kdloss.segment_mean(x, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
     return kdloss.broadcast_to_tokens(means, cu_seqlens=cu_seqlens, total_tokens=x.shape[0])

@@ -1,4 +1,4 @@
-"""Importing a trainer where an adapter first needs it, with one wording for what is missing or not supported."""
+"""Imports a trainer when its adapter first needs it; the errors for a missing or unsupported one are worded alike."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from types import ModuleType
 
 
 def require(package: str, *, at_least: str, below: str, module: str | None = None) -> ModuleType:
-    """A module of an installed trainer, in a version that the adapter was proven with.
+    """Import a module of an installed trainer, in a version that the adapter was tested with.
 
-    Hooks of trainers move between versions, and a hook that moved may take a loss and never call it: hence an error.
+    Hooks of trainers move between versions, and a trainer may accept a loss at a moved hook and never call it. Another
+    version is therefore an error.
 
     Args:
-        package: the trainer's name for pip, such as "trl" or "prime-rl".
-        at_least, below: the versions supported, at_least <= version < below; pre-releases count as their release.
+        package: the trainer's name on PyPI, such as "trl" or "prime-rl".
+        at_least, below: the supported versions, at_least <= version < below; a pre-release counts as its release.
         module: the module to return, such as "trl.trainer.grpo_trainer". None: the package itself.
 
     Raises:
-        ImportError: the trainer is not installed, is of another version, or fails to import.
+        ImportError: the trainer is not installed, has an unsupported version, or fails to import.
     """
     name = package.replace("-", "_")
     supported = f"{package}>={at_least},<{below}"

@@ -1,6 +1,6 @@
-"""What verl loads as a plug-in while it is imported: its losses are registered then, in every process.
+"""The plug-in that verl loads while it is imported, which registers the losses in every process.
 
-Imported by anything else, it does nothing.
+Does nothing if anything else imports it.
 """
 
 import sys

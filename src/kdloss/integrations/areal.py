@@ -1,14 +1,15 @@
-"""AReaL: `grpo_loss_fn` in AReaL's signature, on AReaL's batch keys, with AReaL's statistics.
+"""AReaL: `grpo_loss_fn` with AReaL's signature, batch keys and statistics.
 
     from kdloss.integrations import areal
-    areal.install()  # before the trainer is made, in every process that trains
+    areal.install()  # before the trainer is created, in every process that trains
 
-Tensors are packed (T,) beside `cu_seqlens`, or padded (B, L). AReaL has rolled them to prediction positions, all but
-two: `versions`, which are shifted here, and the scores of a teacher behind a rollout engine, which
+Tensors are packed (T,) with `cu_seqlens`, or padded (B, L). AReaL has already rolled them to prediction positions, with
+two exceptions: `versions`, which are shifted here, and the scores of a teacher behind a rollout engine, which
 `teacher_alignment="token"` shifts.
 
 The loss is the mean over the trained tokens of the micro-batch; the engine rescales it by their number. Masks that drop
-tokens (M2PO, rejection sampling) zero them and leave that number alone, so that micro-batches still sum to the batch.
+tokens (M2PO, rejection sampling) set their loss to 0 and do not change that number, so micro-batches still sum to
+the batch.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ from torch import Tensor
 
 import kdloss
 from kdloss import Surrogate
+from kdloss._docs import documented
 
 from ._areal_masks import Rejection, m2po_mask, reject
 from ._layout import row_cu_seqlens, sequence_means
 from ._lazy import require
+from ._texts import KDRL_ARGS
 
 
 def install(**options: Any) -> None:
-    """Put `grpo_loss_fn` in the place of AReaL's, in this process.
+    """Replace AReaL's `grpo_loss_fn` by the one of this module, in this process.
 
-    AReaL's actor looks its loss up when it trains, so this may run at any time before. With the single controller the
-    actor lives in a worker: there, install in the module of the engine class (docs/integrations/areal.md).
+    AReaL's actor looks up its loss when it trains, so call this at any time before. Under the single controller the
+    actor runs in a worker; install there, in the module of the engine class (docs/integrations/areal.md).
 
     Args:
         options: keyword-only arguments of `grpo_loss_fn`, such as `direct_penalty=True`.
 
     Raises:
-        TypeError: an option is not one of those.
-        ImportError: AReaL is missing, or of a version that the adapter was not proven with.
+        TypeError: an option is not a keyword-only argument of `grpo_loss_fn`.
+        ImportError: AReaL is missing, or has a version that the adapter was not tested with.
     """
     known = [p.name for p in inspect.signature(grpo_loss_fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in options:
@@ -49,6 +52,7 @@ def install(**options: Any) -> None:
     _areal().grpo_loss_fn = functools.partial(grpo_loss_fn, **options)
 
 
+@documented(KDRL_ARGS)
 def grpo_loss_fn(
     logprobs: Tensor,  # (T,) or (B, L)
     entropy: Tensor,  # as logprobs
@@ -77,33 +81,47 @@ def grpo_loss_fn(
 ) -> Tensor:  # ()
     """AReaL's actor loss: rl_loss_weight * RL + distill_loss_weight * reverse KL, as a local token mean.
 
-    The RL ratio is against `prox_logp`, the distillation ratio against the `logprobs` of the batch: the policy that
-    sampled. The weights are read from the batch, where AReaL puts them beside `teacher_logp`; without one it is RL.
+    The RL ratio is against `prox_logp`. The distillation ratio is against the batch's `logprobs`, the policy that
+    sampled. The weights are read from the batch, where AReaL stores them next to `teacher_logp`. Without `teacher_logp`
+    the loss is the RL term alone.
 
     Args:
-        logprobs: log-probs of the tokens under the student, differentiable.
-        entropy: for the statistics.
-        input_data: `logprobs`, `advantages`, `loss_mask` and, as they apply, `prox_logp`, `teacher_logp`,
+        logprobs: log-probs of the tokens under the student, nats. Differentiable.
+        entropy: per token, for the statistics only.
+        input_data: `logprobs`, `advantages`, `loss_mask` and, where they apply, `prox_logp`, `teacher_logp`,
             `rl_loss_weight`, `distill_loss_weight`, `cu_seqlens`, `versions`.
-        eps_clip ... vocab_max_logits: as in AReaL.
-        use_cispo_loss: CISPO with the bounds 1 - eps_clip and 1 + eps_clip_higher instead of PPO's clip.
-        direct_penalty: AReaL's own joint mode, which descends logp - teacher_logp where rl_loss_weight is not 0: the
-            teacher is not in its gradient. For parity; warns.
-        teacher_alignment: "token" where `teacher_logp` comes from `teacher.engine_type="rollout"`, whose scores AReaL
-            leaves at the token's own position.
-        kd_discount, kd_reward_clip, kd_max_ratio: as in `kdloss.kdrl_loss`.
+        eps_clip: the ratio is clipped below at 1 - eps_clip.
+        eps_clip_higher: the ratio is clipped above at 1 + eps_clip_higher. None: 1 + eps_clip.
+        c_clip: dual clip: upper bound of the ratio for negative advantages, > 1. None: no bound.
+        rejection_sampling: AReaL's `RejectionSamplingConfig`, which drops or reweights stale samples. None: off.
+        m2_threshold: M2PO drops the largest squared log-ratios until the mean of the rest is below it. None: off.
+        importance_sampling_level: "token", or "sequence" (GSPO: ratio and advantage of whole sequences).
+        current_version: version of the student, for the statistics and for "loglinear".
+        prox_logp_method: how AReaL obtains `prox_logp`. "loglinear" derives it here if the batch has none.
+        use_sapo_loss: True: SAPO instead of PPO's clip; its ratio is against the policy that sampled.
+        sapo_tau_pos, sapo_tau_neg: SAPO's temperatures for positive and negative advantages.
+        use_decoupled_loss: AReaL's decoupled PPO; read only to refuse it with SAPO.
+        vocab_min_logits, vocab_max_logits: for the statistics only.
+        use_cispo_loss: True: CISPO instead of PPO's clip, with the bounds 1 - eps_clip and 1 + eps_clip_higher.
+        direct_penalty: True: AReaL's own joint mode, which descends logp - teacher_logp where rl_loss_weight is not 0.
+            The teacher is then in the value only and not in the gradient. For parity with AReaL; warns.
+        teacher_alignment: "prediction", or "token" if `teacher_logp` comes from `teacher.engine_type="rollout"`, whose
+            scores AReaL leaves at the token's own position.
+        {kd_discount}
+        {kd_reward_clip}
+        {kd_max_ratio}
 
     Returns:
         (), differentiable in `logprobs`.
 
     Expected gradient:
-        That of `kdloss.kdrl_loss`, with the surrogate that the options choose.
+        That of `kdloss.kdrl_loss`, with the surrogate that the options select.
 
     Raises:
-        ValueError: options that exclude each other, a level or an alignment that the layout cannot give, a
-            `teacher_logp` that is visibly shifted, "token" where the trained tokens are not the end of each sequence,
-            or no `prox_logp` where none can be derived.
-        ImportError: AReaL is missing, or of a version that the adapter was not proven with.
+        ValueError: options exclude each other; the layout does not support a level or an alignment; `teacher_logp` is
+            visibly shifted; under "token" the trained tokens are not the end of each sequence; or `prox_logp` is
+            missing and cannot be derived.
+        ImportError: AReaL is missing, or has a version that the adapter was not tested with.
     """
     _check_modes(
         importance_sampling_level, use_sapo_loss, use_decoupled_loss, use_cispo_loss, c_clip, rejection_sampling
@@ -195,7 +213,7 @@ class _Batch:
 
     @functools.cached_property
     def whole(self) -> bool:
-        """Whether the sequences are here from end to end."""
+        """True if the tensors hold whole sequences, False for a context-parallel slice."""
         if len(self.shape) == 2:
             return True
         cu_seqlens = self.data.get("cu_seqlens")
@@ -203,19 +221,19 @@ class _Batch:
 
     @functools.cached_property
     def _read(self) -> dict[str, int]:
-        """All that is asked of the values of a micro-batch, in one wait for the device."""
+        """Everything that is read from the values of a micro-batch, in one wait for the device."""
         asked = {}
         if len(self.shape) == 1 and self.data.get("cu_seqlens") is not None:
             asked["tokens"] = self.data["cu_seqlens"][-1]
         if self.data.get("teacher_logp") is not None:
-            # a rollout engine writes its scores at the tokens' own positions, one later, and 0 everywhere else
+            # a rollout engine writes its scores at the tokens' own positions, one position late, and 0 elsewhere
             scored, own = self.data["teacher_logp"].flatten() != 0, self.loss_mask.roll(1)
             asked["late"] = (own & ~self.loss_mask & scored).any() & ~(scored & ~own).any()
         read = torch.stack([x.to(self.logp.device, torch.int64) for x in asked.values()]).tolist() if asked else []
         return dict(zip(asked, read, strict=True))
 
     def versions(self) -> Tensor | None:
-        """Policy versions, moved from the token's own position to that of its log-prob; None of part of a sequence."""
+        """Policy versions, moved to the position of the token's log-prob; None for a slice and if there are none."""
         if self.data.get("versions") is None or not self.whole:
             return None
         own = self.data["versions"].flatten()
@@ -255,12 +273,15 @@ class _Batch:
         return teacher_logp
 
     def _check_runs(self) -> None:
-        """AReaL asks its rollout teacher for the last n scores of a sequence that trains on n tokens."""
+        """Check that the trained tokens end each sequence.
+
+        AReaL takes the last n scores of its rollout teacher for a sequence with n trained tokens.
+        """
         cu_seqlens, total = self.cu_seqlens, self.logp.shape[0]
         position = torch.arange(total, device=self.logp.device)
         valid = self.data.get("attention_mask")
         valid = self.loss_mask.roll(1) if valid is None else valid.bool().flatten()
-        if len(self.shape) == 1:  # packed: nothing but tokens
+        if len(self.shape) == 1:  # packed: no padding
             valid = torch.ones_like(self.loss_mask)
         one = functools.partial(kdloss.segment_sum, loss_mask=torch.ones_like(valid), cu_seqlens=cu_seqlens)
         count = one(self.loss_mask.double())
@@ -271,7 +292,7 @@ class _Batch:
             .scatter_reduce(0, ids, torch.where(valid, position, 0), "amax")
         )
         spread = functools.partial(kdloss.broadcast_to_tokens, cu_seqlens=cu_seqlens, total_tokens=total)
-        end = spread(last)  # it predicts nothing
+        end = spread(last)  # the last position predicts nothing
         run = (position < end) & (position >= end - spread(count).long())
         if bool((run != self.loss_mask).any()):
             raise ValueError(
@@ -281,7 +302,7 @@ class _Batch:
             )
 
     def per_sequence(self, prox_logp: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """GSPO: every token gets its sequence's mean log-ratio, against 0, and its mean advantage."""
+        """GSPO: each token gets the mean log-ratio of its sequence, to be compared with 0, and the mean advantage."""
         mean = functools.partial(sequence_means, loss_mask=kept, cu_seqlens=self.cu_seqlens)
         log_ratio = mean(kdloss.kl_k1(self.logp, prox_logp, loss_mask=kept))
         return log_ratio, torch.zeros_like(log_ratio), mean(self.advantages)
@@ -308,7 +329,7 @@ def _check_modes(
 
 
 class _Record:
-    """The statistics of AReaL's own function, under its names and denominators."""
+    """Records the statistics of AReaL's own function, under its names and denominators."""
 
     def __init__(self, batch: _Batch, trained: Tensor) -> None:
         self.areal, self.batch, self.trained, self.logp = _areal(), batch, trained, batch.logp.detach()
@@ -317,7 +338,7 @@ class _Record:
         self._denominator(n_valid_tokens=trained)
 
     def teacher(self, teacher_logp: Tensor, *, importance_sampled: bool) -> None:
-        """log q - log p; in pure distillation, as AReaL has it, times the ratio."""
+        """log q - log p; times the ratio in pure distillation, as in AReaL."""
         reverse_kl = kdloss.kl_k1(self.logp, teacher_logp, loss_mask=self.trained)
         if importance_sampled:
             reverse_kl = kdloss.importance_sampled_surrogate(
@@ -340,7 +361,7 @@ class _Record:
         )
 
     def rejection(self, rejection: Rejection, prox_logp: Tensor) -> Tensor:
-        """Returns the tokens that still count."""
+        """Record the rejection; returns the mask of the tokens that still count."""
         observed = rejection.kept & (rejection.weights > 0)
         self._denominator(unclipped_behave_tokens=observed)
         self._stat(
@@ -367,7 +388,7 @@ class _Record:
         self._stat("n_valid_tokens", sapo_soft_gate=soft, sapo_scaled_gate_pos=positive, sapo_scaled_gate_neg=negative)
 
     def staleness(self, observed: Tensor, prox_logp_method: str, current_version: int | None) -> None:
-        """AReaL's own figures on the proximal policy and on versions, with the versions in place."""
+        """AReaL's own statistics of the proximal policy and of versions, with the versions at prediction positions."""
         shape, versions = self.batch.shape, self.batch.versions()
         versions = None if versions is None else versions.view(shape)
         self.areal._log_proximal_approximation_stats(

@@ -1,7 +1,8 @@
 """NeMo-RL: `KDRLLossFn`, a loss function of its protocol, for `policy.train(data, loss_fn=KDRLLossFn(...))`.
 
-Its `next_token_logprobs` are (B, S - 1) at prediction positions, while the data is (B, S) at the tokens' own: entry t
-of the former meets entry t + 1 of the latter. Micro-batches are summed, so denominators are those of the global batch.
+`next_token_logprobs` are (B, S - 1) at prediction positions. The data is (B, S) at the tokens' own positions, so entry
+t of the former belongs to entry t + 1 of the latter. NeMo-RL sums micro-batches, so denominators are those of the
+global batch.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss._docs import documented
 
 from ._layout import row_cu_seqlens
 from ._lazy import require
+from ._texts import KDRL_ARGS
 
 _require = functools.cache(functools.partial(require, "nemo-rl", at_least="0.6", below="0.8"))
 
@@ -30,21 +33,31 @@ _NOT_HERE = (
 )
 
 
+@documented(KDRL_ARGS)
 class KDRLLossFn:
     """`kdloss.kdrl_loss` on NeMo-RL's batches.
 
-    The RL ratio is against `prev_logprobs`, the distillation ratio against `generation_logprobs`, which sampled.
+    The RL ratio is against `prev_logprobs`. The distillation ratio is against `generation_logprobs`, the policy that
+    sampled.
 
     Args:
-        rl_loss_weight ... kd_max_ratio: as in `kdloss.kdrl_loss`.
-        token_level_loss: mean over tokens, of `global_valid_toks`; else over sequences, of `global_valid_seqs`.
-        max_importance_weight: bound of the weights prev/generation of the RL term, NeMo-RL's
+        {rl_loss_weight}
+        {distill_loss_weight}
+        {clip_low}
+        {clip_high}
+        {dual_clip}
+        {kd_reward_clip}
+        {kd_max_ratio}
+        token_level_loss: True: mean over tokens, with denominator `global_valid_toks`. False: mean over sequences, with
+            denominator `global_valid_seqs`.
+        max_importance_weight: bound of the weights prev/generation of the RL term; NeMo-RL's
             `truncated_importance_sampling_ratio` of type "tis". None: no weights.
-        teacher_key: where the data holds the teacher's log-probs, (B, S), as `policy.get_logprobs` gives them.
-        use_fused_linear_logprobs: what NeMo-RL's `policy.megatron_cfg` says; read by its workers, not here.
+        teacher_key: key of the teacher's log-probs in the data, (B, S), as `policy.get_logprobs` returns them.
+        use_fused_linear_logprobs: the value in NeMo-RL's `policy.megatron_cfg`; its workers read it, this class does
+            not.
 
     Expected gradient:
-        That of `kdloss.kdrl_loss`, reduced by tokens or sequences.
+        That of `kdloss.kdrl_loss`, reduced by tokens or by sequences.
     """
 
     def __init__(
@@ -80,14 +93,17 @@ class KDRLLossFn:
 
     @classmethod
     def from_config(cls, loss_config: Any, **options: Any) -> KDRLLossFn:
-        """In the place of `ClippedPGLossFn(loss_config)`: what that reads, this keeps, and what it cannot keep raises.
+        """The replacement of `ClippedPGLossFn(loss_config)`, with the settings of the config.
 
         Args:
-            loss_config: NeMo-RL's `master_config.loss_fn`: a mapping in 0.6, an object since.
-            options: keyword arguments of `KDRLLossFn`, before which the config's give way.
+            loss_config: NeMo-RL's `master_config.loss_fn`: a mapping in 0.6, an object in later versions.
+            options: keyword arguments of `KDRLLossFn`, which override the config.
+
+        Returns:
+            The `KDRLLossFn`.
 
         Raises:
-            ValueError: the config asks for something that this loss does not have.
+            ValueError: the config sets an option that this loss does not support.
         """
 
         def setting(name: str, default: Any = None) -> Any:
@@ -124,18 +140,18 @@ class KDRLLossFn:
 
     @property
     def loss_type(self) -> Any:
-        """What NeMo-RL counts for the denominator."""
+        """NeMo-RL's name for the denominator: tokens or sequences."""
         types = _require(module="nemo_rl.algorithms.loss.interfaces").LossType
         return types.TOKEN_LEVEL if self.token_level_loss else types.SEQUENCE_LEVEL
 
     @property
     def input_type(self) -> Any:
-        """What NeMo-RL passes in: log-probs of the next tokens."""
+        """The input that NeMo-RL passes: log-probs of the next tokens."""
         return _require(module="nemo_rl.algorithms.loss.interfaces").LossInputType.LOGPROB
 
     @property
     def metric_normalizations(self) -> dict[str, Any]:
-        """Which global count each metric was divided by; empty where NeMo-RL does not ask, as up to 0.7.0."""
+        """The global count that each metric was divided by; empty up to NeMo-RL 0.7.0, which does not ask for it."""
         kinds = getattr(_require(module="nemo_rl.algorithms.loss.interfaces"), "MetricNormalizer", None)
         if kinds is None:
             return {}
@@ -155,7 +171,17 @@ class KDRLLossFn:
         global_valid_seqs: Tensor,
         global_valid_toks: Tensor,
     ) -> tuple[Tensor, dict[str, float]]:
-        """NeMo-RL's call.
+        """The loss, as NeMo-RL calls it.
+
+        Args:
+            next_token_logprobs: under the student, nats. Differentiable.
+            data: `prev_logprobs`, `generation_logprobs`, `advantages`, `token_mask`, all (B, S); `sample_mask`, (B,);
+                and the teacher's log-probs under `teacher_key`.
+            global_valid_seqs: sequences of the global batch.
+            global_valid_toks: trained tokens of the global batch.
+
+        Returns:
+            The loss, (), and the metrics as Python numbers; this waits for the device.
 
         Raises:
             ValueError: the data has no teacher and distill_loss_weight is not 0, or `prev_logprobs` are the zeros that
@@ -211,6 +237,6 @@ class KDRLLossFn:
 
 
 def _placeholder(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
-    """(), whether all are 0 though the sampler was not sure of its tokens: then they are filled in, not computed."""
+    """() bool: all are 0 although the sampler was not certain of its tokens, so they are placeholders."""
     unsure = torch.where(loss_mask, old_logp, 0) < -0.1
     return unsure.any() & (torch.where(loss_mask, prox_logp, 0) == 0).all()

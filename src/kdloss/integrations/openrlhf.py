@@ -1,10 +1,10 @@
-"""OpenRLHF: `KDRLPolicyLoss` in the place of its `PolicyLoss`, with a teacher.
+"""OpenRLHF: `KDRLPolicyLoss` replaces its `PolicyLoss` and adds a teacher.
 
     from kdloss.integrations.openrlhf import attach
     attach(trainer, teacher=lambda experience: experience.teacher_log_probs, distill_loss_weight=0.1)
 
-OpenRLHF hands its loss no teacher, so `attach` sets one before each step of an `ActorPPOTrainer`. Tensors are (B, A),
-responses alone; the denominators are OpenRLHF's, of the whole optimizer step.
+OpenRLHF passes no teacher to its loss, so `attach` sets one before each step of an `ActorPPOTrainer`. Tensors are
+(B, A), responses only. The denominators are OpenRLHF's, over the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss._docs import documented
 
 from ._layout import row_cu_seqlens, sequence_means
+from ._texts import KDRL_ARGS
 
 
 def attach(trainer: Any, *, teacher: Callable[[Any], Tensor | None], **options: Any) -> None:
-    """Replace `trainer.actor_loss_fn`, keeping its settings, and read a teacher out of every experience.
+    """Replace `trainer.actor_loss_fn`, keeping its settings, and set the teacher from every experience.
 
     Args:
         trainer: OpenRLHF's `ActorPPOTrainer`, the `trainer` of a `PolicyModelActor`.
-        teacher: takes an `Experience`, gives the teacher's log-probs (B, A) of its actions.
-        options: keyword arguments of `KDRLPolicyLoss`.
+        teacher: takes an `Experience` and returns the teacher's log-probs (B, A) of its actions, or None.
+        options: keyword arguments of `KDRLPolicyLoss`: `rl_loss_weight`, `distill_loss_weight`, `kd_reward_clip`,
+            `kd_max_ratio`.
+
+    Raises:
+        TypeError: the trainer's loss is not the `PolicyLoss` of OpenRLHF 0.11.2 or later.
+        ValueError: its settings are not supported.
     """
     loss = KDRLPolicyLoss(trainer.actor_loss_fn, **options)
     step = trainer.training_step
@@ -41,28 +48,40 @@ def attach(trainer: Any, *, teacher: Callable[[Any], Tensor | None], **options: 
 
 
 class PolicyLossOutput(NamedTuple):
-    """What OpenRLHF unpacks. Only `loss` is attached."""
+    """The five results that OpenRLHF unpacks. Only `loss` carries gradient.
 
-    loss: Tensor  # ()
-    clip_ratio: Tensor  # () fraction of tokens at which the clip acts
-    ppo_kl: Tensor  # () mean of old_log_probs - log_probs
-    vllm_kl: Tensor | None  # () mean of rollout_log_probs - old_log_probs; with a correction
-    is_filter_ratio: Tensor | None  # () fraction that the correction drops or clamps
+    Attributes:
+        loss: () the number to descend.
+        clip_ratio: () fraction of tokens at which the clip acts.
+        ppo_kl: () mean of old_log_probs - log_probs, nats.
+        vllm_kl: () mean of rollout_log_probs - old_log_probs, nats. None without a mismatch correction.
+        is_filter_ratio: () fraction that the mismatch correction drops or clamps. None without one.
+    """
+
+    loss: Tensor
+    clip_ratio: Tensor
+    ppo_kl: Tensor
+    vllm_kl: Tensor | None
+    is_filter_ratio: Tensor | None
 
 
+@documented(KDRL_ARGS)
 class KDRLPolicyLoss(torch.nn.Module):
     """rl_loss_weight * OpenRLHF's policy loss + distill_loss_weight * reverse KL.
 
     Args:
         policy_loss: OpenRLHF's `PolicyLoss`, whose settings are kept.
-        rl_loss_weight, distill_loss_weight, kd_reward_clip, kd_max_ratio: as in `kdloss.kdrl_loss`.
+        {rl_loss_weight}
+        {distill_loss_weight}
+        {kd_reward_clip}
+        {kd_max_ratio}
 
     Expected gradient:
         That of `kdloss.kdrl_loss`. OpenRLHF's per-sample mean weights sequences by 1/|o|.
 
     Raises:
-        TypeError: `policy_loss` is that of an OpenRLHF before 0.11.2.
-        ValueError: it is neither "ppo" nor "gspo", or gates by a divergence.
+        TypeError: `policy_loss` comes from an OpenRLHF before 0.11.2.
+        ValueError: its type is neither "ppo" nor "gspo", or its correction is gated by a divergence.
     """
 
     def __init__(
@@ -97,7 +116,7 @@ class KDRLPolicyLoss(torch.nn.Module):
             kd_max_ratio=kd_max_ratio,
         )
         self.teacher_log_probs: Tensor | None = None
-        """(B, A), set before each call and used up by it: an old one must not meet a new batch."""
+        """(B, A), set before each call. The call resets it, so an old teacher cannot be used with a new batch."""
 
     def forward(
         self,
@@ -110,7 +129,26 @@ class KDRLPolicyLoss(torch.nn.Module):
         batch_num_tokens: float | Tensor | None = None,
         global_batch_size: float | Tensor | None = None,
     ) -> PolicyLossOutput:
-        """OpenRLHF's call. The distillation ratio is against `rollout_log_probs` where they are given."""
+        """The loss, as OpenRLHF calls it.
+
+        The distillation ratio is against `rollout_log_probs` if they are given, else against `old_log_probs`.
+
+        Args:
+            log_probs: under the student, nats. Differentiable.
+            old_log_probs: under the policy at the start of the update.
+            advantages: per token.
+            action_mask: nonzero where a token is trained on.
+            rollout_log_probs: under the policy that sampled. Required with a mismatch correction.
+            dp_size: number of data-parallel ranks, over which OpenRLHF averages gradients.
+            batch_num_tokens: trained tokens of the whole step, for the mean over tokens. None: of this micro-batch.
+            global_batch_size: sequences of the whole step, for the mean over sequences. None: of this micro-batch.
+
+        Returns:
+            `PolicyLossOutput`.
+
+        Raises:
+            ValueError: `rollout_log_probs` or the teacher's log-probs are needed and missing.
+        """
         loss_mask = action_mask.bool().flatten()
         cu_seqlens = row_cu_seqlens(log_probs)
         logp, prox_logp, advantages = log_probs.flatten(), old_log_probs.flatten(), advantages.flatten()
@@ -173,7 +211,7 @@ class KDRLPolicyLoss(torch.nn.Module):
     def _correction(
         self, prox_logp: Tensor, sampled: Tensor | None, loss_mask: Tensor, cu_seqlens: Tensor, shape: torch.Size
     ) -> tuple[Tensor, Tensor]:
-        """OpenRLHF's mismatch correction by the ratio: (T,) weights, and () the fraction that it touches."""
+        """OpenRLHF's mismatch correction by the ratio: (T,) weights, and () the fraction that it changes."""
         assert sampled is not None
         low, high = self.settings.is_correction_threshold
         raw = kdloss.truncated_importance_weights(prox_logp, sampled, loss_mask=loss_mask, max_weight=torch.inf)

@@ -1,4 +1,4 @@
-"""prime-rl: a custom loss that joins the reverse KL to its reference model with PPO's clip.
+"""prime-rl: a custom loss that combines PPO's clip with the reverse KL to the reference model.
 
     [trainer.loss]
     type = "custom"
@@ -6,8 +6,8 @@
     [trainer.loss.kwargs]
     distill_loss_weight = 0.1
 
-It is called once a sequence, prompt included, on log-probs at the token's own position. All of its tensors are, and
-nothing here looks at neighbours, so none is moved. The loss is a sum: the trainer divides by the tokens of the step.
+prime-rl calls it once per sequence, prompt included. All tensors are at the token's own position; nothing here depends
+on neighbouring positions, so no tensor is shifted. The loss is a sum; the trainer divides by the tokens of the step.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from torch import Tensor
 
 import kdloss
 from kdloss._checks import value_checks_allowed
+from kdloss._docs import documented
 
 from ._lazy import require
+from ._texts import KDRL_ARGS
 
 
+@documented(KDRL_ARGS)
 def kdrl_loss(
     inputs: Any,
     *,
@@ -40,21 +43,30 @@ def kdrl_loss(
     """`kdloss.kdrl_loss` on prime-rl's `LossInputs`: both ratios are against `inference_logprobs`.
 
     Args:
-        inputs: one sequence. `ref_logprobs` are the teacher's, `loss_weights` multiply both terms.
-        rl_loss_weight ... direct_penalty: as in `kdloss.kdrl_loss`. rl_loss_weight 0 reads no advantages.
+        inputs: one sequence. `ref_logprobs` are the teacher's log-probs; `loss_weights` multiply both terms;
+            `advantages` are not read if rl_loss_weight is 0.
+        {rl_loss_weight}
+        {distill_loss_weight}
+        {clip_low}
+        {clip_high}
+        {dual_clip}
+        {kd_discount}
+        {kd_reward_clip}
+        {kd_max_ratio}
+        {direct_penalty}
 
     Returns:
-        prime-rl's `LossOutputs`: the sum over the trained tokens, and their means of `reverse_kl`, `kd`, `rl`, `ratio`
-        and `clipped` under "kdrl/".
+        prime-rl's `LossOutputs`: the loss summed over the trained tokens, and their means of `reverse_kl`, `kd`, `rl`,
+        `ratio` and `clipped`, under "kdrl/".
 
     Expected gradient:
-        That of `kdloss.kdrl_loss`, in a sum.
+        That of `kdloss.kdrl_loss`, as a sum over the trained tokens.
 
     Raises:
-        ValueError: distill_loss_weight is not 0, and the sample has no `ref_logprobs`, or zeros at every trained token
-            of which the sampler was not sure (a CPU tensor's; on a GPU, where looking would wait for the device, the
-            loss is NaN).
-        ImportError: prime-rl is missing, or of a version that the adapter was not proven with.
+        ValueError: distill_loss_weight is not 0, and the sample has no `ref_logprobs`, or only zeros at its trained
+            tokens although the sampler was not certain of all of them. Zeros raise on the CPU only: elsewhere the check
+            would wait for the device, and the loss is NaN.
+        ImportError: prime-rl is missing, or has a version that the adapter was not tested with.
     """
     if inputs.ref_logprobs is None and distill_loss_weight != 0:
         raise ValueError(
@@ -99,9 +111,9 @@ def kdrl_loss(
 
 
 def _scored(teacher_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
-    """The log-probs, unless each is 0: prime-rl fills with zeros what no teacher scored beside what one did.
+    """`teacher_logp`, or an error or NaN if all are 0: prime-rl packs zeros for samples that no teacher scored.
 
-    Where the sampler was sure of every token as well, a teacher may be, to rounding: such zeros pass, and mean little.
+    If the sampler was certain of every token, a teacher may be, too, up to rounding. Such zeros pass and hardly matter.
     """
     unsure = loss_mask & (old_logp < -0.01)
     unscored = unsure.any() & ~(loss_mask & (teacher_logp != 0)).any()

@@ -1,11 +1,11 @@
-"""Readers of scoring servers: from the answers of vLLM, SGLang or an OpenAI-compatible server to `teacher_logp`.
+"""Readers of scoring servers: turn answers of vLLM, SGLang or an OpenAI-compatible server into `teacher_logp`.
 
-A server reports the log-prob of each token at the token's own position, and nothing for the first token of a sequence.
-The losses want it one earlier, at the position that predicts it. The readers shift inside each sequence, check the
-token ids against those that were sent, and raise where a trained token has no score: an answer that was cut off, or
-that belongs to another sequence, must not pass for a teacher.
+A server reports the log-prob of each token at the token's own position, and none for the first token of a sequence. The
+losses need it one position earlier, where the token is predicted. The readers shift inside each sequence, compare the
+token ids with those that were sent, and raise if a trained token has no score. A truncated answer, or the answer of
+another sequence, is therefore an error and not a teacher.
 
-Nothing here talks to a server. One answer belongs to one sequence of the packed stream, in its order.
+Nothing here talks to a server. There is one answer per sequence of the packed stream, in the same order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import kdloss
 from kdloss import _checks
+from kdloss._docs import documented
 
 from . import _answers
 from ._alignment import Alignment as Alignment, check_alignment as check_alignment
@@ -29,15 +30,72 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class TopK(NamedTuple):
-    """The teacher's k most likely next tokens, as `topk_forward_kl` and its kin take them."""
+# Docstring texts (`_docs.py`): of the packed stream and the errors, and of each server's answers.
+_STREAM = {
+    "input_ids": "(T,) the packed tokens that were sent, int32 or int64.",
+    "k": "number of tokens per position, >= 1.",
+    "cu_seqlens": "(B + 1,) cumulative lengths of the sequences.",
+    "loss_mask": """(T,) bool, at prediction positions, in any pattern (several turns, for example). A score may be
+        missing where it is False. None: every token except the first of each sequence needs a score.""",
+    "starts": """the `logprob_start_len` that was sent: one integer for all sequences, or one per sequence (list, array
+        or tensor). An answer begins with that token, which has no score of its own. The prompt's length - 1 skips the
+        tokens that are not trained on.""",
+    "ScoreError": """an answer is missing, truncated or of other tokens, lacks the score of a trained token, contains a
+        value that cannot be a log-prob (rounding up to 1e-3 above 0 counts as 0), or scores the first token of a
+        sequence, which nothing predicts.""",
+    "ValueError": "the number of answers is not B, or shapes do not fit.",
+    "TypeError": "`answers` is not a list, or another argument has a wrong type.",
+}
+_TOPK = {
+    "ScoreError": """an answer is missing, truncated or of other tokens, gives fewer than k tokens where a token is
+        trained on, gives an id twice or a total probability above 1, contains a value that cannot be a log-prob
+        (rounding up to 1e-3 above 0 counts as 0), or scores the first token of a sequence, which nothing predicts.""",
+    "ValueError": "the number of answers is not B, shapes do not fit, or `k` is not > 0.",
+}
+_NOT_SENT = "None for a sequence that was not sent; none of its tokens may be trained on."
+_VLLM = {
+    "answers": f"""one per sequence: the JSON of a response, one of its `choices`, an object with the same fields (a
+        `RequestOutput`, or a response of the `openai` client), or the list `prompt_logprobs` itself. {_NOT_SENT}"""
+}
+_SGLANG = {
+    "answers": f"one per sequence: the JSON of a response, or the list `input_token_logprobs` itself. {_NOT_SENT}"
+}
+_SGLANG_TOPK = {"answers": f"one per sequence: the JSON of a response, whole. {_NOT_SENT}"}
+_OPENAI = {
+    "answers": f"""one per sequence: the JSON of a response, one of its `choices`, or an object with the same fields.
+        {_NOT_SENT}"""
+}
 
-    logp: Tensor  # (T, K) float32, nats, most likely first; 0 where ids are -1
-    ids: Tensor  # (T, K) int64, -1 where nothing was given
+
+class TopK(NamedTuple):
+    """The teacher's k most likely next tokens, as the top-k divergences (such as `topk_forward_kl`) take them.
+
+    Attributes:
+        logp: (T, K) float32 log-probs, nats, most likely first; 0 where `ids` are -1.
+        ids: (T, K) int64 token ids; -1 where the server gave none.
+    """
+
+    logp: Tensor
+    ids: Tensor
 
 
 def numbered_token(text: str) -> int:
-    """The id in "token_id:17", as vLLM writes a token under `return_tokens_as_token_ids`."""
+    """The id in "token_id:17", which is how vLLM writes a token under `return_tokens_as_token_ids`.
+
+    Args:
+        text: the token's text in an answer.
+
+    Returns:
+        The id.
+
+    Raises:
+        ValueError: `text` has another form.
+
+    Example:
+        >>> from kdloss.integrations.servers import numbered_token
+        >>> numbered_token("token_id:17")
+        17
+    """
     prefix, _, number = text.partition(":")
     if prefix != "token_id" or not number.isdecimal():
         raise ValueError(
@@ -47,6 +105,7 @@ def numbered_token(text: str) -> int:
     return int(number)
 
 
+@documented(_STREAM, _VLLM)
 def read_vllm(
     answers: Sequence[Any],
     input_ids: Tensor,  # (T,)
@@ -56,31 +115,35 @@ def read_vllm(
 ) -> Tensor:  # (T,)
     """Log-probs of the sampled tokens from vLLM's `prompt_logprobs`, at prediction positions.
 
-    Asked with `{"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}` at /v1/completions, or offline with
-    `SamplingParams(max_tokens=1, prompt_logprobs=0)`. vLLM scores prompts at temperature 1, whatever is asked.
+    Request: `{"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}` to /v1/completions, or offline
+    `SamplingParams(max_tokens=1, prompt_logprobs=0)`. vLLM scores prompts at temperature 1, whatever the request says.
 
     Args:
-        answers: one a sequence: the JSON of a response, one of its `choices`, an object with the same fields (a
-            `RequestOutput`, the `openai` client's), or the list `prompt_logprobs` itself. None for a sequence that was
-            not sent, where none of its tokens is trained on.
-        input_ids: (T,) the packed tokens that were sent.
-        cu_seqlens: (B + 1,).
-        loss_mask: (T,) bool, at prediction positions; any pattern, as of several turns. Where it is False a score may
-            be missing. None: every token but the first of each sequence needs one.
+        {answers}
+        {input_ids}
+        {cu_seqlens}
+        {loss_mask}
 
     Returns:
-        (T,) float32 on the device of `input_ids`, without gradient; 0 where there is no score. vLLM writes -9999 for
-        -inf in JSON, and it is left as it is.
+        (T,) float32 in nats, on the device of `input_ids`, without gradient; 0 where there is no score. vLLM writes
+        -9999 for -inf in JSON; it is not changed.
 
     Raises:
-        ScoreError: an answer is missing, cut off, of other tokens, lacks the score of a trained token, holds what no
-            log-prob can be (rounding of 1e-3 above 0 counts as 0), or scores the first token, which nothing predicts.
-        ValueError: the number of answers is not B, or shapes do not fit.
-        TypeError: `answers` is no list, or an argument is of another type.
+        {ScoreError}
+        {ValueError}
+        {TypeError}
+
+    Example:
+        >>> import torch
+        >>> from kdloss.integrations.servers import read_vllm
+        >>> answer = {"prompt_logprobs": [None, {"7": {"logprob": -3.0}}, {"2": {"logprob": -0.5}}]}
+        >>> read_vllm([answer], torch.tensor([5, 7, 2]), cu_seqlens=torch.tensor([0, 3])).tolist()
+        [-3.0, -0.5, 0.0]
     """
     return _sampled(_answers.vllm, answers, input_ids, cu_seqlens, loss_mask)
 
 
+@documented(_STREAM, _TOPK, _VLLM)
 def read_vllm_topk(
     answers: Sequence[Any],
     input_ids: Tensor,  # (T,)
@@ -89,15 +152,32 @@ def read_vllm_topk(
     cu_seqlens: Tensor,  # (B + 1,)
     loss_mask: Tensor | None = None,  # (T,) bool
 ) -> TopK:
-    """The k most likely tokens from vLLM's `prompt_logprobs=k`. Arguments and errors as in `read_vllm`.
+    """The teacher's k most likely tokens from vLLM's `prompt_logprobs`, at prediction positions.
 
-    vLLM adds the token that was sent, so a position may have k + 1 entries: the k most likely are kept, a set that
-    does not depend on what was sampled. Fewer than k at a trained token raise, as do an id twice and a probability
-    above 1 together.
+    Request: `{"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": k}` to /v1/completions, or offline
+    `SamplingParams(max_tokens=1, prompt_logprobs=k)`. vLLM scores prompts at temperature 1, whatever the request says.
+    It adds the token that was sent, so a position may have k + 1 entries. The k most likely ones are kept, so the set
+    does not depend on the sampled token.
+
+    Args:
+        {answers}
+        {input_ids}
+        {k}
+        {cu_seqlens}
+        {loss_mask}
+
+    Returns:
+        `TopK`, on the device of `input_ids`, without gradient.
+
+    Raises:
+        {ScoreError}
+        {ValueError}
+        {TypeError}
     """
     return _topk(_answers.vllm, answers, input_ids, cu_seqlens, loss_mask, k)
 
 
+@documented(_STREAM, _SGLANG)
 def read_sglang(
     answers: Sequence[Any],
     input_ids: Tensor,  # (T,)
@@ -108,21 +188,35 @@ def read_sglang(
 ) -> Tensor:  # (T,)
     """Log-probs of the sampled tokens from SGLang's `input_token_logprobs`, at prediction positions.
 
-    Asked with `{"input_ids": token_ids, "sampling_params": {"max_new_tokens": 0}, "return_logprob": true,
-    "logprob_start_len": start}` at /generate.
+    Request: `{"input_ids": token_ids, "sampling_params": {"max_new_tokens": 0}, "return_logprob": true,
+    "logprob_start_len": start}` to /generate.
 
     Args:
-        answers, input_ids, cu_seqlens, loss_mask: as in `read_vllm`; an answer is the JSON of a response or its list
-            `input_token_logprobs`.
-        starts: the `logprob_start_len` that was sent, one for all or one a sequence (list, array or tensor of
-            integers). An answer begins with that token, which has no score of its own: the prompt's length - 1 leaves
-            out what is not trained on.
+        {answers}
+        {input_ids}
+        {cu_seqlens}
+        {loss_mask}
+        {starts}
 
-    Returns and raises as `read_vllm`.
+    Returns:
+        (T,) float32 in nats, on the device of `input_ids`, without gradient; 0 where there is no score.
+
+    Raises:
+        {ScoreError}
+        {ValueError}
+        {TypeError}
+
+    Example:
+        >>> import torch
+        >>> from kdloss.integrations.servers import read_sglang
+        >>> answer = {"meta_info": {"input_token_logprobs": [[None, 5, None], [-3.0, 7, None], [-0.5, 2, None]]}}
+        >>> read_sglang([answer], torch.tensor([5, 7, 2]), cu_seqlens=torch.tensor([0, 3])).tolist()
+        [-3.0, -0.5, 0.0]
     """
     return _sampled(_answers.sglang, answers, input_ids, cu_seqlens, loss_mask, starts)
 
 
+@documented(_STREAM, _TOPK, _SGLANG_TOPK)
 def read_sglang_topk(
     answers: Sequence[Any],
     input_ids: Tensor,  # (T,)
@@ -132,13 +226,31 @@ def read_sglang_topk(
     loss_mask: Tensor | None = None,  # (T,) bool
     starts: int | Sequence[int] | NDArray[np.integer] | Tensor = 0,
 ) -> TopK:
-    """The k most likely tokens from SGLang's `input_top_logprobs` (`"top_logprobs_num": k`).
+    """The teacher's k most likely tokens from SGLang's `input_top_logprobs`, at prediction positions.
 
-    Arguments and errors as in `read_sglang`, of the whole JSON. Fewer than k at a trained token raise.
+    Request: `{"input_ids": token_ids, "sampling_params": {"max_new_tokens": 0}, "return_logprob": true,
+    "logprob_start_len": start, "top_logprobs_num": k}` to /generate.
+
+    Args:
+        {answers}
+        {input_ids}
+        {k}
+        {cu_seqlens}
+        {loss_mask}
+        {starts}
+
+    Returns:
+        `TopK`, on the device of `input_ids`, without gradient.
+
+    Raises:
+        {ScoreError}
+        {ValueError}
+        {TypeError}
     """
     return _topk(_answers.sglang, answers, input_ids, cu_seqlens, loss_mask, k, starts)
 
 
+@documented(_STREAM, _OPENAI)
 def read_openai(
     answers: Sequence[Any],
     input_ids: Tensor,  # (T,)
@@ -149,20 +261,38 @@ def read_openai(
 ) -> Tensor:  # (T,)
     """Log-probs of the sampled tokens from OpenAI-compatible completions with `echo`, at prediction positions.
 
-    Asked with `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": 1}` at /v1/completions.
+    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": 1}` to /v1/completions.
 
     Args:
-        answers, input_ids, cu_seqlens, loss_mask: as in `read_vllm`; an answer is the JSON of a response or one of its
-            `choices`.
-        token_id: the id of a token's text, which is all that this protocol sends: `tokenizer.convert_tokens_to_ids`
-            where the server writes tokens as the tokenizer does. The default reads "token_id:17". None: ids are not
-            checked, only how many there are. Not asked where a choice holds `prompt_token_ids`, which are checked.
+        {answers}
+        {input_ids}
+        {cu_seqlens}
+        {loss_mask}
+        token_id: maps a token's text to its id, because this protocol sends only texts. If the server writes tokens as
+            the tokenizer does, pass `tokenizer.convert_tokens_to_ids`. The default reads "token_id:17". None: only the
+            number of tokens is checked, not their ids. It is not called if a choice holds `prompt_token_ids`; those are
+            checked instead.
 
-    Returns and raises as `read_vllm`.
+    Returns:
+        (T,) float32 in nats, on the device of `input_ids`, without gradient; 0 where there is no score.
+
+    Raises:
+        {ScoreError}
+        {ValueError}
+        {TypeError}
+
+    Example:
+        >>> import torch
+        >>> from kdloss.integrations.servers import read_openai
+        >>> block = {"tokens": ["token_id:5", "token_id:7", "token_id:2"], "token_logprobs": [None, -3.0, -0.5]}
+        >>> answer = {"choices": [{"logprobs": block}]}
+        >>> read_openai([answer], torch.tensor([5, 7, 2]), cu_seqlens=torch.tensor([0, 3])).tolist()
+        [-3.0, -0.5, 0.0]
     """
     return _sampled(_answers.openai(token_id), answers, input_ids, cu_seqlens, loss_mask)
 
 
+@documented(_STREAM, _TOPK, _OPENAI)
 def read_openai_topk(
     answers: Sequence[Any],
     input_ids: Tensor,  # (T,)
@@ -172,10 +302,27 @@ def read_openai_topk(
     loss_mask: Tensor | None = None,  # (T,) bool
     token_id: Callable[[str], int] = numbered_token,
 ) -> TopK:
-    """The k most likely tokens from OpenAI-compatible completions with `echo` and `"logprobs": k`.
+    """The teacher's k most likely tokens from OpenAI-compatible completions with `echo`, at prediction positions.
 
-    Arguments and errors as in `read_openai`. Fewer than k at a trained token raise: two tokens of one text share an
-    entry there, and the mass of one of them is lost.
+    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": k}` to /v1/completions. Tokens with the
+    same text share one entry in this protocol, which loses the mass of all but one; fewer than k tokens are then left.
+
+    Args:
+        {answers}
+        {input_ids}
+        {k}
+        {cu_seqlens}
+        {loss_mask}
+        token_id: maps a token's text to its id, because this protocol sends only texts. If the server writes tokens as
+            the tokenizer does, pass `tokenizer.convert_tokens_to_ids`. The default reads "token_id:17".
+
+    Returns:
+        `TopK`, on the device of `input_ids`, without gradient.
+
+    Raises:
+        {ScoreError}
+        {ValueError}
+        {TypeError}
     """
     if token_id is None:
         raise TypeError("token_id must turn a token's text into its id, got None: without ids there is no top k")
@@ -231,6 +378,7 @@ def _topk(
 def _requests(
     answers: Any, input_ids: Tensor, cu_seqlens: Tensor, loss_mask: Tensor | None, starts: Any
 ) -> Iterator[_answers.Request]:
+    """One request per sequence, after the checks of the arguments."""
     _checks.integral(input_ids=input_ids)
     _checks.packed_stream("input_ids", input_ids, cu_seqlens)
     _checks.cumulative_lengths(cu_seqlens.cpu(), total_tokens=input_ids.shape[0])
@@ -240,16 +388,16 @@ def _requests(
     _checks.same_shape("input_ids", input_ids, loss_mask=loss_mask)
     bounds = cu_seqlens.tolist()
     if not isinstance(answers, Sequence) or isinstance(answers, (str, bytes)):
-        raise TypeError(f"answers must be a list with one answer a sequence, got {type(answers).__name__}")
+        raise TypeError(f"answers must be a list with one answer per sequence, got {type(answers).__name__}")
     if len(answers) != len(bounds) - 1:
         raise ValueError(
-            f"answers must have one entry a sequence, {len(bounds) - 1}, got {len(answers)}; None stands for a "
+            f"answers must have one entry per sequence, {len(bounds) - 1}, got {len(answers)}; None stands for a "
             "sequence that was not sent"
         )
-    first = _one_a_sequence(starts, len(bounds) - 1)
+    first = _one_per_sequence(starts, len(bounds) - 1)
     ids, trained = input_ids.tolist(), loss_mask.tolist()
     for index, (start, stop) in enumerate(pairwise(bounds)):
-        # a token is scored where the position before it is trained; nothing predicts the first
+        # a token needs a score if the position before it is trained; nothing predicts the first token
         needed = [False, *trained[start : stop - 1]] if stop > start else []
         request = _answers.Request(index, ids[start:stop], needed, first[index], answers[index])
         if not 0 <= request.start <= len(request.tokens):
@@ -257,13 +405,13 @@ def _requests(
         yield request
 
 
-def _one_a_sequence(starts: Any, sequences: int) -> list[int]:
-    """`starts` as a list: of a number, a list or tuple of numbers, a NumPy array or a tensor."""
+def _one_per_sequence(starts: Any, sequences: int) -> list[int]:
+    """`starts` (a number, a list or tuple, a NumPy array or a tensor) as a list with one entry per sequence."""
     found = starts.tolist() if hasattr(starts, "tolist") else starts
     found = list(found) if isinstance(found, (list, tuple)) else [found] * sequences
     for start in found:
         if not _answers.is_integer(start):
-            raise TypeError(f"starts must be an integer, or one a sequence, got {type(start).__name__} {start!r}")
+            raise TypeError(f"starts must be an integer, or one per sequence, got {type(start).__name__} {start!r}")
     if len(found) != sequences:
-        raise ValueError(f"starts must be one number, or one a sequence, {sequences}, got {len(found)}")
+        raise ValueError(f"starts must be one number, or one per sequence, {sequences}, got {len(found)}")
     return [int(start) for start in found]

@@ -1,10 +1,11 @@
-"""slime: a custom loss with the teacher's log-probs beside PPO's clip, instead of inside the advantages.
+"""slime: a custom loss that adds the teacher as a term of its own to PPO's clip, instead of inside the advantages.
 
     --loss-type custom_loss --custom-loss-function-path kdloss.integrations.slime.kdrl_loss
     --use-opd --opd-type megatron --opd-teacher-load ... --opd-kl-coef 0
 
-slime takes no arguments for it, so other weights are given by a `functools.partial` in a module of yours. Log-probs
-come from slime's own function, which knows its context and tensor parallelism; the mean is its `sum_of_sample_mean`.
+slime passes no options to a custom loss; to change the weights, put a `functools.partial` in a module of your own.
+Log-probs come from slime's own function, which handles its context and tensor parallelism. The mean is slime's
+`sum_of_sample_mean`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss._docs import documented
 
 from ._lazy import require
+from ._texts import KDRL_ARGS
 
 
+@documented(KDRL_ARGS)
 def kdrl_loss(
     args: Any,
     batch: Mapping[str, Any],
@@ -34,24 +38,33 @@ def kdrl_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """slime's policy loss plus distill_loss_weight * reverse KL to `teacher_log_probs`.
 
+    The RL ratio is against `log_probs` (`rollout_log_probs` under --use-rollout-logprobs). The distillation ratio is
+    against `rollout_log_probs` where the batch has them, else against the policy of the RL ratio.
+
     Args:
-        args: slime's; read are `eps_clip`, `eps_clip_high`, `eps_clip_c`, `entropy_coef`, `use_rollout_logprobs`,
-            `use_tis`, `tis_clip` and `tis_clip_low`.
-        batch: `advantages`, `loss_masks`, `log_probs` and, as they apply, `rollout_log_probs`, `teacher_log_probs`: a
-            list of one tensor a sample, responses alone.
-        logits: float32.
-        sum_of_sample_mean: slime's reduction, which masks.
-        rl_loss_weight ... kd_max_ratio: as in `kdloss.kdrl_loss`.
+        args: slime's. Used are `eps_clip`, `eps_clip_high`, `eps_clip_c`, `entropy_coef`, `use_rollout_logprobs`,
+            `use_tis`, `tis_clip` and `tis_clip_low`; other options that this loss does not support raise.
+        batch: slime's. Per-token entries are lists with one tensor per sample, responses only: `advantages`,
+            `loss_masks`, `log_probs` and, where they apply, `rollout_log_probs` and `teacher_log_probs`.
+        logits: (1, T, V) float32 of the student. Differentiable.
+        sum_of_sample_mean: slime's reduction, which applies the mask.
+        {rl_loss_weight}
+        {distill_loss_weight}
+        {kd_reward_clip}
+        {kd_max_ratio}
 
     Returns:
-        The loss, (), and what slime reports under its names, with `kd_loss` and `opd_reverse_kl` beside it.
+        The loss, (), and the detached values that slime reports under its own names, plus `kd_loss` and
+        `opd_reverse_kl`.
 
     Expected gradient:
-        That of `kdloss.kdrl_loss`; slime's mean weights samples by 1/|o|, unless --calculate-per-token-loss is set.
+        That of `kdloss.kdrl_loss`, minus `entropy_coef` times the gradient of the entropy. slime's mean weights samples
+        by 1/|o|, unless --calculate-per-token-loss is set.
 
     Raises:
-        ValueError: an option of slime's that would count the teacher twice, or that this loss does not have.
-        ImportError: slime is missing, or of a version that the adapter was not proven with.
+        ValueError: the batch lacks log-probs that are needed, or an option of slime's would count the teacher twice or
+            is not part of this loss.
+        ImportError: slime is missing, or has a version that the adapter was not tested with.
     """
     _check_options(args, batch, distill_loss_weight)
     slime = _slime()
@@ -67,7 +80,7 @@ def kdrl_loss(
     logp, entropy = torch.cat(scored["log_probs"]), torch.cat(scored["entropy"])
     sampled = _joined(batch, "rollout_log_probs")
     prox_logp = sampled if args.use_rollout_logprobs else _joined(batch, "log_probs")
-    if prox_logp is None:  # slime's own meaning of it: nothing was updated yet
+    if prox_logp is None:  # in slime, no log_probs means that nothing was updated yet
         prox_logp = logp.detach()
     old_logp = prox_logp if sampled is None else sampled
     lengths = (batch["loss_masks"], batch["total_lengths"], batch["response_lengths"])
@@ -124,7 +137,7 @@ def kdrl_loss(
         loss = loss + distill_loss_weight * kd_loss
         reverse_kl = kdloss.kl_k1(logp, teacher_logp, loss_mask=loss_mask)
         reported |= {"kd_loss": kd_loss, "opd_reverse_kl": sum_of_sample_mean(reverse_kl)}
-    if logp.numel() == 0:  # a rank without a response token still has to run its backward
+    if logp.numel() == 0:  # a rank without response tokens still has to run its backward
         loss = loss + 0 * logits.sum()
     return loss, {name: x.detach().clone() for name, x in {"loss": loss, **reported}.items()}
 
@@ -139,7 +152,7 @@ def _joined(batch: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: float) -> None:
-    """Refuse what would change the loss behind the caller's back."""
+    """Raise for options that would silently change the loss."""
     option = functools.partial(getattr, args)
     if distill_loss_weight != 0 and not batch.get("teacher_log_probs"):
         raise ValueError(
@@ -150,14 +163,15 @@ def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: flo
     if option("use_opd", False) and option("opd_kl_coef", 0.0) != 0:
         raise ValueError(
             f"--opd-kl-coef must be 0 with this loss, got {args.opd_kl_coef}: the advantages hold the teacher already, "
-            "and it would count twice; the weight is distill_loss_weight"
+            "so it would count twice; the weight is distill_loss_weight"
         )
     if distill_loss_weight != 0 and option("opd_type", None) != "megatron":
         for name in ("rollout_temperature", "rollout_top_p"):
             if option(name, 1.0) != 1:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be 1 with --opd-type sglang, got {option(name)}: a server scores "
-                    "at 1, of the whole vocabulary, and slime the student at the rollout's; use --opd-type megatron"
+                    "at 1, over the whole vocabulary, but slime scores the student like the rollout; use --opd-type "
+                    "megatron"
                 )
     if (option("use_rollout_logprobs", False) or option("use_tis", False)) and not batch.get("rollout_log_probs"):
         raise ValueError(
@@ -166,7 +180,7 @@ def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: flo
         )
     if option("advantage_estimator", "grpo") in ("gspo", "cispo"):
         raise ValueError(
-            f"--advantage-estimator {args.advantage_estimator} has a ratio of its own, and this loss is PPO's: use "
+            f"--advantage-estimator {args.advantage_estimator} has its own ratio, and this loss has PPO's: use "
             "grpo, or --loss-type policy_loss with --opd-kl-coef"
         )
     if option("use_kl_loss", False) and option("kl_loss_coef", 0.0) != 0:

@@ -1,10 +1,10 @@
-"""TRL: `KDRLTrainer`, a GRPOTrainer with a teacher, and divergences in place of those of DistillationTrainer and GKD.
+"""TRL: `KDRLTrainer`, a GRPOTrainer with a teacher, and divergences that replace those of DistillationTrainer and GKD.
 
     trainer = KDRLTrainer(model, reward_funcs, args, ..., teacher_model="Qwen/Qwen3-8B", distill_loss_weight=0.1)
 
-TRL keeps all of its own: generation, rewards, every loss type, its metrics. The teacher scores the tokens once, when
-they have been generated; the distillation term takes the student's log-probs from TRL's own forward, and TRL's own
-denominator. Layout: (B, L) right-padded completions, entry l speaks of completion token l.
+Everything of TRL's stays: generation, rewards, every loss type, metrics. The teacher scores the tokens once, after
+generation. The distillation term uses the student's log-probs from TRL's own forward, and TRL's own denominator.
+Layout: (B, L) right-padded completions; entry l belongs to completion token l.
 """
 
 from __future__ import annotations
@@ -17,43 +17,51 @@ from torch import Tensor
 
 import kdloss
 from kdloss import _checks
+from kdloss._docs import documented
 
+from ._layout import row_cu_seqlens
 from ._lazy import require
+from ._texts import KDRL_ARGS
 
 _TRL = {"at_least": "1.16", "below": "1.17"}
 _LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "cispo", "dapo", "vespo", "luspo")
 
 
+@documented(KDRL_ARGS)
 class KDRLMixin:
     """KDRL on top of a GRPOTrainer: rl_loss_weight * (TRL's loss) + distill_loss_weight * reverse KL to the teacher.
 
-    `KDRLTrainer` is this on TRL's own; write `class Mine(KDRLMixin, MyGRPOTrainer)` for one of yours.
+    `KDRLTrainer` applies this mixin to TRL's GRPOTrainer. For a GRPOTrainer of your own, write
+    `class Mine(KDRLMixin, MyGRPOTrainer)`.
+
+    Metrics: all of TRL's, plus `distill/reverse_kl` (nats per token, over all ranks) and `distill/teacher_neg_inf`
+    (number of trained tokens to which the teacher gives probability 0).
 
     Args:
         *args, **kwargs: those of GRPOTrainer.
-        teacher_model: a model, or a path or hub id to load one from. It is scored at `args.temperature` like the
+        teacher_model: a model, or a path or hub id to load one from. It is scored at `args.temperature`, like the
             student. None is for subclasses that override `teacher_logps`, and for a `distill_loss_weight` of 0.
-        teacher_model_init_kwargs: for loading it, such as `{"dtype": "bfloat16"}`.
+        teacher_model_init_kwargs: arguments for loading it, such as `{"dtype": "bfloat16"}`.
         distill_loss_weight: factor of the distillation term; an attribute, which a callback may change. 0 leaves TRL's
-            loss and gradient as they are, and still logs the reverse KL.
-        rl_loss_weight: factor of TRL's loss with all that TRL has put into it (the KL to the reference, the entropy
+            loss and gradient unchanged, and still logs the reverse KL.
+        rl_loss_weight: factor of TRL's loss, including whatever TRL adds to it (the KL to the reference, the entropy
             bonus). 0 leaves it out.
-        kd_discount, kd_reward_clip, kd_max_ratio, direct_penalty: as in `kdrl_loss`.
-
-    Metrics: all of TRL's, and `distill/reverse_kl` (nats a token, over all ranks) and `distill/teacher_neg_inf` (the
-    trained tokens that the teacher excludes).
+        {kd_discount}
+        {kd_reward_clip}
+        {kd_max_ratio}
+        {direct_penalty}
 
     Expected gradient:
-        rl_loss_weight * (that of TRL's loss) + distill_loss_weight * (that of `distillation_loss`), over the
-        denominator of `args.loss_type`. The ratio of the second is against the policy that sampled: vLLM's log-probs
-        where TRL has them, else `old_per_token_logps`. TRL's clip, its masks by entropy or off-policyness and its
-        importance weights act on the RL term only.
+        rl_loss_weight * (that of TRL's loss) + distill_loss_weight * (that of `kdloss.distillation_loss`), over the
+        denominator of `args.loss_type`. The ratio of the second term is against the policy that sampled: vLLM's
+        log-probs if TRL has them, else `old_per_token_logps`. TRL's clip, its masks by entropy or off-policyness, and
+        its importance weights act on the RL term only.
 
     Raises:
-        ImportError: TRL is missing or of another version.
-        ValueError: an option is out of range, `args.loss_type` is unknown, or the teacher is the trained model, lacks
-            some of its tokens, or is missing.
-        NotImplementedError: images.
+        ImportError: TRL is missing, or has a version that the adapter was not tested with.
+        ValueError: an option is out of range, `args.loss_type` is unknown, or the teacher is missing, is the trained
+            model, or lacks some of its tokens.
+        NotImplementedError: the batch contains images.
     """
 
     def __init__(
@@ -73,7 +81,7 @@ class KDRLMixin:
         self.teacher_model = None
         self.distill_loss_weight = distill_loss_weight
         self.rl_loss_weight = rl_loss_weight
-        # KDRLConfig knows the ranges, and which options do not go together
+        # KDRLConfig checks the ranges and the combinations of options
         options = kdloss.KDRLConfig(
             rl_loss_weight=rl_loss_weight,
             distill_loss_weight=distill_loss_weight,
@@ -92,13 +100,16 @@ class KDRLMixin:
             self.teacher_model = self._prepared_teacher(teacher_model, teacher_model_init_kwargs or {})
 
     def teacher_logps(self, inputs: dict[str, Any]) -> Tensor | None:  # (B, L)
-        """Log-probs of the completion tokens under the teacher, 0 or anything where `completion_mask` is 0.
+        """Log-probs of the completion tokens under the teacher.
 
-        Override it for a teacher that is not a local model, such as a scoring server.
+        Override this for a teacher that is not a local model, such as a scoring server.
 
         Args:
-            inputs: what TRL made of one generation: `prompt_ids`, `prompt_mask` (left-padded), `completion_ids`,
+            inputs: TRL's result of one generation: `prompt_ids`, `prompt_mask` (left-padded), `completion_ids`,
                 `completion_mask` (right-padded).
+
+        Returns:
+            (B, L), nats; values where `completion_mask` is 0 are never read. None without a teacher.
         """
         this: Any = self
         if this.teacher_model is None:
@@ -146,18 +157,17 @@ class KDRLMixin:
         if self.distill_loss_weight == 0:
             return self.rl_loss_weight * loss
         kd = self._distillation(logp, teacher_logp, mask, inputs)
-        # a weight of 0 leaves the term out of the graph, so that nothing leaks from it
+        # a weight of 0 leaves the term out of the graph, so its NaNs cannot leak
         return self.distill_loss_weight * kd + (0 if self.rl_loss_weight == 0 else self.rl_loss_weight * loss)
 
     def _take_scored(self) -> Tensor:
-        """The log-probs of TRL's own forward, which are held no longer than this."""
+        """The log-probs of TRL's own forward; the reference to them is dropped here."""
         scored, self._scored = self._scored, None
         if scored is None:
             raise RuntimeError("TRL's loss did not call _get_per_token_logps_and_entropies: its hook has moved")
         return scored
 
     def _distillation(self, logp: Tensor, teacher_logp: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-        rows, length = logp.shape
         old_logp = _behaviour_logp(logp, inputs)
         reduction, normalizer = self._denominator(mask, inputs)
         return kdloss.kdrl_loss(
@@ -170,12 +180,12 @@ class KDRLMixin:
             distill_loss_weight=1.0,
             reduction=reduction,
             normalizer=normalizer,
-            cu_seqlens=torch.arange(0, rows * length + 1, length, device=logp.device),
+            cu_seqlens=row_cu_seqlens(logp),
             **self._kd_options,
         ).loss
 
     def _denominator(self, mask: Tensor, inputs: dict[str, Any]) -> tuple[str, float | Tensor]:
-        """How TRL reduces `loss_type`, as (reduction, normalizer): micro-batches then add up as TRL's do."""
+        """TRL's reduction of `loss_type` as (reduction, normalizer), so micro-batches add up as TRL's do."""
         this: Any = self
         training = this.model.training
         steps = this.current_gradient_accumulation_steps if training else 1
@@ -188,7 +198,7 @@ class KDRLMixin:
             return "token_mean", rows * this.max_completion_length * steps
         if this.loss_type == "luspo":
             return "token_mean", rows * steps
-        # the tokens of a generation on all ranks, of which one optimizer step sees a part
+        # num_items_in_batch counts the tokens of a whole generation on all ranks; a step sees a part of them
         share = steps / this.args.steps_per_generation if training else 1
         return "token_mean", inputs["num_items_in_batch"].clamp(min=1.0) / this.accelerator.num_processes * share
 
@@ -211,17 +221,17 @@ class KDRLMixin:
             raise ValueError("teacher_model is the model that is trained: pass a copy, or its path")
 
     def _prepared_teacher(self, teacher: Any, init_kwargs: dict[str, Any]) -> Any:
-        """Loaded, frozen, scoring at the sampling temperature, and placed as TRL places its reference."""
+        """The teacher, loaded, frozen, scoring at the sampling temperature, and placed like TRL's reference model."""
         this: Any = self
         utils = require("trl", **_TRL, module="trl.trainer.utils")
         models = require("trl", **_TRL, module="trl.models")
         if isinstance(teacher, str):
             teacher = utils.create_model_from_path(teacher, **init_kwargs)
         elif init_kwargs:
-            raise ValueError("teacher_model_init_kwargs must be None beside a teacher_model that is loaded already")
+            raise ValueError("teacher_model_init_kwargs must be None with a teacher_model that is already loaded")
         tokens, known = len(this._tokenizer), teacher.config.get_text_config().vocab_size
         if known < tokens:
-            raise ValueError(f"teacher_model must know the student's {tokens} tokens, its vocabulary has {known}")
+            raise ValueError(f"teacher_model must know the student's {tokens} tokens, but its vocabulary has {known}")
         teacher.requires_grad_(False).eval()
         utils.add_fused_lm_head(teacher, temperature=this.temperature)
         if this.is_deepspeed_enabled:
@@ -232,12 +242,13 @@ class KDRLMixin:
 
 
 def _completion_mask(inputs: dict[str, Any]) -> Tensor:  # (B, L) bool
+    """True at the completion tokens that the student sampled."""
     mask: Tensor = inputs["completion_mask"].bool()
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
 def _behaviour_logp(logp: Tensor, inputs: dict[str, Any]) -> Tensor | None:  # (B, L)
-    """Of the policy that sampled; None where that is the one that is trained. vLLM leaves NaN where it has no score."""
+    """Log-probs of the policy that sampled; None if it is the current one. Replaces NaN, vLLM's missing score."""
     sampled, old = inputs.get("sampling_per_token_logps"), inputs.get("old_per_token_logps")
     if sampled is None:
         return old if isinstance(old, Tensor) else None
@@ -253,17 +264,28 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:  # ()
-    """In place of `GKDTrainer.generalized_jsd_loss`: beta 0 is the forward KL, 1 the reverse, between them the JSD.
+    """Replacement of `GKDTrainer.generalized_jsd_loss`: forward KL at beta 0, reverse KL at 1, the JSD in between.
 
-    Computed in float32 whatever the logits are, and finite where a logit is -inf on both sides.
+    Computed in float32 for logits of any lower precision, and finite where a logit is -inf on both sides.
 
     Args:
+        student_logits: of the student, any floating dtype. Differentiable.
+        teacher_logits: of the teacher. Detached.
         labels: -100 is ignored. None: every position counts.
-        reduction: "batchmean" (over the labels that count; without labels over B, as TRL has it) or "sum".
-        num_items_in_batch: the denominator where given, whatever the reduction.
+        beta: 0 .. 1.
+        temperature: > 0; both logits are divided by it.
+        reduction: "batchmean" (the mean over the labels that count; without labels the sum over B, as in TRL), or
+            "sum".
+        num_items_in_batch: the denominator; overrides `reduction`. None: by `reduction`.
+
+    Returns:
+        () the reduced divergence, in nats.
+
+    Expected gradient:
+        The exact gradient of the divergence of every next-token distribution, for the student's logits.
 
     Raises:
-        ValueError: another reduction. TRL's "mean" divides by V, too, and its "none" is not per token.
+        ValueError: another reduction. TRL's "mean" also divides by V, and its "none" is not per token.
     """
     per_token = _divergence(student_logits, teacher_logits, beta=beta, temperature=temperature)
     mask = torch.ones_like(per_token, dtype=torch.bool) if labels is None else labels != -100
@@ -292,9 +314,28 @@ def chunked_divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In place of DistillationTrainer's divergence from hidden states: (loss, sum of the entropies, tokens).
+    """Replacement of DistillationTrainer's divergence from hidden states, computed at trained tokens only.
 
-    Trained tokens only, on every device. The entropy is for TRL's metric; it takes one more product with the head.
+    Args:
+        student_hidden_states: of the student, entry l at the position that predicts token l. Differentiable.
+        teacher_hidden_states: of the teacher, at the same positions. Detached.
+        student_lm_head_weight: the student's output head. Differentiable; may be a DTensor.
+        teacher_lm_head_weight: the teacher's output head. Detached; may be a DTensor.
+        completion_mask: nonzero where a token is trained on.
+        beta: 0 .. 1: the forward KL at 0, the reverse KL at 1, the JSD in between.
+        num_items_in_batch: the denominator. None: the number of trained tokens.
+        student_lm_head_bias, teacher_lm_head_bias: biases of the heads. None: no bias.
+        student_logit_scale, teacher_logit_scale: factors of the logits, before the softcap.
+        student_final_logit_softcapping, teacher_final_logit_softcapping: c > 0: logits become c * tanh(logits / c).
+            None: no softcap.
+        temperature: > 0; all logits are divided by it.
+
+    Returns:
+        The reduced divergence, (), in nats; the sum of the student's entropies, detached, for TRL's metric (this takes
+        one more product with the head); and the number of trained tokens.
+
+    Expected gradient:
+        The exact gradient of the divergence at the trained tokens, for the student's hidden states, head and bias.
     """
     weight, bias = _whole(student_lm_head_weight), _whole(student_lm_head_bias)
     teacher_weight, teacher_bias = _whole(teacher_lm_head_weight), _whole(teacher_lm_head_bias)
@@ -331,13 +372,21 @@ def chunked_divergence_loss(
 
 
 def install_distillation() -> None:
-    """DistillationTrainer takes `chunked_divergence_loss` from now on, in this process."""
+    """Make TRL's DistillationTrainer use `chunked_divergence_loss`, in this process.
+
+    Raises:
+        ImportError: TRL is missing, or has a version that the adapter was not tested with.
+    """
     module = require("trl", **_TRL, module="trl.trainer.distillation_trainer")
     _replace(module, "_chunked_divergence_loss", chunked_divergence_loss)
 
 
 def install_gkd() -> None:
-    """GKDTrainer takes `generalized_jsd_loss` from now on, in this process."""
+    """Make TRL's GKDTrainer use `generalized_jsd_loss`, in this process.
+
+    Raises:
+        ImportError: TRL is missing, or has a version that the adapter was not tested with.
+    """
     trainer = require("trl", **_TRL, module="trl.experimental.gkd.gkd_trainer").GKDTrainer
     _replace(trainer, "generalized_jsd_loss", staticmethod(generalized_jsd_loss))
 
@@ -349,7 +398,7 @@ def _replace(owner: Any, name: str, ours: Any) -> None:
 
 
 def _divergence(*tensors: Tensor, beta: float, **options: Any) -> Tensor:
-    """The divergence that TRL's beta names: of two sets of logits, or of two pairs of hidden states and head."""
+    """The divergence for TRL's beta, between two logits, or between two pairs of hidden states and head."""
     name = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "generalized_jsd"
     if name == "generalized_jsd":
         options["beta"] = beta
@@ -364,12 +413,12 @@ def _count(tokens: Tensor | int) -> Tensor | float:
 def _whole(parameter: Any) -> Any:
     """A parameter, or None, as a plain tensor.
 
-    FSDP2 hands over a DTensor where the head is sharded as a module of its own. The gradient is then the mean over the
-    ranks, as FSDP2's own are; `full_tensor` by itself would give each shard what one rank's tokens say.
+    FSDP2 passes a DTensor if the head is sharded as a module of its own. The gradient is then the mean over the ranks,
+    as FSDP2's own gradients are. `full_tensor` without this would give each shard the gradient of one rank's tokens.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter
-    from torch.distributed.tensor import Partial  # a second to import, where nothing else has
+    from torch.distributed.tensor import Partial  # importing it takes a second unless something else already has
 
     mesh = parameter.device_mesh
     whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
@@ -379,7 +428,7 @@ def _whole(parameter: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """`KDRLTrainer` is made when it is first asked for, so that this module imports without TRL."""
+    """Create `KDRLTrainer` on first access, so that this module imports without TRL."""
     if name != "KDRLTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     base = require("trl", **_TRL).GRPOTrainer

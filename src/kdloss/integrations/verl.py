@@ -1,12 +1,12 @@
-"""verl: policy losses and a distillation loss under names of their own, which its configuration may then use.
+"""verl: policy losses and a distillation loss, registered under names that verl's configuration can use.
 
     actor_rollout_ref.actor.policy_loss.loss_mode=kdloss_ppo
     distillation.distillation_loss.loss_mode=kdloss_reverse_kl
 
-verl loads them by itself, through the entry point that this package installs; `register()` does it by hand.
+verl loads them through the entry point that this package installs; `register()` does the same by hand.
 
-Tensors are (B, R), the responses alone, right-padded. The denominators are verl's: of the whole optimizer step where it
-knows them (`config.global_batch_info`), of the micro-batch where it does not.
+Tensors are (B, R): responses only, right-padded. The denominators are verl's: those of the whole optimizer step where
+verl knows them (`config.global_batch_info`), else those of the micro-batch.
 """
 
 from __future__ import annotations
@@ -20,18 +20,32 @@ from torch import Tensor
 
 import kdloss
 from kdloss import Surrogate
+from kdloss._docs import documented
 
 from ._layout import row_cu_seqlens
 from ._lazy import require
 
 _require = functools.cache(functools.partial(require, "verl", at_least="0.9.1", below="0.10"))
 
+# Docstring texts of the policy losses (`_docs.py`).
+_POLICY_ARGS = {
+    "old_log_prob": "log-probs under the policy at the start of the update, nats.",
+    "log_prob": "log-probs under the student, nats. Differentiable.",
+    "advantages": "per token, detached.",
+    "response_mask": "nonzero where a token is trained on.",
+    "loss_agg_mode": """"token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm" or
+        "seq-mean-token-mean".""",
+    "config": "verl's actor configuration.",
+    "rollout_is_weights": "per-token factors of the loss, verl's rollout correction. None: no factors.",
+    "ValueError": "`loss_agg_mode` is unknown, or a count of the whole step is missing with dp_size > 1.",
+}
+
 
 def register() -> None:
     """Register the losses with verl: `kdloss_ppo`, `kdloss_gspo`, `kdloss_sapo`, `kdloss_cispo`, `kdloss_reverse_kl`.
 
     Raises:
-        ImportError: verl is missing, or of a version that the adapter was not proven with.
+        ImportError: verl is missing, or has a version that the adapter was not tested with.
     """
     policy = _require(module="verl.trainer.ppo.core_algos")
     for name, loss in POLICY_LOSSES.items():
@@ -42,6 +56,7 @@ def register() -> None:
         distillation.register_distillation_loss(settings)(reverse_kl)
 
 
+@documented(_POLICY_ARGS)
 def ppo(
     old_log_prob: Tensor,  # (B, R)
     log_prob: Tensor,  # (B, R)
@@ -54,19 +69,22 @@ def ppo(
     """`kdloss_ppo`: `clipped_surrogate` with `clip_ratio_low`, `clip_ratio_high` and `clip_ratio_c` of the config.
 
     Args:
-        old_log_prob: under the policy at the start of the update.
-        log_prob: under the student, differentiable.
-        loss_agg_mode: any of verl's.
-        rollout_is_weights: verl's rollout correction, which multiplies the loss.
+        {old_log_prob}
+        {log_prob}
+        {advantages}
+        {response_mask}
+        {loss_agg_mode}
+        {config}
+        {rollout_is_weights}
 
     Returns:
         The loss, (), and verl's metrics `actor/pg_clipfrac`, `actor/pg_clipfrac_lower` and `actor/ppo_kl`.
 
     Expected gradient:
-        As `clipped_surrogate`; `loss_agg_mode` weights sequences as its name says.
+        That of `clipped_surrogate`; `loss_agg_mode` weights sequences as its name says.
 
     Raises:
-        ValueError: `loss_agg_mode` is none of verl's, or a count of the whole step is missing with dp_size > 1.
+        {ValueError}
     """
     low, high = _clips(config)
     surrogate = functools.partial(
@@ -77,6 +95,7 @@ def ppo(
     )
 
 
+@documented(_POLICY_ARGS)
 def gspo(
     old_log_prob: Tensor,  # (B, R)
     log_prob: Tensor,  # (B, R)
@@ -86,7 +105,28 @@ def gspo(
     config: Any | None = None,
     rollout_is_weights: Tensor | None = None,  # (B, R)
 ) -> tuple[Tensor, dict[str, float]]:
-    """`kdloss_gspo`: `sequence_clipped_surrogate`; the paper reduces it by "seq-mean-token-mean". See `ppo`."""
+    """`kdloss_gspo`: `sequence_clipped_surrogate` with `clip_ratio_low` and `clip_ratio_high` of the config.
+
+    The paper reduces it by "seq-mean-token-mean".
+
+    Args:
+        {old_log_prob}
+        {log_prob}
+        {advantages}
+        {response_mask}
+        {loss_agg_mode}
+        {config}
+        {rollout_is_weights}
+
+    Returns:
+        The loss, (), and verl's metrics `actor/pg_clipfrac`, `actor/pg_clipfrac_lower` and `actor/ppo_kl`.
+
+    Expected gradient:
+        That of `sequence_clipped_surrogate`; `loss_agg_mode` weights sequences as its name says.
+
+    Raises:
+        {ValueError}
+    """
     low, high = _clips(config)
     surrogate = functools.partial(
         kdloss.sequence_clipped_surrogate, cu_seqlens=row_cu_seqlens(log_prob), clip_low=low, clip_high=high
@@ -96,6 +136,7 @@ def gspo(
     )
 
 
+@documented(_POLICY_ARGS)
 def sapo(
     old_log_prob: Tensor,  # (B, R)
     log_prob: Tensor,  # (B, R)
@@ -105,9 +146,27 @@ def sapo(
     config: Any | None = None,
     rollout_is_weights: Tensor | None = None,  # (B, R)
 ) -> tuple[Tensor, dict[str, float]]:
-    """`kdloss_sapo`: `sapo_surrogate` with `tau_pos` and `tau_neg` of the config. See `ppo`.
+    """`kdloss_sapo`: `sapo_surrogate` with `tau_pos` and `tau_neg` of the config.
 
-    verl's own "sapo" reduces by "seq-mean-token-mean" whatever `loss_agg_mode` says; here it says what is done.
+    verl's own "sapo" ignores `loss_agg_mode` and always reduces by "seq-mean-token-mean"; here `loss_agg_mode` applies.
+
+    Args:
+        {old_log_prob}
+        {log_prob}
+        {advantages}
+        {response_mask}
+        {loss_agg_mode}
+        {config}
+        {rollout_is_weights}
+
+    Returns:
+        The loss, (), and verl's metrics `actor/pg_clipfrac`, `actor/pg_clipfrac_lower` and `actor/ppo_kl`.
+
+    Expected gradient:
+        That of `sapo_surrogate`; `loss_agg_mode` weights sequences as its name says.
+
+    Raises:
+        {ValueError}
     """
     surrogate = functools.partial(
         kdloss.sapo_surrogate,
@@ -119,6 +178,7 @@ def sapo(
     )
 
 
+@documented(_POLICY_ARGS)
 def cispo(
     old_log_prob: Tensor,  # (B, R)
     log_prob: Tensor,  # (B, R)
@@ -128,7 +188,26 @@ def cispo(
     config: Any | None = None,
     rollout_is_weights: Tensor | None = None,  # (B, R)
 ) -> tuple[Tensor, dict[str, float]]:
-    """`kdloss_cispo`: `cispo_surrogate` with `clip_ratio_low` and `clip_ratio_high` of the config. See `ppo`."""
+    """`kdloss_cispo`: `cispo_surrogate` with `clip_ratio_low` and `clip_ratio_high` of the config.
+
+    Args:
+        {old_log_prob}
+        {log_prob}
+        {advantages}
+        {response_mask}
+        {loss_agg_mode}
+        {config}
+        {rollout_is_weights}
+
+    Returns:
+        The loss, (), and verl's metrics `actor/pg_clipfrac`, `actor/pg_clipfrac_lower` and `actor/ppo_kl`.
+
+    Expected gradient:
+        That of `cispo_surrogate`; `loss_agg_mode` weights sequences as its name says.
+
+    Raises:
+        {ValueError}
+    """
     low, high = _clips(config)
     surrogate = functools.partial(kdloss.cispo_surrogate, clip_low=low, clip_high=high)
     return _policy_loss(
@@ -147,27 +226,34 @@ POLICY_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, float]]]] = {
 def reverse_kl(
     config: Any, distillation_config: Any, model_output: Mapping[str, Tensor], data: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """`kdloss_reverse_kl`: the reverse KL on the tokens that the student sampled, for either `use_policy_gradient`.
+    """`kdloss_reverse_kl`: the reverse KL on the student's sampled tokens, for both values of `use_policy_gradient`.
 
-    false: verl descends what is returned. Its value is log q - log p, and its gradient that of the importance-sampled
-    surrogate, -ρ sg(log p - log q): grad KL(q || p), whatever policy sampled. ρ is against `rollout_log_probs` where
-    the batch has them, else `old_log_probs`, else 1.
+    False: verl descends the returned loss. Its value is log q - log p, and its gradient is that of the
+    importance-sampled surrogate -ρ sg(log p - log q), with q the student and p the teacher. The ratio ρ is against
+    `rollout_log_probs` if the batch has them, else against `old_log_probs`, else 1.
 
-    true: verl takes minus the value as the advantage of its PPO loss, as it does with "k1": the same gradient, until a
-    ratio is clipped.
+    True: verl uses minus the value as the advantage of its PPO loss, as it does for "k1". The gradient is the same
+    until a ratio is clipped.
 
     Args:
-        distillation_config: `loss_max_clamp` of its `distillation_loss` bounds the reward, log p - log q, in nats; the
-            gradient is bounded with it and not cut off, as it is for verl's own losses.
-        model_output: `log_probs`, of whole sequences at prediction positions, padding removed.
-        data: `teacher_logprobs`, laid out as those; `response_mask`, and the lengths that verl cuts responses out with.
+        config: verl's actor configuration; not used.
+        distillation_config: `loss_max_clamp` of its `distillation_loss` bounds the reward log p - log q, in nats. The
+            bound also limits the gradient; verl's own losses have no gradient where their clamp acts.
+        model_output: `log_probs` of whole sequences at prediction positions, without padding.
+        data: `teacher_logprobs` in the same layout; `response_mask`; the lengths by which verl extracts responses; and,
+            if the batch has them, `rollout_log_probs`, `old_log_probs` and `temperature`.
 
     Returns:
-        (B, R), differentiable in `log_probs`, 0 at masked tokens, and `distillation/abs_loss`, the metric of verl's own
+        (B, R), differentiable in `log_probs`, 0 at masked tokens; and `distillation/abs_loss`, the metric of verl's own
         estimators.
 
+    Expected gradient:
+        grad KL(q || p) of every next-token distribution, at the prefixes that the sampling policy visits, for any such
+        policy. `loss_max_clamp` biases it by design.
+
     Raises:
-        ValueError: the batch was sampled at another temperature than 1, at which verl scores every teacher.
+        ValueError: the sampling temperature is not 1; verl scores every teacher at 1.
+        ImportError: verl is missing, or has a version that the adapter was not tested with.
     """
     _check_temperature(data)
     cut = _require(module="verl.workers.utils.padding").no_padding_2_padding
@@ -191,7 +277,7 @@ def reverse_kl(
     value = -kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=mask, clip=clip)
     metric = _require(module="verl.utils.metric")
     size = metric.Metric(metric.AggregationType.MEAN, kdloss.token_mean(value.abs(), loss_mask=mask))
-    # of an infinite loss there is no difference with itself: inf - inf is NaN
+    # an infinite loss is kept as it is, because inf - inf is NaN
     attached = torch.where(surrogate.isfinite(), value + (surrogate - surrogate.detach()), surrogate)
     return attached, {"distillation/abs_loss": size}
 
@@ -206,12 +292,22 @@ def aggregate(
     global_batch_size: float | Tensor | None = None,
     loss_scale_factor: float | None = None,
 ) -> Tensor:  # ()
-    """verl's `agg_loss`, by this library's reductions: sums over the micro-batch, over a count of the whole step.
+    """verl's `agg_loss` by this library's reductions: a sum over the micro-batch, divided by a count of the whole step.
 
     Args:
-        dp_size: data-parallel ranks, over which verl's engines average gradients.
+        loss: per-token loss.
+        response_mask: True where a token is trained on.
+        loss_agg_mode: "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm" or
+            "seq-mean-token-mean".
+        dp_size: number of data-parallel ranks, over which verl's engines average gradients.
         batch_num_tokens, global_batch_size: trained tokens and sequences of the step. None: of the micro-batch.
-        loss_scale_factor: of "seq-mean-token-sum-norm". None: R.
+        loss_scale_factor: the divisor of token sums under "seq-mean-token-sum-norm". None: R.
+
+    Returns:
+        (), differentiable in `loss`.
+
+    Raises:
+        ValueError: `loss_agg_mode` is unknown, or a count of the whole step is missing with dp_size > 1.
     """
     by_token = loss_agg_mode == "token-mean"
     count = batch_num_tokens if by_token else global_batch_size
@@ -267,27 +363,29 @@ def _policy_loss(
             "actor/pg_clipfrac_lower": dual_clipped,
         }
         means = torch.stack([kdloss.token_mean(x, loss_mask=mask).to(loss.dtype) for x in values.values()])
-    return loss, dict(zip(values, means.tolist(), strict=True))  # numbers, as verl's: the one wait for the device
+    return loss, dict(
+        zip(values, means.tolist(), strict=True)
+    )  # Python numbers, as in verl: the only wait for the device
 
 
 def _check_temperature(data: Mapping[str, Any]) -> None:
-    # a TensorDict has no `in` of its own; a tensor, one temperature a sample, is not read: that waits for the device
+    # a TensorDict does not support `in`. A tensor (one temperature per sample) is not read: that waits for the device
     temperature = data["temperature"] if "temperature" in data.keys() else 1.0  # noqa: SIM118
     if not isinstance(temperature, Tensor) and temperature != 1:
         raise ValueError(
             f"actor_rollout_ref.rollout.temperature must be 1 with kdloss_reverse_kl, got {temperature}: verl scores "
-            "its teacher at 1, and two temperatures are two distributions"
+            "its teacher at 1, and distributions at two temperatures differ"
         )
 
 
 def _clips(config: Any) -> tuple[float, float]:
-    """`clip_ratio_low` and `clip_ratio_high`, each `clip_ratio` where it is None."""
+    """`clip_ratio_low` and `clip_ratio_high`; `clip_ratio` replaces one that is None."""
     low, high = config.clip_ratio_low, config.clip_ratio_high
     return config.clip_ratio if low is None else low, config.clip_ratio if high is None else high
 
 
 def _option(config: Any, name: str, default: float) -> float:
-    """A field that not each of verl's configurations has."""
+    """A field that not all of verl's configurations have."""
     value: float = config.get(name, default)
     return value
 

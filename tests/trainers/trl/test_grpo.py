@@ -276,7 +276,7 @@ def test_what_cannot_work_is_refused(student, teacher, tmp_path):
         make(teacher_model=copy.deepcopy(teacher), teacher_model_init_kwargs={"dtype": "float32"})
     small = tiny.model(seed=3)
     small.config.vocab_size = 5
-    with pytest.raises(ValueError, match="must know the student's 11 tokens, its vocabulary has 5"):
+    with pytest.raises(ValueError, match="must know the student's 11 tokens, but its vocabulary has 5"):
         make(teacher_model=small)
     same = tiny.model(seed=3)
     with pytest.raises(ValueError, match="is the model that is trained"):
