@@ -36,9 +36,9 @@ NO_GRADIENT = re.compile(
 )
 
 SECTION = re.compile(r"^(Args|Attributes|Returns|Expected gradient[^:\n]*|Raises[^:\n]*|Example|Source):", re.MULTILINE)
-# Words that send the reader to another docstring.
+# Words that send the reader to another docstring; "such as `x`" gives an example and does not.
 HOP = re.compile(
-    r"\bas (in|for|with) (the )?`|\bas `|as above|as in the two|(Args|errors|Arguments)[^.\n]* (as|are those)"
+    r"\bas (in|for|with) (the )?`|(?<!such )\bas `|as above|as in the two|(Args|errors|Arguments)[^.\n]* (as|are those)"
 )
 
 

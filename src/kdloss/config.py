@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _checks
 
-# What a `teacher:` block holds beside the loss: keys of the engine that serves the teacher, in AReaL's names.
+# Other keys of a `teacher:` block: settings of the engine that serves the teacher, under AReaL's names.
 _ENGINE_KEYS = frozenset(
     {
         "archon",
@@ -54,16 +54,35 @@ _ENGINE_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class KDRLConfig:
-    """Keywords of `kdrl_loss` that are hyperparameters, with its defaults; tensors are passed beside it.
+    """The keywords of `kdrl_loss` that are hyperparameters, with its defaults. Tensors are passed beside it.
 
-        config = KDRLConfig.from_mapping(yaml_block["teacher"])
-        kdrl_loss(logp, old_logp, teacher_logp, advantages, loss_mask=loss_mask, **config.as_kwargs())
+    Every value is checked when the config is created, so a typo fails before the first rollout.
 
-    Every value is checked when the config is made, so a typo fails before the first rollout.
+    Attributes:
+        rl_loss_weight: 0 skips the RL term: pure distillation.
+        distill_loss_weight: 0 skips the distillation term.
+        clip_low: distance of the lower bound of the RL ratio below 1, >= 0.
+        clip_high: distance of the upper bound of the RL ratio above 1, >= 0.
+        dual_clip: absolute bound of the RL ratio at negative advantages, > 1. None: no bound.
+        kd_discount: 0 .. 1, the discount of returns of the distillation reward; 0 takes the reward of each token alone.
+        kd_reward_clip: symmetric bound of the distillation reward in nats, > 0. None: no bound.
+        kd_max_ratio: bound of the distillation ratio, > 0. None: no bound.
+        reduction: "token_mean" or "sequence_mean".
+        direct_penalty: descend logp - teacher_logp itself, for parity with trainers that do so.
+        ignored: unused keys of the `teacher:` block (engine settings), unchanged.
 
     Raises:
-        TypeError: a value is not of its field's type (YAML reads `5e-3` as text: write `5.0e-3` or `0.005`).
-        ValueError: a value is out of range, or `direct_penalty` is combined with an option that it has no use for.
+        TypeError: a value does not have its field's type (YAML reads `5e-3` as text: write `5.0e-3` or `0.005`).
+        ValueError: a value is out of range, or `direct_penalty` is combined with a reward option.
+
+    Example:
+        >>> import torch, kdloss
+        >>> block = {"kd_reward_clip": 0.5, "distill_loss_weight": 1.0, "path": "Qwen/Qwen3-32B"}
+        >>> config = kdloss.KDRLConfig.from_mapping(block)
+        >>> logp, teacher_logp, advantages = torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([0.0])
+        >>> options = {"loss_mask": torch.tensor([True])} | config.as_kwargs()
+        >>> kdloss.kdrl_loss(logp, None, teacher_logp, advantages, **options).loss.item(), config.ignored
+        (0.5, {'path': 'Qwen/Qwen3-32B'})
     """
 
     rl_loss_weight: float = 1.0
@@ -77,7 +96,6 @@ class KDRLConfig:
     reduction: str = "token_mean"
     direct_penalty: bool = False
     ignored: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
-    """Keys of the block that belong to the engine that serves the teacher, as they were."""
 
     def __post_init__(self) -> None:
         _checks.finite(rl_loss_weight=self.rl_loss_weight, distill_loss_weight=self.distill_loss_weight)
@@ -91,15 +109,18 @@ class KDRLConfig:
 
     @classmethod
     def from_mapping(cls, block: Mapping[str, Any]) -> KDRLConfig:
-        """Read the inside of a `teacher:` block as it stands.
+        """Read the inside of a `teacher:` block unchanged.
 
         Args:
-            block: field names of this class, taken; engine keys (`backend`, `path`, `mb_spec`, ...), kept in
-                `ignored`.
+            block: field names of this class, which are used, and engine keys (`backend`, `path`, `mb_spec`, ...), which
+                are kept in `ignored`.
+
+        Returns:
+            The checked config.
 
         Raises:
-            TypeError: `block` is not a mapping.
-            ValueError: a key is neither; the message names the nearest valid one.
+            TypeError: `block` is not a mapping, or a value does not have its field's type.
+            ValueError: a value is out of range, or a key is neither; the message names the nearest valid key.
         """
         if not isinstance(block, Mapping):
             raise TypeError(f"block must be a mapping (the inside of `teacher:`), got {type(block).__name__}")
@@ -113,7 +134,7 @@ class KDRLConfig:
         return cls(**taken, ignored={key: block[key] for key in block if key in _ENGINE_KEYS})
 
     def as_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of `kdrl_loss`, `ignored` left out."""
+        """The keyword arguments of `kdrl_loss`, without `ignored`."""
         return {name: getattr(self, name) for name in self._hyperparameters()}
 
     @classmethod

@@ -1,7 +1,7 @@
-"""From rewards of whole responses to advantages, group by group, and the fold of a distillation reward into them.
+"""Advantages from rewards of whole responses, group by group, and the fold of a distillation reward into advantages.
 
 A group is the set of responses to one prompt. It is given by `group_size` (consecutive responses) or by `group_ids`
-(any int64, in any order; equal ids are one group). Everything here is detached: advantages are constants of the loss.
+(integers in any order; equal ids are one group). Everything here is detached: advantages are constants of the loss.
 """
 
 from __future__ import annotations
@@ -24,23 +24,31 @@ def group_relative_advantages(
     """GRPO's advantage: A_i = (r_i - mean of the group) / (std of the group + eps).
 
     Args:
-        rewards: (B,) one reward a response.
-        group_size: G, consecutive responses of one prompt; divides B.
-        group_ids: (B,) integers, equal within a group, in any order. Exactly one of the two is given.
+        rewards: (B,) one reward per response.
+        group_size: G, the number of consecutive responses to one prompt; divides B.
+        group_ids: (B,) integers, equal within a group, in any order. Give either `group_size` or `group_ids`.
         scale_by_std: False leaves A_i = r_i - mean (Dr. GRPO).
         eps: >= 0, added to the sample standard deviation (n - 1).
 
     Returns:
-        (B,) detached. Exactly 0 where all rewards of a group are equal (its maximum is its minimum) and in a group of
-        one.
+        (B,) detached. Exactly 0 in a group of one, and in a group whose rewards are all equal (its maximum is its
+        minimum).
 
     Expected gradient:
-        r_i - mean has (G - 1)/G of the policy gradient (the baseline contains the response itself); dividing by the
-        std reweights prompts, and is a different objective.
+        r_i - mean has (G - 1)/G of the policy gradient (the baseline contains the response itself). Dividing by the
+        std reweights prompts, which is a different objective.
 
     Raises:
-        TypeError: `rewards` is not floating-point, `group_ids` not integer or `scale_by_std` not bool.
-        ValueError: shapes disagree, both or neither of `group_size` and `group_ids` are given.
+        TypeError: `rewards` is not floating-point, `group_ids` is not integer, or `scale_by_std` is not bool.
+        ValueError: shapes disagree, or both or neither of `group_size` and `group_ids` are given.
+
+    Example:
+        >>> import torch, kdloss
+        >>> rewards = torch.tensor([1.0, 0.0, 3.0, 3.0])  # two responses to each of two prompts
+        >>> kdloss.group_relative_advantages(rewards, group_size=2, scale_by_std=False).tolist()
+        [0.5, -0.5, 0.0, 0.0]
+        >>> [round(x, 4) for x in kdloss.group_relative_advantages(rewards, group_size=2).tolist()]
+        [0.7071, -0.7071, 0.0, 0.0]
 
     Source:
         GRPO (arXiv 2402.03300), section 4.1.2; without the std: Dr. GRPO (arXiv 2503.20783).
@@ -52,7 +60,7 @@ def group_relative_advantages(
     if scale_by_std:
         variance = groups.sum(centred.square()) / (groups.size - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + eps)
-    # not a test on the std: rounding of the mean leaves 1e-9 over 1e-9
+    # tested on the rewards, not on the std: a rounded mean can leave 1e-9 / 1e-9
     return torch.where(groups.all_equal, 0, centred).to(groups.dtype)
 
 
@@ -64,13 +72,26 @@ def leave_one_out_advantages(
 ) -> Tensor:  # (B,)
     """RLOO's advantage: A_i = r_i - mean of the other responses of the group.
 
-    Args, shapes and errors as in `group_relative_advantages`.
+    Args:
+        rewards: (B,) one reward per response.
+        group_size: G, the number of consecutive responses to one prompt; divides B.
+        group_ids: (B,) integers, equal within a group, in any order. Give either `group_size` or `group_ids`.
 
     Returns:
-        (B,) detached; exactly 0 where all rewards of a group are equal, and in a group of one.
+        (B,) detached. Exactly 0 in a group of one, and in a group whose rewards are all equal.
 
     Expected gradient:
-        That of the expected reward, exactly: the baseline does not depend on the response that it is taken from.
+        Exactly that of the expected reward: the baseline of a response does not depend on that response.
+
+    Raises:
+        TypeError: `rewards` is not floating-point, or `group_ids` is not integer.
+        ValueError: shapes disagree, or both or neither of `group_size` and `group_ids` are given.
+
+    Example:
+        >>> import torch, kdloss
+        >>> rewards = torch.tensor([3.0, 0.0, 0.0])
+        >>> kdloss.leave_one_out_advantages(rewards, group_size=3).tolist()
+        [3.0, -1.5, -1.5]
 
     Source:
         RLOO (arXiv 2402.14740).
@@ -90,21 +111,31 @@ def fold_kd_reward(
 ) -> Tensor:  # (T,)
     """rl_loss_weight * A + distill_loss_weight * R, for trainers whose loss takes advantages and nothing else.
 
-    At ratio 1 (one update a rollout) a policy-gradient loss on the folded advantages has the gradient of `kdrl_loss`.
-    Once the policy has moved, the trainer's clip acts on both terms, where `kdrl_loss` clips the RL term only.
+    At ratio 1 (one update per rollout) a policy-gradient loss on the folded advantages has the gradient of `kdrl_loss`.
+    Once the policy has moved, the trainer's clip acts on both terms, whereas `kdrl_loss` clips the RL term only.
 
     Args:
-        advantages: per-token advantages, any shape.
-        kd_reward: the shape of `advantages`: `reverse_kl_reward`, or its `discounted_returns`; 0 where untrained.
-        rl_loss_weight: Python number; 0 skips `advantages`, whatever they hold.
-        distill_loss_weight: Python number (0 skips `kd_reward`), or a tensor of the shape of `advantages`, or 0-dim.
+        advantages: (T,) or any shape, one advantage per token.
+        kd_reward: the shape of `advantages`: `reverse_kl_reward` or its `discounted_returns`, 0 at untrained tokens.
+        rl_loss_weight: Python number; 0 skips `advantages`, NaN included.
+        distill_loss_weight: Python number (0 skips `kd_reward`), or a tensor, 0-dim or the shape of `advantages`.
 
     Returns:
         The shape of `advantages`, detached.
 
+    Expected gradient:
+        None of its own. As advantages of a policy-gradient loss at ratio 1 it gives the gradient of `kdrl_loss`:
+        rl_loss_weight * (minus the policy gradient of E[A]) + distill_loss_weight * grad KL(q || p).
+
     Raises:
         TypeError: a tensor is not floating-point, or a weight is not a number.
         ValueError: shapes or devices differ, or a weight is not finite.
+
+    Example:
+        >>> import torch, kdloss
+        >>> advantages, kd_reward = torch.tensor([1.0, -1.0]), torch.tensor([-2.0, 4.0])
+        >>> kdloss.fold_kd_reward(advantages, kd_reward, distill_loss_weight=0.25).tolist()
+        [0.5, 0.0]
     """
     _checks.tensors(advantages=advantages, kd_reward=kd_reward)
     _checks.floating(advantages=advantages, kd_reward=kd_reward)
@@ -135,7 +166,7 @@ class _Groups:
         self.dtype = _checks.promoted_dtype(rewards)
         rewards = rewards.detach().to(_checks.accumulator_dtype(rewards))
 
-        # `order` brings the members of a group side by side; `bucket` numbers the groups in that order
+        # `order` puts the members of a group side by side; `bucket` numbers the groups in that order
         if group_ids is None:
             order = torch.arange(rewards.shape[0], device=rewards.device)
             bucket = _consecutive(order, group_size)
@@ -148,7 +179,7 @@ class _Groups:
 
         self.size = self.sum(torch.ones_like(rewards))
         centred = rewards - self.sum(rewards) / self.size
-        # once more: the mean is rounded to the size of the rewards, which shows where they lie close together
+        # centred twice: the mean has a rounding error of the size of the rewards, which matters where they nearly agree
         self.centred = centred - self.sum(centred) / self.size
         neighbour_differs = bucket.diff().eq(0) & rewards[order].diff().ne(0)
         differs = torch.cat([torch.zeros_like(rewards[:1]), neighbour_differs.to(rewards.dtype)])

@@ -1,4 +1,4 @@
-"""Detached statistics worth logging beside a loss. Nothing here syncs: read the tensors when you log."""
+"""Detached statistics to log beside a loss. Nothing here syncs with the device: read the tensors when you log."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
+from kdloss._docs import documented
 from kdloss._packing.reductions import token_mean
 
 from .estimators import masked_log_ratio
+from .texts import LOSS_ARGS
 
 
+@documented(LOSS_ARGS)
 def diagnostics(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -34,11 +37,12 @@ def diagnostics(
     | `entropy` | nats | mean, with `entropy` |
 
     Args:
-        logp: per-token log-probs under the student, any shape, nats.
-        old_logp: under the policy that sampled. None: on-policy.
-        loss_mask: bool.
-        teacher_logp: under the teacher.
-        entropy: of the student's next-token distribution, from `token_logprobs_and_entropy`.
+        logp: (T,) or any shape: log-probs of the tokens under the student, nats. Detached.
+        {old_logp}
+        {loss_mask}
+        teacher_logp: the shape of `logp`: log-probs of the same tokens under the teacher. None: no teacher statistics.
+        entropy: the shape of `logp`: entropy of the student's next-token distribution, nats, from
+            `token_logprobs_and_entropy`. None: no entropy statistic.
 
     Returns:
         0-dim detached tensors on the device of `logp`; all 0 where nothing is trained.
@@ -49,6 +53,14 @@ def diagnostics(
     Raises:
         TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
         ValueError: shapes or devices differ.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp, teacher_logp = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.25])
+        >>> loss_mask = torch.tensor([True, True])
+        >>> statistics = kdloss.diagnostics(logp, None, loss_mask=loss_mask, teacher_logp=teacher_logp)
+        >>> {name: statistics[name].item() for name in ("tokens", "ratio_mean", "reverse_kl")}
+        {'tokens': 2, 'ratio_mean': 1.0, 'reverse_kl': 0.375}
     """
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, teacher_logp=teacher_logp, entropy=entropy)
     logp = logp.detach()
@@ -85,6 +97,6 @@ def diagnostics(
 
 
 def _largest(x: Tensor, loss_mask: Tensor) -> Tensor:
-    """The maximum over trained tokens, -inf where there is none (the appended entry also makes T = 0 legal)."""
+    """The maximum over trained tokens, -inf without any (the appended entry also allows T = 0)."""
     kept = torch.where(loss_mask, x, -torch.inf).flatten()
     return torch.cat([kept, kept.new_full((1,), -torch.inf)]).amax()

@@ -1,6 +1,7 @@
 """Per-token estimators of KL(q || p) on tokens sampled from the student q, and the reverse-KL reward.
 
-Which of them may be *descended*? With s = grad log q, tokens sampled from q, and for each next-token distribution:
+Which of them may be *descended*? With the score s = grad log q, tokens sampled from q, and for each next-token
+distribution:
 
     k1 = log q - log p                E[grad k1] = E[s] = 0           the teacher drops out
     k2 = (log q - log p)^2 / 2        E[grad k2] = grad KL(q || p)    on-policy only
@@ -19,36 +20,53 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed.agreement import in_step
+from kdloss._docs import documented
 from kdloss._packing.layout import SEQUENCES, at_starts, segment_ids_and_fit
 from kdloss._packing.parts import returns_of_later_parts
+from kdloss._packing.texts import PACKING_ARGS
+
+from .texts import LOSS_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@documented(LOSS_ARGS)
 def kl_k1(
     logp: Tensor,  # (T,)
     teacher_logp: Tensor,  # (T,)
     *,
     loss_mask: Tensor,  # (T,) bool
 ) -> Tensor:  # (T,)
-    """k1 = log q - log p, the unbiased estimate of KL(q || p) in nats. For logging: its gradient holds no teacher.
+    """k1 = log q - log p, the unbiased estimate of KL(q || p) in nats. For logging: its gradient ignores the teacher.
+
+        k1_t = logp_t - teacher_logp_t
 
     Args:
-        logp: per-token log-probs under the student, any shape, nats. Differentiable.
-        teacher_logp: the same under the teacher, detached.
-        loss_mask: bool; untrained positions give 0 and no gradient, whatever they hold.
+        {logp}
+        {teacher_logp}
+        {loss_mask}
 
     Returns:
-        The shape of `logp`, float32 for half-precision inputs.
+        The shape of `logp`, differentiable in it, 0 at untrained tokens; float32 for half-precision inputs.
 
     Expected gradient:
-        Exactly zero on-policy, so a loss that descends k1 drifts by noise alone. With a local token count or a mean
-        over each sequence's own length it pushes on the length of the responses.
+        Exactly zero on-policy, so a loss that descends k1 drifts by noise alone. With a local token count, or a mean
+        over each sequence's own length, it pushes on the length of the responses.
 
     Raises:
-        TypeError: a log-prob is not floating-point, or `loss_mask` is not bool.
+        TypeError: a log-prob is not a floating-point tensor, or `loss_mask` is not bool.
         ValueError: shapes or devices differ.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.zeros(2, requires_grad=True)  # q = (1/2, 1/2)
+        >>> logp, teacher_logp = logits.log_softmax(0), torch.tensor([0.75, 0.25]).log()
+        >>> k1 = kdloss.kl_k1(logp, teacher_logp, loss_mask=torch.tensor([True, True]))
+        >>> expected = (logp.detach().exp() * k1).sum()  # over the tokens that q may sample
+        >>> expected.backward()
+        >>> round(expected.item(), 4), logits.grad.abs().max().item() < 1e-6
+        (0.1438, True)
 
     Source:
         Schulman, "Approximating KL Divergence" (2020), k1.
@@ -56,19 +74,41 @@ def kl_k1(
     return _teacher_log_ratio(logp, teacher_logp, loss_mask)
 
 
+@documented(LOSS_ARGS)
 def kl_k2(
     logp: Tensor,  # (T,)
     teacher_logp: Tensor,  # (T,)
     *,
     loss_mask: Tensor,  # (T,) bool
 ) -> Tensor:  # (T,)
-    """k2 = (log q - log p)^2 / 2, a biased, low-variance estimate of KL(q || p) whose gradient is right on-policy.
+    """k2 = (log q - log p)^2 / 2, a biased, low-variance estimate of KL(q || p) whose on-policy gradient is right.
 
-    Args, shapes, masking and errors as in `kl_k1`.
+        k2_t = (logp_t - teacher_logp_t)^2 / 2
+
+    Args:
+        {logp}
+        {teacher_logp}
+        {loss_mask}
+
+    Returns:
+        The shape of `logp`, differentiable in it, 0 at untrained tokens; float32 for half-precision inputs.
 
     Expected gradient:
-        grad KL(q || p) where tokens are sampled from q. Biased where they come from another policy: multiply by the
-        detached ratio, or use `importance_sampled_surrogate` on `reverse_kl_reward`, which is the same gradient.
+        grad KL(q || p) where tokens are sampled from q. Biased where they are sampled from another policy: multiply by
+        the detached ratio, or use `importance_sampled_surrogate` on `reverse_kl_reward`, which has the same gradient.
+
+    Raises:
+        TypeError: a log-prob is not a floating-point tensor, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.zeros(2, requires_grad=True)  # q = (1/2, 1/2)
+        >>> logp, teacher_logp = logits.log_softmax(0), torch.tensor([0.75, 0.25]).log()
+        >>> k2 = kdloss.kl_k2(logp, teacher_logp, loss_mask=torch.tensor([True, True]))
+        >>> (logp.detach().exp() * k2).sum().backward()  # the expectation over the tokens that q may sample
+        >>> [round(x, 4) for x in logits.grad.tolist()]  # q * (log(q / p) - KL(q || p))
+        [-0.2747, 0.2747]
 
     Source:
         Schulman, "Approximating KL Divergence" (2020), k2.
@@ -76,6 +116,7 @@ def kl_k2(
     return 0.5 * _teacher_log_ratio(logp, teacher_logp, loss_mask).square()
 
 
+@documented(LOSS_ARGS)
 def kl_k3(
     logp: Tensor,  # (T,)
     teacher_logp: Tensor,  # (T,)
@@ -84,10 +125,31 @@ def kl_k3(
 ) -> Tensor:  # (T,)
     """k3 = p/q - 1 - log(p/q), an unbiased, non-negative estimate of KL(q || p) whose gradient is the *forward* KL's.
 
-    Args, shapes, masking and errors as in `kl_k1`.
+        k3_t = exp(teacher_logp_t - logp_t) - 1 - (teacher_logp_t - logp_t)
+
+    Args:
+        {logp}
+        {teacher_logp}
+        {loss_mask}
+
+    Returns:
+        The shape of `logp`, differentiable in it, 0 at untrained tokens; float32 for half-precision inputs.
 
     Expected gradient:
-        grad KL(p || q) = q - p with respect to the logits, on-policy. Not the reverse KL.
+        grad KL(p || q) = q - p with respect to the logits, on-policy. Not that of the reverse KL.
+
+    Raises:
+        TypeError: a log-prob is not a floating-point tensor, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.zeros(2, requires_grad=True)  # q = (1/2, 1/2)
+        >>> logp, teacher_logp = logits.log_softmax(0), torch.tensor([0.75, 0.25]).log()
+        >>> k3 = kdloss.kl_k3(logp, teacher_logp, loss_mask=torch.tensor([True, True]))
+        >>> (logp.detach().exp() * k3).sum().backward()  # the expectation over the tokens that q may sample
+        >>> [round(x, 4) for x in logits.grad.tolist()]  # q - p
+        [-0.25, 0.25]
 
     Source:
         Schulman, "Approximating KL Divergence" (2020), k3; GRPO (arXiv 2402.03300), eq. 4.
@@ -97,6 +159,7 @@ def kl_k3(
     return torch.expm1(-log_ratio) + log_ratio
 
 
+@documented(LOSS_ARGS)
 def reverse_kl_reward(
     logp: Tensor,  # (T,)
     teacher_logp: Tensor,  # (T,)
@@ -106,23 +169,34 @@ def reverse_kl_reward(
 ) -> Tensor:  # (T,)
     """R = log p - log q, the per-token reward whose policy gradient is -grad KL(q || p). Detached.
 
+        R_t = teacher_logp_t - logp_t, clamped to [-clip, clip]
+
     Args:
-        logp: per-token log-probs under the student, any shape, nats.
-        teacher_logp: the same under the teacher.
-        loss_mask: bool; untrained positions give 0, whatever they hold.
-        clip: symmetric bound in nats, > 0: R is clamped to [-clip, clip]. None: no bound.
+        logp: (T,) or any shape: log-probs of the tokens under the student, nats. Detached.
+        {teacher_logp}
+        {loss_mask}
+        clip: symmetric bound in nats, > 0. None: no bound.
 
     Returns:
-        The shape of `logp`, without gradient. A trained token that the teacher excludes (teacher_logp = -inf) has
-        reward -inf, or -clip.
+        The shape of `logp`, without gradient, 0 at untrained tokens. A trained token that the teacher excludes
+        (teacher_logp = -inf) has reward -inf, or -clip.
 
     Expected gradient:
         None of its own; as the advantage of `importance_sampled_surrogate` it gives grad KL(q || p). A clip depends on
         the sampled token and biases that by design.
 
     Raises:
-        TypeError: a log-prob is not floating-point, or `loss_mask` is not bool.
+        TypeError: a log-prob is not a floating-point tensor, or `loss_mask` is not bool.
         ValueError: shapes or devices differ, or `clip` is not > 0.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp, teacher_logp = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -torch.inf])
+        >>> loss_mask = torch.tensor([True, True, True])
+        >>> kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=loss_mask).tolist()
+        [-0.5, 1.0, -inf]
+        >>> kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=loss_mask, clip=5.0).tolist()
+        [-0.5, 1.0, -5.0]
 
     Source:
         KDRL (arXiv 2506.02208), the reward of J_RKL: R_{i,t} = log pi_T(o_{i,t}) - log pi_theta(o_{i,t}).
@@ -132,6 +206,7 @@ def reverse_kl_reward(
     return reward if clip is None else reward.clamp(-clip, clip)
 
 
+@documented(PACKING_ARGS)
 def discounted_returns(
     rewards: Tensor,  # (T,)
     *,
@@ -140,32 +215,43 @@ def discounted_returns(
     discount: float,
     group: ProcessGroup | None = None,
 ) -> Tensor:  # (T,)
-    """Return-to-go over the trained tokens of each sequence: R_t = r_t + discount * R_{next trained token}. Detached.
+    """Return-to-go over the trained tokens of each sequence. Detached.
 
-    Only trained tokens count a step, so a tool's output or a later prompt between two of them costs no discount.
+        R_t = r_t + discount * R_{next trained token of the sequence}
 
-    Computed by a segmented doubling scan: ceil(log2 T) vector steps, exact to rounding at any T, where the difference
-    of two global cumulative sums loses digits and a Python loop waits for every token.
+    Only trained tokens count as steps, so a tool's output or a later prompt between two of them is not discounted.
+
+    Computed by a segmented doubling scan: ceil(log2 T) vector steps, exact to rounding at any T. A difference of two
+    global cumulative sums would lose digits, and a Python loop would wait for every token.
 
     Args:
-        rewards: (T,) per-token rewards; what untrained positions hold leaves no trace.
-        loss_mask: (T,) bool.
-        cu_seqlens: (B + 1,).
+        rewards: (T,) rewards per token.
+        {loss_mask}
+        {cu_seqlens}
         discount: 0 .. 1. 0 returns the rewards themselves, 1 their sum to the end of the sequence.
-        group: the ranks that each hold a part of every sequence, as in `segment_sum`, with parts in rank order. One
-            collective brings what later parts return.
+        {group}
+            Parts follow one another in rank order. One collective carries the returns of later parts.
 
     Returns:
-        (T,) without gradient, 0 at untrained positions.
+        (T,) without gradient, 0 at untrained tokens.
 
     Expected gradient:
-        None of its own. As advantages of reverse-KL rewards, discount 0 gives the token-level reverse KL, and 1 the
-        gradient of the KL between whole sequences on-policy; in between, and off-policy with discount > 0, neither.
+        None of its own. As advantages made of reverse-KL rewards: discount 0 gives the gradient of the token-level
+        reverse KL; discount 1 gives, on-policy, that of the KL between whole sequences. A discount between the two, or
+        above 0 off-policy, gives neither.
 
     Raises:
-        TypeError: a dtype is wrong, or `group` is no process group.
-        ValueError: shapes differ, the stream is not flat, `cu_seqlens` does not fit or `discount` is outside 0 .. 1;
-            with `group` as in `segment_sum`, or where ranks differ in `discount`.
+        TypeError: a dtype is wrong, or `group` is not a process group.
+        ValueError: shapes differ, the stream is not flat, `cu_seqlens` does not fit, or `discount` is outside 0 .. 1.
+            With `group` also where its backend cannot carry the tensors or, on the CPU, ranks differ in B or
+            `discount`; on the CPU an error on one rank is raised on all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> rewards, loss_mask = torch.ones(5), torch.tensor([True, True, False, True, True])
+        >>> cu_seqlens = torch.tensor([0, 4, 5])
+        >>> kdloss.discounted_returns(rewards, loss_mask=loss_mask, cu_seqlens=cu_seqlens, discount=0.5).tolist()
+        [1.75, 1.5, 0.0, 1.0, 1.0]
     """
     with in_step(group, rewards) as agreed:
         _checks.per_token("rewards", rewards, loss_mask=loss_mask)
@@ -176,7 +262,7 @@ def discounted_returns(
         agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1, "discount": discount})
 
     dtype = _checks.promoted_dtype(rewards)
-    # in float64 where there is one: a discount rounded to float32 is off by a factor of its own at every step
+    # float64 where the device has it: a discount rounded to float32 would add a relative error at every step
     returns = torch.where(loss_mask, rewards.detach().to(_checks.accumulator_dtype(rewards)), 0)
     if discount == 0:
         return torch.where(fits, returns, torch.nan).to(dtype)
@@ -199,7 +285,7 @@ def discounted_returns(
 def _from_later_parts(
     returns: Tensor, ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, discount: float, group: ProcessGroup
 ) -> Tensor:
-    """(T,): what later ranks' parts add to the return-to-go within this part."""
+    """(T,): what later ranks' parts add to the returns within this part."""
     before = torch.cat([loss_mask.new_zeros(1, dtype=torch.int64), loss_mask.cumsum(0)])  # trained tokens before t
     ends = before.index_select(0, cu_seqlens.clamp(0, ids.shape[0]))
     head, _ = at_starts(returns, cu_seqlens)
@@ -221,7 +307,7 @@ def masked_log_ratio(
 ) -> Tensor:
     """log q - log of the one policy in `other` (None: q itself, detached), 0 where untrained. Differentiable in `logp`.
 
-    The difference is taken in float32 or wider, and masked before any non-linearity can see it.
+    The difference is taken in float32 or wider, and masked before any non-linearity.
     """
     _checks.per_token(name, logp, loss_mask=loss_mask, **other)
     (reference,) = other.values()

@@ -1,9 +1,9 @@
-"""Scalar losses: forward KL (SFT), GRPO, reverse KL on the student's own samples, and KDRL, the last two joined.
+"""Scalar losses: forward KL (SFT), GRPO, reverse KL on the student's own samples, and KDRL, which joins the last two.
 
-Each is a weighted sum of per-token surrogates under a reduction. There is one distillation gradient, whatever the RL
-weight: the importance-sampled surrogate on the reward R = log p - log q, whose expectation is grad KL(q || p). The
-literal joint form of some trainers, which descends log q - log p itself, has the value of the reverse KL and a gradient
-without the teacher; it is there for parity, as `direct_penalty=True`, and says so when it runs.
+Each is a weighted sum of per-token surrogates under one reduction. The distillation gradient is the same at every RL
+weight: that of the importance-sampled surrogate on the reward R = log p - log q, whose expectation is grad KL(q || p).
+The literal joint form of some trainers descends log q - log p itself: its value is the reverse KL, but its gradient
+ignores the teacher. It exists for parity, as `direct_penalty=True`, and warns.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.agreement import in_step
 from kdloss._distributed.collectives import global_sum
+from kdloss._docs import documented
 from kdloss._packing.layout import SEQUENCES, segment_sum
 from kdloss._packing.reductions import mean_of_sequences, token_mean
 
 from .estimators import discounted_returns, kl_k1, reverse_kl_reward
 from .surrogates import Surrogate, clipped_surrogate, importance_sampled_surrogate
+from .texts import OBJECTIVE_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,17 +36,28 @@ _DIRECT_PENALTY_WARNING = (
 
 
 class LossOutput(NamedTuple):
-    """A scalar loss and what is worth logging beside it. Only `loss` is attached."""
+    """A scalar loss, with what is worth logging beside it. Only `loss` is differentiable.
 
-    loss: Tensor  # () the number to descend: rl_loss_weight * rl + distill_loss_weight * kd
-    rl: Tensor  # () the RL term, reduced like the loss, before its weight
-    kd: Tensor  # () the distillation term, reduced like the loss, before its weight
-    reverse_kl: Tensor  # () logp - teacher_logp reduced like the loss, nats: an estimate of KL(student || teacher)
-    ratio: Tensor  # (T,) of the RL surrogate
-    clipped: Tensor  # (T,) bool, of the RL surrogate: where the clip stops the gradient
-    dual_clipped: Tensor  # (T,) bool, of the RL surrogate
+    Attributes:
+        loss: () the number to descend: rl_loss_weight * rl + distill_loss_weight * kd.
+        rl: () the RL term before its weight, reduced like the loss.
+        kd: () the distillation term before its weight, reduced like the loss.
+        reverse_kl: () logp - teacher_logp reduced like the loss, nats: an estimate of KL(student || teacher).
+        ratio: (T,) the ratio of the RL surrogate before any clip, 1 at untrained tokens; 0 without an RL term.
+        clipped: (T,) bool, where the clip of the RL surrogate stops the gradient.
+        dual_clipped: (T,) bool, where the dual clip of the RL surrogate stops the gradient.
+    """
+
+    loss: Tensor  # ()
+    rl: Tensor  # ()
+    kd: Tensor  # ()
+    reverse_kl: Tensor  # ()
+    ratio: Tensor  # (T,)
+    clipped: Tensor  # (T,) bool
+    dual_clipped: Tensor  # (T,) bool
 
 
+@documented(OBJECTIVE_ARGS)
 def sft_loss(
     logp: Tensor,  # (T,)
     *,
@@ -54,12 +67,12 @@ def sft_loss(
     """Forward KL by maximum likelihood: -(sum over trained t of logp_t) / normalizer, on tokens the teacher wrote.
 
     Args:
-        logp: per-token log-probs under the student, any shape, nats. Differentiable.
-        loss_mask: bool, the shape of `logp`.
-        normalizer: as in `token_mean`.
+        {logp}
+        {loss_mask}
+        normalizer: the denominator in tokens, a number or a 0-dim tensor, detached. None: the trained tokens of `logp`.
 
     Returns:
-        `LossOutput` with loss = kd; `rl`, `reverse_kl`, `ratio` are 0.
+        `LossOutput` with loss = kd; `rl`, `reverse_kl` and `ratio` are 0.
 
     Expected gradient:
         grad KL(p || q) where tokens are sampled from the teacher p (the entropy of p is constant).
@@ -67,6 +80,14 @@ def sft_loss(
     Raises:
         TypeError: `logp` is not floating-point, or `loss_mask` is not bool.
         ValueError: shapes differ, or `normalizer` is negative, not finite or not 0-dim.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp = torch.tensor([-1.0, -3.0, -9.0], requires_grad=True)
+        >>> output = kdloss.sft_loss(logp, loss_mask=torch.tensor([True, True, False]))
+        >>> output.loss.backward()
+        >>> output.loss.item(), logp.grad.tolist()
+        (2.0, [-0.5, -0.5, 0.0])
 
     Source:
         KDRL (arXiv 2506.02208), the SFT objective.
@@ -76,6 +97,7 @@ def sft_loss(
     return _output(logp, loss, kd=loss)
 
 
+@documented(OBJECTIVE_ARGS)
 def grpo_loss(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -92,34 +114,48 @@ def grpo_loss(
     normalizer: float | Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> LossOutput:
-    """GRPO: `clipped_surrogate` with the ratio exp(logp - prox_logp), reduced to a scalar.
+    """GRPO: `clipped_surrogate` with the ratio rho = exp(logp - prox_logp), reduced to a scalar.
+
+        loss_t = w_t * max(-rho_t A_t, -clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)
 
     Args:
-        logp: per-token log-probs under the student, any shape, nats. Differentiable.
-        old_logp: under the policy that sampled. None: on-policy, ratio 1.
-        advantages: per token, detached; `group_relative_advantages` through `broadcast_to_tokens`.
-        loss_mask: bool.
-        prox_logp: under the policy at the start of this update (decoupled PPO); the ratio is against it. None:
-            `old_logp`. What lies between the two is the business of `weights`.
-        clip_low, clip_high, dual_clip: as in `clipped_surrogate`.
-        weights: per-token factors of the loss, detached: one of the importance weights.
-        reduction: "token_mean" | "sequence_mean".
-        cu_seqlens: (B + 1,), for "sequence_mean".
-        normalizer: the denominator, in tokens or sequences by `reduction`. None: the local count, or that of `group`.
-        group: the ranks that each hold a part of every sequence, as in `segment_sum`. `loss` and the
-            scalars beside it are then this rank's shares: those of all ranks sum to the whole's.
+        {logp}
+        {old_logp}
+        {advantages}
+            For GRPO they are `group_relative_advantages`.
+        {loss_mask}
+        {prox_logp}
+        {clip_low}
+        {clip_high}
+        {dual_clip}
+        {weights}
+        {reduction}
+        {cu_seqlens}
+            Needed for "sequence_mean".
+        {normalizer}
+        {group}
 
     Returns:
         `LossOutput` with loss = rl; `kd` and `reverse_kl` are 0.
 
     Expected gradient:
-        minus the policy gradient of E[A] at ratio 1 and a fixed token normalizer; clips and weights bias it by design
-        once the policy moves, a local count by O(1/B), and "sequence_mean" weights sequences by 1/|o|.
+        minus the policy gradient of E[A] at ratio 1 and a fixed token normalizer. Clips and weights bias it by design
+        once the policy moves; a local count biases it by O(1/B); "sequence_mean" weights sequences by 1/|o|.
 
     Raises:
-        TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
+        TypeError: a per-token tensor is not floating-point, `loss_mask` is not bool, or `group` is not a process group.
         ValueError: shapes or devices differ, a hyperparameter is out of range, or `cu_seqlens` is missing or does not
-            fit; with `group` as in `segment_sum`.
+            fit. With `group` also where its backend cannot carry the tensors or, on the CPU, ranks differ in B,
+            `reduction` or whether `normalizer` is None; on the CPU an error on one rank is raised on all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> advantages, loss_mask = torch.tensor([3.0, -1.0]), torch.tensor([True, True])
+        >>> output = kdloss.grpo_loss(logp, None, advantages, loss_mask=loss_mask)
+        >>> output.loss.backward()
+        >>> output.loss.item(), logp.grad.tolist()
+        (-1.0, [-1.5, 0.5])
 
     Source:
         GRPO (arXiv 2402.03300), eq. 3; token mean: DAPO (arXiv 2503.14476), eq. 8; the decoupled ratio: Hilton et al.
@@ -130,6 +166,7 @@ def grpo_loss(
     return _objective(logp, old_logp, rl, None, reduce)
 
 
+@documented(OBJECTIVE_ARGS)
 def distillation_loss(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -148,35 +185,46 @@ def distillation_loss(
     """On-policy distillation: loss_t = -rho_t * sg(R_t), rho = exp(logp - old_logp), R = teacher_logp - logp.
 
     Args:
-        logp: per-token log-probs under the student, any shape, nats. Differentiable.
-        old_logp: under the policy that sampled. None: on-policy, ratio 1.
-        teacher_logp: under the teacher, of the same tokens at the same temperature.
-        loss_mask: bool.
-        kd_mask: bool, True where the teacher is listened to. It zeroes rewards (and their part of `reverse_kl`)
-            elsewhere, whatever `teacher_logp` holds there, and never changes a denominator. None: everywhere.
-        kd_discount: 0 .. 1; above 0 the reward is replaced by its `discounted_returns` (needs `cu_seqlens`).
-        kd_reward_clip: symmetric bound of R in nats, > 0.
-        kd_max_ratio: bound of the ratio, > 0, as `max_ratio` of `importance_sampled_surrogate`.
-        reduction: "token_mean" | "sequence_mean".
-        cu_seqlens: (B + 1,), for "sequence_mean" or a discount.
-        normalizer: the denominator, in tokens or sequences by `reduction`. None: the local count, or that of `group`.
-        group: the ranks that each hold a part of every sequence, as in `segment_sum`, with parts in rank order. `loss`
-            and the scalars beside it are then this rank's shares: those of all ranks sum to the whole's.
+        {logp}
+        {old_logp}
+        {teacher_logp}
+        {loss_mask}
+        {kd_mask}
+        {kd_discount}
+        {kd_reward_clip}
+        {kd_max_ratio}
+        {reduction}
+        {cu_seqlens}
+            Needed for "sequence_mean" or a discount.
+        {normalizer}
+        {group}
+            For a discount, parts follow one another in rank order.
 
     Returns:
-        `LossOutput` with loss = kd, the surrogate's value; `reverse_kl` is the number to watch. `rl`, `ratio` are 0.
+        `LossOutput` with loss = kd, the surrogate's value; watch `reverse_kl` instead. `rl` and `ratio` are 0.
 
     Expected gradient:
         grad KL(q || p) of every next-token distribution, at the prefixes that the sampling policy visits, for any such
-        policy and a fixed token normalizer. With kd_discount=1, on-policy: of the KL between whole sequences. Biased by
-        design: a discount off-policy or between 0 and 1, `kd_reward_clip`, `kd_max_ratio`, a `kd_mask` that depends on
-        the outcome; a local count by O(1/B); "sequence_mean" weights sequences by 1/|o|, the objective as KDRL writes
-        it.
+        policy and a fixed token normalizer. With kd_discount=1, on-policy: that of the KL between whole sequences.
+        Biased by design: a discount off-policy or between 0 and 1, `kd_reward_clip`, `kd_max_ratio`, and a `kd_mask`
+        that depends on the outcome. A local count biases it by O(1/B). "sequence_mean" weights sequences by 1/|o|,
+        which is the objective as KDRL writes it.
 
     Raises:
-        TypeError: a per-token tensor is not floating-point, or a mask is not bool.
+        TypeError: a per-token tensor is not floating-point, a mask is not bool, or `group` is not a process group.
         ValueError: shapes or devices differ, a hyperparameter is out of range, or `cu_seqlens` is missing or does not
-            fit; with `group` as in `segment_sum`.
+            fit. With `group` also where its backend cannot carry the tensors or, on the CPU, ranks differ in B,
+            `reduction`, `kd_discount` or whether `normalizer` is None; on the CPU an error on one rank is raised on
+            all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> teacher_logp, loss_mask = torch.tensor([-3.0, -1.0]), torch.tensor([True, True])
+        >>> output = kdloss.distillation_loss(logp, None, teacher_logp, loss_mask=loss_mask)
+        >>> output.loss.backward()  # less of the token that the teacher finds unlikely, more of the other
+        >>> output.reverse_kl.item(), logp.grad.tolist()
+        (0.5, [1.0, -0.5])
 
     Source:
         KDRL (arXiv 2506.02208), J_RKL.
@@ -186,6 +234,7 @@ def distillation_loss(
     return _objective(logp, old_logp, None, kd, reduce)
 
 
+@documented(OBJECTIVE_ARGS)
 def kdrl_loss(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -210,36 +259,70 @@ def kdrl_loss(
     direct_penalty: bool = False,
     group: ProcessGroup | None = None,
 ) -> LossOutput:
-    """KDRL: rl_loss_weight * GRPO + distill_loss_weight * reverse KL, on the same samples.
+    """KDRL: rl_loss_weight * GRPO + distill_loss_weight * reverse KL, on the same samples, under one reduction.
 
-    `grpo_loss` and `distillation_loss` side by side, under one reduction; every keyword means what it means there.
-    The RL ratio is exp(logp - prox_logp), and `weights` act on the RL term only; the distillation ratio is always
-    exp(logp - old_logp).
+        rl_t = w_t * max(-rho_t A_t, -clip(rho_t, 1 - clip_low, 1 + clip_high) A_t),  rho = exp(logp - prox_logp)
+        kd_t = -exp(logp_t - old_logp_t) * sg(R_t),  R = teacher_logp - logp
+
+    `weights` act on the RL term only, and the distillation ratio is always against `old_logp`.
 
     Args:
-        logp, old_logp, teacher_logp, advantages, loss_mask: per token, as in the two. `advantages` may be None where
-            rl_loss_weight is 0, `teacher_logp` where distill_loss_weight is.
-        rl_loss_weight: Python number. 0 skips the term: pure distillation.
-        distill_loss_weight: Python number (0 skips the term), or a detached tensor, 0-dim or of the shape of `logp`
-            (several teachers). The default is the value of KDRL and of the trainers that follow it; there it was
-            tuned on a penalty without a teacher gradient, so expect to want another.
-        direct_penalty: descend logp - teacher_logp itself instead of the surrogate, at every RL weight. For parity
-            with trainers that do; warns.
-        group: the ranks that each hold a part of every sequence, as in the two; the scalars are this rank's shares.
+        {logp}
+        {old_logp}
+        {teacher_logp}
+            None is allowed where distill_loss_weight is 0.
+        {advantages}
+            None is allowed where rl_loss_weight is 0.
+        {loss_mask}
+        {rl_loss_weight}
+        {distill_loss_weight}
+        {prox_logp}
+        {clip_low}
+        {clip_high}
+        {dual_clip}
+        {weights}
+        {kd_mask}
+        {kd_discount}
+        {kd_reward_clip}
+        {kd_max_ratio}
+        {reduction}
+        {cu_seqlens}
+            Needed for "sequence_mean" or a discount.
+        {normalizer}
+        {direct_penalty}
+        {group}
+            For a discount, parts follow one another in rank order.
 
     Returns:
         `LossOutput`. `loss = rl_loss_weight * rl + distill_loss_weight * kd` in value for a scalar weight. A term that
-        is skipped reports 0 in all its fields, and NaN in its inputs cannot leak.
+        is skipped is 0 in all its fields, and NaN in its inputs cannot leak.
 
     Expected gradient:
-        rl_loss_weight * (that of `grpo_loss`) + distill_loss_weight * (that of `distillation_loss`). With
-        `direct_penalty` the second is 0 on-policy: the teacher is in the value only.
+        rl_loss_weight * (minus the policy gradient of E[A], at RL ratio 1) + distill_loss_weight * (grad KL(q || p) of
+        every next-token distribution, at the prefixes that the sampling policy visits), for a fixed token normalizer.
+        With kd_discount=1, on-policy, the second is that of the KL between whole sequences. Biased by design: clips and
+        `weights` once the policy moves, a discount off-policy or between 0 and 1, `kd_reward_clip`, `kd_max_ratio`, and
+        a `kd_mask` that depends on the outcome. A local count biases it by O(1/B). "sequence_mean" weights sequences by
+        1/|o|. With `direct_penalty` the second is 0 on-policy: the teacher is in the value only.
 
     Raises:
-        TypeError: a per-token tensor is not floating-point, or a mask or `direct_penalty` is not bool.
-        ValueError: shapes or devices differ, a hyperparameter is out of range (of a skipped term, too), `cu_seqlens` is
+        TypeError: a per-token tensor is not floating-point, a mask or `direct_penalty` is not bool, or `group` is not a
+            process group.
+        ValueError: shapes or devices differ, a hyperparameter is out of range (also of a skipped term), `cu_seqlens` is
             missing or does not fit, or `direct_penalty` is combined with `kd_discount`, `kd_reward_clip` or
-            `kd_max_ratio`; with `group` as in `segment_sum`.
+            `kd_max_ratio`. With `group` also where its backend cannot carry the tensors or, on the CPU, ranks differ in
+            B, `reduction`, `kd_discount`, whether `normalizer` is None or whether distill_loss_weight is 0; on the CPU
+            an error on one rank is raised on all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> teacher_logp, advantages = torch.tensor([-3.0, -1.0]), torch.tensor([3.0, -1.0])
+        >>> options = {"loss_mask": torch.tensor([True, True]), "distill_loss_weight": 0.5}
+        >>> output = kdloss.kdrl_loss(logp, None, teacher_logp, advantages, **options)
+        >>> output.loss.backward()
+        >>> output.rl.item(), output.kd.item(), output.loss.item(), logp.grad.tolist()
+        (-1.0, 0.5, -0.75, [-1.0, 0.25])
 
     Source:
         KDRL (arXiv 2506.02208), eq. 8.
@@ -253,6 +336,7 @@ def kdrl_loss(
     return output
 
 
+@documented(OBJECTIVE_ARGS)
 def kdrl_token_loss(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -274,14 +358,58 @@ def kdrl_token_loss(
 ) -> Tensor:  # (T,)
     """`kdrl_loss` before its reduction: rl_loss_weight * rl_t + distill_loss_weight * kd_t, elementwise.
 
-    For code that reduces by itself, and for losses that are fused into the head. Arguments, errors and the expected
-    gradient are those of `kdrl_loss` with kd_discount 0; `token_mean` of this is its `loss`.
+        rl_t = w_t * max(-rho_t A_t, -clip(rho_t, 1 - clip_low, 1 + clip_high) A_t),  rho = exp(logp - prox_logp)
+        kd_t = -exp(logp_t - old_logp_t) * sg(R_t),  R = teacher_logp - logp
+
+    For code that reduces by itself, and for losses that are fused into the head. `token_mean` of it is the `loss` of
+    `kdrl_loss` without a discount.
 
     Args:
-        loss_mask: None: every token is trained.
+        {logp}
+        {old_logp}
+        {teacher_logp}
+            None is allowed where distill_loss_weight is 0.
+        {advantages}
+            None is allowed where rl_loss_weight is 0.
+        {loss_mask}
+            None: every token is trained.
+        {rl_loss_weight}
+        {distill_loss_weight}
+        {prox_logp}
+        {clip_low}
+        {clip_high}
+        {dual_clip}
+        {weights}
+        kd_mask: bool, the shape of `logp`, True where the distillation reward applies. Elsewhere it is 0, whatever the
+            value of `teacher_logp`. None: everywhere.
+        {kd_reward_clip}
+        {kd_max_ratio}
+        {direct_penalty}
 
     Returns:
-        The shape of `logp`, differentiable in it, 0 at untrained positions.
+        The shape of `logp`, differentiable in it, 0 at untrained tokens.
+
+    Expected gradient:
+        rl_loss_weight * (minus the policy gradient of E[A], at RL ratio 1) + distill_loss_weight * (grad KL(q || p) of
+        every next-token distribution, at the prefixes that the sampling policy visits), for a sum over tokens with a
+        fixed normalizer. Biased by design: clips and `weights` once the policy moves, `kd_reward_clip`, `kd_max_ratio`,
+        and a `kd_mask` that depends on the outcome. With `direct_penalty` the second is 0 on-policy: the teacher is in
+        the value only.
+
+    Raises:
+        TypeError: a per-token tensor is not floating-point, or a mask or `direct_penalty` is not bool.
+        ValueError: shapes or devices differ, a hyperparameter is out of range (also of a skipped term), or
+            `direct_penalty` is combined with `kd_reward_clip` or `kd_max_ratio`.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp, teacher_logp = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0])
+        >>> advantages = torch.tensor([3.0, -1.0])
+        >>> kdloss.kdrl_token_loss(logp, None, teacher_logp, advantages, distill_loss_weight=0.5).tolist()
+        [-2.0, 0.5]
+
+    Source:
+        KDRL (arXiv 2506.02208), eq. 8.
     """
     _checks.tensors(logp=logp)
     if loss_mask is None:
@@ -298,7 +426,7 @@ def kdrl_token_loss(
 
 
 class _RL(NamedTuple):
-    """The RL term: its weight, and what `clipped_surrogate` takes."""
+    """The RL term: its weight and the arguments of `clipped_surrogate`."""
 
     weight: float
     advantages: Tensor | None
@@ -310,7 +438,7 @@ class _RL(NamedTuple):
 
 
 class _KD(NamedTuple):
-    """The distillation term: its weight, and what shapes its reward and its ratio."""
+    """The distillation term: its weight, the teacher, and the options of its reward and its ratio."""
 
     weight: float | Tensor
     teacher_logp: Tensor | None
@@ -334,7 +462,7 @@ class _Reduction:
     ) -> None:
         self.form, self.loss_mask, self.cu_seqlens, self.normalizer = form, loss_mask, cu_seqlens, normalizer
         self.group = group
-        self.trained: Tensor | None = None  # tokens of each whole sequence, once they are known
+        self.trained: Tensor | None = None  # (B,) trained tokens of each whole sequence, counted once
 
     def check(self, logp: Tensor) -> None:
         _checks.per_token("logp", logp, loss_mask=self.loss_mask)
@@ -347,7 +475,7 @@ class _Reduction:
             _checks.cumulative_lengths(self.cu_seqlens, total_tokens=logp.shape[0])
 
     def agreed(self) -> dict[str, Any]:
-        """What ranks that share sequences have to agree on."""
+        """The values that must be the same on all ranks that share sequences."""
         sequences = None if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
         return {"reduction": self.form, "normalizer=None": self.normalizer is None, SEQUENCES: sequences}
 
@@ -364,13 +492,13 @@ class _Reduction:
 
 
 class _KDTerm(NamedTuple):
-    loss: Tensor  # (T,) before the weight; attached where the weight is a number
-    weighted: Tensor | None  # (T,) attached, where the weight is a tensor
+    loss: Tensor  # (T,) before the weight
+    weighted: Tensor | None  # (T,) where the weight is a tensor, which multiplies tokens and not what is reduced
     reverse_kl: Tensor  # (T,) detached
 
 
 def _objective(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD | None, reduce: _Reduction) -> LossOutput:
-    """The weighted sum of the terms that are not None."""
+    """The weighted sum of the terms that are given; None is no term."""
     with in_step(reduce.group, logp) as agreed:
         reduce.check(logp)
         _check_terms(logp, old_logp, rl, kd, reduce)
@@ -379,9 +507,10 @@ def _objective(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD | 
             agreed.update({"kd_discount": kd.discount, "distill_loss_weight=0": _skipped(kd.weight)})
     if rl is not None and kd is not None:
         logp = _widened(logp)
+
     parts = []
     surrogate = rl_loss = kd_loss = reverse_kl = None
-    # reduced before they are weighted, so that the identity between loss, rl and kd holds to the last bit
+    # weights multiply the reduced terms, so that loss = weights * (rl, kd) holds to the last bit
     if rl is not None:
         surrogate = _rl_term(logp, old_logp, rl, reduce)
         rl_loss = reduce(surrogate.loss)
@@ -395,15 +524,15 @@ def _objective(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD | 
 
 
 def _widened(logp: Tensor) -> Tensor:
-    """Once for both terms: their gradients meet in float32 and are rounded to the dtype of logp together."""
+    """In float32 or wider: gradients of the two terms are added before they are rounded to the dtype of logp."""
     return logp.to(_checks.promoted_dtype(logp))
 
 
 def _check_terms(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD | None, reduce: _Reduction) -> None:
-    """Check the arguments of both terms; of a term of weight 0 the options only, as its tensors are not read."""
+    """Check all arguments, except the tensors of a term whose weight is 0, which are not read."""
     prox_logp = None if rl is None else rl.prox_logp
     _checks.per_token("logp", logp, loss_mask=reduce.loss_mask, old_logp=old_logp, prox_logp=prox_logp)
-    # options are checked whatever the weights: a weight that is scheduled to rise must not fail then
+    # options of a skipped term too: a weight that a schedule raises later must not fail then
     if rl is not None:
         _checks.finite(rl_loss_weight=rl.weight)
         _checks.ppo_clips(rl.clip_low, rl.clip_high, rl.dual_clip)
@@ -435,7 +564,7 @@ def _check_terms(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD 
 
 
 def _rl_term(logp: Tensor, old_logp: Tensor | None, rl: _RL, reduce: _Reduction) -> Surrogate:
-    """The per-token RL term before its weight; of weight 0 an attached zero."""
+    """The RL term per token, before its weight; attached zeros if the weight is 0."""
     if rl.weight == 0:
         return _no_surrogate(logp)._replace(loss=_attached_zeros(logp))
     assert rl.advantages is not None
@@ -452,7 +581,7 @@ def _rl_term(logp: Tensor, old_logp: Tensor | None, rl: _RL, reduce: _Reduction)
 
 
 def _kd_term(logp: Tensor, old_logp: Tensor | None, kd: _KD, reduce: _Reduction) -> _KDTerm:
-    """The per-token distillation term; of weight 0 an attached zero."""
+    """The distillation term per token; attached zeros if the weight is 0."""
     if _skipped(kd.weight):
         nothing = _attached_zeros(logp)
         return _KDTerm(nothing, None, nothing.detach())
@@ -479,7 +608,7 @@ def _kd_term(logp: Tensor, old_logp: Tensor | None, kd: _KD, reduce: _Reduction)
     descend = partial(
         importance_sampled_surrogate, logp, old_logp, returns, loss_mask=reduce.loss_mask, max_ratio=kd.max_ratio
     )
-    # as weights of the surrogate, a weight of 0 silences an infinite reward as well
+    # given to the surrogate, as a weight of 0 then also makes an infinite reward 0
     weighted = descend(weights=kd.weight.expand_as(logp)).loss if isinstance(kd.weight, Tensor) else None
     return _KDTerm(descend().loss, weighted, reverse_kl)
 
@@ -497,7 +626,7 @@ def _output(
     reverse_kl: Tensor | None = None,
     surrogate: Surrogate | None = None,
 ) -> LossOutput:
-    """The fields beside `loss` detached, and 0 where a term is absent."""
+    """Detach all fields but `loss`; those of a term that is not given are 0."""
     zero = torch.zeros_like(loss)
     rl, kd, reverse_kl = (zero if x is None else x.detach() for x in (rl, kd, reverse_kl))
     surrogate = _no_surrogate(logp) if surrogate is None else surrogate
@@ -511,5 +640,5 @@ def _no_surrogate(logp: Tensor) -> Surrogate:
 
 
 def _attached_zeros(logp: Tensor) -> Tensor:
-    """Zeros that hang on `logp` without having read it, so that backward runs and nothing leaks."""
+    """Zeros that depend on `logp` but not on its values, so that backward runs and no NaN leaks."""
     return torch.where(torch.zeros_like(logp, dtype=torch.bool), logp, 0)

@@ -3,7 +3,8 @@
 With the ratio rho_t = exp(logp_t - old_logp_t), a detached advantage A_t and a detached weight w_t, each function is
 the equation in its docstring, token by token. Reduce with `token_mean` or `sequence_mean`.
 
-An infinite ratio at a token whose w_t * A_t is 0, or whose gradient the clip stops, leaves 0 and the bound, not NaN.
+An infinite ratio makes no NaN where w_t * A_t is 0 (the loss is 0) or where a clip stops the gradient (the loss has the
+bound).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed.agreement import in_step
+from kdloss._docs import documented
 from kdloss._packing.layout import broadcast_to_tokens, segment_mean
 
 from .estimators import masked_log_ratio
+from .texts import LOSS_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,14 +30,22 @@ _SATURATED_LOG_RATIO = 60.0
 
 
 class Surrogate(NamedTuple):
-    """A per-token surrogate. `loss` is differentiable in logp; everything else is detached."""
+    """A per-token loss, and where its clips act. Only `loss` is differentiable, in logp.
 
-    loss: Tensor  # (T,) 0 at untrained positions
-    ratio: Tensor  # (T,) before any clip, 1 at untrained positions
-    clipped: Tensor  # (T,) bool: trained, and the clip acts
-    dual_clipped: Tensor  # (T,) bool: trained, and the dual clip acts
+    Attributes:
+        loss: (T,) the loss per token, 0 at untrained tokens.
+        ratio: (T,) the importance ratio before any clip, 1 at untrained tokens.
+        clipped: (T,) bool, True at trained tokens where the clip acts.
+        dual_clipped: (T,) bool, True at trained tokens where the dual clip acts.
+    """
+
+    loss: Tensor  # (T,)
+    ratio: Tensor  # (T,)
+    clipped: Tensor  # (T,) bool
+    dual_clipped: Tensor  # (T,) bool
 
 
+@documented(LOSS_ARGS)
 def importance_sampled_surrogate(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -46,19 +57,20 @@ def importance_sampled_surrogate(
 ) -> Surrogate:
     """The importance-sampled policy gradient: loss_t = -rho_t * w_t * A_t.
 
-    With `max_ratio` c the ratio is detached and bounded: loss_t = -sg(min(rho_t, c)) * w_t * A_t * logp_t, so every
-    token keeps a gradient, of weight c at most.
+    With `max_ratio` c the ratio is detached and bounded: loss_t = -sg(min(rho_t, c)) * w_t * A_t * logp_t. Every token
+    keeps a gradient, and its ratio counts as c at most.
 
     Args:
-        logp: per-token log-probs under the student, any shape, nats. Differentiable.
-        old_logp: the same under the policy that sampled, detached. None: on-policy, `logp.detach()`, ratio 1.
-        advantages: per token, detached. With `reverse_kl_reward` here the loss is the reverse KL.
-        loss_mask: bool.
+        {logp}
+        {old_logp}
+        {advantages}
+            With `reverse_kl_reward` as advantages the loss descends the reverse KL.
+        {loss_mask}
         max_ratio: absolute bound of the ratio, > 0. None: no bound.
-        weights: per-token factors, detached.
+        {weights}
 
     Returns:
-        `Surrogate`; `clipped` marks ratios above `max_ratio`, whose gradient is scaled down and not stopped.
+        `Surrogate`; `clipped` marks ratios above `max_ratio`. Their gradient is scaled down, not stopped.
 
     Expected gradient:
         minus the policy gradient of E[A], for any policy that sampled, at the prefixes that it visited. With
@@ -68,6 +80,15 @@ def importance_sampled_surrogate(
     Raises:
         TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
         ValueError: shapes or devices differ, or `max_ratio` is not > 0.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> advantages, loss_mask = torch.tensor([2.0, -1.0]), torch.tensor([True, True])
+        >>> surrogate = kdloss.importance_sampled_surrogate(logp, None, advantages, loss_mask=loss_mask)
+        >>> surrogate.loss.sum().backward()
+        >>> surrogate.loss.tolist(), logp.grad.tolist()
+        ([-2.0, 1.0], [-2.0, 1.0])
 
     Source:
         KDRL (arXiv 2506.02208), J_RKL, with A = R; the bound: CISPO (arXiv 2506.13585).
@@ -82,6 +103,7 @@ def importance_sampled_surrogate(
     return Surrogate(loss, ratio, loss_mask & (ratio > max_ratio), never)
 
 
+@documented(LOSS_ARGS)
 def clipped_surrogate(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -98,11 +120,15 @@ def clipped_surrogate(
     With `dual_clip` c > 1, where A_t < 0: loss_t = w_t * min(the above, -c A_t).
 
     Args:
-        logp, old_logp, advantages, loss_mask, weights: as in `importance_sampled_surrogate`. `old_logp` is whatever
-            policy the ratio is against.
-        clip_low: distance below 1, >= 0.
-        clip_high: distance above 1, >= 0; 0.28 bounds the ratio at 1.28.
-        dual_clip: absolute bound of the ratio for negative advantages, > 1. None: no bound.
+        {logp}
+        old_logp: the shape of `logp`: log-probs under the policy that the ratio is against, detached. None: on-policy,
+            `logp.detach()`, so that every ratio is 1.
+        {advantages}
+        {loss_mask}
+        {clip_low}
+        {clip_high}
+        {dual_clip}
+        {weights}
 
     Returns:
         `Surrogate`; the gradient is exactly 0 where `clipped` or `dual_clipped`.
@@ -114,6 +140,14 @@ def clipped_surrogate(
     Raises:
         TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
         ValueError: shapes or devices differ, a clip is negative, or `dual_clip` is not > 1.
+
+    Example:
+        >>> import torch, kdloss
+        >>> old_logp, loss_mask = torch.tensor([-1.0, -1.0]), torch.tensor([True, True])
+        >>> logp = old_logp + torch.tensor([1.5, 0.5]).log()  # ratios 1.5 and 0.5
+        >>> surrogate = kdloss.clipped_surrogate(logp, old_logp, torch.ones(2), loss_mask=loss_mask)
+        >>> [round(x, 4) for x in surrogate.loss.tolist()], surrogate.clipped.tolist()
+        ([-1.2, -0.5], [True, False])
 
     Source:
         PPO (arXiv 1707.06347), eq. 7; asymmetric bounds: DAPO (arXiv 2503.14476), eq. 10; dual clip: Ye et al.
@@ -130,6 +164,7 @@ def clipped_surrogate(
     return Surrogate(-torch.where(stopped, bound, live_ratio) * weighted, ratio, clipped, dual_clipped)
 
 
+@documented(LOSS_ARGS)
 def sequence_clipped_surrogate(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -144,28 +179,45 @@ def sequence_clipped_surrogate(
 ) -> Surrogate:
     """GSPO-token: PPO's clip on the ratio s_b of the whole response, its gradient spread over the tokens.
 
-    s_b = exp(mean over trained t of b of logp_t - old_logp_t),  ratio_t = sg(s_b) * q_t / sg(q_t)
-    loss_t = w_t * max(-ratio_t A_t, -clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t)
+        s_b = exp(mean over trained t of b of logp_t - old_logp_t),  ratio_t = sg(s_b) * q_t / sg(q_t)
+        loss_t = w_t * max(-ratio_t A_t, -clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t)
 
     Args:
-        logp, old_logp, advantages, weights: (T,), as in `clipped_surrogate`.
-        loss_mask: (T,) bool.
-        cu_seqlens: (B + 1,).
-        clip_low, clip_high: distances from 1, >= 0.
-        group: the ranks that each hold a part of every sequence, as in `segment_sum`; s_b is of the whole sequence.
+        logp: (T,) log-probs of the tokens under the student, nats. Differentiable.
+        {old_logp}
+        {advantages}
+        {loss_mask}
+        {cu_seqlens}
+        {clip_low}
+        clip_high: distance of the upper bound of the ratio above 1, >= 0.
+        {weights}
+        {group}
+            s_b is of the whole sequence.
 
     Returns:
-        `Surrogate` of this rank's tokens; `ratio` is s_b at every trained token of its sequence. The backward is no
-        collective: s_b is detached.
+        `Surrogate` of this rank's tokens; `ratio` is s_b at every trained token of its sequence. The backward needs no
+        collective, as s_b is detached.
 
     Expected gradient:
-        At ratio 1 that of the other surrogates. Off-policy s_b is a geometric mean and not the probability ratio of
-        the response, so it is biased by design, clip or none. With one advantage a sequence and `sequence_mean` this
-        is GSPO.
+        At ratio 1 minus the policy gradient of E[A]. Off-policy s_b is a geometric mean and not the probability ratio
+        of the response, so it is biased by design, with or without a clip. With one advantage per sequence and
+        `sequence_mean` this is GSPO.
 
     Raises:
-        TypeError, ValueError: as `clipped_surrogate`; also where a tensor is not flat or `cu_seqlens` does not fit, and
-            with `group` as in `segment_sum`.
+        TypeError: a per-token tensor is not floating-point, `loss_mask` is not bool, or `group` is not a process group.
+        ValueError: shapes or devices differ, a clip is negative, a tensor is not flat or `cu_seqlens` does not fit.
+            With `group` also where its backend cannot carry the tensors or, on the CPU, ranks differ in B; on the CPU
+            an error on one rank is raised on all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> old_logp, loss_mask = torch.tensor([-1.0, -1.0]), torch.tensor([True, True])
+        >>> logp = old_logp + torch.tensor([4.0, 1.0]).log()  # one sequence, s_b = sqrt(4 * 1)
+        >>> surrogate = kdloss.sequence_clipped_surrogate(
+        ...     logp, old_logp, torch.ones(2), loss_mask=loss_mask, cu_seqlens=torch.tensor([0, 2])
+        ... )
+        >>> [round(x, 4) for x in surrogate.ratio.tolist()], [round(x, 4) for x in surrogate.loss.tolist()]
+        ([2.0, 2.0], [-1.0004, -1.0004])
 
     Source:
         GSPO (arXiv 2507.18071), eqs. 5, 7 and 13.
@@ -179,12 +231,13 @@ def sequence_clipped_surrogate(
     ratio = torch.where(loss_mask, mean, 0).exp()
     clipped, bound = _clip(ratio, advantages, clip_low, clip_high)
     live = (weighted != 0) & ~clipped
-    # log q_t - sg(log q_t) is 0 and carries the gradient; where it is inf - inf, s_b is 0 or inf by itself
+    # log q_t - sg(log q_t) is 0 and carries the gradient; left out where it is inf - inf, as s_b is 0 or inf there
     attached = torch.where(live & log_ratio.isfinite(), log_ratio, 0)
     live_ratio = torch.where(live, ratio.log() + (attached - attached.detach()), 0).exp()
     return Surrogate(-torch.where(clipped, bound, live_ratio) * weighted, ratio, clipped, torch.zeros_like(clipped))
 
 
+@documented(LOSS_ARGS)
 def cispo_surrogate(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -198,19 +251,33 @@ def cispo_surrogate(
     """CISPO: loss_t = -sg(clip(rho_t, 1 - clip_low, 1 + clip_high)) * w_t * A_t * logp_t.
 
     Args:
-        logp, old_logp, advantages, loss_mask, weights: as in `importance_sampled_surrogate`.
-        clip_low: distance below 1, >= 0. None: no lower bound.
-        clip_high: distance above 1, >= 0.
+        {logp}
+        {old_logp}
+        {advantages}
+        {loss_mask}
+        clip_low: distance of the lower bound of the ratio below 1, >= 0. None: no lower bound.
+        clip_high: distance of the upper bound of the ratio above 1, >= 0.
+        {weights}
 
     Returns:
         `Surrogate`; `clipped` marks ratios outside the bounds. Their gradient is bounded, not stopped.
 
     Expected gradient:
-        minus the policy gradient of E[A] while no ratio leaves the bounds (at ratio 1: always); biased by design
-        where one does.
+        minus the policy gradient of E[A] while no ratio leaves the bounds (at ratio 1: always). A clip depends on the
+        sampled token and biases it by design.
 
     Raises:
-        TypeError, ValueError: as `clipped_surrogate`.
+        TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ, or a clip is negative.
+
+    Example:
+        >>> import torch, kdloss
+        >>> old_logp, loss_mask = torch.tensor([-1.0, -1.0]), torch.tensor([True, True])
+        >>> logp = (old_logp + torch.tensor([3.0, 0.5]).log()).requires_grad_()  # ratios 3 and 0.5
+        >>> surrogate = kdloss.cispo_surrogate(logp, old_logp, torch.ones(2), loss_mask=loss_mask, clip_high=1.0)
+        >>> surrogate.loss.sum().backward()
+        >>> [round(x, 4) for x in logp.grad.tolist()]
+        [-2.0, -0.5]
 
     Source:
         MiniMax-M1 (arXiv 2506.13585), eq. 4.
@@ -224,6 +291,7 @@ def cispo_surrogate(
     return Surrogate(loss, ratio, loss_mask & clipped, torch.zeros_like(loss_mask))
 
 
+@documented(LOSS_ARGS)
 def sapo_surrogate(
     logp: Tensor,  # (T,)
     old_logp: Tensor | None,  # (T,)
@@ -239,18 +307,32 @@ def sapo_surrogate(
     tau is `tau_positive` where A_t > 0, else `tau_negative`.
 
     Args:
-        logp, old_logp, advantages, loss_mask, weights: as in `importance_sampled_surrogate`.
+        {logp}
+        {old_logp}
+        {advantages}
+        {loss_mask}
         tau_positive, tau_negative: > 0; the larger, the faster a token's gradient fades as its ratio leaves 1.
+        {weights}
 
     Returns:
-        `Surrogate`; nothing is `clipped`: the gate fades.
+        `Surrogate`; nothing is `clipped`: the gradient fades instead.
 
     Expected gradient:
-        minus the policy gradient of E[A] at ratio 1; elsewhere weighted by 4 sigma (1 - sigma) of the ratio, biased by
-        design.
+        minus the policy gradient of E[A] at ratio 1. Elsewhere the ratio is weighted by 4 sigma (1 - sigma), which
+        biases it by design.
 
     Raises:
-        TypeError, ValueError: as `importance_sampled_surrogate`; also where a tau is not > 0.
+        TypeError: a per-token tensor is not floating-point, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ, or a tau is not > 0.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        >>> advantages, loss_mask = torch.tensor([2.0, -1.0]), torch.tensor([True, True])
+        >>> surrogate = kdloss.sapo_surrogate(logp, None, advantages, loss_mask=loss_mask)
+        >>> surrogate.loss.sum().backward()  # at ratio 1 the gradient is -A
+        >>> [round(x, 4) for x in logp.grad.tolist()]
+        [-2.0, 1.0]
 
     Source:
         SAPO (arXiv 2511.20347).
@@ -268,7 +350,7 @@ def sapo_surrogate(
 def _prepare(
     logp: Tensor, old_logp: Tensor | None, advantages: Tensor, loss_mask: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-ratio (attached), ratio, A and w * A (detached), all of the compute dtype; untrained: 0, 1, 0, 0."""
+    """Log-ratio (attached), ratio, A and w * A (detached), all in the compute dtype; 0, 1, 0, 0 where untrained."""
     _checks.tensors(advantages=advantages)
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, advantages=advantages, weights=weights)
     dtype = _checks.promoted_dtype(logp, old_logp, advantages, weights)
@@ -277,20 +359,20 @@ def _prepare(
     weighted = advantages
     if weights is not None:
         weights = torch.where(loss_mask, weights.detach().to(dtype), 0)
-        # a weight of 0 silences an infinite advantage as well
+        # a weight of 0 also makes an infinite advantage 0
         weighted = torch.where(weights == 0, 0, advantages * weights)
     return log_ratio, log_ratio.detach().exp(), advantages, weighted
 
 
 def _clip(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Where PPO's clip stops the gradient, and the bound that the ratio is replaced by there."""
+    """Where PPO's clip stops the gradient, and the bound that replaces the ratio there."""
     low, high = 1 - clip_low, 1 + clip_high
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
     return clipped, _either(advantages > 0, high, low, ratio)
 
 
 def _either(condition: Tensor, true: float, false: float, like: Tensor) -> Tensor:
-    """`where` of two numbers in the dtype of `like`: of two bare numbers torch makes float32."""
+    """`where` of two numbers, in the dtype of `like`; torch would make float32 of two Python numbers."""
     return torch.where(condition, like.new_full((), true), like.new_full((), false))
 
 

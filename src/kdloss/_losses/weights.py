@@ -1,11 +1,12 @@
 """Importance weights w = exp(prox_logp - old_logp) for data that the policy at the start of the update did not sample.
 
 Rollout engines and trainers disagree in the last digits (mismatch), and asynchronous rollouts come from older weights
-(staleness). A surrogate's ratio is against `prox_logp`; these detached weights carry the rest of the way from the
-policy that sampled. Exact weights are unbiased; bounding them trades bias for variance, and every function here does.
+(staleness). A surrogate's ratio is against `prox_logp`; these detached weights correct for the gap between `prox_logp`
+and the policy that sampled. Exact weights are unbiased. Every function here bounds them, which trades bias for
+variance.
 
-Which bound acts depends on the sampled token, so the expected gradient is biased by design; a masked token or sequence
-keeps its place in the denominator.
+Whether a bound acts depends on the sampled token, so the expected gradient is biased by design. A masked token or
+sequence still counts in the denominator.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed.agreement import in_step
+from kdloss._docs import documented
 from kdloss._packing.layout import broadcast_to_tokens, segment_mean, segment_sum
+from kdloss._packing.texts import PACKING_ARGS
 
 from .estimators import masked_log_ratio
+from .texts import WEIGHT_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@documented(WEIGHT_ARGS)
 def truncated_importance_weights(
     prox_logp: Tensor,  # (T,)
     old_logp: Tensor,  # (T,)
@@ -35,17 +40,29 @@ def truncated_importance_weights(
     """TIS: w_t = min(prox_t / old_t, max_weight), detached.
 
     Args:
-        prox_logp: per-token log-probs at the start of the update, any shape, nats.
-        old_logp: the same under the policy that sampled.
-        loss_mask: bool; untrained positions count as equal policies (their ratio is 1), whatever they hold.
+        {prox_logp}
+        {old_logp}
+        {loss_mask}
         max_weight: absolute bound, > 0.
 
     Returns:
         The shape of `prox_logp`, without gradient.
 
+    Expected gradient:
+        None of its own. As `weights` they make a loss unbiased while no ratio exceeds the bound. The bound depends on
+        the sampled token and biases the loss by design.
+
     Raises:
-        TypeError: a log-prob is not floating-point, or `loss_mask` is not bool.
+        TypeError: a log-prob is not a floating-point tensor, or `loss_mask` is not bool.
         ValueError: shapes or devices differ, or `max_weight` is not > 0.
+
+    Example:
+        >>> import torch, kdloss
+        >>> old_logp, loss_mask = torch.tensor([-1.0, -1.0]), torch.tensor([True, True])
+        >>> prox_logp = old_logp + torch.tensor([4.0, 0.5]).log()
+        >>> weights = kdloss.truncated_importance_weights(prox_logp, old_logp, loss_mask=loss_mask)
+        >>> [round(x, 4) for x in weights.tolist()]
+        [2.0, 0.5]
 
     Source:
         Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025), TIS.
@@ -54,6 +71,7 @@ def truncated_importance_weights(
     return _weight(prox_logp, old_logp, loss_mask).clamp(max=max_weight)
 
 
+@documented(WEIGHT_ARGS)
 def masked_importance_weights(
     prox_logp: Tensor,  # (T,)
     old_logp: Tensor,  # (T,)
@@ -65,15 +83,30 @@ def masked_importance_weights(
     """IcePop: w_t = prox_t / old_t inside [min_weight, max_weight], 0 outside. Detached.
 
     Args:
-        prox_logp, old_logp, loss_mask: as in `truncated_importance_weights`.
+        {prox_logp}
+        {old_logp}
+        {loss_mask}
         min_weight: absolute lower bound, >= 0.
         max_weight: absolute upper bound, >= min_weight.
 
     Returns:
-        The shape of `prox_logp`, without gradient. A weight of 0 takes the token's gradient, not its place in a mean.
+        The shape of `prox_logp`, without gradient. A token of weight 0 has no gradient, but still counts in a mean.
+
+    Expected gradient:
+        None of its own. As `weights` they make a loss unbiased while no ratio leaves the bounds. The bounds depend on
+        the sampled token and bias the loss by design.
 
     Raises:
-        TypeError, ValueError: as in `truncated_importance_weights`.
+        TypeError: a log-prob is not a floating-point tensor, or `loss_mask` is not bool.
+        ValueError: shapes or devices differ, or the bounds are negative or out of order.
+
+    Example:
+        >>> import torch, kdloss
+        >>> old_logp, loss_mask = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([True, True, True])
+        >>> prox_logp = old_logp + torch.tensor([8.0, 2.0, 0.25]).log()
+        >>> weights = kdloss.masked_importance_weights(prox_logp, old_logp, loss_mask=loss_mask)
+        >>> [round(x, 4) for x in weights.tolist()]
+        [0.0, 2.0, 0.0]
 
     Source:
         Ling Team, "Every Step Evolves" (arXiv 2510.18855), IcePop.
@@ -82,6 +115,7 @@ def masked_importance_weights(
     return _drop_outside(_weight(prox_logp, old_logp, loss_mask), min_weight, max_weight)
 
 
+@documented(PACKING_ARGS)
 def sequence_importance_weights(
     prox_logp: Tensor,  # (T,)
     old_logp: Tensor,  # (T,)
@@ -94,26 +128,44 @@ def sequence_importance_weights(
     max_weight: float,
     group: ProcessGroup | None = None,
 ) -> Tensor:  # (T,)
-    """One weight a sequence: W_b = exp(aggregate over trained t of log prox_t - log old_t), bounded. Detached.
+    """One weight per sequence: W_b = exp(aggregate over trained t of log prox_t - log old_t), bounded. Detached.
 
     Args:
-        prox_logp, old_logp: (T,) nats.
-        loss_mask: (T,) bool.
-        cu_seqlens: (B + 1,).
-        aggregate: "sum" is the ratio of the probabilities of the whole response (unbiased before the bound, of a
-            variance that grows with the length); "mean" is its geometric mean per token.
+        prox_logp: (T,) log-probs of the tokens under the policy at the start of the update, nats.
+        old_logp: (T,) log-probs of the same tokens under the policy that sampled them, nats.
+        loss_mask: (T,) bool, True at trained tokens. Other tokens do not count, whatever their values.
+        {cu_seqlens}
+        aggregate: "sum" is the ratio of the probabilities of the whole response (unbiased before the bound; its
+            variance grows with the length); "mean" is its geometric mean per token.
         action: "truncate" clamps W to [min_weight, max_weight]; "mask" sets it to 0 outside.
         min_weight: absolute lower bound, >= 0.
         max_weight: absolute upper bound, >= min_weight; `math.inf` for none.
-        group: the ranks that each hold a part of every sequence, as in `segment_sum`; W_b is of the whole sequence.
+        {group}
+            W_b is of the whole sequence.
 
     Returns:
         (T,) without gradient: the weight of its sequence at every token, trained or not.
 
+    Expected gradient:
+        None of its own. As `weights`, "sum" makes a loss unbiased while no weight leaves the bounds. "mean" and the
+        bounds bias the loss by design.
+
     Raises:
-        TypeError: a dtype is wrong, or `group` is no process group.
-        ValueError: shapes differ, `cu_seqlens` does not fit, a bound is out of order, or `aggregate` or `action` is
-            none of the two; with `group` as in `segment_sum`.
+        TypeError: a dtype is wrong, or `group` is not a process group.
+        ValueError: shapes differ, `cu_seqlens` does not fit, the bounds are negative or out of order, or `aggregate` or
+            `action` is neither of the two. With `group` also where its backend cannot carry the tensors or, on the CPU,
+            ranks differ in B or `aggregate`; on the CPU an error on one rank is raised on all.
+
+    Example:
+        >>> import math, torch, kdloss
+        >>> old_logp, cu_seqlens = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([0, 2, 3])
+        >>> options = {"loss_mask": torch.ones(3, dtype=torch.bool), "cu_seqlens": cu_seqlens, "max_weight": math.inf}
+        >>> prox_logp = old_logp + torch.tensor([2.0, 8.0, 0.5]).log()
+        >>> for by in ("sum", "mean"):
+        ...     W = kdloss.sequence_importance_weights(prox_logp, old_logp, aggregate=by, action="mask", **options)
+        ...     print([round(x, 4) for x in W.tolist()])
+        [16.0, 16.0, 0.5]
+        [4.0, 4.0, 0.5]
 
     Source:
         Liu et al., "When Speed Kills Stability" (2025), sequence-level TIS and MIS; GSPO (arXiv 2507.18071) for "mean".
@@ -144,5 +196,5 @@ def _detached_log_ratio(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) 
 
 
 def _drop_outside(weight: Tensor, min_weight: float, max_weight: float) -> Tensor:
-    # tested for being outside, so that a NaN weight stays NaN instead of vanishing
+    # tests for being outside the bounds, so that a NaN weight stays NaN instead of becoming 0
     return torch.where((weight < min_weight) | (weight > max_weight), 0, weight)

@@ -3,13 +3,13 @@
 Sequence b owns the tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1; it may be empty. A padded (B, L) tensor is the same
 layout after flattening, with cu_seqlens = arange(0, B*L + 1, L).
 
-Two alignments are in use. At *prediction positions* (this library's own) entry t speaks of the token after position t;
-at *token positions* (inference servers) it speaks of the token at t. They differ by a shift inside every sequence.
+There are two alignments. At *prediction positions* (this library's own) entry t refers to the token after position t;
+at *token positions* (inference servers) it refers to the token at t. They differ by a shift inside every sequence.
 
-A `cu_seqlens` that does not fit the stream raises on the CPU. On other devices, and under `torch.compile`, where
-looking would wait for the device, nothing is read out of bounds; floating results are NaN, and so are their gradients.
+A `cu_seqlens` that does not fit the stream raises on the CPU. On other devices and under `torch.compile` a check would
+wait for the device; there nothing is read out of bounds, and floating results and their gradients are NaN.
 
-Sequences may be split across ranks: then each passes its own parts of the same B sequences, and `group=`.
+Sequences may be split across ranks: each rank then passes its own parts of the same B sequences, and `group=`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed.agreement import in_step
+from kdloss._docs import documented
 
 from .parts import first_of_later_parts, sum_of_parts
+from .texts import PACKING_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-SEQUENCES = "the number of sequences of cu_seqlens"  # what ranks that share sequences have to agree on
+SEQUENCES = "the number of sequences of cu_seqlens"  # ranks that share sequences must agree on it
 
 
 def cu_seqlens_from_lengths(
@@ -40,11 +42,17 @@ def cu_seqlens_from_lengths(
         lengths: (B,) tokens of each sequence, int32 or int64, each >= 0.
 
     Returns:
-        (B + 1,) of the dtype of `lengths`, so int32 lengths give what flash-attention kernels take.
+        (B + 1,) of the dtype of `lengths`; flash-attention kernels take int32.
 
     Raises:
         TypeError: `lengths` is not int32 or int64.
-        ValueError: `lengths` is not one-dimensional, or (on the CPU) is negative somewhere or sums past its dtype.
+        ValueError: `lengths` is not one-dimensional, or (on the CPU) a length is negative or the sum exceeds its dtype.
+
+    Example:
+        >>> import torch, kdloss
+        >>> lengths = torch.tensor([4, 0, 3])
+        >>> kdloss.cu_seqlens_from_lengths(lengths).tolist()
+        [0, 4, 4, 7]
     """
     _checks.integral(lengths=lengths)
     if lengths.ndim != 1:
@@ -58,6 +66,7 @@ def cu_seqlens_from_lengths(
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
 
 
+@documented(PACKING_ARGS)
 def segment_ids(
     cu_seqlens: Tensor,  # (B + 1,)
     *,
@@ -66,8 +75,8 @@ def segment_ids(
     """Index in 0 .. B - 1 of the sequence that owns each token.
 
     Args:
-        cu_seqlens: (B + 1,) cumulative lengths.
-        total_tokens: T, a Python integer, so that the result's shape needs no device sync.
+        {cu_seqlens}
+        {total_tokens}
 
     Returns:
         (T,) int64, non-decreasing. Where `cu_seqlens` does not fit on a GPU, ids are clamped to 0 .. B - 1.
@@ -75,16 +84,23 @@ def segment_ids(
     Raises:
         TypeError: `cu_seqlens` is not int32 or int64.
         ValueError: `cu_seqlens` has a wrong shape or (on the CPU) does not run from 0 to `total_tokens`.
+
+    Example:
+        >>> import torch, kdloss
+        >>> cu_seqlens = torch.tensor([0, 2, 2, 5])  # the second sequence is empty
+        >>> kdloss.segment_ids(cu_seqlens, total_tokens=5).tolist()
+        [0, 0, 2, 2, 2]
     """
     return _layout(cu_seqlens, total_tokens).ids
 
 
 def segment_ids_and_fit(cu_seqlens: Tensor, *, total_tokens: int) -> tuple[Tensor, Tensor]:
-    """`segment_ids`, and () bool: whether `cu_seqlens` fits the stream. For functions that poison by themselves."""
+    """`segment_ids`, and () bool: whether `cu_seqlens` fits the stream. For callers that write the NaN themselves."""
     layout = _layout(cu_seqlens, total_tokens)
     return layout.ids, layout.fits
 
 
+@documented(PACKING_ARGS)
 def segment_sum(
     x: Tensor,  # (T,)
     *,
@@ -94,34 +110,40 @@ def segment_sum(
 ) -> Tensor:  # (B,)
     """Sum of the trained tokens of each sequence: out_b = sum over t in sequence b with loss_mask_t of x_t.
 
-    The sum runs in float64 (float32 where the device lacks it), so it does not drift with the length of the sequence.
+    The sum runs in float64 (float32 where the device lacks it), so its error does not grow with the sequence length.
 
     Args:
-        x: (T,) any per-token quantity; NaN or inf at untrained positions leaves no trace.
-        loss_mask: (T,) bool.
-        cu_seqlens: (B + 1,).
-        group: the ranks that each hold a part of every sequence (cut anywhere). Each passes its own part, with the
-            `cu_seqlens` of that part: T differs by rank, and is 0 on a rank with nothing; B does not. None: sequences
-            are whole.
+        x: (T,) values per token.
+        {loss_mask}
+        {cu_seqlens}
+        {group}
 
     Returns:
         (B,), differentiable in `x`; 0 for a sequence without a trained token. With `group` it is the sum over all
         parts, the same to the bit on every rank.
 
     Gradient with `group`:
-        That of the sum over ranks of what each rank descends, in this rank's `x`: what comes in is summed over the
-        ranks. So the backward is a collective too, and runs on every rank: `x` needs a gradient on all of them or on
-        none, a rank without tokens included.
+        That of the sum over ranks of what each rank descends, with respect to this rank's `x`: the incoming gradients
+        are summed over the ranks. So the backward is a collective too and runs on every rank: `x` needs a gradient on
+        all ranks or on none, including ranks without tokens.
 
     Raises:
-        TypeError: a dtype is wrong, or `group` is no process group.
-        ValueError: shapes differ, the stream is not flat, or `cu_seqlens` does not fit; with `group` also where its
-            backend cannot carry the tensors or, on the CPU, ranks differ in B. There all ranks raise what one does.
+        TypeError: a dtype is wrong, or `group` is not a process group.
+        ValueError: shapes differ, the stream is not flat, or `cu_seqlens` does not fit. With `group` also where its
+            backend cannot carry the tensors or, on the CPU, ranks differ in B; on the CPU an error on one rank is
+            raised on all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> x, loss_mask = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([True, True, False, True])
+        >>> kdloss.segment_sum(x, loss_mask=loss_mask, cu_seqlens=torch.tensor([0, 3, 4])).tolist()
+        [3.0, 8.0]
     """
     total = sum_of_parts(_sum_of_part(x, loss_mask, cu_seqlens, group), group)
     return total.to(_checks.promoted_dtype(x))
 
 
+@documented(PACKING_ARGS)
 def segment_mean(
     x: Tensor,  # (T,)
     *,
@@ -131,7 +153,32 @@ def segment_mean(
 ) -> Tensor:  # (B,)
     """Mean over the trained tokens of each sequence: out_b = segment_sum(x)_b / max(1, trained tokens of b).
 
-    Args, gradient and errors as in `segment_sum`. A sequence without a trained token gives 0, still attached.
+    Args:
+        x: (T,) values per token.
+        {loss_mask}
+        {cu_seqlens}
+        {group}
+
+    Returns:
+        (B,), differentiable in `x`; an attached 0 for a sequence without a trained token. With `group` it is the mean
+        over all parts, the same to the bit on every rank.
+
+    Gradient with `group`:
+        That of the sum over ranks of what each rank descends, with respect to this rank's `x`: the incoming gradients
+        are summed over the ranks. So the backward is a collective too and runs on every rank: `x` needs a gradient on
+        all ranks or on none, including ranks without tokens.
+
+    Raises:
+        TypeError: a dtype is wrong, or `group` is not a process group.
+        ValueError: shapes differ, the stream is not flat, or `cu_seqlens` does not fit. With `group` also where its
+            backend cannot carry the tensors or, on the CPU, ranks differ in B; on the CPU an error on one rank is
+            raised on all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> x, loss_mask = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([True, True, False, True])
+        >>> kdloss.segment_mean(x, loss_mask=loss_mask, cu_seqlens=torch.tensor([0, 3, 4])).tolist()
+        [1.5, 8.0]
     """
     total = _sum_of_part(x, loss_mask, cu_seqlens, group)
     count = _sum_of_part(torch.ones_like(x), loss_mask, cu_seqlens, None)
@@ -139,6 +186,7 @@ def segment_mean(
     return total / count.clamp(min=1)
 
 
+@documented(PACKING_ARGS)
 def broadcast_to_tokens(
     x: Tensor,  # (B,)
     *,
@@ -149,14 +197,21 @@ def broadcast_to_tokens(
 
     Args:
         x: (B,) of any dtype: rewards, advantages, or a boolean such as `rewards <= 0`.
-        cu_seqlens: (B + 1,).
-        total_tokens: T.
+        {cu_seqlens}
+        {total_tokens}
 
     Returns:
         (T,) of the dtype of `x`, differentiable where `x` is.
 
     Raises:
+        TypeError: `x` is not a tensor, or `cu_seqlens` is not int32 or int64.
         ValueError: `x` is not (B,), or `cu_seqlens` does not fit.
+
+    Example:
+        >>> import torch, kdloss
+        >>> advantages, cu_seqlens = torch.tensor([0.5, -0.5]), torch.tensor([0, 2, 5])
+        >>> kdloss.broadcast_to_tokens(advantages, cu_seqlens=cu_seqlens, total_tokens=5).tolist()
+        [0.5, 0.5, -0.5, -0.5, -0.5]
     """
     _checks.tensors(x=x, cu_seqlens=cu_seqlens)
     _checks.same_device("cu_seqlens", cu_seqlens, x=x)
@@ -166,6 +221,7 @@ def broadcast_to_tokens(
     return _poison(x.index_select(0, layout.ids), layout.fits)
 
 
+@documented(PACKING_ARGS)
 def next_token_labels(
     input_ids: Tensor,  # (T,)
     *,
@@ -177,17 +233,26 @@ def next_token_labels(
 
     Args:
         input_ids: (T,) integer token ids of the packed stream.
-        cu_seqlens: (B + 1,).
-        ignore_index: written where nothing follows. The library's own functions ignore -100.
-        group: as in `segment_sum`, with parts in rank order: the label at the end of a part is the first token of the
-            next part of that sequence that is not empty.
+        {cu_seqlens}
+        ignore_index: the label where nothing follows. The library's own functions ignore -100.
+        {group}
+            Parts follow one another in rank order: the label at the end of a part is the first token of the next part
+            of that sequence that is not empty.
 
     Returns:
         (T,) int64. No label crosses from one sequence into the next.
 
     Raises:
-        TypeError: `input_ids` is not int32 or int64, or `group` is no process group.
-        ValueError: the stream is not flat, or `cu_seqlens` does not fit; with `group` as in `segment_sum`.
+        TypeError: `input_ids` is not int32 or int64, or `group` is not a process group.
+        ValueError: the stream is not flat, or `cu_seqlens` does not fit. With `group` also where its backend cannot
+            carry the tensors or, on the CPU, ranks differ in B or `ignore_index`; on the CPU an error on one rank is
+            raised on all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> input_ids, cu_seqlens = torch.tensor([5, 6, 7, 8, 9]), torch.tensor([0, 3, 5])
+        >>> kdloss.next_token_labels(input_ids, cu_seqlens=cu_seqlens).tolist()
+        [6, 7, -100, 9, -100]
     """
     with in_step(group, input_ids) as agreed:
         _checks.integral(input_ids=input_ids)
@@ -206,6 +271,7 @@ def next_token_labels(
     return torch.where(at_cut, following.index_select(0, layout.ids), labels)
 
 
+@documented(PACKING_ARGS)
 def response_mask(
     prompt_lengths: Tensor,  # (B,)
     *,
@@ -220,12 +286,21 @@ def response_mask(
 
     Args:
         prompt_lengths: (B,) int32 or int64, tokens of each sequence that were given, not sampled.
-        cu_seqlens: (B + 1,).
-        total_tokens: T.
+        {cu_seqlens}
+        {total_tokens}
+
+    Returns:
+        (T,) bool, a `loss_mask` at prediction positions.
 
     Raises:
         TypeError: `prompt_lengths` is not int32 or int64.
         ValueError: `prompt_lengths` is not (B,), (on the CPU) is negative, or `cu_seqlens` does not fit.
+
+    Example:
+        >>> import torch, kdloss
+        >>> cu_seqlens = torch.tensor([0, 5])  # a prompt of two tokens and a response of three
+        >>> kdloss.response_mask(torch.tensor([2]), cu_seqlens=cu_seqlens, total_tokens=5).tolist()
+        [False, True, True, True, False]
     """
     _checks.integral(prompt_lengths=prompt_lengths, cu_seqlens=cu_seqlens)
     _checks.same_device("cu_seqlens", cu_seqlens, prompt_lengths=prompt_lengths)
@@ -242,6 +317,7 @@ def response_mask(
     return is_response & (next_offset < layout.length) & layout.fits
 
 
+@documented(PACKING_ARGS)
 def to_prediction_positions(
     x: Tensor,  # (T, ...)
     *,
@@ -250,24 +326,32 @@ def to_prediction_positions(
 ) -> Tensor:  # (T, ...)
     """From token positions to prediction positions: out[t] = x[t + 1] inside a sequence, `fill` at its last position.
 
-    This is what log-probs from an inference server need before they meet the library's. The first entry of every
-    sequence (the server's None) is dropped: nothing predicts that token.
+    Log-probs from an inference server need this before they are compared with the library's. The first entry of every
+    sequence (None from the server) is dropped: nothing predicts that token.
 
     Args:
-        x: (T, ...) per-token values at the token's own position.
-        cu_seqlens: (B + 1,).
-        fill: written at the last position of every sequence.
+        x: (T, ...) values per token, at the token's own position.
+        {cu_seqlens}
+        fill: the value at the last position of every sequence.
 
     Returns:
         (T, ...) of the dtype of `x`, differentiable in it.
 
     Raises:
+        TypeError: `x` is not a tensor, or `cu_seqlens` is not int32 or int64.
         ValueError: `cu_seqlens` does not fit.
+
+    Example:
+        >>> import torch, kdloss
+        >>> x, cu_seqlens = torch.tensor([0.0, -1.0, -2.0, 0.0, -4.0]), torch.tensor([0, 3, 5])
+        >>> kdloss.to_prediction_positions(x, cu_seqlens=cu_seqlens, fill=9.0).tolist()
+        [-1.0, -2.0, 9.0, -4.0, 9.0]
     """
     layout = _layout_of("x", x, cu_seqlens)
     return _shifted(x, -1, layout.offset + 1 < layout.length, fill, layout.fits)
 
 
+@documented(PACKING_ARGS)
 def to_token_positions(
     x: Tensor,  # (T, ...)
     *,
@@ -276,12 +360,31 @@ def to_token_positions(
 ) -> Tensor:  # (T, ...)
     """From prediction positions to token positions: out[t] = x[t - 1] inside a sequence, `fill` at its first position.
 
-    The inverse of `to_prediction_positions` but for the entry that each drops. Arguments and errors are the same.
+    The inverse of `to_prediction_positions`, except for the entry that each drops.
+
+    Args:
+        x: (T, ...) values per token, at the position that predicts the token.
+        {cu_seqlens}
+        fill: the value at the first position of every sequence.
+
+    Returns:
+        (T, ...) of the dtype of `x`, differentiable in it.
+
+    Raises:
+        TypeError: `x` is not a tensor, or `cu_seqlens` is not int32 or int64.
+        ValueError: `cu_seqlens` does not fit.
+
+    Example:
+        >>> import torch, kdloss
+        >>> x, cu_seqlens = torch.tensor([-1.0, -2.0, 9.0, -4.0, 9.0]), torch.tensor([0, 3, 5])
+        >>> kdloss.to_token_positions(x, cu_seqlens=cu_seqlens, fill=0.0).tolist()
+        [0.0, -1.0, -2.0, 0.0, -4.0]
     """
     layout = _layout_of("x", x, cu_seqlens)
     return _shifted(x, 1, layout.offset > 0, fill, layout.fits)
 
 
+@documented(PACKING_ARGS)
 def pack(
     padded: Tensor,  # (B, L, ...)
     *,
@@ -293,7 +396,8 @@ def pack(
     Args:
         padded: (B, L, ...) of any dtype.
         lengths: (B,) int32 or int64, each 0 .. L.
-        total_tokens: T, the sum of `lengths`, as a Python integer: a static shape, so no device sync.
+        {total_tokens}
+            It is the sum of `lengths`.
 
     Returns:
         (T, ...), differentiable in `padded`.
@@ -301,6 +405,12 @@ def pack(
     Raises:
         TypeError: `lengths` is not int32 or int64.
         ValueError: shapes disagree, or (on the CPU) a length exceeds L or the lengths do not sum to T.
+
+    Example:
+        >>> import torch, kdloss
+        >>> padded = torch.tensor([[1, 2, 0], [3, 4, 5]])
+        >>> kdloss.pack(padded, lengths=torch.tensor([2, 3]), total_tokens=5).tolist()
+        [1, 2, 3, 4, 5]
     """
     _checks.tensors(padded=padded)
     _checks.integral(lengths=lengths)
@@ -319,12 +429,13 @@ def pack(
     fits = layout.fits & (lengths <= length).all()
     index = layout.ids * length + layout.offset.clamp(0, max(length - 1, 0))
     stream = rearrange(padded, "b l ... -> (b l) ...")
-    if stream.shape[0] == 0:  # nothing to select from; the sum of nothing is a 0 on the graph
+    if stream.shape[0] == 0:  # nothing to select from; the sum of an empty tensor is an attached 0
         nothing = stream.sum(0, dtype=padded.dtype)
         return _poison(padded.new_zeros(total_tokens, *padded.shape[2:]) + nothing, fits)
     return _poison(stream.index_select(0, index), fits)
 
 
+@documented(PACKING_ARGS)
 def unpack(
     packed: Tensor,  # (T, ...)
     *,
@@ -336,7 +447,7 @@ def unpack(
 
     Args:
         packed: (T, ...) of any dtype.
-        cu_seqlens: (B + 1,).
+        {cu_seqlens}
         length: L, at least the longest sequence.
         fill: the padding value.
 
@@ -344,7 +455,14 @@ def unpack(
         (B, L, ...), differentiable in `packed`.
 
     Raises:
+        TypeError: `packed` is not a tensor, or `cu_seqlens` is not int32 or int64.
         ValueError: `cu_seqlens` does not fit, or (on the CPU) a sequence is longer than `length`: nothing is cut off.
+
+    Example:
+        >>> import torch, kdloss
+        >>> packed, cu_seqlens = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 2, 5])
+        >>> kdloss.unpack(packed, cu_seqlens=cu_seqlens, length=3).tolist()
+        [[1, 2, 0], [3, 4, 5]]
     """
     layout = _layout_of("packed", packed, cu_seqlens)
     lengths = cu_seqlens.diff()
@@ -352,7 +470,7 @@ def unpack(
         raise ValueError(f"length must hold the longest sequence {int(lengths.max())}, got {length}")
     if packed.shape[0] == 0:
         empty = packed.new_full((lengths.shape[0], length, *packed.shape[1:]), fill)
-        return empty + packed.sum(0, dtype=packed.dtype)  # the sum of nothing is a 0 on the graph
+        return empty + packed.sum(0, dtype=packed.dtype)  # the sum of an empty tensor is an attached 0
     column = torch.arange(length, device=packed.device)
     index = (cu_seqlens[:-1, None] + column).clamp(0, packed.shape[0] - 1)
     rows = packed.index_select(0, rearrange(index, "b l -> (b l)"))
@@ -362,15 +480,15 @@ def unpack(
 
 
 def at_starts(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` (T,) where each sequence begins, 0 where it is empty, and () bool: whether it is not. Both (B,)."""
+    """(B,) `x` at the first token of each sequence, 0 if it is empty, and (B,) bool: whether it is not empty."""
     present = cu_seqlens[1:] > cu_seqlens[:-1]
-    x = torch.cat([x, x.new_zeros(1)])  # to be read where a sequence has no token
+    x = torch.cat([x, x.new_zeros(1)])  # read for an empty sequence at the end
     first = x.index_select(0, cu_seqlens[:-1].clamp(0, x.shape[0] - 1))
     return torch.where(present, first, 0), present
 
 
 def _sum_of_part(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: ProcessGroup | None) -> Tensor:
-    """(B,) in the dtype for long sums: of this rank's part, checked in step with the other ranks."""
+    """(B,) sums of this rank's part, in the dtype for long sums. Checks agree with the other ranks of `group`."""
     with in_step(group, x) as agreed:
         _checks.per_token("x", x, loss_mask=loss_mask)
         _checks.packed_stream("x", x, cu_seqlens)
@@ -382,7 +500,7 @@ def _sum_of_part(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: Proces
 
 
 class _Layout(NamedTuple):
-    ids: Tensor  # (T,) int64: the sequence of each token, always a readable index
+    ids: Tensor  # (T,) int64: the sequence of each token, always a valid index
     offset: Tensor  # (T,): its position in that sequence
     length: Tensor  # (T,): the length of that sequence
     fits: Tensor  # () bool: cu_seqlens describes exactly T tokens
@@ -391,7 +509,7 @@ class _Layout(NamedTuple):
 def _layout(cu_seqlens: Tensor, total_tokens: int) -> _Layout:
     _checks.cumulative_lengths(cu_seqlens, total_tokens=total_tokens)
     position = torch.arange(total_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    # right=True: the last sequence that starts at or before the token, which steps over empty sequences
+    # right=True: the last sequence that starts at or before the token, which skips empty sequences
     ids = torch.searchsorted(cu_seqlens.contiguous(), position, right=True) - 1
     ids = ids.clamp(0, max(cu_seqlens.shape[0] - 2, 0))
     start = cu_seqlens.index_select(0, ids)
@@ -414,16 +532,16 @@ def _like(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _poison(x: Tensor, fits: Tensor) -> Tensor:
-    """NaN throughout where `fits` is False; integers and booleans, which have no NaN, become 0."""
+    """All NaN if `fits` is False; integers and booleans, which have no NaN, become 0."""
     if x.dtype.is_floating_point:
-        # through a product, so that the gradient is NaN as well: a 0 would pass for a step without data
+        # a product, so that the gradient is NaN as well: 0 would look like a step without data
         return torch.where(fits, x, x * torch.where(fits, 0.0, torch.nan))
-    # a 0-dim tensor of the same dtype: beside a bare number, booleans would become integers
+    # a 0-dim tensor of the same dtype: with a Python number, booleans would become integers
     return torch.where(fits, x, x.new_zeros(()))
 
 
 def _shifted(x: Tensor, steps: int, moved: Tensor, fill: float, fits: Tensor) -> Tensor:
-    """`x` rolled along the stream where `moved`, `fill` elsewhere; where `fits` is False NaN, or `fill` in integers."""
+    """`x` rolled along the stream where `moved`, `fill` elsewhere. If `fits` is False: NaN, or `fill` in integers."""
     floating = x.dtype.is_floating_point
     moved = moved | ~fits if floating else moved & fits
     shifted = torch.where(_like(moved, x), x.roll(steps, 0), x.new_full((), fill))

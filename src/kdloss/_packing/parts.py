@@ -1,11 +1,11 @@
-"""Sequences split across the ranks of a group (context parallel): what their parts make together.
+"""Sequences split across the ranks of a group (context parallel): results over all parts.
 
-Each rank holds a part of every one of the same B sequences, as a packed stream with a `cu_seqlens` (B + 1,) of its own.
+Each rank holds a part of every one of the same B sequences, as a packed stream with its own `cu_seqlens` (B + 1,).
 A part may be empty. Where the order matters (returns, labels), parts follow one another in rank order.
 
-Gradients follow one convention: the ranks descend the *sum* of their losses, as in a step whose gradients are summed,
-or averaged after a factor, over the ranks. So a sum over parts, which every rank gets, has as its gradient the sum of
-what comes in on every rank: one collective forward, one backward.
+Gradients follow one convention: the ranks descend the *sum* of their losses. Trainers do so when they sum gradients
+over the ranks, or average them and scale the loss. Every rank gets a sum over parts, so its gradient is the sum of the
+incoming gradients of all ranks: one collective forward, one backward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kdloss._distributed.collectives import gather, ordered_sum
 
 
 def sum_of_parts(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over the ranks, the same to the bit on each. Its gradient is the sum of what comes in on every rank."""
+    """The sum over the ranks, the same to the bit on each. Its gradient is the sum of all ranks' incoming gradients."""
     return x if group is None else _SumOfParts.apply(x, group)  # type: ignore[no-untyped-call]
 
 
@@ -41,8 +41,8 @@ def returns_of_later_parts(head: Tensor, decay: Tensor, group: ProcessGroup) -> 
     F_r = head_{r+1} + decay_{r+1} * F_{r+1}, and 0 on the last rank. Without gradient.
 
     Args:
-        head: (B,) the return at the first position of this part, within the part; 0 of an empty one.
-        decay: (B,) the discount across this part; 1 of an empty one.
+        head: (B,) the return at the first position of this part, within the part; 0 if it is empty.
+        decay: (B,) the discount across this part; 1 if it is empty.
     """
     parts = gather(torch.stack([head, decay]), group)
     following = torch.zeros_like(head)
@@ -52,11 +52,12 @@ def returns_of_later_parts(head: Tensor, decay: Tensor, group: ProcessGroup) -> 
 
 
 def first_of_later_parts(first: Tensor, present: Tensor, otherwise: int, group: ProcessGroup) -> Tensor:
-    """(B,) int64: `first` of the next rank whose part of the sequence is not empty; `otherwise` where there is none.
+    """(B,) int64: `first` of the next rank whose part of the sequence is not empty, or `otherwise` if there is none.
 
     Args:
         first: (B,) int64, the first token of this rank's part.
-        present: (B,) bool, whether this part has one.
+        present: (B,) bool, whether this part has a token.
+        otherwise: the value for sequences that end on this rank.
     """
     parts = gather(torch.stack([first, present.to(first.dtype)]), group)
     following = torch.full_like(first, otherwise)

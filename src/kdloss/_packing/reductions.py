@@ -1,8 +1,8 @@
 """From a per-token tensor to the scalar that is descended.
 
-The denominator is the caller's business: `normalizer=None` takes the local count, and a trainer that accumulates
-micro-batches or averages gradients over ranks passes the count of the whole optimizer step (divided by the world size
-where the wrapper averages), so that the parts sum to the whole exactly.
+The caller chooses the denominator. `normalizer=None` takes the local count. A trainer that accumulates micro-batches or
+averages gradients over ranks passes the count of the whole optimizer step (divided by the world size where the wrapper
+averages), so that the parts sum to the whole exactly.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.agreement import check_group, in_step
 from kdloss._distributed.collectives import all_ranks, global_sum
+from kdloss._docs import documented
 
 from .layout import segment_sum
+from .texts import PACKING_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,11 +30,12 @@ def token_mean(
     loss_mask: Tensor,  # as x, bool
     normalizer: float | Tensor | None = None,
 ) -> Tensor:  # ()
-    """Sum over trained tokens, over a token count: sum of x_t over loss_mask_t, / normalizer.
+    """Sum over trained tokens, divided by a token count: sum of x_t over loss_mask_t, / normalizer.
 
     Args:
-        x: per-token values of any shape; NaN or inf at untrained positions leaves no trace.
-        loss_mask: bool, the shape of `x`.
+        x: values per token, of any shape.
+        loss_mask: bool, the shape of `x`, True at trained tokens. Values at other tokens, NaN included, reach neither
+            the result nor the gradient.
         normalizer: the denominator in tokens, a number or a 0-dim tensor, detached. None: the trained tokens of `x`.
             The batch size here gives the mean over sequences of their token sums.
 
@@ -40,11 +43,19 @@ def token_mean(
         (), differentiable in `x`. 0, still attached to the graph, where the count or the normalizer is 0.
 
     Expected gradient:
-        Unbiased for a normalizer that does not depend on the samples; the local count biases by O(1/B).
+        Unbiased for a normalizer that does not depend on the samples; the local count biases it by O(1/B).
 
     Raises:
-        TypeError: `loss_mask` is not bool, `x` is not floating-point.
+        TypeError: `loss_mask` is not bool, or `x` is not floating-point.
         ValueError: shapes differ, or `normalizer` is negative, not finite or not 0-dim.
+
+    Example:
+        >>> import torch, kdloss
+        >>> x, loss_mask = torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])
+        >>> kdloss.token_mean(x, loss_mask=loss_mask).item()
+        2.0
+        >>> kdloss.token_mean(x, loss_mask=loss_mask, normalizer=8).item()  # the tokens of a whole step
+        0.5
     """
     _checks.per_token("x", x, loss_mask=loss_mask)
     _checks.normalizer(normalizer)
@@ -52,6 +63,7 @@ def token_mean(
     return _divide(total, loss_mask.sum() if normalizer is None else normalizer)
 
 
+@documented(PACKING_ARGS)
 def sequence_mean(
     x: Tensor,  # (T,)
     *,
@@ -62,27 +74,36 @@ def sequence_mean(
 ) -> Tensor:  # ()
     """Mean over sequences of the mean over their trained tokens (the 1/G sum 1/|o| sum of GRPO and of KDRL's J_RKL).
 
-    (1 / normalizer) * sum over b of (1 / |o_b|) * sum over trained t of sequence b of x_t
+        (1 / normalizer) * sum over b of (1 / |o_b|) * sum over trained t of sequence b of x_t
 
     Args:
-        x: (T,) per-token values; NaN or inf at untrained positions leaves no trace.
-        loss_mask: (T,) bool.
-        cu_seqlens: (B + 1,).
-        normalizer: the denominator in sequences, detached. None: the sequences with a trained token, on any rank of
-            `group`.
-        group: the ranks that each hold a part of every sequence, as in `segment_sum`. |o_b| counts all parts.
+        x: (T,) values per token.
+        {loss_mask}
+        {cu_seqlens}
+        normalizer: the denominator in sequences, a number or a 0-dim tensor, detached. None: the sequences with a
+            trained token, on any rank of `group`.
+        {group}
+            |o_b| counts all parts.
 
     Returns:
         (), differentiable in `x`; an attached 0 where the count or the normalizer is 0. With `group` it is this rank's
-        share: the shares of all ranks sum to the mean, in value and in gradient. The backward is no collective.
+        share: the shares of all ranks sum to the mean, in value and in gradient. The backward needs no collective.
 
     Expected gradient:
         Each token is weighted by 1/|o| of its own sampled sequence. That is a different objective from the KL or the
         expected reward, also for estimators that are unbiased token by token.
 
     Raises:
-        TypeError, ValueError: as `token_mean`; also where `x` is not flat or `cu_seqlens` does not fit, and with
-            `group` as in `segment_sum`.
+        TypeError: `loss_mask` is not bool, `x` is not floating-point, or `group` is not a process group.
+        ValueError: shapes differ, `x` is not flat, `cu_seqlens` does not fit, or `normalizer` is negative, not finite
+            or not 0-dim. With `group` also where its backend cannot carry the tensors or, on the CPU, ranks differ in
+            B; on the CPU an error on one rank is raised on all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> x, loss_mask = torch.tensor([1.0, 3.0, 8.0]), torch.tensor([True, True, True])
+        >>> kdloss.sequence_mean(x, loss_mask=loss_mask, cu_seqlens=torch.tensor([0, 2, 3])).item()  # (2 + 8) / 2
+        5.0
     """
     with in_step(group, x):
         _checks.tensors(x=x)
@@ -94,13 +115,14 @@ def sequence_mean(
 def mean_of_sequences(
     x: Tensor, trained: Tensor, *, loss_mask: Tensor, cu_seqlens: Tensor, normalizer: float | Tensor | None
 ) -> Tensor:
-    """`sequence_mean`, where the trained tokens of each whole sequence (B,) are known."""
+    """`sequence_mean`, given the trained tokens (B,) of each whole sequence."""
     means = segment_sum(x, loss_mask=loss_mask, cu_seqlens=cu_seqlens) / trained.clamp(min=1)
     if normalizer is None:
-        normalizer = (trained != 0).sum()  # of NaN too, where cu_seqlens does not fit: the mean must show it
+        normalizer = (trained != 0).sum()  # NaN counts, where cu_seqlens does not fit: the mean must be NaN and not 0
     return _divide(means.sum(), normalizer)
 
 
+@documented(PACKING_ARGS)
 def global_sequence_count(
     loss_mask: Tensor,  # (T,) bool
     *,
@@ -111,18 +133,27 @@ def global_sequence_count(
     """Sequences with a trained token, of all ranks: the `normalizer` of "sequence_mean" in a data-parallel step.
 
     Args:
-        loss_mask: (T,) bool, of this rank's tokens. A rank may have none.
-        cu_seqlens: (B + 1,), of this rank.
+        loss_mask: (T,) bool, True at trained tokens of this rank. A rank may have none.
+        {cu_seqlens}
+            They are this rank's.
         group: the ranks to count. None: all of them, or this process alone where torch.distributed is not in use.
-        split_group: the ranks that each hold a part of every one of this rank's sequences, all of them in `group`: a
-            sequence counts once, wherever its trained tokens lie. None: sequences are whole.
+        split_group: the ranks that each hold a part of every one of this rank's sequences, all of them in `group`. A
+            sequence then counts once, whichever parts its trained tokens are in. None: sequences are whole.
 
     Returns:
         () int64, the same on every rank. Divide it by the world size under wrappers that average gradients.
 
     Raises:
-        TypeError: `loss_mask` is not bool, or a group is no process group.
-        ValueError: shapes differ or `cu_seqlens` does not fit; with groups as in `segment_sum`.
+        TypeError: `loss_mask` is not bool, or a group is not a process group.
+        ValueError: shapes differ or `cu_seqlens` does not fit. With groups also where a backend cannot carry the
+            tensors or, on the CPU, ranks of `split_group` differ in B; on the CPU an error on one rank is raised on
+            all.
+
+    Example:
+        >>> import torch, kdloss
+        >>> loss_mask, cu_seqlens = torch.tensor([True, True, False, True]), torch.tensor([0, 2, 3, 4])
+        >>> kdloss.global_sequence_count(loss_mask, cu_seqlens=cu_seqlens).item()
+        2
     """
     ranks = all_ranks(group)
     with in_step(ranks, loss_mask):
@@ -130,11 +161,11 @@ def global_sequence_count(
         _checks.boolean(loss_mask=loss_mask)
         _checks.packed_stream("loss_mask", loss_mask, cu_seqlens)
         check_group(split_group, loss_mask, "split_group")
-    with in_step(ranks, loss_mask):  # a second time, as ranks of one split_group fail together, and not the others
+    with in_step(ranks, loss_mask):  # once more: an error in here is raised on the ranks of one split_group only
         ones = torch.ones_like(loss_mask, dtype=torch.float32)
         trained = segment_sum(ones, loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=split_group)
     count = (trained != 0).sum()
-    # of the ranks that share sequences one counts them
+    # one of the ranks that share sequences counts them
     counts = split_group is None or split_group.rank() == 0
     return global_sum(count if counts else torch.zeros_like(count), group)
 
@@ -143,6 +174,6 @@ def _divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
     if not isinstance(normalizer, Tensor):
         return total / normalizer if normalizer > 0 else torch.where(torch.zeros_like(total).bool(), total, 0)
     normalizer = normalizer.detach().to(total)
-    # NaN > 0 is False, so the test is == 0: a NaN normalizer shows
+    # == 0 and not > 0, which is False for NaN: a NaN normalizer must give NaN
     empty = normalizer == 0
     return torch.where(empty, 0, total / torch.where(empty, 1, normalizer))
