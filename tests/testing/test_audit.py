@@ -1,4 +1,4 @@
-"""Holds `kdloss.testing.audit`: every known objective is recognised, and what is none of them is not taken for one."""
+"""Holds `kdloss.testing.audit`: every known objective is recognised, and no other loss is taken for one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import kdloss
 from kdloss.testing import SequenceTree, audit, expected_gradient
 
-# float64: sums over 30 sequences of numbers of order 1, divided by a gradient norm of order 0.1
+# float64: sums over 30 sequences of values of order 1, divided by a gradient norm of order 0.1
 EXACT = 1e-12
 
 
@@ -26,9 +26,9 @@ def coefficients(fit):
 
 
 def per_sequence(f):
-    """A loss with the gradient -E[f(o) grad log q(o)], by the score function, for f of the whole response, detached.
+    """A score-function loss with the gradient -E[f(o) grad log q(o)], where f of the whole response o is detached.
 
-    From another policy's samples the ratio of the whole response keeps it exact.
+    The ratio of the whole response makes it exact for another policy's samples, too.
     """
 
     def loss(logp, old_logp, teacher_logp, loss_mask, rewards):  # one sequence a batch
@@ -39,8 +39,8 @@ def per_sequence(f):
     return loss
 
 
-# Every objective over whole sequences, estimated in a way that the auditor's closed forms do not use.
-# f is what is raised: minus the divergence, or the reward.
+# Every objective over whole sequences, estimated without the closed forms that the auditor uses.
+# E[f] is raised: f is minus the divergence, or the reward.
 SEQUENCE_OBJECTIVES = {
     "reverse KL (sequence)": lambda *, log_q, log_p, **_: log_p - log_q,
     "forward KL (sequence)": lambda *, log_q, log_p, **_: (log_p - log_q).exp(),
@@ -67,7 +67,7 @@ def ratio_times(advantage):
     return lambda logp, old_logp, teacher_logp: -(logp - old_logp).exp() * advantage(logp, teacher_logp).detach()
 
 
-# the same for objectives of each next-token distribution, at the prefixes that are visited
+# the same for objectives per next-token distribution, at the visited prefixes
 TOKEN_OBJECTIVES = {
     "reverse KL (token)": ratio_times(lambda q, p: p - q),
     "forward KL (token)": ratio_times(lambda q, p: (p - q).exp()),
@@ -83,7 +83,7 @@ def test_an_objective_over_tokens_is_recognised_whoever_samples(tree, objective)
     assert max(report.on_policy.residual, report.off_policy.residual) < EXACT
 
 
-# [loss, on-policy, off-policy], for a policy far from the student; None: none of the known objectives
+# (loss, on-policy, off-policy), for a behaviour policy far from the student; None: none of the known objectives
 def surrogate(logp, old_logp, advantages):
     return -(logp - old_logp).exp() * advantages
 
@@ -93,7 +93,7 @@ def surrogate_per_sequence_mean(logp, old_logp, advantages, loss_mask, cu_seqlen
 
 
 def tokens_of_the_students_prefixes(logp, old_logp, teacher_logp, loss_mask):  # one sequence a batch
-    log_ratio = (logp - old_logp)[loss_mask].cumsum(0)  # up to and with the token
+    log_ratio = (logp - old_logp)[loss_mask].cumsum(0)  # up to and including the token
     return -(log_ratio.exp() * (teacher_logp - logp)[loss_mask]).detach() @ logp[loss_mask]
 
 
@@ -131,7 +131,7 @@ def test_combinations_and_what_another_policys_samples_make_of_them(tree, loss, 
     assert report.on_policy.is_zero == (on_policy == {})
     assert coefficients(report.off_policy) == (off_policy or {})
     if off_policy is None:
-        assert report.off_policy.residual > 0.05  # all known objectives together do not explain it
+        assert report.off_policy.residual > 0.05  # all known objectives together do not fit
         assert report.off_policy.nearest.residual >= report.off_policy.residual
         assert not report.off_policy.is_zero
     expected = "any behaviour policy" if off_policy else "on-policy only"
@@ -182,7 +182,7 @@ def test_a_per_sequence_mean_of_the_literal_penalty_pushes_length(tree):
 
 
 def test_a_local_count_of_the_literal_penalty_pushes_length():
-    # one prompt: 225 pairs
+    # one prompt: 225 pairs of sequences
     report = audit(
         lambda logp, teacher_logp, loss_mask: kdloss.token_mean(
             kdloss.kl_k1(logp, teacher_logp, loss_mask=loss_mask), loss_mask=loss_mask
@@ -191,7 +191,7 @@ def test_a_local_count_of_the_literal_penalty_pushes_length():
         batch_size=2,
     )
     assert coefficients(report.on_policy) == {"expected 1/tokens of the batch": 1}
-    # with three lengths, a sum of the other two length objectives is the same at this student, and at no other
+    # with three lengths, a sum of the other two length objectives is equal at this student, but at no other
     assert report.on_policy.ambiguous == ()
 
 
@@ -244,12 +244,12 @@ def test_the_variance_is_that_of_one_batch():
         per_token = kdloss.kl_k2(logp, teacher_logp, loss_mask=loss_mask)
         return kdloss.token_mean(per_token, loss_mask=loss_mask, normalizer=normalizer)
 
-    # a mean of two independent sequences, as a loss per token and as a scalar that sees whole batches
+    # a mean over two independent sequences, as a per-token loss and as a scalar loss of whole batches
     for loss, normalizer in ((kdloss.kl_k2, None), (scalar, 2.0)):
         two = audit(loss, tree, batch_size=2, normalizer=normalizer).on_policy
         assert two.variance == pytest.approx(one.variance / 2, rel=1e-12)
         assert coefficients(two) == {"reverse KL (token)": 1}
-    # and a denominator scales the gradient by its inverse
+    # a denominator scales the gradient by its inverse
     fifth = audit(kdloss.kl_k2, tree, normalizer=5.0).on_policy
     assert coefficients(fifth) == {"reverse KL (token)": 0.2}
     assert fifth.variance == pytest.approx(one.variance / 25, rel=1e-12)
@@ -274,12 +274,12 @@ def test_a_clip_out_of_reach_on_this_tree_is_not_right_for_any_behaviour_policy(
 
 
 def test_a_small_tree_does_not_explain_everything():
-    """One prefix of three tokens has a gradient of two dimensions: any two known gradients span it."""
+    """The gradient at a single prefix of three tokens has two dimensions, so any two known gradients span it."""
     tree = SequenceTree(max_length=1)
     clipped = partial(kdloss.distillation_loss, kd_reward_clip=0.1, normalizer=1.0)
     assert audit(clipped, tree).on_policy.coefficients == {}
     assert coefficients(audit(unclipped_kdrl, tree).on_policy) == {"reverse KL (token)": 0.3, "expected reward": 1}
-    # where tokens are sequences, there is more than one reading of a fit, and it says so
+    # if every token is a sequence, more than one combination fits, and the report says so
     report = audit(kdloss.kl_k2, tree)
     assert coefficients(report.on_policy) == {"reverse KL (token)": 1}
     assert "reverse KL (sequence)" in report.on_policy.ambiguous
@@ -293,10 +293,10 @@ def test_a_tree_of_one_length_leaves_lengths_out():
 
 
 def test_coefficients_that_depend_on_the_student_are_no_objective():
-    """A mixture whose weight moves with the student is explained at one student, and differently at the next."""
+    """A mixture whose weight depends on the student fits at one student, and with other coefficients at the next."""
 
     def mixture(logp, teacher_logp, advantages, loss_mask, logits):
-        weight = logits[loss_mask][0].softmax(-1)[0].detach()  # of a token at the root, for all
+        weight = logits[loss_mask][0].softmax(-1)[0].detach()  # of one token at the root, for all
         return -weight * advantages * logp + (1 - weight) * (logp - teacher_logp) ** 2 / 2
 
     report = audit(mixture, SequenceTree(max_length=3, eos=0))

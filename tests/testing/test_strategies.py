@@ -1,4 +1,4 @@
-"""Holds the strategies of `kdloss.testing`: every awkward kind that they promise is drawn, and drawn often."""
+"""Holds the strategies of `kdloss.testing`: every kind of batch that they promise is drawn, and drawn often."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kdloss.testing.strategies import (
     packed_batches,
 )
 
-# The same ones every time.
+# drawn per strategy; the same ones in every run
 EXAMPLES = 300
 FLOATS = ("logp", "old_logp", "prox_logp", "teacher_logp", "advantages", "weights", "entropy")
 
@@ -106,7 +106,7 @@ PACKED: dict[str, Callable[[PackedBatch], bool]] = {
         (trained(b, "advantages") > 0).any() & (trained(b, "advantages") < 0).any()
     ),
     "a weight of exactly 0": lambda b: bool((trained(b, "weights") == 0).any()),
-    "a trained token that hears no teacher": lambda b: bool((b.loss_mask & ~b.kd_mask).any()),
+    "a trained token without the distillation term": lambda b: bool((b.loss_mask & ~b.kd_mask).any()),
     "prox between two policies": lambda b: bool((trained(b, "prox_logp") != trained(b, "old_logp")).any()),
     "cu_seqlens in int32": lambda b: b.cu_seqlens.dtype == torch.int32,
     "cu_seqlens in int64": lambda b: b.cu_seqlens.dtype == torch.int64,
@@ -184,9 +184,9 @@ def test_every_kind_is_drawn_and_drawn_often(name: str):
     for example in drawn(strategy()):
         for kind, is_one in kinds.items():
             counts[kind] += bool(is_one(example))
-    # of a hundred examples, which the suite draws for each test, one at least
+    # at least one of the hundred examples that the suite draws for each test
     assert [kind for kind, count in counts.items() if count < EXAMPLES / 100] == []
-    # and each kind leaves something out, so a test of it can fail
+    # and no kind includes every example, so each predicate can fail
     assert [kind for kind, count in counts.items() if count == EXAMPLES] == []
 
 
@@ -241,6 +241,6 @@ def test_fuzzing_shares_the_examples_out_and_counts_them():
     command = [sys.executable, "-m", "pytest", "-q", "tests/_packing/test_layout.py", "--fuzz", "31"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    # three hypothesis tests there, so eleven each; the others of that file are left out
+    # the file has three hypothesis tests, so eleven examples each; its other tests do not run
     assert "fuzz: 33 examples in 3 tests" in result.stdout
     assert "3 passed" in result.stdout

@@ -1,9 +1,9 @@
-"""Tools to test losses with, the library's own or yours: oracles, expected gradients by enumeration, an auditor.
+"""Tools for testing losses, the library's own or yours: oracles, exact expected gradients, an auditor.
 
-`reference` holds NumPy float64 oracles of every public function. `SequenceTree` is a language so small that every
-sequence can be listed with its probability, `expected_gradient` is the exact expected gradient of any loss on it, and
-`audit` says which known objectives that is. `kdloss.testing.strategies`, for users of hypothesis, is imported by name.
-Nothing else is needed beyond the library's own dependencies.
+`reference` has NumPy float64 oracles of every public function. `SequenceTree` is a language so small that every
+sequence can be listed with its probability. `expected_gradient` computes the exact expected gradient of any loss on it,
+and `audit` names the known objectives that this gradient consists of. `kdloss.testing.strategies` has strategies for
+hypothesis; import it by name. The rest needs only the library's own dependencies.
 """
 
 from kdloss.testing._audit.audit import audit as audit

@@ -1,7 +1,7 @@
-"""The exact expected gradient of a loss: every outcome, weighted by its probability, differentiated.
+"""The exact expected gradient of a loss: every outcome, weighted by its probability, is differentiated.
 
-No sampling and no tolerance for luck: what comes out is E[grad loss] to rounding, for any loss, with the student's
-logits of every prefix as the parameters.
+Nothing is sampled: the result is E[grad loss] up to rounding, for any loss. The parameters are the student's logits of
+every prefix.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ def expected_gradient(
     batch_size: int = 1,
     normalizer: float | None = None,
 ) -> Tensor:
-    """E over batches of `batch_size` sequences sampled from a policy of d loss / d student logits, (N, V).
+    """The exact expected gradient of a loss on a tree, with respect to the student's logits.
+
+    `E over batches of d loss / d student logits`: a batch is `batch_size` sequences sampled from the policy `under`.
 
     The loss is called with the fields of `TokenBatch` that its parameters name (`logp`, `old_logp`, `teacher_logp`,
     `advantages`, `rewards`, `loss_mask`, `cu_seqlens`, `labels`, `logits`, `entropy`, `lengths`), and with
-    `normalizer` where it is given and named; so the library's functions go in as they are, or through
-    `functools.partial`, and a loss of yours names what it needs. One with `**kwargs` is passed every field.
+    `normalizer` if it is given and the loss names it. A loss with `**kwargs` gets every field. So the library's
+    functions work directly or through `functools.partial`, and a loss of yours names what it needs.
 
-    A loss that returns one value per token is summed over tokens, divided by `normalizer` (default: `batch_size`), and
-    needs one stream: the expectation is linear. A scalar loss may couple the sequences of a batch (a token count, a
-    group's mean), so every batch is enumerated: S ** batch_size calls.
+    A per-token loss is summed over the trained tokens and divided by `normalizer` (default: `batch_size`). The
+    expectation is then linear in the sequences, so one call with all of them suffices. A scalar loss may couple the
+    sequences of a batch (a token count, a group's mean), so it is called for every batch: S ** batch_size calls, S the
+    number of sequences of the tree.
 
     Args:
-        loss: returns a (T,) tensor, a 0-dim tensor, or a tuple with a field `loss` that is one.
+        loss: returns a (T,) tensor, a 0-dim tensor, or a tuple with such a field `loss`.
         tree: the language and its policies.
-        under: "student" | "behaviour", the policy that samples. The prefixes follow it.
-        batch_size: sequences a batch.
-        normalizer: passed on to a scalar loss; the denominator of a per-token one.
+        under: "student" | "behaviour", the policy that samples the tokens and so the prefixes.
+        batch_size: sequences per batch.
+        normalizer: passed to a scalar loss that names it; the denominator of a per-token loss.
 
     Returns:
         (N, V) float64: row n is the gradient with respect to the logits of `tree.prefixes[n]`.
@@ -49,17 +52,27 @@ def expected_gradient(
     Raises:
         TypeError: the loss needs an argument that a batch does not have.
         ValueError: `under` is neither policy, or the loss returns another shape.
+
+    Example:
+        The policy gradient `-q (r - E[r])` of three equally likely tokens, of which the first has reward 1:
+
+        >>> import torch
+        >>> from kdloss.testing import SequenceTree, expected_gradient
+        >>> tree = SequenceTree(max_length=1, student=torch.zeros(1, 3), rewards=torch.tensor([1.0, 0.0, 0.0]))
+        >>> gradient = expected_gradient(lambda logp, advantages: -advantages * logp, tree)
+        >>> (9 * gradient).round().tolist()
+        [[-2.0, 1.0, 1.0]]
     """
     if under not in ("student", "behaviour"):
         raise ValueError(f'under must be "student" or "behaviour", got {under!r}')
-    # the probability of an outcome is not part of the loss: no gradient flows through it
+    # the probability of an outcome is not part of the loss, so it carries no gradient
     probability = tree.probabilities(tree.student if under == "student" else tree.behaviour).detach()
 
     whole = tree.batch(range(len(tree.sequences)), under=under)
     per_token = call_by_name(loss, whole, normalizer)
     if per_token.shape == whole.logp.shape and per_token.ndim == 1:
         of_token = torch.repeat_interleave(probability, whole.cu_seqlens.diff())
-        # summed over trained tokens by selection: a product with 0 would let NaN through
+        # select trained tokens instead of multiplying by 0, which would keep NaN
         trained = whole.loss_mask
         total = (of_token[trained] * per_token[trained]).sum() * batch_size
         return student_gradient(total / (batch_size if normalizer is None else normalizer), tree)
@@ -74,7 +87,7 @@ def expected_gradient(
 
 
 def call_by_name(loss: Callable[..., Any], batch: TokenBatch, normalizer: float | None) -> Tensor:
-    """Call a loss with the fields of a batch that it names; its `loss` where it returns a tuple with one."""
+    """Call a loss with the fields of a batch that it names; of a result with a field `loss`, return that."""
     offered = batch.named()
     if normalizer is not None:
         offered["normalizer"] = normalizer
@@ -86,7 +99,7 @@ def call_by_name(loss: Callable[..., Any], batch: TokenBatch, normalizer: float 
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in offered]
         if missing:
             raise TypeError(f"the loss needs {', '.join(missing)}, which a batch does not have; it has {[*offered]}")
-    # positionally where the loss insists on it, by name elsewhere
+    # by name, except for positional-only parameters
     positional = [arguments.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
     result = loss(*positional, **arguments)
     value: Tensor = getattr(result, "loss", result)
@@ -94,8 +107,8 @@ def call_by_name(loss: Callable[..., Any], batch: TokenBatch, normalizer: float 
 
 
 def student_gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
-    """(N, V) d scalar / d student logits. The graph is kept: several scalars may share it."""
-    if not scalar.requires_grad:  # a loss that holds nothing of the student has no gradient
+    """(N, V) d scalar / d student logits. The graph is kept, because several scalars may share it."""
+    if not scalar.requires_grad:  # a loss that does not depend on the student
         return torch.zeros_like(tree.student)
     (gradient,) = torch.autograd.grad(
         scalar, tree.student, allow_unused=True, materialize_grads=True, retain_graph=True

@@ -1,7 +1,7 @@
 """A language small enough to list: every sequence of a vocabulary up to a length, with its exact probability.
 
-A policy over it is one row of free logits per prefix, so a gradient with respect to the logits of the root is a
-gradient with respect to the first next-token distribution, and nothing hides behind a parametrisation.
+A policy is one row of free logits per prefix. The gradient with respect to the logits of the root is therefore the
+gradient with respect to the first next-token distribution, without a model in between.
 """
 
 from __future__ import annotations
@@ -19,47 +19,83 @@ from kdloss._packing.layout import broadcast_to_tokens, cu_seqlens_from_lengths
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences of a tree packed into one stream; fields are named as the library's arguments are."""
+    """Sequences of a tree, packed into one stream at prediction positions. Fields have the library's argument names.
 
-    logits: Tensor  # (T, V) of the student, attached to its parameters
-    labels: Tensor  # (T,) int64, -100 where nothing is trained
-    logp: Tensor  # (T,) attached
-    old_logp: Tensor  # (T,) of the policy that sampled
-    teacher_logp: Tensor  # (T,)
-    entropy: Tensor  # (T,) of the student, attached
-    rewards: Tensor  # (B,)
-    advantages: Tensor  # (T,) the reward of its sequence at every token
-    loss_mask: Tensor  # (T,) bool
-    cu_seqlens: Tensor  # (B + 1,)
-    lengths: Tensor = field(repr=False)  # (B,) response tokens
+    Attributes:
+        logits: (T, V) of the student, differentiable in its logits.
+        labels: (T,) int64, -100 at untrained positions.
+        logp: (T,) log-probs of the labels under the student, nats, differentiable in its logits.
+        old_logp: (T,) log-probs under the policy that sampled, nats, detached.
+        teacher_logp: (T,) log-probs under the teacher, nats.
+        entropy: (T,) of the student's next-token distribution, nats, differentiable in its logits.
+        rewards: (B,) one per sequence.
+        advantages: (T,) the reward of the sequence, at each of its tokens.
+        loss_mask: (T,) bool, True where the label is a response token.
+        cu_seqlens: (B + 1,) int64, cumulative lengths, prompts included.
+        lengths: (B,) int64, response tokens per sequence.
+
+    Example:
+        >>> from kdloss.testing import SequenceTree
+        >>> batch = SequenceTree(vocab_size=2, max_length=2, prompt_lengths=(2,)).batch([0])
+        >>> batch.labels.tolist()
+        [-100, 0, 0, -100]
+        >>> batch.loss_mask.tolist()
+        [False, True, True, False]
+    """
+
+    logits: Tensor
+    labels: Tensor
+    logp: Tensor
+    old_logp: Tensor
+    teacher_logp: Tensor
+    entropy: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    loss_mask: Tensor
+    cu_seqlens: Tensor
+    lengths: Tensor = field(repr=False)
 
     def named(self) -> dict[str, Any]:
+        """The fields as keyword arguments."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 class SequenceTree:
-    """Every response over tokens 0 .. V - 1 up to `max_length`, for one or several prompts, and three policies on it.
+    """Every response over tokens 0 .. V - 1 up to `max_length`, for one or several prompts, with three policies.
 
-    A response ends with `eos`, or at `max_length`. Prompts are equally likely, each with a tree of its own; they are
-    masked prefixes of the packed stream. Untrained positions hold `garbage` in every floating tensor, NaN by default:
-    a loss that lets it through shows.
+    A response ends with `eos` or at `max_length`. Prompts are equally likely. Each has a tree of its own, and is an
+    untrained prefix of its sequences in the packed stream. Untrained positions of every floating tensor hold `garbage`:
+    with NaN, the default, a loss that reads them shows it.
 
     Args:
-        vocab_size: V >= 2.
-        max_length: response tokens of the longest sequence, >= 1.
-        eos: the token that ends a response. None: all have `max_length` tokens.
-        prompt_lengths: tokens of each prompt, >= 1 (something must predict the first response token).
+        vocab_size: V, at least 2.
+        max_length: response tokens of the longest sequence, at least 1.
+        eos: the token that ends a response. None: every response has `max_length` tokens.
+        prompt_lengths: tokens of each prompt, at least 1, because the last one predicts the first response token.
         seed: of the random policies and rewards.
         scale: standard deviation of the random logits.
-        student, teacher, behaviour: (N, V) log-probabilities or logits per prefix, in the order of `prefixes`, in
-            place of the random ones. Float64.
-        rewards: (S,) one a sequence, in the order of `sequences`, in place of random ones.
-        garbage: what untrained positions hold.
+        student, teacher, behaviour: (N, V) logits or log-probs per prefix, in the order of `prefixes`; converted to
+            float64. None: random.
+        rewards: (S,) one per sequence, in the order of `sequences`. None: random.
+        garbage: the value at untrained positions.
 
     Attributes:
-        prefixes: list of (prompt, tokens), where tokens is the part of the response so far; the rows of the policies.
-        sequences: list of (prompt, tokens) of whole responses.
+        prefixes: list of N pairs (prompt, tokens), where tokens is the response so far: the rows of the policies.
+        sequences: list of S pairs (prompt, tokens), where tokens is a whole response.
         student, teacher, behaviour: (N, V) float64 logits; `student` requires grad.
+        rewards: (S,) float64.
+
+    Raises:
+        ValueError: `vocab_size`, `max_length` or a prompt length is too small, or a policy or `rewards` has another
+            shape.
+
+    Example:
+        >>> from kdloss.testing import SequenceTree
+        >>> tree = SequenceTree(vocab_size=2, max_length=2, eos=0)
+        >>> tree.sequences
+        [(0, (0,)), (0, (1, 0)), (0, (1, 1))]
+        >>> round(tree.probabilities(tree.student).sum().item(), 9)
+        1.0
     """
 
     def __init__(
@@ -90,7 +126,7 @@ class SequenceTree:
         shape = (len(self.prefixes), vocab_size)
 
         def policy(name: str, given: Tensor | None) -> Tensor:
-            # drawn even where it is given, so that giving one policy leaves the others as they were
+            # drawn even if it is given, so that giving one policy does not change the others
             drawn = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
             if given is None:
                 return drawn
@@ -104,24 +140,27 @@ class SequenceTree:
         drawn_rewards = torch.randn(len(self.sequences), generator=generator, dtype=torch.float64)
         rewards = drawn_rewards if rewards is None else rewards
         if rewards.shape != (len(self.sequences),):
-            raise ValueError(f"rewards must be one a sequence ({len(self.sequences)},), got {tuple(rewards.shape)}")
+            raise ValueError(f"rewards must be one per sequence ({len(self.sequences)},), got {tuple(rewards.shape)}")
         self.rewards = rewards.to(torch.float64)
 
     def probabilities(self, policy: Tensor) -> Tensor:
-        """(S,) the probability of every sequence under a policy (N, V) of logits; differentiable, summing to 1."""
+        """(S,) the probability of every sequence under a policy, (N, V) logits; sums to 1, differentiable in them."""
         return self.log_probabilities(policy).exp() / len(self.prompt_lengths)
 
     def log_probabilities(self, policy: Tensor) -> Tensor:
-        """(S,) the log-probability of every response given its prompt, nats."""
+        """(S,) the log-prob of every response given its prompt under a policy, (N, V) logits; nats, differentiable."""
         log_policy = policy.log_softmax(-1)
         return torch.stack([log_policy[rows, tokens].sum() for rows, tokens in map(self._path, self.sequences)])
 
     def batch(self, indices: Sequence[int], *, under: str = "student") -> TokenBatch:
-        """The sequences of `indices`, packed one after the other, with the log-probs of the policy that sampled them.
+        """The sequences of `indices`, packed in that order.
 
         Args:
-            indices: positions in `sequences`; repeats are legal.
-            under: "student" | "behaviour", the policy that sampled: where `old_logp` comes from.
+            indices: positions in `sequences`; they may repeat.
+            under: "student" | "behaviour", the policy that sampled, of which `old_logp` are the log-probs.
+
+        Returns:
+            `TokenBatch`.
         """
         paths = [self._path(self.sequences[i]) for i in indices]
         prompts = [self.prompt_lengths[self.sequences[i][0]] for i in indices]
@@ -174,6 +213,6 @@ class SequenceTree:
         return prefixes, sequences
 
     def _path(self, sequence: tuple[int, tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Rows of the policies that a response passes through, and the token taken in each."""
+        """The rows of the policies for a response's prefixes, and the token that follows each."""
         prompt, tokens = sequence
         return torch.tensor([self._row[prompt, tokens[:i]] for i in range(len(tokens))]), torch.tensor(tokens)

@@ -1,9 +1,10 @@
 """NumPy float64 oracles of the public functions, and `<name>_grad`, their analytic gradients, for tests.
 
-Each is written from its equation, token by token, and not from the torch code: agreement of the two is evidence. Names
-and parameters are the library's; array-likes in, float64, int64 or bool arrays out. A `_grad` of a per-token loss is
-d(sum of loss) / d logp; of a scalar reduction, d out / d x; of an objective, d loss / d logp; elsewhere it is the
-vector-Jacobian product with `upstream`. A weight of the objectives is a tensor only where it is an `np.ndarray`.
+Each oracle is written from its equation, token by token, and not from the torch code, so agreement of the two is
+evidence. Names and parameters are the library's. Arguments are array-likes; results are float64, int64 or bool arrays.
+`<name>_grad` is d(sum of loss) / d logp for a per-token loss, d out / d x for a scalar reduction, d loss / d logp for a
+scalar loss, and the vector-Jacobian product with `upstream` elsewhere. The scalar losses skip the term of a weight 0
+that is a Python number; an `np.ndarray` weight counts as a tensor.
 """
 
 from kdloss.testing._oracles.divergences import (

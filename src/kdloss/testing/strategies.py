@@ -1,21 +1,21 @@
-"""Hypothesis strategies: the batches on which losses break, for the library's own tests and for yours.
+"""Hypothesis strategies: batches on which losses break, for the library's own tests and for yours.
 
     from kdloss.testing.strategies import packed_batches
 
     @given(packed_batches())
-    def test_a_sequence_does_not_see_its_neighbours(batch):
+    def test_a_sequence_does_not_depend_on_its_neighbours(batch):
         whole = my_loss(batch.logp, batch.teacher_logp, loss_mask=batch.loss_mask)
         parts = [my_loss(b.logp, b.teacher_logp, loss_mask=b.loss_mask) for b in map(batch.take, range(batch.size))]
 
 `packed_batches` draws empty sequences, sequences of one token, sequences and batches without a trained token, NaN and
-inf under the mask, ratios of exp(200) and exp(-200), teachers of -inf and +inf, in float64, float32, bf16 and fp16.
-Hypothesis draws the lengths, the dtype, the flags and a seed, and a generator fills the tensors from the seed: an
-example takes a fraction of a millisecond, and shrinks in what matters.
+inf under the mask, ratios of exp(200) and exp(-200), and teacher log-probs of -inf and +inf, in float64, float32, bf16
+and fp16. Hypothesis draws the lengths, the dtype, the flags and a seed; a generator fills the tensors from the seed. So
+an example takes a fraction of a millisecond, and failures shrink to few sequences, few tokens and few flags.
 
-Log-probs lie on a grid of 1/64, so that their differences are exact in every dtype: `clipped` and its like do not
-depend on rounding, whatever the order of the arithmetic.
+Log-probs are multiples of 1/64, so their differences are exact in every dtype. Flags such as `clipped` therefore depend
+neither on rounding nor on the order of the arithmetic.
 
-This module needs hypothesis, and nothing else in the library imports it.
+This module needs hypothesis. Nothing else in the library imports it.
 """
 
 from __future__ import annotations
@@ -42,22 +42,43 @@ _GARBAGE = (math.nan, math.inf, -math.inf, 1e30, -1e30)
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences packed into one stream, at prediction positions. Field names are the library's argument names.
+    """Sequences packed into one stream, at prediction positions. Fields have the library's argument names.
 
-    Nothing requires grad: write `batch.logp.clone().requires_grad_()`.
+    No tensor requires grad: write `batch.logp.clone().requires_grad_()`.
+
+    Attributes:
+        logp, old_logp, prox_logp: (T,) log-probs of the student, of the policy that sampled and of the proximal policy.
+        teacher_logp: (T,) may be infinite at trained tokens.
+        advantages: (T,) some exactly 0.
+        weights: (T,) at least 0, some exactly 0.
+        entropy: (T,) positive.
+        loss_mask: (T,) bool. Where it is False, every floating tensor above may hold NaN or inf.
+        kd_mask: (T,) bool.
+        cu_seqlens: (B + 1,) int32 or int64.
+        rewards: (B,) finite.
+
+    Example:
+        >>> import torch
+        >>> from kdloss.testing.strategies import PackedBatch
+        >>> x, mask = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([True, True, False])
+        >>> batch = PackedBatch(x, x, x, x, x, -x, -x, mask, mask, torch.tensor([0, 1, 3]), torch.ones(2))
+        >>> batch.size, batch.lengths, batch.trained
+        (2, [1, 2], [1, 1])
+        >>> batch.take([1, 0]).logp.tolist()
+        [-2.0, -3.0, -1.0]
     """
 
-    logp: Tensor  # (T,)
-    old_logp: Tensor  # (T,)
-    prox_logp: Tensor  # (T,)
-    teacher_logp: Tensor  # (T,) may be infinite at trained tokens
-    advantages: Tensor  # (T,) some exactly 0
-    weights: Tensor  # (T,) >= 0, some exactly 0
-    entropy: Tensor  # (T,) > 0
-    loss_mask: Tensor  # (T,) bool; every floating tensor above may hold NaN or inf where it is False
-    kd_mask: Tensor  # (T,) bool
-    cu_seqlens: Tensor  # (B + 1,) int32 or int64
-    rewards: Tensor  # (B,)
+    logp: Tensor
+    old_logp: Tensor
+    prox_logp: Tensor
+    teacher_logp: Tensor
+    advantages: Tensor
+    weights: Tensor
+    entropy: Tensor
+    loss_mask: Tensor
+    kd_mask: Tensor
+    cu_seqlens: Tensor
+    rewards: Tensor
 
     @property
     def size(self) -> int:
@@ -66,17 +87,17 @@ class PackedBatch:
 
     @property
     def lengths(self) -> list[int]:
-        """The tokens of each sequence."""
+        """The number of tokens of each sequence."""
         return self.cu_seqlens.diff().tolist()
 
     @property
     def trained(self) -> list[int]:
-        """The trained tokens of each sequence."""
+        """The number of trained tokens of each sequence."""
         bounds = self.cu_seqlens.tolist()
         return [int(self.loss_mask[a:b].sum()) for a, b in pairwise(bounds)]
 
     def take(self, sequences: int | Sequence[int]) -> PackedBatch:
-        """The given sequences, packed in the given order: one of them, a micro-batch, or a permutation."""
+        """The given sequences, packed in the given order: a single one, a micro-batch, or a permutation."""
         chosen = [sequences] if isinstance(sequences, int) else list(sequences)
         bounds = self.cu_seqlens.tolist()
         positions = [t for b in chosen for t in range(bounds[b], bounds[b + 1])]
@@ -84,9 +105,9 @@ class PackedBatch:
         return self._at(positions, lengths, self.rewards[chosen])
 
     def stretch(self, lengths: Sequence[int], *, fill: float = math.nan) -> PackedBatch:
-        """Every sequence padded on the right to the given lengths, with untrained tokens that hold `fill`.
+        """Every sequence, padded on the right to the given length with untrained tokens that hold `fill`.
 
-        With B equal lengths L the stream is the flattened (B, L) form.
+        With B equal lengths L the stream is the flattened (B, L) layout.
         """
         positions: list[int] = []
         for start, old, new in zip(self.cu_seqlens.tolist(), self.lengths, lengths, strict=False):
@@ -100,7 +121,7 @@ class PackedBatch:
         return replace(stretched, loss_mask=stretched.loss_mask & ~padding)._filled(padding, fill)
 
     def with_garbage(self, value: float) -> PackedBatch:
-        """The same batch with `value` under the mask, in every floating per-token tensor."""
+        """The same batch with `value` at untrained tokens in every floating per-token tensor."""
         return self._filled(~self.loss_mask, value)
 
     def to(self, dtype: torch.dtype) -> PackedBatch:
@@ -135,19 +156,32 @@ def packed_batches(
     infinite_teacher: bool = True,
     garbage: bool = True,
 ) -> PackedBatch:
-    """Packed batches of every awkward kind.
+    """Packed batches with empty, short and untrained sequences, extreme values, and garbage under the mask.
 
     Args:
-        draw: given by hypothesis.
-        dtypes: of the floating tensors; one of them a batch.
+        draw: passed by hypothesis.
+        dtypes: of the floating tensors; a batch has one of them.
         min_sequences, max_sequences: bounds of B.
-        max_length: bound of the length of a sequence; 0 and 1 are drawn often.
+        max_length: largest length of a sequence; 0 and 1 are drawn often.
         huge_ratios: some batches have log-ratios of +200 and -200 nats.
-        infinite_teacher: some batches have `teacher_logp` of -inf, some of +inf, at trained tokens.
-        garbage: untrained positions hold NaN, inf, -inf and 1e30. Else what they would hold if trained.
+        infinite_teacher: in some batches `teacher_logp` is -inf, in others +inf, at some trained tokens.
+        garbage: untrained positions hold NaN, inf, -inf and 1e30. If False, they hold ordinary values.
+
+    Returns:
+        A strategy for `PackedBatch`.
+
+    Example:
+        >>> import kdloss
+        >>> from hypothesis import given
+        >>> from kdloss.testing.strategies import packed_batches
+        >>> @given(packed_batches(infinite_teacher=False))
+        ... def test_untrained_tokens_are_zero(batch):
+        ...     k1 = kdloss.kl_k1(batch.logp, batch.teacher_logp, loss_mask=batch.loss_mask)
+        ...     assert not k1[~batch.loss_mask].any()
+        >>> test_untrained_tokens_are_zero()
     """
     lengths = draw(st.lists(st.integers(0, max_length), min_size=min_sequences, max_size=max_sequences))
-    # one draw for all flags: a draw is what an example spends its time on
+    # one draw for all flags, because draws take most of the time of an example
     dtype, keep, huge, teacher, drop_sequences, cu_dtype = draw(
         _combinations(
             tuple(dtypes),
@@ -199,7 +233,7 @@ def packed_batches(
         return batch
     kinds = torch.tensor(_GARBAGE, dtype=torch.float64).to(dtype)
     values = kinds[(uniform[7] * len(_GARBAGE)).long()]
-    # each tensor gets another sort of garbage at the same token
+    # at one token, tensors next to each other hold different garbage
     filled = {
         name: torch.where(loss_mask, getattr(batch, name), values.roll(shift)) for shift, name in enumerate(_PER_TOKEN)
     }
@@ -208,10 +242,21 @@ def packed_batches(
 
 @dataclass(frozen=True)
 class LogitsBatch:
-    """Rows of logits and their labels. Field names are the library's argument names."""
+    """Rows of logits and their labels. Fields have the library's argument names.
 
-    logits: Tensor  # (T, V)
-    labels: Tensor  # (T,) or (T, K) int64, some -100; rows without a label may hold NaN or inf
+    Attributes:
+        logits: (T, V), rows without a label may hold NaN or inf.
+        labels: (T,) or (T, K) int64, some -100: no label.
+
+    Example:
+        >>> import torch
+        >>> from kdloss.testing.strategies import LogitsBatch
+        >>> LogitsBatch(torch.zeros(2, 3), torch.tensor([1, -100])).ignored.tolist()
+        [False, True]
+    """
+
+    logits: Tensor
+    labels: Tensor
 
     @property
     def ignored(self) -> Tensor:
@@ -223,13 +268,24 @@ class LogitsBatch:
 def logits_batches(
     draw: st.DrawFn, *, dtypes: Sequence[torch.dtype] = DTYPES, max_rows: int = 6, max_vocab: int = 9
 ) -> LogitsBatch:
-    """Logits of scales 1 to 1e3, some rows with an offset of 1e4, some logits -inf; garbage in rows without a label.
+    """Logits of scales from 1 to 1e3, with offsets of -1e4 and 1e3, and some of -inf; garbage in rows without a label.
 
     Args:
-        draw: given by hypothesis.
-        dtypes: of the logits.
-        max_rows: bound of T, from 0.
-        max_vocab: bound of V, from 1.
+        draw: passed by hypothesis.
+        dtypes: of the logits; a batch has one of them.
+        max_rows: largest T; the smallest is 0.
+        max_vocab: largest V; the smallest is 1.
+
+    Returns:
+        A strategy for `LogitsBatch`.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from kdloss.testing.strategies import logits_batches
+        >>> @given(logits_batches())
+        ... def test_only_rows_without_a_label_hold_garbage(batch):
+        ...     assert not batch.logits[~batch.ignored].isnan().any()
+        >>> test_only_rows_without_a_label_hold_garbage()
     """
     rows, vocab = draw(st.integers(0, max_rows)), draw(st.integers(1, max_vocab))
     (scale, offset), excluded, labels_per_row, dtype = draw(
@@ -240,7 +296,7 @@ def logits_batches(
     logits = scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64) + offset
     shape = (rows,) if labels_per_row is None else (rows, labels_per_row)
     labels = torch.randint(0, vocab, shape, generator=generator)
-    if excluded:  # never all of a row: a distribution has to be left
+    if excluded:  # never a whole row, which would not be a distribution
         out = torch.rand(rows, vocab, generator=generator) < 0.3
         out[:, 0] = False
         logits = logits.masked_fill(out, -math.inf)
@@ -252,13 +308,28 @@ def logits_batches(
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """Hidden states, an output head, and labels. Field names are the library's argument names."""
+    """Hidden states, an output head, and labels. Fields have the library's argument names.
 
-    hidden: Tensor  # (T, D) may hold NaN or inf in rows that are untrained or have no label
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    labels: Tensor  # (T,) or (T, K) int64, some -100
-    loss_mask: Tensor  # (T,) bool
+    Attributes:
+        hidden: (T, D), rows that are untrained or have no label may hold NaN or inf.
+        weight: (V, D).
+        bias: (V,) or None.
+        labels: (T,) or (T, K) int64, some -100: no label.
+        loss_mask: (T,) bool.
+
+    Example:
+        >>> import torch
+        >>> from kdloss.testing.strategies import HeadBatch
+        >>> labels, mask = torch.tensor([1, -100, 0]), torch.tensor([True, True, False])
+        >>> HeadBatch(torch.zeros(3, 2), torch.zeros(4, 2), None, labels, mask).used.tolist()
+        [True, False, False]
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    loss_mask: Tensor
 
     @property
     def used(self) -> Tensor:
@@ -279,14 +350,25 @@ def head_batches(
     max_vocab: int = 9,
     max_width: int = 4,
 ) -> HeadBatch:
-    """Hidden states with NaN and inf in unused rows; no, some or all rows trained; one or several labels a row.
+    """Hidden states with NaN and inf in unused rows; none, some or all rows trained; one or several labels per row.
 
     Args:
-        draw: given by hypothesis.
-        dtypes: of hidden states and head.
-        max_rows: bound of T, from 0.
-        max_vocab: bound of V, from 1.
-        max_width: bound of D, from 1.
+        draw: passed by hypothesis.
+        dtypes: of the hidden states and the head; a batch has one of them.
+        max_rows: largest T; the smallest is 0.
+        max_vocab: largest V; the smallest is 1.
+        max_width: largest D; the smallest is 1.
+
+    Returns:
+        A strategy for `HeadBatch`.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from kdloss.testing.strategies import head_batches
+        >>> @given(head_batches())
+        ... def test_only_unused_rows_hold_garbage(batch):
+        ...     assert batch.hidden[batch.used].isfinite().all()
+        >>> test_only_unused_rows_hold_garbage()
     """
     rows, vocab, width = (
         draw(st.integers(0, max_rows)),
@@ -316,22 +398,45 @@ def head_batches(
 
 @dataclass(frozen=True)
 class GroupedRewards:
-    """One reward a response, and the group that it belongs to. Field names are the library's argument names."""
+    """One reward per response, and the group of the response. Fields have the library's argument names.
 
-    rewards: Tensor  # (B,)
-    group_ids: Tensor  # (B,) int64, in any order, negative ones too
+    Attributes:
+        rewards: (B,) finite.
+        group_ids: (B,) int64, in any order, some negative.
+
+    Example:
+        >>> import torch
+        >>> from kdloss.testing.strategies import GroupedRewards
+        >>> GroupedRewards(torch.tensor([1.0, 0.0]), torch.tensor([7, 7])).rewards.tolist()
+        [1.0, 0.0]
+    """
+
+    rewards: Tensor
+    group_ids: Tensor
 
 
 @st.composite
 def grouped_rewards(
     draw: st.DrawFn, *, dtypes: Sequence[torch.dtype] = DTYPES, max_responses: int = 10
 ) -> GroupedRewards:
-    """Groups of any sizes in any order, one-member groups and groups of equal rewards among them.
+    """Groups of all sizes in any order, including groups of one response and groups of equal rewards.
 
     Args:
-        draw: given by hypothesis.
-        dtypes: of the rewards.
-        max_responses: bound of B, from 0.
+        draw: passed by hypothesis.
+        dtypes: of the rewards; a batch has one of them.
+        max_responses: largest B; the smallest is 0.
+
+    Returns:
+        A strategy for `GroupedRewards`.
+
+    Example:
+        >>> import kdloss
+        >>> from hypothesis import given
+        >>> from kdloss.testing.strategies import grouped_rewards
+        >>> @given(grouped_rewards())
+        ... def test_advantages_are_finite(batch):
+        ...     assert kdloss.leave_one_out_advantages(batch.rewards, group_ids=batch.group_ids).isfinite().all()
+        >>> test_advantages_are_finite()
     """
     size = draw(st.integers(0, max_responses))
     groups = draw(st.lists(st.sampled_from((-(2**62), -1, 0, 7, 2**62)), min_size=size, max_size=size))

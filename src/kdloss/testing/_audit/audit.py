@@ -1,8 +1,9 @@
 """The auditor: which known objectives does a loss descend, on the student's own samples and on another policy's?
 
-The expected gradient of the loss is exact: every outcome, weighted by its probability. So are the gradients of the
-known objectives: closed forms over the whole tree, differentiated. What remains is linear algebra: the sparsest
-combination of known gradients that is the gradient of the loss. Nothing is sampled, so nothing is luck.
+The expected gradient of the loss is exact: the sum over every outcome, weighted by its probability. So are the
+gradients of the known objectives, which are differentiated closed forms over the whole tree. The auditor finds the
+smallest combination of known gradients that equals the gradient of the loss. Nothing is sampled, so no result is due to
+chance.
 """
 
 from __future__ import annotations
@@ -31,39 +32,50 @@ def audit(
     normalizer: float | None = None,
     rtol: float = 1e-6,
 ) -> Audit:
-    """Which known objectives the expected gradient of a loss is made of, on-policy and off-policy.
+    """Find the known objectives that the expected gradient of a loss consists of, on-policy and off-policy.
 
-    The expected gradient g is exact. It is fitted with the gradients of
+    `g = E[grad loss] = sum of c_i grad J_i`, with the fewest known objectives J_i. g is exact. The J_i are
 
-    - the reverse KL, the forward KL and the entropy: token by token at the visited prefixes, where the probability of
-      visiting one is a constant, and over whole sequences;
-    - the expected reward, and the reward divided by each response's own length;
-    - the expected length and 1/length, and for batches the expected 1/tokens and reward / tokens;
-    - off-policy also KL(mu || q), which pulls the student to the policy mu that sampled, and the reward with one token
-      at a time from the student and the rest as sampled, which is what a ratio per token gives.
+    - the reverse KL, the forward KL and the entropy: per token at the visited prefixes, where the probability of
+      visiting a prefix counts as a constant, and over whole sequences;
+    - the expected reward, and the expected reward divided by each response's own length;
+    - the expected length and 1/length; for batches of several sequences also the expected 1/tokens and reward / tokens;
+    - off-policy also KL(mu || q), which pulls the student q towards the policy mu that sampled, and the expected reward
+      when one token at a time comes from the student and the others as sampled: the objective of per-token ratios.
 
-    The smallest combination that leaves less than `rtol` of g is taken; one of several terms must have the same
+    A combination fits if it leaves less than `rtol` of g. A combination of several terms must also fit with the same
     coefficients at another student and another behaviour policy. Coefficients are per sequence: the token-level
-    reverse KL sums over the tokens of a response and averages over responses.
+    reverse KL is summed over the tokens of a response and averaged over responses.
 
     Args:
-        loss: as for `expected_gradient`: called with the fields of `TokenBatch` that it names (`logp`, `old_logp`,
-            `teacher_logp`, `advantages`, `rewards`, `loss_mask`, `cu_seqlens`, `labels`, `logits`, `entropy`,
-            `lengths`); returns a (T,) tensor, a 0-dim tensor, or a tuple with a field `loss` that is one. A loss per
-            token is summed over the trained tokens and divided by `batch_size`. It is run with other policies, too, so
-            what it uses of them must come through its arguments.
-        tree: None: three tokens, responses of one to three tokens, two prompts, random policies.
-        batch_size: sequences a batch. A scalar loss is called for each of the S ** batch_size batches, several times.
-        normalizer: passed on to a scalar loss that names it; the denominator of a per-token one.
-        rtol: what may be left unexplained, relative to g. Exact fits leave 1e-15 in float64 and 1e-7 in float32.
+        loss: called with the fields of `TokenBatch` that its parameters name (`logp`, `old_logp`, `teacher_logp`,
+            `advantages`, `rewards`, `loss_mask`, `cu_seqlens`, `labels`, `logits`, `entropy`, `lengths`). Returns a
+            (T,) tensor, a 0-dim tensor, or a tuple with such a field `loss`. A per-token loss is summed over the
+            trained tokens and divided by `normalizer`. The loss is also called with other policies, so it must use
+            them through its arguments alone.
+        tree: the language and its policies. None: three tokens, responses of one to three tokens, two prompts, random
+            policies.
+        batch_size: sequences per batch. A scalar loss is called several times for each of the S ** batch_size batches,
+            S the number of sequences of the tree.
+        normalizer: passed to a scalar loss that names it; the denominator of a per-token loss (default: `batch_size`).
+        rtol: the part of g that may stay unexplained. Exact fits leave about 1e-15 in float64 and 1e-7 in float32.
 
     Returns:
-        `Audit`: `print` it.
+        `Audit`: a verdict and a table when printed; its fields have the same facts for a test.
 
     Raises:
         TypeError: the loss needs an argument that a batch does not have.
         ValueError: the loss returns another shape, is NaN or has a gradient that is not finite; `batch_size` or `rtol`
             is out of range.
+
+    Example:
+        >>> import kdloss
+        >>> from kdloss.testing import audit
+        >>> report = audit(kdloss.kl_k2)
+        >>> {name: round(x, 9) for name, x in report.on_policy.coefficients.items()}
+        {'reverse KL (token)': 1.0}
+        >>> report.scope
+        'on-policy only'
     """
     if batch_size < 1 or not 0 < rtol < 1:
         raise ValueError(f"batch_size must be >= 1 and rtol in 0 .. 1, got {batch_size} and {rtol}")
@@ -88,7 +100,7 @@ def audit(
             teacher_in_gradient |= float((other.mean - one.mean).norm()) > rtol * one.scale
             teacher_in_value |= not torch.allclose(one.values, other.values, rtol=rtol, atol=0, equal_nan=True)
 
-    # a behaviour policy near the student would pass a clip that acts on others
+    # a clip may leave a behaviour policy near the student untouched, and still act on one that is farther away
     far = _with(tree, behaviour=moved.behaviour)
     if not on.coefficients:
         scope = "off-policy only" if off.coefficients else "none"

@@ -17,7 +17,7 @@ from .known import ON_POLICY_NAME, expected_length, known_gradients
 from .moments import Moments
 from .report import Fit, Nearest
 
-_LARGEST_COMBINATION = 4  # terms; beyond it all known objectives are tried together
+_LARGEST_COMBINATION = 4  # terms; above this only all known objectives together are tried
 
 
 def fit_known(
@@ -29,7 +29,7 @@ def fit_known(
     batch_size: int,
     rtol: float,
 ) -> Fit:
-    """The smallest combination of known gradients; one of several terms must hold at the moved policies, too."""
+    """The smallest combination that fits; if it has several terms, it must also fit at the moved policies."""
     here, there = (known_gradients(t, under, batch_size) for t in (tree, moved))
     names = [name for name in here if name in there]
     columns, columns_moved = (np.array([known[name] for name in names]).T for known in (here, there))
@@ -56,11 +56,11 @@ def fit_known(
         if residual <= rtol:
             return result({name: float(solution[0])}, residual, nearest)
 
-    # a small tree has few free logits, and several terms may explain them by chance: not at two students at once,
-    # as long as there are fewer terms than logits
+    # A small tree has few free logits, and several terms can fit them by chance. They can't at two students at once,
+    # as long as there are fewer terms than logits.
     both = np.concatenate([columns, columns_moved])
     target_both = np.concatenate([target, sample_moved().mean.flatten().numpy()])
-    triangle = np.linalg.qr(np.column_stack([both, target_both])).R  # the same norms in fewer rows
+    triangle = np.linalg.qr(np.column_stack([both, target_both])).R  # same norms, fewer rows
     logits = 2 * (tree.student.numel() - len(tree.student))
     sizes = [n for n in (*range(2, _LARGEST_COMBINATION + 1), len(names)) if n <= len(names) and n < logits]
     least = nearest.residual
@@ -76,14 +76,14 @@ def fit_known(
 
 
 def _least_squares(columns: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> tuple[Any, float]:
-    """The coefficients, and what they leave relative to the target."""
+    """The coefficients, and the norm of the residual relative to the target's."""
     sizes = np.linalg.norm(columns, axis=0)
     solution = np.linalg.lstsq(columns / sizes, target, rcond=1e-10)[0] / sizes
     return solution, float(np.linalg.norm(columns @ solution - target) / np.linalg.norm(target))
 
 
 def _dependent(names: list[str], columns: npt.NDArray[np.float64]) -> tuple[str, ...]:
-    """The names that others can be written with: leaving one of them out does not lower the rank."""
+    """The names whose column depends linearly on the others: without one of them the rank is the same."""
     columns = columns / np.linalg.norm(columns, axis=0)
     rank = int(np.linalg.matrix_rank(columns, tol=1e-8))
     if rank == columns.shape[1]:
@@ -93,11 +93,11 @@ def _dependent(names: list[str], columns: npt.NDArray[np.float64]) -> tuple[str,
 
 
 def same(on_policy: Fit, off_policy: Fit, rtol: float) -> bool:
-    """Whether both fits name the same objectives, read on-policy, with the same coefficients."""
+    """Whether both fits have the same coefficients for the same objectives, by their on-policy names."""
     off = {ON_POLICY_NAME.get(name, name): c for name, c in off_policy.coefficients.items()}
     return _close(on_policy.coefficients, off, rtol)
 
 
 def _close(a: Mapping[str, float], b: Mapping[str, float], rtol: float) -> bool:
-    # objectives that nearly coincide on a tree magnify what a fit leaves
+    # where objectives nearly coincide on a tree, the residual of a fit is magnified in the coefficients
     return a.keys() == b.keys() and all(math.isclose(a[name], b[name], rel_tol=1e3 * rtol) for name in a)

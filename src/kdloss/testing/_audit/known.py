@@ -14,8 +14,8 @@ from kdloss.testing._expected_gradient import student_gradient
 from kdloss.testing._sequence_tree import SequenceTree
 
 LENGTHS = ("expected length", "expected 1/length", "expected 1/tokens of the batch")
-# Off-policy an objective can have a second reading: one token at a time from the student, the rest as sampled; or the
-# student's prefixes in place of those visited. On-policy the gradients are equal, and the two count as one.
+# Off-policy an objective has a variant: one token at a time comes from the student and the others as sampled, or the
+# prefixes are the student's and not those visited. On-policy the gradients are equal, and the two count as one.
 ON_POLICY_NAME = {
     "reverse KL (token, student's prefixes)": "reverse KL (token)",
     "expected reward (token by token)": "expected reward",
@@ -24,17 +24,18 @@ ON_POLICY_NAME = {
 
 
 def known_gradients(tree: SequenceTree, under: str, batch_size: int) -> dict[str, npt.NDArray[np.float64]]:
+    """The flat gradients of the objectives that this tree can identify."""
     known = {name: student_gradient(f, tree).flatten().numpy() for name, f in _known(tree, under, batch_size).items()}
-    # what is infinite on this tree (a KL outside the support) or constant (a length without eos) cannot be told
+    # not those that are infinite on this tree (a KL outside the support) or constant (a length without eos)
     known = {name: g for name, g in known.items() if np.isfinite(g).all()}
     size = max((float(np.linalg.norm(g)) for g in known.values()), default=0.0)
     return {name: g for name, g in known.items() if np.linalg.norm(g) > 1e-12 * size}
 
 
 def _known(tree: SequenceTree, under: str, batch_size: int) -> dict[str, Tensor]:
-    """The closed forms, in the sign in which +1 of each is descended. In order: of equally small fits the first counts.
+    """The closed forms, signed so that +1 of each is descended. Of equally small fits the first counts.
 
-    q student, p teacher, mu the policy that samples; d_n is the probability of visiting prefix n under mu.
+    q is the student, p the teacher, mu the policy that samples. `visits` has the probability under mu of each prefix.
     """
     log_q, log_p = tree.student.log_softmax(-1), tree.teacher.log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
@@ -62,7 +63,7 @@ def _known(tree: SequenceTree, under: str, batch_size: int) -> dict[str, Tensor]
         tokens = _batch_tokens(tree, batch_size)
         inverse = 1 / torch.arange(tokens.shape[0], dtype=torch.float64)
         known["expected 1/tokens of the batch"] = (tokens[1:] * inverse[1:]).sum()
-        # what each response adds to the batch's tokens moves with it, what the others add does not
+        # the gradient flows through a response's own tokens, and not through those of the others in the batch
         others = _batch_tokens(tree, batch_size - 1).detach()
         share = torch.stack([(others * inverse[n : n + others.shape[0]]).sum() for n in length.long().tolist()])
         known["expected reward / tokens of the batch"] = -batch_size * (of_q * tree.rewards * share).sum()
@@ -78,11 +79,11 @@ def _known(tree: SequenceTree, under: str, batch_size: int) -> dict[str, Tensor]
 
 
 def _visits(tree: SequenceTree, policy: Tensor) -> Tensor:
-    """(N,) the probability that a response passes through each prefix."""
+    """(N,) the probability that a response begins with each prefix."""
     log_policy = policy.detach().log_softmax(-1)
     reached: dict[tuple[int, tuple[int, ...]], Tensor] = {}
     row = {prefix: n for n, prefix in enumerate(tree.prefixes)}
-    for prompt, tokens in tree.prefixes:  # parents come first
+    for prompt, tokens in tree.prefixes:  # a parent comes before its children
         parent = (prompt, tokens[:-1])
         reached[prompt, tokens] = (
             reached[parent] + log_policy[row[parent], tokens[-1]] if tokens else log_policy.new_zeros(())
@@ -107,7 +108,7 @@ def expected_length(tree: SequenceTree) -> Tensor:
 
 
 def _batch_tokens(tree: SequenceTree, batch_size: int) -> Tensor:
-    """(n,) the distribution of the number of response tokens of a batch."""
+    """(n,) the distribution of the number of response tokens in a batch."""
     of_one = torch.zeros(tree.max_length + 1, dtype=torch.float64)
     of_one = of_one.index_add(0, _lengths(tree).long(), tree.probabilities(tree.student))
     of_batch = torch.ones(1, dtype=torch.float64)

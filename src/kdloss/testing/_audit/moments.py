@@ -1,4 +1,4 @@
-"""The first two moments of the gradient that one batch gives, over every batch that a policy can sample."""
+"""The mean and the variance of the gradient of one batch, over every batch that a policy can sample."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from kdloss.testing._sequence_tree import SequenceTree
 
 
 class Moments(NamedTuple):
-    mean: Tensor  # (N, V) E[g], g the gradient that one batch gives
+    """Of the gradient g of one batch."""
+
+    mean: Tensor  # (N, V) E[g]
     variance: float  # trace of the covariance of g
-    scale: float  # the root mean square of g, which says what a rounding error is
+    scale: float  # root mean square of g; rounding errors are judged relative to it
     values: Tensor  # (outcomes,) of the loss
 
 
@@ -28,11 +30,11 @@ def gradient_moments(
     value = call_by_name(loss, whole, normalizer)
     scalars: Iterator[Tensor]
     if value.ndim == 1 and value.shape == whole.logp.shape:
-        # linear in the sequences: one at a time tells all, and a batch is `copies` independent ones
+        # linear in the sequences: single sequences suffice, and a batch is `copies` independent ones
         copies, factor = batch_size, 1 if normalizer is None else batch_size / normalizer
         weights = list(probability)
         bounds = itertools.pairwise(whole.cu_seqlens.tolist())
-        # by selection: a product with 0 would let NaN through
+        # select trained tokens instead of multiplying by 0, which would keep NaN
         scalars = (factor * value[start:stop][whole.loss_mask[start:stop]].sum() for start, stop in bounds)
     elif value.ndim == 0:
         copies = 1
@@ -49,8 +51,8 @@ def gradient_moments(
     weight, gradient, value = torch.stack(weights), torch.stack(gradients), torch.stack(values)
     if not bool(gradient.isfinite().all() & ~value.isnan().any()):
         raise ValueError(
-            "the loss or its gradient is not finite. If the loss lets untrained positions through, which hold NaN: "
-            "torch.where(loss_mask, x, 0) before anything else, or audit it on a tree with garbage=0.0. If not, it is "
+            "the loss or its gradient is not finite. Either the loss reads untrained positions, which hold NaN: apply "
+            "torch.where(loss_mask, x, 0) before anything else, or audit it on a tree with garbage=0.0. Or it is "
             "infinite at this tree's policies"
         )
     mean = torch.einsum("s,snv->nv", weight, gradient)

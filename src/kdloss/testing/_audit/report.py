@@ -1,4 +1,4 @@
-"""What an audit says: the fit of one sampling policy, the two together, and the text that a person reads."""
+"""The result of an audit: the fit for each sampling policy, and the text that a person reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 class Nearest(NamedTuple):
-    """The one known objective that comes nearest, its coefficient, and what it leaves of the gradient."""
+    """The single known objective that fits best, its coefficient, and the relative norm of its residual."""
 
     objective: str
     coefficient: float
@@ -25,27 +25,39 @@ class Nearest(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """The expected gradient of a loss under one sampling policy, and the known objectives that it is made of."""
+    """The expected gradient of a loss under one sampling policy, and the known objectives that it consists of.
+
+    Attributes:
+        coefficients: known objective -> coefficient. +1 lowers divergences and 1/length, and raises rewards, entropies
+            and lengths: a loss that ascends the reward has +1. Empty if nothing fits or the gradient is zero.
+        residual: norm of the part of the gradient that the coefficients leave, relative to the gradient. If nothing
+            fits, the least that any combination leaves, here and at other policies. 0 for a zero gradient.
+        nearest: the single known objective that fits best, as (objective, coefficient, residual). None for a zero
+            gradient, and on a tree where every known gradient is zero.
+        is_zero: whether the expected gradient is zero up to rounding, compared with the gradients of single batches.
+        ambiguous: objectives that are linearly dependent on this tree, if the fit has one of them; other combinations
+            then fit as well. A tree with an `eos`, more lengths and more prompts tells them apart.
+        variance: trace of the covariance of the gradient of one batch.
+        length_drift: change of the expected length when the expected gradient is descended, tokens per unit of step
+            size.
+        gradient: (N, V) float64, the expected gradient with respect to the student's logits.
+
+    Example:
+        >>> import kdloss
+        >>> from kdloss.testing import audit
+        >>> fit = audit(kdloss.kl_k1).on_policy
+        >>> fit.is_zero, fit.coefficients, fit.variance > 0
+        (True, {}, True)
+    """
 
     coefficients: Mapping[str, float]
-    """Known objective -> coefficient. Divergences and 1/length count as lowered, rewards, entropies and lengths as
-    raised, so a loss that ascends the reward has +1. Empty where nothing fits, or the gradient is zero."""
     residual: float
-    """Norm of what the coefficients leave, relative to the gradient; where nothing fits, the least that any
-    combination leaves, here and at other policies. 0 for a zero gradient."""
     nearest: Nearest | None
-    """None for a zero gradient, and on a tree at which every known gradient is zero."""
     is_zero: bool
-    """Whether the expected gradient is zero to rounding, compared with the gradient of single batches."""
     ambiguous: tuple[str, ...]
-    """Objectives that are linearly dependent on this tree, where the fit has one of them: it is then one reading of
-    several. A tree with an `eos`, more lengths and more prompts tells them apart."""
     variance: float
-    """Trace of the covariance of the gradient that one batch gives."""
     length_drift: float
-    """Tokens per unit of step size by which descending the expected gradient changes the expected length."""
     gradient: Tensor = field(repr=False, compare=False)
-    """(N, V) float64, as `expected_gradient` gives it."""
 
     def __str__(self) -> str:
         if self.is_zero:
@@ -67,30 +79,44 @@ class Fit:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a loss descends. Its `str` is a verdict and a table; the fields are the same for a test."""
+    """What a loss descends: a verdict and a table when printed, the same facts as fields for a test.
+
+    Attributes:
+        on_policy: the fit for tokens and prefixes from the student.
+        off_policy: the fit for tokens and prefixes from the tree's behaviour policy.
+        scope: "any behaviour policy": the same known objectives with the same coefficients for every sampling policy.
+            "on-policy only": known objectives from the student's own samples, others or none from another policy's.
+            "off-policy only": known objectives from another policy's samples alone. "none": no known objective in
+            either case. The behaviour policies tried are the tree's and one more, far from it.
+        teacher_in_gradient: whether another teacher changes the expected gradient, on-policy or off-policy.
+        teacher_in_value: whether another teacher changes the value of the loss.
+
+    Example:
+        >>> import kdloss
+        >>> from kdloss.testing import audit
+        >>> report = audit(kdloss.kl_k1)
+        >>> report.teacher_in_value, report.teacher_in_gradient
+        (True, False)
+        >>> "the teacher does not enter this gradient" in report.verdicts
+        True
+    """
 
     on_policy: Fit
     off_policy: Fit
-    """Tokens and prefixes from the tree's behaviour policy."""
     scope: str
-    """ "any behaviour policy": the same known objectives with the same coefficients whoever samples. "on-policy only":
-    known objectives from the student's own samples, others or none from other policies'. "off-policy only": the
-    reverse. "none": nothing known either way. The behaviour policies tried are the tree's and one more, far from it."""
     teacher_in_gradient: bool
-    """Whether another teacher changes the expected gradient, on-policy or off-policy."""
     teacher_in_value: bool
-    """Whether another teacher changes the value of the loss."""
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """What a person should know, in sentences."""
+        """The findings, as sentences."""
         on, off = self.on_policy, self.off_policy
         said = [f"your loss descends {on}" + (f"; residual {residual_text(on.residual)}" if on.coefficients else "")]
         right = "this holds" if set(on.coefficients) <= set(LENGTHS) else "right"  # nobody asks for a length
         if self.scope == "any behaviour policy":
             said.append(f"{right} for any behaviour policy" + (", token by token" if "token by" in str(off) else ""))
         elif self.scope == "on-policy only":
-            # on a tree whose behaviour policy is the student, or near it, only the second policy tells
+            # if the tree's behaviour policy is near the student, only the second policy shows the difference
             same = "" if on.coefficients == off.coefficients else f"; from another policy's samples it descends {off}"
             said.append(f"{right} on-policy only{same}")
         elif self.scope == "off-policy only":
@@ -127,5 +153,5 @@ def residual_text(x: float) -> str:
 
 
 def number_text(x: float) -> str:
-    """Two decimals where they are exact, else four digits."""
+    """Two decimals if they are exact, else four digits."""
     return f"{x:.2f}" if math.isclose(x, round(x, 2), rel_tol=1e-6) else f"{x:.4g}"

@@ -24,7 +24,7 @@ class Form(NamedTuple):
 
 
 def distribution(logits: FloatArray, temperature: float) -> FloatArray:
-    """`softmax(x / τ)` of one row; -inf has no mass."""
+    """`softmax(x / τ)` of one row; -inf has mass 0."""
     z = logits / temperature
     weights = np.exp(z - z.max())
     masses: FloatArray = weights / weights.sum()
@@ -39,7 +39,7 @@ def kl(a: FloatArray, b: FloatArray) -> float:
 
 
 def _log_ratio(a: FloatArray, b: FloatArray) -> FloatArray:
-    """log(a / b) where a > 0, else 0: it stands beside a factor a."""
+    """log(a / b) where a > 0, else 0: it is always multiplied by a."""
     out = np.zeros(a.shape)
     here = a > 0
     with np.errstate(divide="ignore"):

@@ -1,7 +1,7 @@
 """Oracles for log-probs and entropies, from logits and from hidden states, row by row.
 
-One row: `z = ((W h + b) * logit_scale`, `z <- c tanh(z / c)`, `z <- z / τ`, `logp = z - logsumexp(z)`), over the first
-`vocab_size` entries only.
+One row: `x = (W h + b) s`, s = logit_scale; `z = cap(x) / τ`, `cap(x) = c tanh(x / c)`, c = softcap;
+`logp = z - logsumexp(z)`. Only the first `vocab_size` entries count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _log_softmax(logits: FloatArray, temperature: float, softcap: float | None) 
 
 
 def _entropy(logp: FloatArray) -> float:
-    """`-sum p log p` of one row, where an entry of probability 0 adds 0. NaN stays: it is no distribution."""
+    """`-sum p log p` of one row; an entry of probability 0 adds 0, a NaN row stays NaN."""
     present = logp[logp != -np.inf]
     return -float((np.exp(present) * present).sum())
 
@@ -70,18 +70,18 @@ def _row_gradient(
 
 
 def _per_row(name: str, x: ArrayLike, lead: tuple[int, ...]) -> FloatArray:
-    """A float, or one value per row, as one value per row."""
+    """A float or one value per row, as one value per row."""
     array = as_float(name, x)
     return np.broadcast_to(array, lead) if array.ndim == 0 else as_float(name, array, shape=lead)
 
 
 def _upstream(name: str, x: ArrayLike | None, shape: tuple[int, ...]) -> FloatArray:
-    """The upstream gradient of a result, 0 where it is not given."""
+    """The upstream gradient of a result, zeros if it is None."""
     return np.zeros(shape) if x is None else as_float(name, x, shape=shape)
 
 
 def _label_rows(labels: ArrayLike, lead: tuple[int, ...]) -> tuple[IntArray, IntArray]:
-    """The labels as they are, (...,) or (..., K), and with an axis K always: (..., K)."""
+    """The labels in their own shape, (...,) or (..., K), and as (..., K)."""
     labels = as_int("labels", labels)
     if labels.shape == lead:
         return labels, labels[..., None]
@@ -91,7 +91,7 @@ def _label_rows(labels: ArrayLike, lead: tuple[int, ...]) -> tuple[IntArray, Int
 
 
 def _scored(rows: IntArray, mask: BoolArray, vocab: int) -> Iterator[tuple[Index, list[int], list[int]]]:
-    """(row, places k of its valid labels, those labels) for every unmasked row that has one."""
+    """(row, places k of its valid labels, these labels) for every unmasked row with a valid label."""
     for row in trained(mask):
         places = [k for k, label in enumerate(rows[row]) if label != IGNORE_INDEX]
         targets = [int(rows[row][k]) for k in places]
@@ -175,7 +175,7 @@ token_logprobs, token_logprobs_grad = pair(token_logprobs_and_grad)
 def _linear_inputs(
     hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None, vocab_size: int | None
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """hidden (T, D), and the first vocab_size rows of weight (V, D) and of bias (V,), zeros without one."""
+    """hidden (T, D), and the first vocab_size rows of weight (V, D) and of bias (V,), zeros if it is None."""
     w = as_float("weight", weight)
     h = as_float("hidden", hidden, shape=(np.shape(hidden)[0], w.shape[1]))
     b = np.zeros(w.shape[0]) if bias is None else as_float("bias", bias, shape=w.shape[:1])
@@ -183,7 +183,7 @@ def _linear_inputs(
 
 
 def _linear_mask(loss_mask: ArrayLike | None, rows: IntArray, max_trained_tokens: int | None) -> BoolArray:
-    """The rows to score, (T,); more of them with a label than `max_trained_tokens` is a ValueError."""
+    """The rows to score, (T,); a ValueError if more than `max_trained_tokens` of them have a label."""
     mask = (
         np.ones(len(rows), dtype=np.bool_) if loss_mask is None else as_mask("loss_mask", loss_mask, shape=(len(rows),))
     )

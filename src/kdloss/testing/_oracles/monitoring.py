@@ -1,4 +1,4 @@
-"""Oracles for what is logged and scheduled: statistics of trained tokens, the distillation weight over training."""
+"""Oracles for diagnostics and schedules: statistics of the trained tokens, the distillation weight by step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def diagnostics(
     teacher_logp: ArrayLike | None = None,
     entropy: ArrayLike | None = None,
 ) -> dict[str, FloatArray]:
-    """Statistics over the N trained tokens, `ρ = exp(logp - old_logp)`; all 0 where N = 0.
+    """Statistics over the N trained tokens, `ρ = exp(logp - old_logp)`; all 0 if N = 0.
 
     tokens: N. ratio_mean, ratio_min, ratio_max: of ρ. approx_kl: `mean(ρ - 1 - log ρ)`. effective_sample_size:
     `(sum ρ)² / (N sum ρ²)`. logp, old_logp, entropy: means. teacher_logp: the mean of its finite values. reverse_kl:
-    `mean(logp - teacher_logp)`. teacher_neg_inf: how many teacher_logp are -inf. The last four only where given.
+    `mean(logp - teacher_logp)`. teacher_neg_inf: the number of teacher_logp that are -inf. entropy and the last three
+    are reported only if their argument is given.
     logp, old_logp, teacher_logp, entropy: (T,) float. loss_mask: (T,) bool. Returns a dict of 0-dim arrays.
     Source: approx_kl: Schulman, Approximating KL Divergence, 2020; effective sample size: Kish, Survey Sampling, 1965.
     """
@@ -40,7 +41,7 @@ def diagnostics(
     old = new if old_logp is None else values("old_logp", old_logp)
     log_ratios = [0.0 if old_logp is None else a - b for a, b in zip(new, old, strict=True)]
     ratios = [exp(x) for x in log_ratios]
-    # the effective sample size does not change with the scale of ρ, so its largest is set to 1
+    # the effective sample size does not depend on the scale of ρ, so the largest ρ is scaled to 1
     scaled = [exp(x - max(log_ratios)) for x in log_ratios]
     effective = sum(scaled) ** 2 / (len(scaled) * sum(r * r for r in scaled)) if scaled else 0.0
     result = {
@@ -92,6 +93,6 @@ def cosine(step: int, *, start: float, end: float, total_steps: int) -> float:
 def switch(step: int, *, before: float, after: float, at: int) -> float:
     """`w(step) = before` for step < at, else `after`.
 
-    step, at: optimizer steps. Source: design.md section 3, the distillation weight over training.
+    step, at: optimizer steps.
     """
     return before if step < at else after

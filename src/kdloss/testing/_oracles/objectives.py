@@ -38,7 +38,7 @@ class _KD(NamedTuple):
 
 
 def _skipped(weight: ArrayLike) -> bool:
-    """Whether a weight is a Python number, not an array, and 0."""
+    """Whether a weight is 0 and a Python number, not an array."""
     return not isinstance(weight, np.ndarray) and np.ndim(weight) == 0 and as_float("weight", weight) == 0
 
 
@@ -54,7 +54,7 @@ def _rl_term(
     dual_clip: float | None,
     weights: ArrayLike | None,
 ) -> _Term | None:
-    """The clipped surrogate with ratio q / prox, prox_logp None = old_logp; None at a Python weight of 0."""
+    """The clipped surrogate with ratio q / prox, prox_logp None = old_logp; None for a Python weight of 0."""
     if _skipped(weight):
         return None
     surrogate, grad = clipped_surrogate_and_grad(
@@ -79,7 +79,7 @@ def _kd_term(
     cu_seqlens: ArrayLike | None,
     options: _KD,
 ) -> _Term | None:
-    """The importance-sampled surrogate on the reverse-KL reward or its return, or k1 itself; None at a weight of 0."""
+    """The importance-sampled surrogate of the reverse-KL reward or its return, or k1; None for a Python weight of 0."""
     kd_mask, discount, clip, max_ratio, direct_penalty = options
     if direct_penalty and (discount != 0 or clip is not None or max_ratio is not None):
         raise ValueError("direct_penalty takes no kd_discount, kd_reward_clip or kd_max_ratio")
@@ -102,7 +102,7 @@ def _kd_term(
 
 
 def _weighted(weight: ArrayLike, x: FloatArray) -> FloatArray:
-    """`weight * x` per token, exactly 0 where either is 0."""
+    """`weight * x` per token, exactly 0 if either is 0."""
     w = np.broadcast_to(as_float("weight", weight), x.shape)
     y = np.zeros(x.shape)
     for t in np.ndindex(x.shape):

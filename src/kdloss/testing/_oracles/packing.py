@@ -1,4 +1,4 @@
-"""Oracles for the packed layout: cumulative lengths, sums over sequences, label shift, padding."""
+"""Oracles for the packed layout: cumulative lengths, sums over sequences, shifted labels, padding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cu_seqlens_from_lengths(lengths: ArrayLike) -> IntArray:
 def segment_ids(cu_seqlens: ArrayLike, *, total_tokens: int) -> IntArray:
     """`id_t = b` where `cu_b <= t < cu_{b+1}`.
 
-    cu_seqlens: (B+1,) int. Returns (T,) int64. Source: design.md section 2.
+    cu_seqlens: (B+1,) int. Returns (T,) int64.
     """
     ids = np.zeros(total_tokens, dtype=np.int64)
     for b, tokens in enumerate(segments(cu_seqlens, total_tokens)):
@@ -33,9 +33,9 @@ def segment_ids(cu_seqlens: ArrayLike, *, total_tokens: int) -> IntArray:
 
 
 def segment_sum(x: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLike) -> FloatArray:
-    """`y_b = sum of x_t over the trained tokens t of sequence b`, 0 where there are none.
+    """`y_b = sum of x_t over the trained tokens t of sequence b`, 0 without trained tokens.
 
-    x: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Returns (B,). Source: design.md section 4.
+    x: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Returns (B,).
     """
     x = as_float("x", x)
     mask = as_mask("loss_mask", loss_mask, shape=x.shape)
@@ -65,7 +65,7 @@ def segment_sum_grad(x: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLik
 def segment_mean(x: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLike) -> FloatArray:
     """`y_b = (sum of x_t over the trained tokens t of sequence b) / n_b`, n_b their number; 0 where n_b = 0.
 
-    x: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Returns (B,). Source: design.md section 4.
+    x: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Returns (B,).
     """
     x = as_float("x", x)
     mask = as_mask("loss_mask", loss_mask, shape=x.shape)
@@ -97,7 +97,7 @@ def segment_mean_grad(x: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLi
 def broadcast_to_tokens(x: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int) -> AnyArray:
     """`y_t = x_b` for every token t of sequence b.
 
-    x: (B,) float, int or bool. cu_seqlens: (B+1,) int. Returns (T,) of x's kind. Source: design.md section 4.
+    x: (B,) float, int or bool. cu_seqlens: (B+1,) int. Returns (T,) float64, int64 or bool, by x's kind.
     """
     x = as_wide(x)
     sequences = segments(cu_seqlens, total_tokens)
@@ -125,7 +125,7 @@ def broadcast_to_tokens_grad(
 def next_token_labels(input_ids: ArrayLike, *, cu_seqlens: ArrayLike, ignore_index: int = -100) -> IntArray:
     """`label_t = input_{t+1}` where t + 1 is in the same sequence, else `ignore_index`.
 
-    input_ids: (T,) int. cu_seqlens: (B+1,) int. Returns (T,) int64. Source: design.md section 2, Alignment.
+    input_ids: (T,) int. cu_seqlens: (B+1,) int. Returns (T,) int64.
     """
     ids = as_int("input_ids", input_ids)
     labels = np.full(ids.shape, ignore_index, dtype=np.int64)
@@ -137,9 +137,9 @@ def next_token_labels(input_ids: ArrayLike, *, cu_seqlens: ArrayLike, ignore_ind
 
 
 def response_mask(prompt_lengths: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int) -> BoolArray:
-    """`m_t = (o + 1 >= prompt_b) and (o + 1 < n_b)`, o the offset of t in sequence b: labels[t] is a response token.
+    """`m_t = (o + 1 >= prompt_b) and (o + 1 < n_b)`, o the offset of t in b: whether labels[t] is a response token.
 
-    prompt_lengths: (B,) int, tokens. cu_seqlens: (B+1,) int. Returns (T,) bool. Source: design.md section 2, Alignment.
+    prompt_lengths: (B,) int, tokens. cu_seqlens: (B+1,) int. Returns (T,) bool.
     """
     sequences = segments(cu_seqlens, total_tokens)
     prompts = as_int("prompt_lengths", prompt_lengths, shape=(len(sequences),))
@@ -164,8 +164,7 @@ def _shift(x: ArrayLike, cu_seqlens: ArrayLike, step: int, fill: float) -> AnyAr
 def to_prediction_positions(x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float) -> AnyArray:
     """`y_t = x_{t+1}` in the same sequence, `fill` at each sequence's last position.
 
-    x: (T,) any kind, entry t about token t. cu_seqlens: (B+1,). Returns (T,).
-    Source: design.md section 2, Alignment.
+    x: (T,) any kind, entry t belongs to token t. cu_seqlens: (B+1,). Returns (T,).
     """
     return _shift(x, cu_seqlens, 1, fill)
 
@@ -173,7 +172,7 @@ def to_prediction_positions(x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float)
 def to_prediction_positions_grad(
     x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float, upstream: ArrayLike
 ) -> FloatArray:
-    """`dx_t = u_{t-1}` in the same sequence, 0 at each first position: x_t is read by y_{t-1} alone.
+    """`dx_t = u_{t-1}` in the same sequence, 0 at each first position: only y_{t-1} depends on x_t.
 
     x: (T,). cu_seqlens: (B+1,). upstream: (T,). Returns (T,). Source: derived from `to_prediction_positions`.
     """
@@ -183,14 +182,13 @@ def to_prediction_positions_grad(
 def to_token_positions(x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float) -> AnyArray:
     """`y_t = x_{t-1}` in the same sequence, `fill` at each sequence's first position.
 
-    x: (T,) any kind, entry t about token t + 1. cu_seqlens: (B+1,). Returns (T,).
-    Source: design.md section 2, Alignment.
+    x: (T,) any kind, entry t belongs to token t + 1. cu_seqlens: (B+1,). Returns (T,).
     """
     return _shift(x, cu_seqlens, -1, fill)
 
 
 def to_token_positions_grad(x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float, upstream: ArrayLike) -> FloatArray:
-    """`dx_t = u_{t+1}` in the same sequence, 0 at each last position: x_t is read by y_{t+1} alone.
+    """`dx_t = u_{t+1}` in the same sequence, 0 at each last position: only y_{t+1} depends on x_t.
 
     x: (T,). cu_seqlens: (B+1,). upstream: (T,). Returns (T,). Source: derived from `to_token_positions`.
     """
@@ -198,9 +196,9 @@ def to_token_positions_grad(x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float,
 
 
 def pack(padded: ArrayLike, *, lengths: ArrayLike, total_tokens: int) -> AnyArray:
-    """`y = concatenation over b of padded_{b, :n_b}`, of `total_tokens` = sum of n_b tokens.
+    """`y = concatenation over b of padded_{b, :n_b}`, `total_tokens` = the sum of the n_b.
 
-    padded: (B, L, ...) any kind, right-padded. lengths: (B,) int. Returns (T, ...). Source: design.md section 2.
+    padded: (B, L, ...) any kind, right-padded. lengths: (B,) int. Returns (T, ...).
     """
     padded = as_wide(padded)
     sizes = as_int("lengths", lengths, shape=padded.shape[:1])
@@ -230,7 +228,6 @@ def unpack(packed: ArrayLike, *, cu_seqlens: ArrayLike, length: int, fill: float
     """`y_{b, i} = packed_{cu_b + i}` for i < n_b, else `fill`.
 
     packed: (T, ...) any kind. cu_seqlens: (B+1,) int. Returns (B, length, ...), right-padded.
-    Source: design.md section 2.
     """
     packed = as_wide(packed)
     sequences = segments(cu_seqlens, packed.shape[0])
@@ -246,7 +243,7 @@ def unpack(packed: ArrayLike, *, cu_seqlens: ArrayLike, length: int, fill: float
 def unpack_grad(
     packed: ArrayLike, *, cu_seqlens: ArrayLike, length: int, fill: float = 0, upstream: ArrayLike
 ) -> FloatArray:
-    """`dpacked_{cu_b + i} = u_{b, i}` for i < n_b: unpack copies, and the padding holds none of `packed`.
+    """`dpacked_{cu_b + i} = u_{b, i}` for i < n_b: unpack copies, and the padding does not depend on `packed`.
 
     packed: (T, ...). cu_seqlens: (B+1,). upstream: (B, length, ...). Returns (T, ...). Source: derived from `unpack`.
     """

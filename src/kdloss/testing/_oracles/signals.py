@@ -1,4 +1,4 @@
-"""Oracles for what a token is pushed by: sampled KL estimators, rewards, returns, advantages, importance weights.
+"""Oracles for the signals of a token: sampled KL estimators, rewards, returns, advantages, importance weights.
 
 q the student, p the teacher; `logp = log q(token)`, `teacher_logp = log p(token)`. Per-token functions take any shape.
 """
@@ -38,7 +38,7 @@ def kl_k1(logp: ArrayLike, teacher_logp: ArrayLike, *, loss_mask: ArrayLike) -> 
 
 
 def kl_k1_grad(logp: ArrayLike, teacher_logp: ArrayLike, *, loss_mask: ArrayLike) -> FloatArray:
-    """`d k1 / d log q = 1`: the teacher drops out.
+    """`d k1 / d log q = 1`, which does not depend on the teacher.
 
     logp, teacher_logp: (T,). loss_mask: (T,) bool. Returns (T,). Source: derived from `kl_k1`.
     """
@@ -87,7 +87,7 @@ def _expm1(x: float) -> float:
 def reverse_kl_reward(
     logp: ArrayLike, teacher_logp: ArrayLike, *, loss_mask: ArrayLike, clip: float | None = None
 ) -> FloatArray:
-    """`R = clamp(log p - log q, -clip, clip)`, detached: it has no gradient.
+    """`R = clamp(log p - log q, -clip, clip)`, detached.
 
     logp, teacher_logp: (T,) float. loss_mask: (T,) bool. clip: nats. Returns (T,), nats.
     Source: KDRL, arXiv 2506.02208, the reward of J_RKL.
@@ -121,7 +121,7 @@ def discounted_returns(
 
 
 def _groups(size: int, group_size: int | None, group_ids: ArrayLike | None) -> list[list[int]]:
-    """The indices of each group, from exactly one of group_size (consecutive) and group_ids (any int64)."""
+    """The indices of each group, from exactly one of group_size (consecutive groups) and group_ids (any int64)."""
     if (group_size is None) == (group_ids is None):
         raise ValueError("exactly one of group_size and group_ids must be given")
     if group_size is not None:
@@ -142,7 +142,7 @@ def group_relative_advantages(
     scale_by_std: bool = True,
     eps: float = 1e-6,
 ) -> FloatArray:
-    """`A_i = (r_i - mean) / (std + eps)`, std over n - 1; `A_i = r_i - mean` unscaled; 0 where a group's max = min.
+    """`A_i = (r_i - mean) / (std + eps)`, std over n - 1; `A_i = r_i - mean` unscaled; 0 if a group's max = min.
 
     rewards: (B,) float. group_ids: (B,) int. Returns (B,). Source: GRPO, arXiv 2402.03300; unscaled: arXiv 2503.20783.
     """
@@ -162,7 +162,7 @@ def group_relative_advantages(
 def leave_one_out_advantages(
     rewards: ArrayLike, *, group_size: int | None = None, group_ids: ArrayLike | None = None
 ) -> FloatArray:
-    """`A_i = r_i - mean of the other rewards of its group`; 0 in a group of one, and where a group's max = min.
+    """`A_i = r_i - mean of the other rewards of its group`; 0 in a group of one, and if a group's max = min.
 
     rewards: (B,) float. group_ids: (B,) int. Returns (B,). Source: RLOO, arXiv 2402.14740.
     """
@@ -181,7 +181,7 @@ def leave_one_out_advantages(
 def fold_kd_reward(
     advantages: ArrayLike, kd_reward: ArrayLike, *, rl_loss_weight: float = 1.0, distill_loss_weight: ArrayLike
 ) -> FloatArray:
-    """`A'_t = rl_loss_weight * A_t + distill_loss_weight * R_t`, detached; weight 0 gives 0, even against inf or NaN.
+    """`A'_t = rl_loss_weight * A_t + distill_loss_weight * R_t`, detached; 0 times inf or NaN counts as 0.
 
     advantages, kd_reward: (T,) float. distill_loss_weight: float or (T,). Returns (T,).
     Source: KDRL, arXiv 2506.02208, equation 8, for a trainer whose loss is linear in the advantage.
@@ -204,7 +204,7 @@ def _log_ratios(prox_logp: ArrayLike, old_logp: ArrayLike, loss_mask: ArrayLike)
 def truncated_importance_weights(
     prox_logp: ArrayLike, old_logp: ArrayLike, *, loss_mask: ArrayLike, max_weight: float = 2.0
 ) -> FloatArray:
-    """`w = min(prox / old, max_weight)`, detached; at untrained tokens the ratio is 1.
+    """`w = min(prox / old, max_weight)`, detached; the ratio is 1 at untrained tokens.
 
     prox_logp, old_logp: (T,) float. loss_mask: (T,) bool. Returns (T,).
     Source: TIS: Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL Training, 2025.
@@ -220,7 +220,7 @@ def truncated_importance_weights(
 def masked_importance_weights(
     prox_logp: ArrayLike, old_logp: ArrayLike, *, loss_mask: ArrayLike, min_weight: float = 0.5, max_weight: float = 5.0
 ) -> FloatArray:
-    """`w = prox / old` where `min_weight <= prox / old <= max_weight`, else 0; detached; untrained: the ratio is 1.
+    """`w = prox / old` if `min_weight <= prox / old <= max_weight`, else 0; detached. Untrained tokens have ratio 1.
 
     prox_logp, old_logp: (T,) float. loss_mask: (T,) bool. Returns (T,). Source: IcePop, arXiv 2510.18855.
     """

@@ -1,7 +1,7 @@
-"""What the NumPy float64 oracles share: array types, named tuples, the reading of arguments, arithmetic.
+"""Shared by the NumPy float64 oracles: array types, named tuples, conversion of arguments, arithmetic.
 
-Every oracle walks over the trained tokens one by one and never touches the others, so NaN or inf under a mask cannot
-leave a trace. Scalars are Python floats, whose arithmetic gives inf and NaN without warnings.
+Every oracle loops over the trained tokens and never reads the others, so NaN or inf under a mask has no effect. Scalars
+are Python floats, whose arithmetic gives inf and NaN without warnings.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Index: TypeAlias = tuple[int, ...]
 
 
 class LogprobsAndEntropy(NamedTuple):
-    """Log-probs of the labels, (...,) or (..., K), and entropies of the rows, (...,), in nats."""
+    """Log-probs of the labels, (...,) or (..., K), and entropies of the rows, (...,), nats."""
 
     logp: FloatArray
     entropy: FloatArray
 
 
 class LinearGradients(NamedTuple):
-    """Gradients of a linear head: hidden (T, D), weight (V, D), bias (V,) or None where there is no bias."""
+    """Gradients of a linear head: hidden (T, D), weight (V, D), bias (V,) or None without a bias."""
 
     hidden: FloatArray
     weight: FloatArray
@@ -38,7 +38,7 @@ class LinearGradients(NamedTuple):
 
 
 class Surrogate(NamedTuple):
-    """A policy-gradient loss per token: loss and ratio are float64, clipped and dual_clipped bool, all (T,)."""
+    """A policy-gradient loss per token: loss and ratio are float64, clipped and dual_clipped are bool, all (T,)."""
 
     loss: FloatArray
     ratio: FloatArray
@@ -59,7 +59,7 @@ class LossOutput(NamedTuple):
 
 
 def as_float(name: str, x: ArrayLike, *, shape: tuple[int, ...] | None = None) -> FloatArray:
-    """Read `x` as float64, of `shape` where one is given."""
+    """`x` as float64; a ValueError if it does not have `shape`."""
     array = np.asarray(x, dtype=np.float64)
     if shape is not None and array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
@@ -67,7 +67,7 @@ def as_float(name: str, x: ArrayLike, *, shape: tuple[int, ...] | None = None) -
 
 
 def as_int(name: str, x: ArrayLike, *, shape: tuple[int, ...] | None = None) -> IntArray:
-    """Read `x` as int64, of `shape` where one is given; floats are a TypeError."""
+    """`x` as int64; a TypeError for floats, a ValueError if it does not have `shape`."""
     array = np.asarray(x)
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{name} must hold integers, got {array.dtype}")
@@ -77,7 +77,7 @@ def as_int(name: str, x: ArrayLike, *, shape: tuple[int, ...] | None = None) -> 
 
 
 def as_mask(name: str, x: ArrayLike, *, shape: tuple[int, ...]) -> BoolArray:
-    """Read a mask of `shape`; any dtype other than bool is a TypeError."""
+    """`x` as a mask; a TypeError for any dtype other than bool, a ValueError if it does not have `shape`."""
     array = np.asarray(x)
     if array.dtype != np.bool_:
         raise TypeError(f"{name} must be bool, got {array.dtype}")
@@ -87,7 +87,7 @@ def as_mask(name: str, x: ArrayLike, *, shape: tuple[int, ...]) -> BoolArray:
 
 
 def as_wide(x: ArrayLike) -> AnyArray:
-    """Read `x` in its own kind, widened: float64, int64 or bool."""
+    """`x` as float64, int64 or bool, the widest dtype of its kind."""
     array = np.asarray(x)
     if array.dtype == np.bool_:
         return array
@@ -109,7 +109,7 @@ def segments(cu_seqlens: ArrayLike, total_tokens: int) -> list[range]:
 
 
 def exp(x: float) -> float:
-    """e^x, with inf where it overflows float64."""
+    """e^x, or inf if it overflows float64."""
     try:
         return math.exp(x)
     except OverflowError:
@@ -117,7 +117,7 @@ def exp(x: float) -> float:
 
 
 def times(*factors: float) -> float:
-    """The product, exactly 0 where a factor is exactly 0: an overflowing ratio times a zero advantage is 0, not NaN."""
+    """The product, and exactly 0 if a factor is exactly 0: a ratio of inf times an advantage of 0 is 0, not NaN."""
     return 0.0 if 0.0 in factors else math.prod(factors)
 
 
