@@ -480,7 +480,7 @@ def case_compiled_context(ranks: Ranks) -> None:
 
 @on(2, 3)
 def case_collectives_of_a_step(ranks: Ranks) -> None:
-    """One collective forward for a sum, a mean, returns or all reductions of a loss; one backward for a sum or a mean."""
+    """One collective forward for a sum, a mean, returns or all reductions of a loss; one backward for sum and mean."""
     cut = Cut(ranks, 1)
     mask, where = cut.part(cut.mask), {"cu_seqlens": cut.cu_part, "group": ranks.group}
     x = cut.part(cut.normal(torch.float64)).nan_to_num()
