@@ -1,4 +1,4 @@
-"""Holds check_alignment: every shift is found, and models that have little in common are not accused."""
+"""Tests check_alignment: every shift is found, and unrelated models raise no false alarm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ V = 40
 
 
 def scores(seed: int, length: int = 400, likeness: float = 1.0, sequences: int = 8):
-    """Log-probs of a Markov chain's tokens under it and under a relative, at prediction positions; and the layout."""
+    """Log-probs of a Markov chain's tokens under it and a similar one, at prediction positions; and the layout."""
     generator = torch.Generator().manual_seed(seed)
     student = 2 * torch.randn(V, V, generator=generator)
     noise = 2 * torch.randn(V, V, generator=generator)
@@ -65,9 +65,9 @@ def test_aligned_streams_are_never_accused():
 def test_too_little_to_tell():
     logp, teacher_logp, mask, cu_seqlens = scores(0, likeness=0.0)
     for arguments in (
-        (logp, teacher_logp, mask),  # strangers
-        (logp, logp, mask & (torch.arange(400) < 19)),  # a handful of tokens
-        (logp, torch.zeros_like(logp), mask),  # a teacher that says one thing
+        (logp, teacher_logp, mask),  # unrelated models
+        (logp, logp, mask & (torch.arange(400) < 19)),  # too few tokens
+        (logp, torch.zeros_like(logp), mask),  # a constant teacher
         (logp, logp, torch.zeros_like(mask)),  # nothing trained
     ):
         found = check_alignment(*arguments[:2], loss_mask=arguments[2], cu_seqlens=cu_seqlens)
@@ -79,7 +79,7 @@ def test_too_little_to_tell():
 
 
 def certain(seed: int, length: int = 400):
-    """Two trained models: nearly every token is certain for both, to a degree that has nothing in common."""
+    """Two trained models: both are nearly certain of most tokens, and their remaining uncertainties are unrelated."""
     generator = torch.Generator().manual_seed(seed)
     surprise = torch.where(torch.rand(length, generator=generator) < 0.15, 3.0, 0.0) * torch.rand(length)
     noise = [torch.randn(length, generator=generator).sub(9).exp() for _ in range(2)]
@@ -95,7 +95,7 @@ def test_what_both_are_certain_of_does_not_drown_the_rest(shift):
 
 
 def test_two_shifts_that_fit_alike_are_not_told_apart():
-    logp = -torch.rand(200).repeat_interleave(2)  # every log-prob twice: a shift of one changes half of the pairs
+    logp = -torch.rand(200).repeat_interleave(2)  # every log-prob twice: a shift by one changes half of the pairs
     found = check_alignment(logp, logp.roll(1), loss_mask=torch.ones(400).bool())
     assert found.shift == 1
     period_two = torch.tensor([-0.1, -3.0]).repeat(200)
@@ -122,7 +122,7 @@ def test_infinities_count_as_the_floor_and_the_mask_takes_nan():
 @settings(max_examples=60)
 @given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=5), seed=st.integers(0, 2**16))
 def test_pairs_are_of_trained_tokens_of_one_sequence(lengths, seed):
-    """The oracle collects them one by one; NumPy correlates."""
+    """The oracle collects the pairs one by one, and NumPy correlates them."""
     rng = np.random.default_rng(seed)
     total = sum(lengths)
     logp, teacher_logp = -rng.exponential(2.0, (2, total))

@@ -1,4 +1,4 @@
-"""Holds what the readers of scoring servers take for a log-prob, an id or an answer: each format, and nothing else."""
+"""Tests what the readers of scoring servers accept as a log-prob, an id or an answer: each format, and nothing else."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def both(server, answers, **options):
 
 @st.composite
 def batches(draw):
-    """Lengths, which tokens are trained (any turns), where SGLang's answers start, and a seed for the numbers."""
+    """Lengths, trained tokens (in any pattern), starts of SGLang's answers, and a seed for the values."""
     lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=4))
     trained = [draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
     return lengths, trained, draw(st.integers(0, 2**16))
@@ -78,9 +78,9 @@ def batches(draw):
 @settings(max_examples=60)
 @given(batch=batches())
 def test_a_json_answer_comes_out_where_it_is_needed(server, batch):
-    """The oracle walks token by token in NumPy: position t of a sequence has what the server said of token t + 1.
+    """The oracle goes token by token in NumPy: position t of a sequence gets the server's score of token t + 1.
 
-    What no trained position needs is left out of the answer at random, whole prompts by SGLang's start.
+    Scores that no trained position needs are omitted at random, and whole prompts by SGLang's start.
     """
     lengths, trained, seed = batch
     make, read, read_topk = SERVERS[server]
@@ -137,7 +137,7 @@ JUNK = st.recursive(
 
 
 def nodes(x):
-    """Every (container, key) of a JSON value."""
+    """Every (container, key) in a JSON value."""
     for key, value in list(x.items()) if isinstance(x, dict) else list(enumerate(x)):
         yield x, key
         if isinstance(value, (dict, list)):
@@ -148,7 +148,7 @@ def nodes(x):
 @settings(max_examples=150)
 @given(data=st.data())
 def test_a_damaged_answer_raises_or_harms_one_token_at_most(server, data):
-    """One node of the JSON is replaced by another value: no other error than ScoreError, and nothing above 0."""
+    """One node of the JSON is replaced by another value: the only error is ScoreError, and no result is above 0."""
     made = answer(server)
     container, key = data.draw(st.sampled_from(list(nodes(made))))
     container[key] = data.draw(JUNK)
@@ -196,7 +196,7 @@ def test_numbers_that_are_log_probs(server):
 
 @pytest.mark.parametrize("server", SERVERS)
 def test_a_score_of_the_first_token_shows_a_shift(server):
-    """Scores at prediction positions, say: only the first token tells, where the last is not trained on."""
+    """Scores at prediction positions, for example: if the last token is not trained on, only the first one shows it."""
     shifted = answer(server, own=[-1.0, -3.0, -2.0, None])
     if server == "vllm":
         shifted["choices"][0]["prompt_logprobs"][0] = {"5": {"logprob": -1.0}}
@@ -249,7 +249,7 @@ def test_an_id_is_an_integer(scored):
 
 
 def test_bf16_scores_of_a_flat_teacher_are_a_distribution():
-    """Every rounding up, as bad as bf16 can be: 3 % of the mass at log-probs of 8 to 16."""
+    """The worst case of bf16: every log-prob is rounded up, by 3 % of the mass for log-probs of -8 to -16."""
     ids = np.arange(4096)
     x = -np.log(len(ids)) + 1 / 32
     row = {str(i): {"logprob": float(x)} for i in ids}
@@ -363,7 +363,7 @@ def test_top_k_of_texts_needs_their_ids():
 
 
 class FlatLogprobs(MutableSequence):
-    """As vLLM's of that name: flat lists, read as a sequence of dictionaries; an empty one stands for None."""
+    """Like vLLM's class of this name: flat lists, read as a sequence of dictionaries; an empty one stands for None."""
 
     def __init__(self, rows):
         self.rows = [dict(row or {}) for row in rows]
@@ -406,7 +406,7 @@ def test_python_objects_of_vllm_and_of_the_openai_client():
 
 @pytest.mark.parametrize("server", ["vllm", "openai"])
 def test_the_ids_that_a_server_says_it_was_given(server):
-    """vLLM's `return_token_ids`: a wide prompt_logprobs holds other sequences' tokens, too, and texts may be no ids."""
+    """vLLM's `return_token_ids`, for two cases: a large k makes other sequences' tokens match, or texts are not ids."""
     read = SERVERS[server][1]
     said = answer(server)
     said["choices"][0]["prompt_token_ids"] = TOKENS

@@ -1,7 +1,7 @@
-"""Holds the AReaL adapter to AReaL 1.0.4's contract: its batches, 42 cases that its own loss computed, its statistics.
+"""Tests the AReaL adapter against AReaL 1.0.4: its batches, 42 cases computed by its own loss, its statistics.
 
-AReaL itself is not installed here (see tests/trainers/areal for that): a stand-in keeps the rules of its tracker.
-Tolerances: rtol 1e-12 in float64, 2e-6 in float32, some 16 roundings.
+AReaL itself is not installed here (tests/trainers/areal has it). A stand-in enforces the rules of its tracker.
+Tolerances: rtol 1e-12 in float64; 2e-6 in float32, about 16 roundings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLIPS = {"eps_clip": 0.2, "eps_clip_higher": 0.28, "c_clip": None}
 
 
 class Tracker:
-    """AReaL's rules: bool denominators, float32 statistics, of the shape of a denominator that came first."""
+    """AReaL's rules: denominators are bool; statistics are float32, with the shape of a denominator recorded before."""
 
     def __init__(self) -> None:
         self.denominators: dict[str, Tensor] = {}
@@ -51,12 +51,12 @@ class Tracker:
 
 @pytest.fixture(autouse=True)
 def trainer(monkeypatch) -> SimpleNamespace:
-    """What the adapter takes from `areal.trainer.ppo.actor`."""
+    """The part of `areal.trainer.ppo.actor` that the adapter uses."""
     module = SimpleNamespace(stats_tracker=Tracker(), logged={})
     module.infer_token_denominator = lambda data, like: torch.ones_like(like, dtype=torch.bool)
 
     def approximate(*, old_logp: Tensor, logprobs: Tensor, versions: Tensor, current_version: int, method: str) -> dict:
-        # where the policy that sampled is one version behind, the proximal policy is it; elsewhere halfway
+        # the proximal policy is the sampling policy where that is one version behind, else halfway between
         return {method: torch.where(versions >= current_version - 1, old_logp, (old_logp + logprobs) / 2)}
 
     module.compute_prox_logp_approximations = approximate
@@ -67,7 +67,7 @@ def trainer(monkeypatch) -> SimpleNamespace:
 
 
 def rollout(lengths=(5, 7, 4), prompts=(2, 3, 1), *, seed: int = 0, dtype=torch.float64) -> dict[str, Any]:
-    """A padded batch as the actor has it after `compute_advantages`: own positions rolled by one, loss_mask a float."""
+    """A padded batch as in the actor after `compute_advantages`: rolled by one from own positions, float loss_mask."""
     generator = torch.Generator().manual_seed(seed)
     rows, length = len(lengths), max(lengths)
     position = torch.arange(length)
@@ -92,7 +92,7 @@ def rollout(lengths=(5, 7, 4), prompts=(2, 3, 1), *, seed: int = 0, dtype=torch.
 
 
 def pack(batch: dict[str, Any]) -> dict[str, Any]:
-    """As `pack_tensor_dict`: tensors of the shape of the attention mask are packed, the rest is left."""
+    """Like `pack_tensor_dict`: packs tensors with the shape of the attention mask and leaves the rest."""
     lengths = batch["attention_mask"].sum(1)
     total = int(lengths.sum())
     packed = {
@@ -131,7 +131,7 @@ def reference(batch: dict[str, Any], logp: Tensor, **options: Any) -> Tensor:
 
 def check_golden(case: dict[str, Any], logp: Tensor, batch: dict[str, Any]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of direct_penalty, on purpose here
+        warnings.simplefilter("ignore", UserWarning)  # direct_penalty warns; here it is intended
         loss = areal.grpo_loss_fn(logp, torch.zeros_like(logp), batch, **case["kw"], direct_penalty=True)
     (gradient,) = torch.autograd.grad(loss, logp)
     rtol = 1e-12 if logp.dtype == torch.float64 else 2e-6
@@ -169,7 +169,7 @@ def test_the_packed_cases_of_areals_own_function(case: dict[str, Any]) -> None:
     else:
         del batch["teacher_logp"]
     if case["kw"].get("use_sapo_loss"):
-        batch["logprobs"] = batch["prox_logp"]  # as the actor has it: SAPO is never decoupled
+        batch["logprobs"] = batch["prox_logp"]  # as in the actor: SAPO is never decoupled
     check_golden(case, torch.tensor(case["logp"], dtype=torch.float64, requires_grad=True), batch)
 
 
@@ -192,7 +192,7 @@ def test_the_literal_one_has_no_teacher_in_its_gradient_and_says_so() -> None:
         other = run(batch | {"teacher_logp": batch["teacher_logp"] - 1}, logp, direct_penalty=True)
     torch.testing.assert_close(literal[1:], other[1:])
     assert (run(batch, logp) - literal)[1:].abs().max() > 1e-2
-    # where RL is off AReaL descends the surrogate, and so does its literal form
+    # without RL, AReaL descends the surrogate, and so does the literal form
     batch["rl_loss_weight"] = 0.0
     torch.testing.assert_close(run(batch, logp, direct_penalty=True), run(batch, logp))
 
@@ -246,7 +246,7 @@ def test_padded_is_packed(mode: str, trainer: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "m2po"])  # M2PO ranks the tokens of a micro-batch
 def test_micro_batches_sum_to_the_batch(mode: str) -> None:
-    """The engine weights each by its trained tokens; masks that drop some of them must not change that number."""
+    """The engine weights each micro-batch by its trained tokens; masks that drop some must not change that number."""
     batch = rollout()
     batch["prox_logp"] = batch["prox_logp"] * 0.3 + batch["logprobs"] * 0.7
     logp = student(batch)
@@ -269,7 +269,7 @@ def test_what_is_not_trained_leaves_no_trace(mode: str) -> None:
     untrained = ~batch["loss_mask"].bool()
     for name in ("logprobs", "prox_logp", "advantages"):
         batch[name] = torch.where(untrained, torch.nan, batch[name])
-    # AReaL's engines leave log-probs finite at prompts; a teacher's may be -inf there
+    # AReaL's engines keep log-probs finite at prompts; a teacher's may be -inf there
     batch["teacher_logp"] = torch.where(untrained, -torch.inf, batch["teacher_logp"])
     torch.testing.assert_close(run(batch, logp, **MODES[mode]), clean)
 
@@ -325,7 +325,7 @@ def test_a_teacher_behind_a_rollout_engine_is_shifted() -> None:
 
 
 def test_a_teacher_that_is_certain_is_not_taken_for_a_late_one() -> None:
-    """Log-probs of exactly 0, as of a fixed first token, and a teacher that is 0 wherever nothing is trained."""
+    """Log-probs of exactly 0, as for a forced first token, and a teacher that is 0 at every untrained position."""
     batch = pack(rollout())
     logp = student(batch)
     trained = batch["loss_mask"].bool()
@@ -340,7 +340,8 @@ def test_versions_are_read_at_the_token_that_they_belong_to(trainer: SimpleNames
     padded = rollout()
     del padded["prox_logp"]
     own = torch.roll(padded["loss_mask"], 1, -1).bool()
-    padded["versions"] = torch.where(own, 2, -1)  # one behind at every response token: the proximal policy sampled it
+    # one version behind at every response token: the proximal policy sampled it
+    padded["versions"] = torch.where(own, 2, -1)
     logp = student(rollout())
     mine = run(padded, logp, prox_logp_method="loglinear")
     torch.testing.assert_close(mine, run(padded | {"prox_logp": padded["logprobs"]}, logp))

@@ -1,4 +1,4 @@
-"""Holds AReaL's rejection to a NumPy oracle, token by token, and where in the loss its masks and weights act."""
+"""Tests AReaL's rejection against a NumPy oracle, token by token, and where in the loss its masks and weights act."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import kdloss
 from kdloss.integrations import areal
 from kdloss.integrations._areal_masks import reject
 
-# "clamp" is for ratios alone, as in AReaL; each pair of bounds has some of the drawn metrics below, inside and above.
+# "clamp" applies to ratios only, as in AReaL. The drawn metrics fall below, between and above each pair of bounds.
 CONFIGS = [
     SimpleNamespace(level=level, action=action, metric=metric, agg=agg, upper=upper, lower=lower)
     for level, action, (metric, upper, lowers) in itertools.product(
@@ -34,9 +34,9 @@ CONFIGS = [
 
 
 def oracle(prox: Any, old: Any, trained: Any, lengths: list[int], config: SimpleNamespace) -> tuple[Any, Any, float]:
-    """(kept, weights, fraction): AReaL's rules for one token after another."""
+    """(kept, weights, fraction) by AReaL's rules, one token after another."""
     metric_of = {
-        "ratio": lambda d: d,  # its logarithm, as which it is aggregated
+        "ratio": lambda d: d,  # the logarithm of the ratio, which is what is aggregated
         "kl_k1": lambda d: d,
         "kl_k2": lambda d: d * d / 2,
         "kl_k3": lambda d: np.exp(-d) - 1 + d,
@@ -96,7 +96,7 @@ def test_rejection_weights_the_rl_term_and_leaves_the_teacher_every_trained_toke
     old, advantages, teacher = -rng.exponential(1.0, 17), rng.standard_normal(17), -rng.exponential(1.0, 17)
     prox = old + 0.3 * rng.standard_normal(17)
     trained = np.arange(17) % 5 != 4
-    # a lower bound that the sequences straddle, too
+    # with sequences on both sides of the lower bound, too
     config = SimpleNamespace(level=level, action=action, metric="ratio", agg="mean", upper=1.05, lower=0.98)
     kept, weights, fraction = oracle(prox, old, trained, lengths, config)
     assert 0 < fraction < 1
@@ -121,4 +121,4 @@ def test_rejection_weights_the_rl_term_and_leaves_the_teacher_every_trained_toke
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(x, logp)[0] for x in (loss, expected)]
     torch.testing.assert_close(*gradients)
-    assert ((gradients[0] != 0).numpy() == trained).all()  # of a rejected token it is the teacher's alone
+    assert ((gradients[0] != 0).numpy() == trained).all()  # a rejected token has the teacher's gradient only

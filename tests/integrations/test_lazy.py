@@ -1,4 +1,4 @@
-"""Holds how adapters ask for their trainer: what is missing, of another version or broken is said in one sentence."""
+"""Tests how adapters import their trainer: the error says in one sentence what is missing, unsupported or broken."""
 
 import importlib.metadata
 import subprocess
@@ -12,7 +12,7 @@ from kdloss.integrations._lazy import require
 
 @pytest.fixture
 def install(monkeypatch, tmp_path):
-    """Makes a package that pip would list, in a given version and with a given source."""
+    """Creates a package that pip would list, with a given version and source."""
 
     def install(package: str, version: str, source: str = "") -> None:
         name = package.replace("-", "_")

@@ -1,6 +1,7 @@
-"""Holds the NeMo-RL adapter to NeMo-RL 0.7.0's contract: log-probs shifted against the data, sums over global counts.
+"""Tests the NeMo-RL adapter against NeMo-RL 0.7.0: log-probs shifted against the data, sums over global counts.
 
-Its `ClippedPGLossFn` gave the values in tests/data/nemo-rl-0.7.0.json. rtol 1e-7: its means carry 1e-8 below the line.
+Its `ClippedPGLossFn` computed the values in tests/data/nemo-rl-0.7.0.json. rtol 1e-7: its means add 1e-8 to the
+denominator.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def trainer(monkeypatch) -> None:
 
 
 def batch(*, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Own positions: entry s of the data speaks of token s, the log-probs that are passed in of token s + 1."""
+    """Own positions: entry s of the data belongs to token s, entry s of the passed log-probs to token s + 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def logp(*shape: int) -> Tensor:
@@ -62,9 +63,10 @@ def test_nemo_rls_own_clipped_loss(case: dict[str, Any]) -> None:
     loss, metrics = loss_fn(next_token_logprobs=logp, data=data, **counts)
     close(loss, case["loss"], rtol=1e-7)
     close(torch.autograd.grad(loss, logp)[0], case["gradient"], rtol=1e-7)
-    assert {"token_mult_prob_error", "gen_kl_error"} <= metrics.keys()  # what its loops print, whoever's loss it is
+    assert {"token_mult_prob_error", "gen_kl_error"} <= metrics.keys()  # its loops print these for every loss
     for name in metrics.keys() & case["metrics"].keys():
-        if name != "sampling_importance_ratio" or loss_fn.max_importance_weight is None:  # theirs is after the bound
+        # theirs is computed after the bound
+        if name != "sampling_importance_ratio" or loss_fn.max_importance_weight is None:
             assert metrics[name] == pytest.approx(case["metrics"][name], rel=1e-6), name
 
 
@@ -73,7 +75,7 @@ def test_the_teacher_joins(by_token: bool) -> None:
     logp, data = batch()
     options = {"rl_loss_weight": 0.6, "distill_loss_weight": 0.3, "kd_max_ratio": 1.2, "dual_clip": 3.0}
     loss, metrics = KDRLLossFn(token_level_loss=by_token, **options)(logp, data, **COUNTS)
-    # row by row, only what is trained: tokens 2 .. of the first two rows, seen from the position before
+    # row by row, trained tokens only: tokens 2 .. of the first two rows, at the position before each
     rows = [(0, slice(2, 6)), (1, slice(2, 4))]
     own = {name: torch.cat([x[row, s] for row, s in rows]) for name, x in data.items() if x.ndim > 1}
     mine = torch.cat([logp[row, slice(s.start - 1, s.stop - 1)] for row, s in rows])
@@ -117,12 +119,12 @@ def test_it_says_what_it_is() -> None:
         assert metrics.keys() == loss_fn.metric_normalizations.keys()
         like_loss = INTERFACES.MetricNormalizer["TOKENS" if by_token else "SEQUENCES"]
         assert loss_fn.metric_normalizations["loss"] is like_loss
-    shipped = pickle.loads(pickle.dumps(loss_fn))  # as Ray ships it to the workers
+    shipped = pickle.loads(pickle.dumps(loss_fn))  # as Ray sends it to the workers
     assert shipped(logp, data, **COUNTS)[1] == metrics
 
 
 def test_a_configuration_is_a_mapping_or_an_object() -> None:
-    """0.6's is a dict, 0.7's an object. The weights without a bound are prev/generation as they are."""
+    """The config is a dict in 0.6 and an object in 0.7. Without a bound the weights are plain prev/generation."""
     config = {"ratio_clip_min": 0.1, "token_level_loss": False, "use_importance_sampling_correction": True}
     logp, data = batch()
     by_hand = KDRLLossFn(clip_low=0.1, clip_high=0.3, token_level_loss=False, max_importance_weight=1e9)
@@ -156,18 +158,18 @@ def test_a_setting_that_it_does_not_have_is_refused(setting: dict[str, Any], mes
 
 
 def test_placeholders_are_no_log_probs() -> None:
-    """NeMo-RL writes zeros for prev_logprobs where its configuration forces the ratio to 1."""
+    """NeMo-RL writes zeros for prev_logprobs if its configuration forces the ratio to 1."""
     logp, data = batch()
     data["prev_logprobs"] = torch.zeros_like(data["generation_logprobs"])
     with pytest.raises(ValueError, match=r"prev_logprobs are 0 at every trained token.*force_on_policy_ratio"):
         KDRLLossFn()(logp, data, **COUNTS)
-    assert KDRLLossFn(rl_loss_weight=0.0)(logp, data, **COUNTS)[0].isfinite()  # reads none
+    assert KDRLLossFn(rl_loss_weight=0.0)(logp, data, **COUNTS)[0].isfinite()  # reads no prev_logprobs
     data["generation_logprobs"] = torch.full_like(data["generation_logprobs"], -1e-3)
-    assert KDRLLossFn()(logp, data, **COUNTS)[0].isfinite()  # a forced answer, 0 to rounding
+    assert KDRLLossFn()(logp, data, **COUNTS)[0].isfinite()  # a forced answer: 0 up to rounding
 
 
 def test_a_nemo_rl_that_asks_for_no_normalizers_gets_none(monkeypatch) -> None:
-    """`MetricNormalizer` came after 0.7.0."""
+    """`MetricNormalizer` was added after 0.7.0."""
     older = SimpleNamespace(LossType=INTERFACES.LossType, LossInputType=INTERFACES.LossInputType)
     monkeypatch.setattr(nemo_rl, "_require", lambda module: older)
     assert KDRLLossFn().metric_normalizations == {}

@@ -1,6 +1,7 @@
-"""Holds the OpenRLHF adapter to OpenRLHF 0.11.2's contract: its call, its five results, its denominators.
+"""Tests the OpenRLHF adapter against OpenRLHF 0.11.2: its call, its five results, its denominators.
 
-Its `PolicyLoss` gave the values in tests/data/openrlhf-0.11.2.json. rtol 1e-7: its means carry a 1e-8 below the line.
+Its `PolicyLoss` computed the values in tests/data/openrlhf-0.11.2.json. rtol 1e-7: its means add 1e-8 to the
+denominator.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DEFAULTS = {
 
 
 def policy_loss(**settings: Any) -> SimpleNamespace:
-    """OpenRLHF's settings as its `PolicyLoss` holds them."""
+    """OpenRLHF's settings, as attributes of its `PolicyLoss`."""
     loss = SimpleNamespace(**{**DEFAULTS, **settings})
     if loss.policy_loss_type == "gspo":
         loss.token_level_loss = False

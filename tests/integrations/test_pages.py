@@ -1,4 +1,4 @@
-"""Holds that every page of docs/integrations is run: here, or in an environment that exists."""
+"""Tests that every page of docs/integrations is run: here, or in an environment that exists."""
 
 import re
 from pathlib import Path

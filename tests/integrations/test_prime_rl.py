@@ -1,6 +1,6 @@
-"""Holds the prime-rl adapter to prime-rl 0.8.0's contract: one sequence a call, own positions, a sum, its weights.
+"""Tests the prime-rl adapter against prime-rl 0.8.0: one sequence per call, own positions, a sum, its weights.
 
-Its `compute_loss` gave the values in tests/data/prime-rl-0.8.0.json. rtol 1e-12: float64, the same few operations.
+Its `compute_loss` computed the values in tests/data/prime-rl-0.8.0.json. rtol 1e-12: the same few float64 operations.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_prime_rls_own_compute_loss(case: dict[str, Any]) -> None:
         )
         terms = {"rl_loss_weight": float(case["rl"]), "distill_loss_weight": float(case["ref_kl"])}
         part = prime_rl.kdrl_loss(sample, **terms, **OPEN).loss
-        if case["ref_kl"]:  # its penalty on the drift from the policy that sampled, which has no switch
+        if case["ref_kl"]:  # prime-rl's penalty on the drift from the sampling policy, which can't be turned off
             drift = kdloss.kl_k1(logp, given["inference"][i], loss_mask=loss_mask).square()
             part = part + 1e-3 * (weights * drift).sum()
         part = part / case["scale"]
@@ -70,7 +70,7 @@ def test_prime_rls_own_compute_loss(case: dict[str, Any]) -> None:
 
 
 def test_sums_over_sequences_are_the_batch() -> None:
-    """The trainer sums what this returns and divides by its global count: `kdrl_loss` of the packed stream."""
+    """The trainer sums the losses and divides by its global count, which gives `kdrl_loss` of the packed stream."""
     samples = [inputs(length=n, prompt=p, seed=n) for n, p in [(9, 3), (5, 1), (7, 6)]]
     mask = torch.cat([x.loss_mask for x in samples])
     outputs = [prime_rl.kdrl_loss(x, distill_loss_weight=0.3, dual_clip=3.0, kd_discount=0.9) for x in samples]
@@ -132,10 +132,10 @@ def test_without_prime_rl_the_error_says_what_to_install(monkeypatch) -> None:
 
 
 def test_zeros_are_no_teacher() -> None:
-    """What prime-rl's packer writes for a sample without a teacher beside one that has it."""
+    """prime-rl's packer writes zeros for a sample without a teacher next to one that has a teacher."""
     sample = inputs(ref_logprobs=torch.zeros(9, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"0 at every trained token.*no teacher scored where it is packed"):
         prime_rl.kdrl_loss(sample)
     sure = inputs(ref_logprobs=sample.ref_logprobs, inference_logprobs=torch.full((9,), -1e-5, dtype=torch.float64))
-    assert prime_rl.kdrl_loss(sure).loss.isfinite()  # a forced answer: rounding makes such a teacher 0
+    assert prime_rl.kdrl_loss(sure).loss.isfinite()  # a forced answer: such a teacher is 0 up to rounding
     assert prime_rl.kdrl_loss(sample, distill_loss_weight=0.0).loss.isfinite()

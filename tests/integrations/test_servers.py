@@ -1,4 +1,4 @@
-"""Holds the readers of scoring servers: values against the teacher's own logits in three protocols, and every fault."""
+"""Tests the readers of scoring servers: values against the teacher's own logits in three protocols, and every fault."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ SERVERS = {
 
 
 class Batch:
-    """A packed stream, its teacher's log-probs of all tokens at prediction positions, and answers about it."""
+    """A packed stream, the teacher's log-probs of all tokens at prediction positions, and servers' answers for it."""
 
     def __init__(self, lengths, seed=0, k=3):
         generator = torch.Generator().manual_seed(seed)
         self.k, self.cu_seqlens = k, kdloss.cu_seqlens_from_lengths(torch.tensor(lengths))
         total = sum(lengths)
         self.input_ids = torch.randint(V, (total,), generator=generator)
-        self.loss_mask = torch.rand(total, generator=generator) < 0.5  # several turns, in no order
+        self.loss_mask = torch.rand(total, generator=generator) < 0.5  # several turns, in a random pattern
         self.teacher = torch.randn(total, V, generator=generator).mul(2).log_softmax(-1)
         self.labels = kdloss.next_token_labels(self.input_ids, cu_seqlens=self.cu_seqlens)
 
@@ -121,7 +121,7 @@ def test_what_is_not_trained_on_may_be_missing(server):
 
 
 def forget(server, answer, position):
-    """Drops what an answer says about a token."""
+    """Removes a token's scores from an answer."""
     if server == "vllm":
         answer["choices"][0]["prompt_logprobs"][position] = None
     elif server == "sglang":
@@ -311,7 +311,7 @@ def test_recorded_answers(server):
     sglang_rows = json.loads((RECORDED / "sglang.json").read_text())
     own = [[entry[0] for entry in row["answer"]["meta_info"]["input_token_logprobs"]] for row in sglang_rows]
     assert_close(read, torch.tensor([x for row in own for x in [*row[1:], 0.0]]))
-    assert (read[mask] > -0.1).all()  # a teacher that knows the answers
+    assert (read[mask] > -0.1).all()  # this teacher knows the answers
 
 
 def test_arguments_are_checked():

@@ -1,8 +1,8 @@
-"""Holds the slime adapter to slime's contract: logits (1, T, V), lists of responses, its own mean.
+"""Tests the slime adapter against slime: logits (1, T, V), lists of responses, its own mean.
 
-Its `policy_loss_function`, of main at 624b824, gave the values in tests/data/slime-624b824.json, down to the gradient
-of the logits; v0.3.1 gives the same but for the dual clip.
-Tolerance: rtol 1e-5 in float32, a log-softmax over 11 entries and sums of ten tokens.
+Its `policy_loss_function`, of main at 624b824, computed the values in tests/data/slime-624b824.json, including the
+gradient of the logits; v0.3.1 gives the same values except for the dual clip.
+Tolerance: rtol 1e-5 in float32, for a log-softmax over 11 entries and sums over ten tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CASES = cases("slime-624b824")
 
 @pytest.fixture(autouse=True)
 def trainer(monkeypatch) -> SimpleNamespace:
-    """What the adapter takes from slime's loss file, on one rank."""
+    """The part of slime's loss file that the adapter uses, on one rank."""
 
     def scored(
         logits: Tensor, *, args: Any, unconcat_tokens: list[Tensor], total_lengths: list[int], **rest: Any
@@ -67,7 +67,7 @@ def run(args: Any, batch: dict[str, Any], logits: Tensor, mean: Any, **options: 
 
 @pytest.mark.parametrize("case", CASES)
 def test_slimes_own_policy_loss(case: dict[str, Any]) -> None:
-    """On-policy a teacher in the advantages and one beside them are the same gradient, of the weight --opd-kl-coef."""
+    """On-policy, a teacher in the advantages and one as a term have the same gradient, at the weight --opd-kl-coef."""
     args, batch, logits, mean = given(case)
     weight, args.opd_kl_coef = args.opd_kl_coef if args.use_opd else 0.0, 0.0
     loss, gradient, reported = run(args, batch, logits, mean, distill_loss_weight=weight)
@@ -125,7 +125,7 @@ def test_off_policy_the_teacher_has_its_own_ratio(rl_loss_weight: float, options
 
 
 def test_context_parallel_ranks_sum_to_the_batch(trainer: SimpleNamespace) -> None:
-    """Each rank has a part of every response, and slime's own slices of the streams; masks it slices itself."""
+    """Each rank has a part of every response. slime has already sliced the streams; the adapter slices the masks."""
     args, batch, logits, mean = joint_case()
     whole = run(args, batch, logits, mean, distill_loss_weight=0.4)
     score, total = trainer.get_log_probs_and_entropy, torch.zeros_like(whole[1])
@@ -205,7 +205,7 @@ def test_without_slime_the_error_says_what_is_supported(monkeypatch) -> None:
 def test_a_server_scores_at_temperature_one_and_the_whole_vocabulary(name: str, flag: str) -> None:
     args, batch, logits, mean = joint_case()
     warm = SimpleNamespace(**vars(args) | {name: 0.7})
-    for kind in ("sglang", None):  # None: log-probs that a reward function set, without --use-opd
+    for kind in ("sglang", None):  # None: a reward function set the log-probs, without --use-opd
         warm.opd_type = kind
         with pytest.raises(ValueError, match=rf"--rollout-{flag} must be 1 with --opd-type sglang, got 0\.7"):
             run(warm, batch, logits, mean)
@@ -215,7 +215,7 @@ def test_a_server_scores_at_temperature_one_and_the_whole_vocabulary(name: str, 
 
 @pytest.mark.parametrize("changed", [{"use_rollout_logprobs": True}, {"use_tis": True, "tis_clip": 2.0}], ids=str)
 def test_what_reads_the_sampler_needs_it(changed: dict[str, Any]) -> None:
-    """slime stops there as well; a ratio of 1 in its place would pass unseen."""
+    """slime raises here, too; a ratio of 1 instead would go unnoticed."""
     args, batch, logits, mean = joint_case()
     del batch["rollout_log_probs"]
     with pytest.raises(ValueError, match="no rollout_log_probs, which --use-rollout-logprobs and --use-tis read"):

@@ -1,6 +1,6 @@
-"""Holds the TRL adapter to TRL 1.16's contract, without TRL: inputs, denominators, metrics, errors; values by oracles.
+"""Tests the TRL adapter against TRL 1.16 without TRL: inputs, denominators, metrics, errors; oracles give the values.
 
-`tests/trainers/trl` holds the same inside TRL.
+`tests/trainers/trl` tests the same inside TRL.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "cispo", "dapo", "vespo", "lusp
 
 
 class StandIn:
-    """What the adapter needs of a GRPOTrainer: a policy that is a table of log-probs, and a loss that scores it."""
+    """The part of a GRPOTrainer that the adapter uses; the policy is a table of log-probs, and the loss scores it."""
 
     def __init__(self, model, *, loss_type="bnpo", steps=2, processes=3):
         self.model, self.loss_type = model, loss_type
@@ -75,7 +75,7 @@ def inputs():
 
 
 def denominator(trainer, inputs, mask, training):
-    """(reduction, normalizer) as TRL documents each loss type."""
+    """(reduction, normalizer) of each loss type, as TRL documents it."""
     steps, loss_type = (2 if training else 1), trainer.loss_type
     if loss_type in ("grpo", "sapo"):
         return "sequence_mean", B * steps
@@ -115,7 +115,7 @@ def test_the_loss_is_trls_plus_the_term_over_its_denominator(inputs, loss_type, 
 
 @pytest.mark.parametrize("updated", [True, False])
 def test_the_ratio_is_against_vllms_log_probs_where_it_has_them(inputs, updated):
-    """Where it has none (NaN) it is against TRL's own of that time, or 1 in the first update."""
+    """Where vLLM has no log-prob (NaN), the ratio is against TRL's old log-probs, or 1 in the first update."""
     trainer = KDRL(Policy(), distill_loss_weight=1.0, rl_loss_weight=0.0)
     table = trainer.model.table.detach()
     sampled = torch.where(torch.rand(B, L) < 0.3, torch.nan, table - 0.4)
@@ -144,7 +144,7 @@ def test_what_is_logged(inputs):
     batch = trainer._generate_and_score_completions(inputs)
     trainer.model.train()
     trainer._compute_loss(trainer.model, batch)
-    assert trainer._metrics["eval"]["distill/teacher_neg_inf"] == [3.0]  # one on each of the three ranks
+    assert trainer._metrics["eval"]["distill/teacher_neg_inf"] == [3.0]  # one per rank, on three ranks
     assert trainer._metrics["train"]["distill/teacher_neg_inf"] == [0.0]
     expected = (trainer.model.table.detach() + 1)[mask].mean().item()
     assert trainer._metrics["train"]["distill/reverse_kl"] == [pytest.approx(expected, rel=1e-6)]
@@ -241,7 +241,7 @@ def test_divergences_are_the_textbooks(beta):
 
 
 def test_the_heads_of_student_and_teacher_are_not_mixed_up():
-    """Bias, scale, softcap and temperature of each, which differ."""
+    """Bias, scale and softcap differ between student and teacher; the temperature is shared."""
     torch.manual_seed(1)
     mask = torch.rand(B, L) < 0.6
     hidden, teacher_hidden = torch.randn(2, B, L, 5, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""Holds the verl adapter to verl 0.9.1's contract: its registries, layouts, denominators and metric names.
+"""Tests the verl adapter against verl 0.9.1: its registries, layouts, denominators and metric names.
 
-verl itself is not installed here (see tests/trainers/verl for that). Denominators are compared with float64 loops.
+verl itself is not installed here (tests/trainers/verl has it). Denominators are compared with float64 loops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-no
 
 
 class Config(SimpleNamespace):
-    """verl's configurations are dataclasses with a mapping's `get`."""
+    """Like verl's configurations: a dataclass with the `get` of a mapping."""
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name, default)
@@ -37,7 +37,7 @@ def actor_config(**fields: Any) -> Config:
 
 @pytest.fixture(autouse=True)
 def trainer(monkeypatch) -> SimpleNamespace:
-    """The four modules of verl that the adapter asks for."""
+    """The four modules of verl that the adapter imports."""
     policy: dict[str, Any] = {}
     distillation: dict[str, tuple[Any, Any]] = {}
 
@@ -54,7 +54,7 @@ def trainer(monkeypatch) -> SimpleNamespace:
         return decorate
 
     def no_padding_2_padding(x: Tensor, data: dict[str, Any]) -> Tensor:
-        """Responses of whole sequences, one after the other, from the prediction position of their first token on."""
+        """The responses cut out of whole sequences, from the prediction position of their first token on."""
         x = x.values() if x.is_nested else x
         ends = torch.tensor(data["lengths"]).cumsum(0).tolist()
         longest = max(data["responses"])
@@ -78,7 +78,7 @@ def trainer(monkeypatch) -> SimpleNamespace:
 
 
 def policy_inputs(rows: int = 4, length: int = 6, *, seed: int = 0) -> dict[str, Tensor]:
-    """As `ppo_loss` has them: responses alone, right-padded; one row is masked throughout."""
+    """As in `ppo_loss`: responses only, right-padded; one row is fully masked."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
@@ -132,7 +132,7 @@ def test_an_unknown_aggregation_mode_is_named() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", verl.POLICY_LOSSES)
 def test_micro_batches_sum_to_the_step(name: str, mode: str) -> None:
-    """Rows apart, each on a rank of its own, averaged as verl's engines average: the whole batch on one rank."""
+    """Each row on a rank of its own, averaged as verl's engines average, equals the whole batch on one rank."""
     inputs = policy_inputs()
     mask = inputs["response_mask"]
     step = {"batch_num_tokens": mask.sum(), "global_batch_size": mask.any(1).sum(), "loss_scale_factor": 6}
@@ -179,7 +179,7 @@ def test_policy_losses_are_the_librarys(name: str, weighted: bool) -> None:
 
 
 def distillation_inputs(clip: float | None = None, *, old: str | None = "rollout_log_probs", seed: int = 0) -> tuple:
-    """As verl's worker has them: whole sequences without padding, teacher beside student, responses padded."""
+    """As in verl's worker: student and teacher as whole sequences without padding, responses padded."""
     generator = torch.Generator().manual_seed(seed)
     lengths, responses = [5, 9, 4], [3, 6, 1]
     logp = -torch.rand(sum(lengths), generator=generator, dtype=torch.float64) * 3
@@ -216,7 +216,7 @@ def test_the_distillation_loss_reports_the_kl_and_descends_the_surrogate(old: st
     out = kdloss.distillation_loss(
         logp, None if old is None else data[old], teacher, loss_mask=mask, kd_reward_clip=clip
     ).loss
-    # what verl does with it when use_policy_gradient is false: its clamp must not cut the gradient off
+    # what verl does when use_policy_gradient is false: its clamp must not stop the gradient
     clamped = loss if clip is None else loss.clamp(-clip, clip)
     descended = verl.aggregate(clamped, mask, "token-mean")
     gradients = [torch.autograd.grad(x, output["log_probs"])[0] for x in (descended, out)]
@@ -226,12 +226,12 @@ def test_the_distillation_loss_reports_the_kl_and_descends_the_surrogate(old: st
 
 
 def test_its_expected_gradient_is_the_reverse_kls_off_policy() -> None:
-    """Enumerated over every outcome: one prompt token, then the response."""
+    """Enumerates every outcome: one prompt token, then the response."""
     tree = SequenceTree(vocab_size=3, max_length=2)
 
     def loss(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
         if len(cu_seqlens) > 2:
-            return logp.sum()  # never descended: it asks whether the loss is per token
+            return logp.sum()  # never descended: this call only checks whether the loss is per token
         config = Config(distillation_loss=Config(loss_max_clamp=None))
         last = torch.zeros(1, dtype=logp.dtype)  # the last token predicts nothing
         output = {"log_probs": torch.cat([logp, last])}
@@ -280,7 +280,7 @@ def test_a_token_that_the_teacher_excludes_has_an_infinite_loss() -> None:
 
 
 def test_the_policy_that_sampled_comes_before_the_one_that_was_updated() -> None:
-    """The ratio is against `rollout_log_probs` where the batch has both, and `old_log_probs` where those are None."""
+    """The ratio is against `rollout_log_probs` if the batch has both, and `old_log_probs` if the former are None."""
     config, output, data = distillation_inputs()
     rollout = data["rollout_log_probs"]
     data["old_log_probs"] = -torch.rand(3, 6, dtype=torch.float64) * 3

@@ -1,4 +1,4 @@
-"""Sequences cut across ranks, and counts of whole steps: each case compares with the uncut stream, over random cuts."""
+"""Sequences cut across ranks, and counts of whole steps. Each case compares random cuts with the uncut stream."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.distributed.tensor.debug import CommDebugMode
 import kdloss
 from scale_out.ranks import Ranks, on
 
-DRAWS = 12  # of streams and cuts; one more, by hand, has the corners: see `Cut`
-# A sum is split at other places, so float64 results agree to a few roundings; float32 inputs are summed in float64.
+DRAWS = 12  # number of streams and cuts; draw 0 has the corner cases, see `Cut`
+# Sums are split at different places, so float64 results agree to a few roundings; float32 inputs are summed in float64.
 CLOSE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
 class Cut:
-    """One stream of B sequences, cut across the ranks at random: the whole of it, and this rank's part.
+    """One stream of B sequences, cut across the ranks at random: the whole stream and this rank's part.
 
-    Sequences may be empty, and so may parts: on every third draw one rank has no token at all. Draw 0 has the corners:
-    a sequence that is empty, one of one token, one that leaves out the ranks between the first and the last, one
-    without a trained token, and one that is trained on one rank only.
+    Sequences and parts may be empty; in every third draw one rank has no token at all. Draw 0 has the corner cases: an
+    empty sequence, a sequence of one token, one that skips the ranks between the first and the last, one without a
+    trained token, and one with trained tokens on one rank only.
     """
 
     def __init__(self, ranks: Ranks, draw: int) -> None:
@@ -52,7 +52,7 @@ class Cut:
         self.cu_part = kdloss.cu_seqlens_from_lengths(self.bounds.diff(dim=1)[:, self.rank])
 
     def places(self, rank: int) -> Tensor:
-        """Where in the whole stream the tokens of a rank's part are."""
+        """Positions in the whole stream of the tokens of a rank's part."""
         starts = self.cu[:-1, None] + self.bounds
         return torch.cat([torch.arange(int(s[rank]), int(s[rank + 1])) for s in starts])
 
@@ -77,13 +77,13 @@ def close(found: Tensor, expected: Tensor, what: object = "") -> None:
 
 
 def total_of(x: Tensor, ranks: Ranks) -> Tensor:
-    """The sum over ranks, in their order."""
+    """The sum over the ranks, in rank order."""
     return torch.stack(ranks.all(x.detach())).sum(0)
 
 
 @on(1, 2, 3, 4)
 def case_sums_and_means(ranks: Ranks) -> None:
-    """Whole on every rank, to the bit; the gradient is that of the sum of what the ranks descend."""
+    """The whole sequence's value on every rank, to the bit. The gradient is that of the sum of all ranks' losses."""
     for draw, (cut, dtype) in enumerate(each(ranks)):
         whole = cut.normal(dtype)
         for function in (kdloss.segment_sum, kdloss.segment_mean):
@@ -92,7 +92,7 @@ def case_sums_and_means(ranks: Ranks) -> None:
             found = function(mine, loss_mask=cut.part(cut.mask), cu_seqlens=cut.cu_part, group=ranks.group)
             close(found, expected, (draw, function))
             ranks.same_bits(found)
-            # every rank descends something else, of whole sequences and of its own tokens
+            # every rank descends a different loss
             weights = [ranks.normal(len(expected), seed=rank, dtype=dtype) for rank in range(ranks.size)]
             (expected * sum(weights)).sum().backward()
             (found * weights[ranks.rank]).sum().backward()
@@ -101,7 +101,7 @@ def case_sums_and_means(ranks: Ranks) -> None:
 
 @on(1, 2, 3, 4)
 def case_sequence_mean(ranks: Ranks) -> None:
-    """Shares that sum to the mean; with a normalizer, and without one."""
+    """The ranks' shares sum to the mean, with and without a normalizer."""
     for draw, (cut, dtype) in enumerate(each(ranks)):
         whole = cut.normal(dtype)
         for normalizer in (None, 7.5, torch.tensor(3), 0):
@@ -146,7 +146,7 @@ def case_returns_and_labels(ranks: Ranks) -> None:
 
 @on(1, 2, 3, 4)
 def case_ratios_and_weights(ranks: Ranks) -> None:
-    """GSPO's surrogate and sequence weights are of whole sequences on every rank."""
+    """GSPO's surrogate and sequence weights on every rank are those of whole sequences."""
     for draw, (cut, dtype) in enumerate(each(ranks)):
         logp, old, advantages = (cut.normal(dtype, scale) for scale in (0.1, 0.1, 1.0))
         here = {"loss_mask": cut.part(cut.mask), "cu_seqlens": cut.cu_part, "group": ranks.group}
@@ -176,7 +176,7 @@ def case_ratios_and_weights(ranks: Ranks) -> None:
 
 
 def objectives(cut: Cut, dtype: torch.dtype) -> list[tuple[Callable[..., kdloss.LossOutput], dict[str, Any]]]:
-    """Calls on the whole stream; `in_parts` cuts their arguments. Options are those that need other ranks."""
+    """Calls on the whole stream, with options that need other ranks; `in_parts` cuts the arguments."""
     logp, old, teacher, advantages, weights = (cut.normal(dtype, scale) for scale in (0.3, 0.3, 0.6, 1.0, 1.0))
     heard = torch.rand(cut.total, generator=cut.random) < 0.8
     rl = {"logp": logp, "old_logp": old, "advantages": advantages}
@@ -205,7 +205,7 @@ def in_parts(cut: Cut, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @on(1, 2, 3, 4)
 def case_objectives(ranks: Ranks) -> None:
-    """Shares of loss, rl, kd and reverse_kl sum to the whole's, and the gradient of `logp` is the whole's."""
+    """Shares of loss, rl, kd and reverse_kl sum to those of the whole stream, and `logp` gets the same gradient."""
     for draw, (cut, dtype) in enumerate(each(ranks)[::2]):
         for number, (loss, arguments) in enumerate(objectives(cut, dtype)):
             whole = arguments | {"logp": arguments["logp"].clone().requires_grad_()}
@@ -231,17 +231,17 @@ def called(loss: Callable[..., kdloss.LossOutput], arguments: dict[str, Any], **
 
 @on(2, 3, 4)
 def case_counts_over_data_parallel_ranks(ranks: Ranks) -> None:
-    """Uneven ranks and micro-batches sum to the whole batch; a rank without data runs its backward among the rest.
+    """Uneven ranks and micro-batches sum to the whole batch; a rank without data still runs its backward.
 
-    The model is one matrix, the same on every rank: its gradients are averaged over the ranks, as DDP does it.
+    The model is one matrix, the same on every rank. Its gradients are averaged over the ranks, as in DDP.
     """
     for draw in range(DRAWS):
         random = torch.Generator().manual_seed(draw)
-        parts = 2 * ranks.size  # two micro-batches a rank
+        parts = 2 * ranks.size  # two micro-batches per rank
         lengths = [
             torch.randint(0, 7, (int(k),), generator=random) for k in torch.randint(0, 4, (parts,), generator=random)
         ]
-        if draw % 2:  # the last rank has no sequence in one micro-batch, and sequences without tokens in the other
+        if draw % 2:  # the last rank has no sequence in one micro-batch, and only empty sequences in the other
             lengths[-2:] = [lengths[-1][:0], torch.zeros(2, dtype=torch.int64)]
         cu = kdloss.cu_seqlens_from_lengths(torch.cat(lengths))
         total = int(cu[-1])
@@ -288,18 +288,18 @@ def case_counts_over_data_parallel_ranks(ranks: Ranks) -> None:
                     cu_seqlens=c,
                     reduction=reduction,
                     kd_discount=0.5,
-                    normalizer=count.double() / ranks.size,  # an int64 tensor over an int is float32
+                    normalizer=count.double() / ranks.size,  # an int64 tensor divided by an int is float32
                 ).loss
                 loss.backward()
                 logged += loss.detach()
-            dist.all_reduce(mine.grad, group=ranks.group)  # a rank that had not run its backward has no gradient here
+            dist.all_reduce(mine.grad, group=ranks.group)  # fails on a rank that has not run its backward
             close(mine.grad / ranks.size, leaf.grad, (draw, reduction))
             close(total_of(logged, ranks) / ranks.size, expected.detach(), (draw, reduction))
 
 
 @on(4)
 def case_counts_over_two_axes(ranks: Ranks) -> None:
-    """Two data-parallel pairs that split their sequences: one count of the step, and the whole batch's gradient."""
+    """Two data-parallel pairs that split their sequences: one count per step, and the whole batch's gradient."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     pair = ranks.rank // 2
     halves = Ranks(ranks.rank % 2, 2, pairs[pair])
@@ -340,7 +340,7 @@ def ranks_alone() -> dist.ProcessGroup:
 
 
 def everywhere(ranks: Ranks, text: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
-    """Raised on every rank, with the same text after what says where; a case that goes on shows that none hangs."""
+    """Every rank raises, with the same text after the part that names the rank. If the case goes on, none hangs."""
     try:
         call()
     except (TypeError, ValueError) as caught:
@@ -435,7 +435,7 @@ def case_one_bad_rank(ranks: Ranks) -> None:
 
 @on(4)
 def case_a_bad_pair_of_ranks(ranks: Ranks) -> None:
-    """Ranks that share sequences disagree: the other pair, which counts with them, hears of it."""
+    """Ranks that share sequences disagree; the other pair, which counts with them, raises, too."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     lengths = torch.ones(3 if ranks.rank == 3 else 2, dtype=torch.int64)
     cu = kdloss.cu_seqlens_from_lengths(lengths)
@@ -480,7 +480,7 @@ def case_compiled_context(ranks: Ranks) -> None:
 
 @on(2, 3)
 def case_collectives_of_a_step(ranks: Ranks) -> None:
-    """One forward: for a sum, a mean, the returns, all reductions of a loss. One backward for a sum or a mean alone."""
+    """One collective forward for a sum, a mean, returns or all reductions of a loss; one backward for sum and mean."""
     cut = Cut(ranks, 1)
     mask, where = cut.part(cut.mask), {"cu_seqlens": cut.cu_part, "group": ranks.group}
     x = cut.part(cut.normal(torch.float64)).nan_to_num()
@@ -503,7 +503,7 @@ def case_collectives_of_a_step(ranks: Ranks) -> None:
 
 
 def counted(call: Callable[[], Any]) -> tuple[Any, int]:
-    """The collectives of a call, but for those in which ranks tell one another of their checks, on the CPU only."""
+    """The number of collectives of a call, without those that exchange errors of checks (on the CPU only)."""
     with CommDebugMode() as seen:
         result = call()
     return result, sum(n for op, n in seen.get_comm_counts().items() if "c10d_functional" in str(op))

@@ -1,4 +1,4 @@
-"""Divergences of a vocabulary-sharded head: values, gradients and bits as those of the whole head in one process."""
+"""Divergences of a vocabulary-sharded head: values and gradients equal those of the whole head in one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 @on(2, 3, 4)
 def case_divergences_from_logits(ranks: Ranks) -> None:
-    """In blocks of two rows, so that there are several of them."""
+    """In blocks of two rows, so there are several blocks."""
     temperatures = torch.linspace(0.5, 2, T)
     for shard in shards(ranks):
         for name, divergence in FROM_LOGITS.items():
@@ -72,7 +72,7 @@ def _two_rows(self, total_rows):
 
 @on(2, 3)
 def case_hostile_divergences(ranks: Ranks) -> None:
-    """Masses of 0 on either side in a whole slice, no distribution at all, and logits far off centre."""
+    """Whole slices of mass 0 on either side, rows that are no distribution, and logits far from 0."""
     shard = kdloss.VocabShard(*UNEVEN[ranks.size][ranks.rank], ranks.group)
     logits, teacher = ranks.normal(8, V), ranks.normal(8, V, seed=1)
     logits[0, 17:] = teacher[0, 17:] = -torch.inf
@@ -138,7 +138,7 @@ def case_divergences_from_hidden_states(ranks: Ranks) -> None:
 
 @on(2, 3, 4)
 def case_topk(ranks: Ranks) -> None:
-    """Ids in one slice, in several, all of the vocabulary's, none, and fewer than K."""
+    """Ids in one slice, in several slices, all ids, no id, and fewer than K."""
     ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:5] for i in range(T)])
     ids[1] = torch.tensor([22, 21, 20, -1, -1])
     ids[2] = -1
@@ -165,7 +165,7 @@ def case_topk(ranks: Ranks) -> None:
 
 @on(3)
 def case_topk_kernels(ranks: Ranks) -> None:
-    """Interpreted on slices: the numbers of torch's path on whole rows, and the same bits on every rank."""
+    """Interpreted kernels on slices give the values of torch's path on whole rows, and the same bits on every rank."""
     ids = torch.tensor([[22, 3, 4, 11], [21, 5, -1, -1], [-1, -1, -1, -1]])
     logits, teacher = 2 * ranks.normal(3, V), (2 * ranks.normal(3, V, seed=1)).log_softmax(-1)
     kept = teacher.gather(-1, ids.clamp(min=0))

@@ -1,6 +1,6 @@
-"""Kernels of a vocabulary-sharded head on real ranks: torch's numbers, the same bits on each, no collective more.
+"""Kernels of a vocabulary-sharded head on real ranks: torch's values, the same bits on each rank, no more collectives.
 
-`tests/_triton/test_shards.py` holds what they compute in every option; here they are interpreted, a few rows of them.
+`tests/_triton/test_shards.py` tests every option. Here a few rows are interpreted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = 3
 
 @on(3)
 def case_kernels(ranks: Ranks) -> None:
-    """Of whole rows in one process by torch's operations, and as many collectives as those take on slices."""
+    """The values of torch's operations on whole rows in one process, and the collectives that they take on slices."""
     shard = kdloss.VocabShard(*UNEVEN[ranks.size][ranks.rank], ranks.group)
     labels, mask = torch.tensor([22, 4, -100]), torch.tensor([True, True, False])
     logits, hidden, weight = ranks.normal(T, V) * 3, ranks.normal(T, D), ranks.normal(V, D, seed=1)
@@ -67,7 +67,7 @@ def case_kernels(ranks: Ranks) -> None:
 
 @on(2)
 def case_compiled_kernels(ranks: Ranks) -> None:
-    """With fullgraph=True, forward and backward, as they run. An untrained token's temperature may be anything."""
+    """With fullgraph=True, forward and backward, as in eager mode. An untrained token's temperature may be anything."""
     shard = kdloss.VocabShard.even(V, ranks.group)
     labels, mask = torch.tensor([22, 4, -100]), torch.tensor([True, True, False])
     hidden, weight = ranks.normal(T, D), part(ranks.normal(V, D, seed=1), shard, 0)

@@ -1,4 +1,4 @@
-"""Ten optimizer steps under FSDP2, DDP and FSDP2 x tensor parallel, as those of one process on the whole batch."""
+"""Ten optimizer steps under FSDP2, DDP and FSDP2 x tensor parallel equal those of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from scale_out.ranks import Ranks, on
 from scale_out.tiny_qwen3 import VOCABULARY, Tiny
 
 STEPS, SEQUENCES, MAX_NORM = 10, 6, 0.05
-# How far the parameters' way may be from that of one process, relative to its length. In float64 only the order of sums
-# differs: some 1e-16 a step, which Adam's division by a small gradient's size enlarges.
+# Bound of the difference between the parameters' change and that in one process, relative to its norm. In float64 only
+# the order of sums differs: about 1e-16 per step, which Adam's division by a small gradient amplifies.
 EXACT = 1e-10
-# In mixed precision every rank rounds its own activations and gradient to bfloat16, so that both runs are off from the
-# one in float64, by as much as each other but not the same way.
+# In mixed precision every rank rounds its own activations and gradients to bfloat16. Both runs then differ from the
+# float64 run, by the same amount but in different directions.
 AS_GOOD = 1.5
 
 
 @dataclass
 class Batch:
-    """Packed sequences of one step, or one rank's share of them."""
+    """The packed sequences of one step, or one rank's share of them."""
 
     ids: Tensor
     segments: Tensor
@@ -49,14 +49,15 @@ def batch(ranks: Ranks, step: int) -> Batch:
     lengths = 2 + ranks.integers(7, SEQUENCES, seed=100 + step)
     if step % 3 == 2:
         parts = 2 + step // 3
-        lengths[parts - 1 :: parts] = 0  # the last of two ranks has no token at all; later of three, then of four
+        # the last of two ranks has no token; in later steps the last of three, then of four
+        lengths[parts - 1 :: parts] = 0
     cu_seqlens = kdloss.cu_seqlens_from_lengths(lengths)
     T = int(cu_seqlens[-1])
     ids = ranks.integers(VOCABULARY, T, seed=step)
     segments = kdloss.segment_ids(cu_seqlens, total_tokens=T)
     mask = kdloss.response_mask(torch.ones(SEQUENCES, dtype=torch.int64), cu_seqlens=cu_seqlens, total_tokens=T)
     if step % 3 == 1:
-        mask &= segments % 2 > 0  # of two or four ranks, some have nothing to train on
+        mask &= segments % 2 > 0  # some of two or four ranks have nothing to train on
     return Batch(
         ids,
         segments,
@@ -110,7 +111,7 @@ def shard_of(head: Tensor) -> kdloss.VocabShard | None:
 
 
 def clip(parameters: list[nn.Parameter]) -> Tensor:
-    """To MAX_NORM. Parameters on different meshes have a norm each, put together in one."""
+    """Clips to MAX_NORM. Parameters on different meshes have one norm each; the norms are combined into one."""
     meshes: dict[object, list[Tensor]] = {}
     for p in parameters:
         meshes.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p.grad)
@@ -144,9 +145,9 @@ def train(
     group=None,
     mixed: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
-    """Ten steps on every `parts`-th sequence: whole parameters at the end, and each step's norm before clipping."""
+    """Ten steps on every `parts`-th sequence. Returns the whole final parameters and each step's unclipped norm."""
     parameters = list(student.parameters())
-    # in mixed precision no Adam: it would make steps of one size from gradients that are nothing but rounding
+    # no Adam in mixed precision: it would take full-size steps on gradients that are only rounding
     optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=0.9) if mixed else torch.optim.AdamW(parameters, lr=3e-3)
     norms = []
     for step in range(STEPS):
@@ -165,7 +166,7 @@ def train(
 
 
 class Cast(nn.Module):
-    """One process of mixed precision: parameters are rounded to bfloat16 for the forward, and gradients come so."""
+    """Mixed precision in one process: parameters and their gradients are rounded to bfloat16."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -177,7 +178,7 @@ class Cast(nn.Module):
 
 
 def same_way(found: tuple[list[Tensor], Tensor], expected: tuple[list[Tensor], Tensor], begin: list[Tensor]) -> None:
-    # Adam and clipping forget a gradient's scale; the norms know it
+    # Adam and clipping remove a gradient's scale; the norms still have it
     torch.testing.assert_close(found[1], expected[1], rtol=EXACT, atol=0)
     for x, y, start in zip(found[0], expected[0], begin, strict=True):
         way = (y - start).norm()
@@ -190,7 +191,7 @@ def whole_vector(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def sharded(model: Tiny, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> Tiny:
-    """Blocks by themselves; what is left, the embedding that is the head too and the last norm, with the root."""
+    """Shards each block by itself, and the rest with the root: the embedding (also the head) and the last norm."""
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -211,7 +212,7 @@ def case_fsdp2(ranks: Ranks) -> None:
 
 @on(2, 4)
 def case_fsdp2_mixed_precision(ranks: Ranks) -> None:
-    """Parameters, gradients' sums and the optimizer in float32, everything between in bfloat16."""
+    """Parameters, gradient sums and the optimizer in float32, everything in between in bfloat16."""
     mesh = DeviceMesh.from_group(ranks.group, "cpu")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for loss in (two_steps, fused):
@@ -225,7 +226,8 @@ def case_fsdp2_mixed_precision(ranks: Ranks) -> None:
         found, sharded_norms = train(
             ranks, *pair, loss, part=ranks.rank, parts=ranks.size, group=ranks.group, mixed=True
         )
-        torch.testing.assert_close(sharded_norms, norms, rtol=2**-4, atol=0)  # ten roundings of 2**-9 and what follows
+        # ten roundings of 2**-9 and their consequences
+        torch.testing.assert_close(sharded_norms, norms, rtol=2**-4, atol=0)
         assert all(x.dtype == torch.float32 for x in found)
         error, of_one = ((x - truth).norm() / (truth - begin).norm() for x in map(whole_vector, (found, expected)))
         assert of_one < 0.1
@@ -234,7 +236,7 @@ def case_fsdp2_mixed_precision(ranks: Ranks) -> None:
 
 @on(2, 3)
 def case_fsdp2_gathers_the_head_once(ranks: Ranks) -> None:
-    """A step's collectives: the root, which holds the head, is gathered once and its gradient scattered once."""
+    """Collectives of a step: the root, which holds the head, is gathered once, and its gradient is scattered once."""
     mesh = DeviceMesh.from_group(ranks.group, "cpu")
     b = batch(ranks, 0).of(ranks.rank, ranks.size)
     for loss in (two_steps, fused):
@@ -262,7 +264,7 @@ def case_ddp(ranks: Ranks) -> None:
 
 @on(4)
 def case_two_dimensions(ranks: Ranks) -> None:
-    """FSDP2 over pairs of ranks, and within a pair the tied embedding and head split along the vocabulary."""
+    """FSDP2 over pairs of ranks; within a pair, the tied embedding and head are split along the vocabulary."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     for loss in (two_steps, fused):
         student, teacher = (x.double() for x in models())

@@ -1,4 +1,4 @@
-"""The paper plan of `benchmarks/scale_plan.py`: its bytes are those of collectives counted here, exactly."""
+"""The calculated plan of `benchmarks/scale_plan.py`: its bytes equal those of the collectives counted here, exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AXES = ("replicate", "shard", "tensor")
 
 
 def sizes(layers: int) -> Model:
-    """`Tiny` as the plan sees it."""
+    """`Tiny` in the terms of the plan."""
     return Model(
         layers,
         WIDTH,
@@ -41,10 +41,10 @@ def sizes(layers: int) -> Model:
 
 
 def laid_out(model: Tiny, mesh: DeviceMesh, *, trains: bool) -> Tiny:
-    """Tensor parallel as torch does it, checkpointed where it trains, then FSDP2 with the policy of docs/fsdp.md."""
+    """Torch's tensor parallelism, checkpointing for training, then FSDP2 with the policy of docs/fsdp.md."""
     tensor = mesh["tensor"]
     whole = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-    # a norm's output is one DTensor for all matrices after it, so that its gradient is summed over the ranks once
+    # a norm's output is one DTensor for all matrices after it, so its gradient is summed over the ranks once
     norm = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Replicate(), use_local_output=False)
     plan = {name: ColwiseParallel() for name in ("query", "key", "value", "gate", "up")}
     plan |= {"out": RowwiseParallel(), "down": RowwiseParallel(), "before": norm, "between": norm}
@@ -69,7 +69,7 @@ def of_axes(count: Count, mesh: DeviceMesh) -> Sent:
 
 @on(4)
 def case_plan_of_a_step(ranks: Ranks) -> None:
-    """Trained and scored; over all axes two by two, alone, and without layers, where the head is what is left."""
+    """Training and scoring; every pair of axes, single axes, and without layers, so that only the head is left."""
     ids = ranks.integers(VOCABULARY, T)
     labels, segments = ids.roll(-1), torch.arange(T) // 4
     mask = torch.ones(T, dtype=torch.bool)
@@ -107,7 +107,7 @@ def case_plan_of_a_step(ranks: Ranks) -> None:
 
 @on(2, 3, 4)
 def case_plan_of_the_losses(ranks: Ranks) -> None:
-    """What a vocabulary split across ranks sends, of every loss that the plan names, and the head's share of a step."""
+    """Bytes that each loss of the plan sends for a vocabulary split across ranks, and the head's share of a step."""
     group, n = ranks.group, ranks.size
     shard = kdloss.VocabShard.even(VOCABULARY, group)
     hidden = ranks.normal(T, WIDTH).bfloat16()

@@ -1,4 +1,4 @@
-"""Cases that hang, raise and turn in circles, between others that go through, for the tests of `ranks.run` itself."""
+"""Cases that hang, raise or loop forever, between others that pass, for the tests of `ranks.run` itself."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def case_one_rank_does_not_come(ranks: Ranks) -> None:
 
 @on(3)
 def case_one_rank_raises(ranks: Ranks) -> None:
-    """Rank 3 is in the next case by then, and hears of it there."""
+    """Rank 3 is already in the next case, and fails there."""
     if ranks.rank == 1:
         raise ValueError("of rank 1 alone")
     wait_for_the_others(ranks)
 
 
 @on(4)
-def case_one_rank_turns_in_circles(ranks: Ranks) -> None:
+def case_one_rank_loops_forever(ranks: Ranks) -> None:
     while ranks.rank == 2:
         pass
     wait_for_the_others(ranks)

@@ -1,4 +1,4 @@
-"""Cases of adapters whose trainer hands them sharded parameters."""
+"""Cases of adapters whose trainer passes sharded parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .ranks import Ranks, on
 
 @on(2, 4)
 def case_trl_head_that_is_sharded_by_itself(ranks: Ranks) -> None:
-    """Each rank has its own tokens; head and bias have the gradient of the mean over ranks. Four: sharded in pairs."""
+    """Each rank has its own tokens; head and bias get the mean gradient over the ranks. Four ranks shard in pairs."""
     hidden, teacher_hidden = (ranks.normal(ranks.size, 2, 5, 6, seed=seed) for seed in (1, 2))
     teacher, mask = ranks.normal(11, 6, seed=3), torch.arange(10).reshape(2, 5) != 4
     head = torch.nn.Linear(6, 11)

@@ -1,4 +1,4 @@
-"""Log-probs of a vocabulary-sharded head: values, gradients and bits as those of the whole head in one process."""
+"""Log-probs of a vocabulary-sharded head: values and gradients equal those of the whole head in one process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from kdloss._logprobs import from_hidden, fused
 from scale_out.ranks import Ranks, on
 
 V, D, T = 23, 6, 9
-# Two slices of very different width, three with one entry in the middle, four in another order than the ranks'.
+# Two slices of very different width; three with a single entry in the middle; four that are not in rank order.
 UNEVEN = {2: [(0, 17), (17, 23)], 3: [(0, 4), (4, 5), (5, 23)], 4: [(12, 20), (3, 12), (20, 23), (0, 3)]}
-# Between two orders of summation: a few ulps of numbers of order 10, and for half-precision gradients one rounding of
-# each of n partial sums.
+# The difference between two orders of summation: a few ulps of numbers around 10; for half-precision gradients, one
+# rounding of each of n partial sums.
 TOLERANCES = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-13},
     torch.float32: {"rtol": 2e-5, "atol": 4e-6},
@@ -54,7 +54,7 @@ def labels_and_mask(ranks: Ranks, k: int | None) -> tuple[Tensor, Tensor]:
 
 
 def differentiated(call: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Results and gradients, under upstream gradients that are the same everywhere."""
+    """Results and gradients, with the same upstream gradients on every rank."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     found = [x for x in call(*leaves) if x.numel()]
     upstream = [Ranks.normal(None, *x.shape, seed=11, dtype=x.dtype) for x in found]
@@ -94,7 +94,7 @@ def case_from_logits(ranks: Ranks) -> None:
 
 @on(2, 3)
 def case_hostile_logits(ranks: Ranks) -> None:
-    """Nothing is lost far off centre; slices without mass, infinities and NaN do what they do in one process."""
+    """Logits far from 0 lose no precision; slices without mass, infinities and NaN behave as in one process."""
     shard = kdloss.VocabShard(*UNEVEN[ranks.size][ranks.rank], ranks.group)
     labels = torch.tensor([20, 1, 20, 4, 2, 22])
     logits = ranks.normal(6, V)
@@ -103,7 +103,7 @@ def case_hostile_logits(ranks: Ranks) -> None:
     logits[2, :20] = -torch.inf
     logits[3, 3] = torch.inf
     logits[4] = -torch.inf  # no distribution
-    logits[5, 22] = -torch.inf  # of the label
+    logits[5, 22] = -torch.inf  # the label's logit
     mine = part(logits, shard, -1)
     for x, y in zip(
         kdloss.token_logprobs_and_entropy(mine, labels, shard=shard),
@@ -163,7 +163,7 @@ def token_loss(logp, entropy, old_logp, advantages):
 
 @on(2, 3, 4)
 def case_fused(ranks: Ranks) -> None:
-    """In several chunks, which ranks of unequal slices take alike; a trained token without a label has a loss too."""
+    """In several chunks, the same on ranks with unequal slices. A trained token without a label has a loss, too."""
     for shard in shards(ranks):
         for dtype in TOLERANCES:
             labels, mask = labels_and_mask(ranks, None)
@@ -203,7 +203,7 @@ def case_nothing_to_train_on(ranks: Ranks) -> None:
             kdloss.token_mean(kdloss.linear_token_logprobs(hidden, weight, labels, **heads), loss_mask=mask),
             kdloss.fused_linear_loss(hidden, weight, labels, lambda lp, h: -lp, **heads).loss,
             kdloss.linear_forward_kl(hidden, weight, hidden + 1, weight, **heads).sum(),
-        ):  # each alone: a wrapper waits for the gradient of every input
+        ):  # one at a time: a wrapper waits for the gradient of every input
             found = torch.autograd.grad(loss, [hidden, weight])
             assert not any(x.any() for x in found)
         logits = part(ranks.normal(rows, V), shard, -1).clone().requires_grad_()
@@ -213,7 +213,7 @@ def case_nothing_to_train_on(ranks: Ranks) -> None:
 
 @on(2, 4)
 def case_sequence_parallel(ranks: Ranks) -> None:
-    """Hidden states that come split by rows: gathered, and their gradient reduced and scattered."""
+    """Hidden states split by rows: they are all-gathered, and their gradient is reduce-scattered."""
     rows = 8
     hidden, weight = ranks.normal(rows, D, dtype=torch.float64), ranks.normal(V, D, seed=1, dtype=torch.float64)
     labels, mask = ranks.integers(V, rows, seed=3), ranks.integers(2, rows, seed=4).bool()
@@ -239,7 +239,7 @@ def case_sequence_parallel(ranks: Ranks) -> None:
 
 @on(2, 4)
 def case_dtensors(ranks: Ranks) -> None:
-    """Logits placed Shard(-1) need no shard, nor does a head placed Shard(0) beside hidden states placed too."""
+    """Logits placed Shard(-1) need no shard; neither does a head placed Shard(0) beside DTensor hidden states."""
     mesh = DeviceMesh.from_group(ranks.group, "cpu")
     logits, labels = ranks.normal(T, V, dtype=torch.float64), ranks.integers(V, T, seed=3)
     hidden, weight = ranks.normal(T, D, dtype=torch.float64), ranks.normal(V, D, seed=1, dtype=torch.float64)
@@ -302,7 +302,7 @@ def case_dtensors(ranks: Ranks) -> None:
 
 @on(4)
 def case_dtensors_of_two_dimensions(ranks: Ranks) -> None:
-    """The vocabulary along either axis of a mesh, with copies along the other; along both is refused."""
+    """The vocabulary split along one axis of a mesh and replicated along the other; along both axes it is refused."""
     mesh = init_device_mesh("cpu", (2, 2))
     logits, labels = ranks.normal(T, V, dtype=torch.float64), ranks.integers(V, T, seed=3)
     hidden, weight = ranks.normal(T, D, dtype=torch.float64), ranks.normal(V, D, seed=1, dtype=torch.float64)
@@ -339,7 +339,7 @@ def case_dtensors_of_two_dimensions(ranks: Ranks) -> None:
 
 
 def raises(error, text, call, *arguments, **keywords):
-    """On this rank; a case that goes on shows that all of them raised, and that none hangs."""
+    """Checks this rank. If the case goes on, all ranks raised and none hangs."""
     with pytest.raises(error) as caught:
         call(*arguments, **keywords)
     assert text in str(caught.value), str(caught.value)
@@ -358,12 +358,12 @@ def case_bad_set_ups(ranks: Ranks) -> None:
         group,
     )
     raises(ValueError, "some overlap, got: rank 0 holds 0 .. 6", Shard_, 5 * rank, 5 * rank + 6, group)
-    raises(ValueError, "some is empty", Shard_, min(rank, 1) * 5, 5, group)
+    raises(ValueError, "some are empty", Shard_, min(rank, 1) * 5, 5, group)
     raises(ValueError, "leave out 0 .. 1", Shard_, 5 * rank + 1, 5 * rank + 6, group)
     raises(TypeError, "start and stop must be ints", Shard_, 5.0 * rank, 5 * rank + 5, group)
     raises(ValueError, "vocab_size must be the same on every rank", Shard_.even, 40 - rank, group)
     raises(TypeError, "vocab_size must be an int, got NoneType", Shard_.even, 40 if rank else None, group)
-    raises(ValueError, "is empty", Shard_.even, n - 1, group)
+    raises(ValueError, "are empty", Shard_.even, n - 1, group)
     raises(
         ValueError,
         "sequence_parallel must be the same on every rank",

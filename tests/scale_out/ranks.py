@@ -1,12 +1,12 @@
-"""Runs cases in four processes joined by gloo: `python ranks.py MODULE...` imports all and forks them.
+"""Runs cases in four processes joined by gloo: `python ranks.py MODULE...` imports the modules and forks four times.
 
-A case is a function `case_*(ranks)` of a module, with the numbers of ranks that it wants in `sizes`; it runs on each
-of these as a group of the first ranks, and asserts by itself. One that raises or hangs ends the four, with the stack of
-every rank in what its test reports; four new ones go on with the cases that are left.
+A case is a function `case_*(ranks)` of a module, with the group sizes that it needs in `sizes`. It runs once per size,
+in a group of the first ranks, and contains its own assertions. A case that raises or hangs ends the four processes, and
+its test reports the stack of every rank; four new processes go on with the remaining cases.
 
-No limit is on the clock of a case, which says nothing on a loaded machine. A hang is that every thread of every rank
-sleeps, for seconds: one that has work but no core to do it on is seen to be runnable. Ranks that turn in circles
-instead have so many seconds of processor time a case.
+Cases have no limit of wall-clock time, which says nothing on a loaded machine. A hang is recognized by every thread of
+every rank sleeping for seconds; a thread that has work but no core is runnable, not asleep. Ranks that loop forever are
+stopped by a limit of processor time per case.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 WORLD = 4
-POLL, INTERFACE = 0.1, "lo"  # seconds; the network of this machine alone
+POLL, INTERFACE = 0.1, "lo"  # seconds; the loopback interface
 TESTS = Path(__file__).parents[1]
 
 
 @dataclass
 class Ranks:
-    """The group that a case runs on, seen from one of its ranks."""
+    """The group that a case runs on, as seen from one of its ranks."""
 
     rank: int
     size: int
     group: dist.ProcessGroup
 
     def normal(self, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The same on every rank."""
+        """Normal values, the same on every rank."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
     def integers(self, high: int, *shape: int, seed: int = 0) -> Tensor:
@@ -65,7 +65,7 @@ class Ranks:
 
 
 def on(*sizes: int) -> Callable[[Callable[[Ranks], None]], Callable[[Ranks], None]]:
-    """Says on how many ranks a case runs."""
+    """Sets the group sizes that a case runs on."""
 
     def mark(case: Callable[[Ranks], None]) -> Callable[[Ranks], None]:
         case.sizes = sizes
@@ -83,20 +83,20 @@ def cases(module: ModuleType) -> Iterator[tuple[str, int, Callable[[Ranks], None
 
 @dataclass
 class Round:
-    """Four processes, until they are through or one of them cannot go on."""
+    """Four processes, until all cases are done or one process cannot go on."""
 
     folder: Path
     left: list[str]
     sizes: dict[str, int]
-    stopped: str = ""  # why they had to be
-    texts: dict[str, dict[int, str]] = field(default_factory=dict)  # of case and rank
-    first: str | None = None  # the case that raised before any other
+    stopped: str = ""  # why the processes had to be stopped
+    texts: dict[str, dict[int, str]] = field(default_factory=dict)  # by case and rank
+    first: str | None = None  # the case that raised first
 
     def watch(self, leader: subprocess.Popen[str], *, idle: float, until: float) -> None:
         self.folder.mkdir()
         (self.folder / "left").write_text("\n".join(self.left))
         assert leader.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # of one that could not import the cases
+        with contextlib.suppress(BrokenPipeError):  # the leader could not import the cases
             print(self.folder, file=leader.stdin, flush=True)
         activity, ended = Activity(), self.folder / "ended"
         while not ended.exists() and leader.poll() is None and not self.stopped:
@@ -110,7 +110,7 @@ class Round:
             end = time.monotonic() + 10
             while time.monotonic() < end and not all("most recent call first" in text for text in self.said()):
                 time.sleep(POLL)
-        self.read()  # before the ranks are killed: who dies later than another hears of it, and would raise
+        self.read()  # before the ranks are killed: the last to die would notice the others' death and raise
         if self.stopped:
             self.signal(signal.SIGKILL)
             while not ended.exists() and leader.poll() is None and time.monotonic() < end + 10:
@@ -143,10 +143,10 @@ class Round:
         self.first = min(raised)[1] if raised else None
 
     def outcomes(self) -> dict[str, str]:
-        """Of the cases that all went through, and of the one because of which no more did."""
+        """The outcomes of the cases that passed on all ranks, and of the case that stopped the round."""
         found = {n: "" for n in self.left if list(self.texts.get(n, {}).values()) == [""] * self.sizes[n]}
         rest = [name for name in self.left if name not in found]
-        # what raised later did so because a rank had left, and runs again
+        # cases that raised later did so because a rank had left; they run again
         for name in [self.first or rest[0]] if rest else []:
             texts = self.texts.get(name, {})
             missing = [rank for rank in range(self.sizes[name]) if rank not in texts]
@@ -154,28 +154,28 @@ class Round:
             lines += [f"rank {rank}: {text}" for rank, text in sorted(texts.items()) if text]
             lines += [f"rank {rank} said:\n{text}" for rank, text in enumerate(self.said()) if text and missing]
             found[name] = "\n".join(lines)
-        if rest and not self.joined():  # nor would they another time
+        if rest and not self.joined():  # the next round would fail as well
             said = (self.folder.parent / "leader.out").read_text(errors="replace")[-6000:]
             found |= dict.fromkeys(rest, f"the ranks did not start\n{said}\n{found[rest[0]]}")
         return found
 
 
 class Activity:
-    """Whether processes are at work, from what the kernel says of their threads."""
+    """Tells whether processes are working, from the kernel's states of their threads."""
 
     def __init__(self) -> None:
         self.polls, self.seconds = 0, 0.0
 
     def asleep(self, pids: list[int]) -> int:
-        """For how many polls no thread was running, runnable, stopped or waiting for a disk."""
+        """The number of polls during which no thread was running, runnable, stopped or waiting for a disk."""
         threads = [stat for pid in pids for stat in Path("/proc", str(pid), "task").glob("*/stat")]
         states, seconds = [], 0.0
         for stat in threads:
-            with contextlib.suppress(OSError):  # of a thread that has just ended
+            with contextlib.suppress(OSError):  # a thread has just ended
                 fields = stat.read_text().rpartition(")")[2].split()
                 states.append(fields[0])
                 seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        if not states or seconds > self.seconds + 0.1:  # no /proc: the time for all cases is what ends a hang
+        if not states or seconds > self.seconds + 0.1:  # without /proc, only the time for all cases ends a hang
             self.polls, self.seconds = 0, seconds
         else:
             self.polls = self.polls + 1 if set(states) <= {"S", "Z", "X", "I"} else max(0, self.polls - 1)
@@ -185,7 +185,7 @@ class Activity:
 def run(
     folder: Path, modules: list[str], *, seconds: float = 900, idle: float = 5, case_processor_seconds: float = 150
 ) -> dict[str, str]:
-    """What became of every case: "" where all its ranks went through, else what happened."""
+    """The outcome of every case: "" if all its ranks passed, else what happened."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": INTERFACE,
@@ -221,7 +221,7 @@ def run(
 def _main(modules: list[str]) -> None:
     found = [(name, size, case) for module in modules for name, size, case in cases(importlib.import_module(module))]
     torch.set_num_threads(1)
-    # memory that is not filled holds NaN: nothing may be read before it is written
+    # uninitialized memory holds NaN: nothing may be read before it is written
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     for line in sys.stdin:
@@ -253,7 +253,7 @@ def _forked(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks
 
 def _rank(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks], None]]]) -> None:
     faulthandler.register(signal.SIGUSR1)
-    faulthandler.register(signal.SIGPROF, chain=True)  # and ends, as the signal does
+    faulthandler.register(signal.SIGPROF, chain=True)  # chained, so the signal still ends the process
     seconds = float(os.environ["CASE_PROCESSOR_SECONDS"])
     store = dist.FileStore(str(folder / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(minutes=15))
@@ -270,7 +270,7 @@ def _rank(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks],
             except Exception:
                 report.write(json.dumps([name, traceback.format_exc(), time.monotonic()]) + "\n")
                 report.flush()
-                os._exit(1)  # the others fail at their next collective, at once
+                os._exit(1)  # the others fail at once, at their next collective
             report.write(json.dumps([name, "", time.monotonic()]) + "\n")
             report.flush()
             print(f"{time.monotonic() - start:6.2f} s  {name}", flush=True)

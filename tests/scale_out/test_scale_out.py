@@ -1,4 +1,4 @@
-"""Holds scale-out: whatever is cut across ranks gives the numbers and gradients of one process."""
+"""Tests scale-out: everything that is cut across ranks gives the values and gradients of one process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_examples_of_vocab_shard_run(monkeypatch):
 
 
 def test_a_hang_ends_in_seconds_with_the_stack_of_the_rank(tmp_path):
-    """Gloo would wait for 15 minutes. What hangs, raises or turns in circles fails alone, and those beside it go on."""
+    """Gloo would wait for 15 minutes. A case that hangs, raises or loops forever fails alone, and the others go on."""
     found = run(tmp_path, ["scale_out.cases_that_hang"], idle=2, case_processor_seconds=2)
     assert found["before-4"] == found["after-4"] == ""
     hang = found["one_rank_does_not_come-2"]
@@ -56,9 +56,9 @@ def test_a_hang_ends_in_seconds_with_the_stack_of_the_rank(tmp_path):
     assert "in wait_for_the_others" in hang.split("rank 1 said")[1]
     assert "in case_one_rank_does_not_come" in hang.split("rank 1 said")[1]
     assert "of rank 1 alone" in found["one_rank_raises-3"]
-    circles = found["one_rank_turns_in_circles-4"]
-    assert circles.startswith("did not end on ranks [2]: they left")
-    assert "in case_one_rank_turns_in_circles" in circles.split("rank 2 said")[1]
+    loops = found["one_rank_loops_forever-4"]
+    assert loops.startswith("did not end on ranks [2]: they left")
+    assert "in case_one_rank_loops_forever" in loops.split("rank 2 said")[1]
 
 
 def test_ranks_that_cannot_start_fail_every_case_at_once(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A tiny model of Qwen3's shape in plain torch: grouped queries, normed queries and keys, RoPE, SwiGLU, a tied head."""
+"""A tiny model like Qwen3 in plain torch: grouped queries, normed queries and keys, RoPE, SwiGLU, a tied head."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class Block(nn.Module):
 
 
 class Tiny(nn.Module):
-    """From packed tokens to whatever `score(hidden, head)` makes of the last hidden states and the head.
+    """Maps packed tokens to `score(hidden, head)` of the last hidden states and the head.
 
-    `score` runs inside `forward`, where a wrapper has put the whole head together.
+    `score` runs inside `forward`, where a wrapper has gathered the whole head.
     """
 
     def __init__(self, width: int, layers: int = 2) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width)  # and the head
+        self.embed = nn.Embedding(VOCABULARY, width)  # also the head
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm = Norm(width)
 

@@ -1,4 +1,4 @@
-"""What the tests inside trainers share: one thread, and nothing that asks the network."""
+"""Shared by the tests inside trainers: one thread, and no network access."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Holds that an environment is what its list says, so that results belong to the versions that are written down."""
+"""Tests that an environment matches its requirements list, so that results belong to the listed versions."""
 
 import importlib.metadata
 import sys

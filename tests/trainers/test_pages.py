@@ -1,4 +1,4 @@
-"""Runs the `python` blocks of the pages that begin with `<!-- runs in: NAME -->`, each in the environment NAME."""
+"""Runs the `python` blocks of pages that begin with `<!-- runs in: NAME -->`, each in the environment NAME."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ HERE = [page for page in PAGES if page.read_text("utf-8").startswith(f"<!-- runs
 
 @pytest.mark.parametrize("page", HERE, ids=lambda page: page.stem)
 def test_the_page_runs_for_its_reader(page, tmp_path):
-    """In a process of its own: a page may change its trainer."""
+    """In a separate process, because a page may change its trainer."""
     assert blocks(page.read_text("utf-8"))
     said = read(page, folder=tmp_path)
     assert not said, f"{page}:\n{said}"

@@ -298,7 +298,7 @@ def _agreed(slices: list[Any]) -> tuple[tuple[int, int], ...]:
     end = 0
     for start, stop, *_ in sorted(slices, key=lambda x: (x[0], x[1])):
         if start != end or stop <= start:
-            what = "is empty" if stop <= start else "overlap" if start < end else f"leave out {end} .. {start}"
+            what = "are empty" if stop <= start else "overlap" if start < end else f"leave out {end} .. {start}"
             raise ValueError(f"shard: slices must cover the vocabulary once, but some {what}, got: {holds}")
         end = stop
     return tuple((start, stop) for start, stop, *_ in slices)

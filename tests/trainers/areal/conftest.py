@@ -1,7 +1,7 @@
 """AReaL's own actor, loss, configuration and tracker, without the parts of its package that serve, schedule and launch.
 
-Its `__init__` files import all of those, with some sixty packages behind them. So the packages on the way are entered
-without running their `__init__`, and four modules that the loss has no use for are empty.
+Its `__init__` files import all of those, which need about sixty packages. The packages on the path are therefore
+imported without running their `__init__`, and four modules that the loss does not use are empty.
 """
 
 import importlib.util

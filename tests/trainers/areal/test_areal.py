@@ -1,6 +1,6 @@
-"""Holds the adapter to AReaL's own `grpo_loss_fn`, run beside it: loss, gradient and every statistic, in each mode.
+"""Tests the adapter against AReaL's own `grpo_loss_fn`: loss, gradient and every statistic, in each mode.
 
-Tolerance: rtol 2e-5 in float32, some hundred roundings of sums and exponentials.
+Tolerance: rtol 2e-5 in float32, about a hundred roundings of sums and exponentials.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ TEACHERS = {"no teacher": None, "distillation": (0.0, 0.7), "joint": (0.8, 0.05)
 
 
 def trajectories(*, seed: int = 0) -> list[dict[str, Any]]:
-    """As `compute_advantages` leaves them: prompt and response in one row, rolled to prediction positions."""
+    """As after `compute_advantages`: prompt and response in one row, rolled to prediction positions."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for prompt, response in [(2, 3), (3, 6), (1, 4), (4, 1), (2, 8), (5, 5)]:
@@ -132,11 +132,11 @@ def test_every_mode_is_areals_own(mode: str, teacher: str, layout: str) -> None:
     extremes = {"vocab_min_logits": torch.zeros_like(data["prox_logp"]), "vocab_max_logits": data["prox_logp"].exp()}
     theirs = run(THEIRS, data, **options, **extremes)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of direct_penalty, on purpose here
+        warnings.simplefilter("ignore", UserWarning)  # direct_penalty warns; here it is intended
         literal = functools.partial(areal.grpo_loss_fn, direct_penalty=True)
         check(run(literal, data, **options, **extremes), theirs)
     mine = run(areal.grpo_loss_fn, data, **options, **extremes)
-    if teacher == "joint":  # the one that AReaL gets wrong
+    if teacher == "joint":  # AReaL gets this gradient wrong
         assert (mine[1] - theirs[1]).abs().max() > 1e-3
         assert mine[2] == pytest.approx(theirs[2], rel=2e-5, abs=1e-6)
     else:
@@ -179,7 +179,7 @@ def test_the_proximal_policy_is_areals_with_versions_in_place(method: str) -> No
 
 
 def test_what_the_joint_mode_descends() -> None:
-    """Every outcome enumerated, with no reward: AReaL's teacher pushes nowhere, the adapter's is the reverse KL."""
+    """Enumerates every outcome, without reward: AReaL's teacher has no gradient, the adapter's the reverse KL's."""
     tree = SequenceTree(vocab_size=3, max_length=2, garbage=0.0)
 
     def expected(function: Any, under: str) -> Tensor:
@@ -202,7 +202,7 @@ def test_what_the_joint_mode_descends() -> None:
 
 
 def test_the_actor_trains_with_what_is_installed(monkeypatch) -> None:
-    """`PPOActor._ppo_update` itself, with an engine that descends what the actor hands it."""
+    """`PPOActor._ppo_update` itself, with an engine that descends the loss that the actor passes."""
     monkeypatch.setattr(actor, "grpo_loss_fn", THEIRS)
     areal.install(kd_reward_clip=5.0)
     assert actor.grpo_loss_fn is not THEIRS

@@ -1,4 +1,4 @@
-"""Holds the divergences in place of TRL's: the same value and gradient where TRL is right; right where it is not."""
+"""Tests the divergences that replace TRL's: equal in value and gradient where TRL is right, right where it is not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ B, L, V = 3, 5, 13
 
 @pytest.fixture
 def untouched(monkeypatch):
-    """What `install_*` replaces is put back after the test."""
+    """Restores after each test what `install_*` replaces."""
     monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", staticmethod(THEIR_JSD))
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", THEIR_CHUNKED)
 
@@ -77,7 +77,7 @@ def test_gkd_in_half_precision_is_right_where_trl_rounds(beta):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_gkd_with_tokens_that_both_exclude(beta):
-    """A token of logit -inf on both sides has no mass: 0 log 0 is 0, and TRL's value is NaN."""
+    """A token with logit -inf on both sides has no mass, so its term is 0 log 0 = 0; TRL's value is NaN."""
     torch.manual_seed(0)
     logits, teacher_logits = torch.randn(2, B, L, V, dtype=torch.float64)
     without = with_gradients(adapter.generalized_jsd_loss, logits, teacher_logits=teacher_logits, beta=beta)
@@ -123,7 +123,7 @@ def test_distillation_trainer(beta, extras, num_items):
     (loss, entropy, tokens), gradients = call(adapter.chunked_divergence_loss)
     (their_loss, their_entropy, their_tokens), their_gradients = call(THEIR_CHUNKED)
     assert tokens == their_tokens == mask.sum()
-    # float32 on both sides, in other orders of summation
+    # float32 on both sides, summed in different orders
     assert_close(loss, their_loss, atol=1e-6, rtol=1e-5)
     assert_close(entropy, their_entropy, atol=1e-5, rtol=1e-5)
     assert_close(gradients, their_gradients, atol=1e-6, rtol=1e-4)
@@ -177,7 +177,8 @@ def test_a_run_of_distillation_trainer_is_the_same(tmp_path, untouched, beta):
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
-        for name in ("loss", "entropy", "grad_norm"):  # four steps of Adam apart at most by float32's rounding
+        # four steps of Adam differ by float32 rounding at most
+        for name in ("loss", "entropy", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-5), name
 
 

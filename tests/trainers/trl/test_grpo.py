@@ -1,4 +1,4 @@
-"""Holds KDRLTrainer inside TRL: weight 0 is GRPOTrainer to the bit, the term has TRL's denominators, and it trains."""
+"""Tests KDRLTrainer inside TRL: weight 0 is GRPOTrainer to the bit, the term has TRL's denominators, and it trains."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def teacher():
 
 
 def generated(trainer, *, off_policy=0.0, seed=0):
-    """What one micro-batch of `trainer` trains on; `off_policy` moves the old log-probs away, by that much."""
+    """The inputs of one micro-batch of `trainer`; `off_policy` shifts the old log-probs by that much."""
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     torch.manual_seed(seed)
     rows = [trainer.train_dataset[i // 4] for i in range(trainer.args.generation_batch_size)]
     inputs = trainer._prepare_inputs(rows)
     rows, length = inputs["completion_mask"].shape
-    lengths = 1 + torch.arange(rows) % length  # rows of every length, as if each had met its end there
+    lengths = 1 + torch.arange(rows) % length  # rows of every length, as if each had ended there
     inputs["completion_mask"] *= torch.arange(length) < lengths[:, None]
     if off_policy:
         logp = scored(trainer, inputs)
@@ -49,7 +49,7 @@ def generated(trainer, *, off_policy=0.0, seed=0):
 
 
 def scored(trainer, inputs, model=None):
-    """The student's log-probs of the completion, from transformers' logits alone."""
+    """The student's log-probs of the completion, computed from transformers' logits only."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     logits = (model or trainer.model)(input_ids=ids, attention_mask=mask).logits / trainer.temperature
@@ -112,10 +112,10 @@ LINEAR_IN_THE_RATIO = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo")
     ("loss_type", "off_policy"), [*product(LINEAR_IN_THE_RATIO, (0.0, 0.4)), ("sapo", 0.0)], ids=str
 )
 def test_the_term_has_trls_denominator(student, teacher, tmp_path, loss_type, off_policy):
-    """TRL's own loss on the advantage log p - log q per token is the oracle: the same sum over the same denominator.
+    """The oracle is TRL's own loss with the per-token advantage log p - log q: the same sum over the same denominator.
 
-    With no clip in reach every loss type has the gradient -ρ A ∇log q (of SAPO's gate only at ratio 1, of VESPO's
-    sequence weight never: both reduce as types that are tested here do).
+    Without clipping, every loss type has the gradient -ρ A ∇log q, except SAPO's gate, which has it only at ratio 1,
+    and VESPO's sequence weight, which never has it. Both reduce like types that are tested here.
     """
     keywords = {"teacher_model": copy.deepcopy(teacher), "distill_loss_weight": 0.7, "rl_loss_weight": 0.0}
     trainer = tiny.grpo(
@@ -142,7 +142,7 @@ def test_the_term_has_trls_denominator(student, teacher, tmp_path, loss_type, of
     oracle_inputs = {**inputs, "advantages": 0.7 * reward}
     oracle_value, oracle = gradient(trainer, lambda *x: GRPOTrainer._compute_loss(trainer, *x), oracle_inputs)
     assert_close(ours, oracle, atol=2e-6, rtol=1e-4)
-    if loss_type not in ("cispo", "sapo"):  # whose values are not -ρ A
+    if loss_type not in ("cispo", "sapo"):  # their values are not -ρ A
         assert_close(value, oracle_value, atol=1e-6, rtol=1e-5)
     assert ours.abs().max() > 1e-3
 
@@ -161,7 +161,7 @@ def test_both_terms_add_up(student, teacher, tmp_path, loss_type):
 
 
 def test_the_ratio_is_against_the_policy_that_sampled(student, teacher, tmp_path):
-    """Where a rollout engine reports its log-probs, they count, and a NaN among them falls back on TRL's."""
+    """The log-probs that a rollout engine reports are used, and a NaN among them falls back to TRL's."""
     keywords = {"teacher_model": copy.deepcopy(teacher), "distill_loss_weight": 1.0, "rl_loss_weight": 0.0}
     trainer = tiny.grpo(KDRLTrainer, student, tmp_path, keywords=keywords, loss_type="bnpo")
     inputs = generated(trainer, off_policy=0.2)
@@ -233,7 +233,7 @@ def test_checkpoints_resume(student, teacher, tmp_path):
         assert_close(a, b, atol=1e-6, rtol=1e-5)
     from transformers import AutoModelForCausalLM
 
-    saved = AutoModelForCausalLM.from_pretrained(checkpoint)  # the student, and no trace of the teacher
+    saved = AutoModelForCausalLM.from_pretrained(checkpoint)  # the student only, without the teacher
     assert {k: v.shape for k, v in saved.state_dict().items()} == {k: v.shape for k, v in student.state_dict().items()}
 
 

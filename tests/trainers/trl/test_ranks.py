@@ -1,4 +1,4 @@
-"""Holds KDRLTrainer on two ranks: they stay equal, weight 0 is GRPOTrainer, and the joint run is the sum of terms."""
+"""Tests KDRLTrainer on two ranks: they stay equal, weight 0 is GRPOTrainer, and the joint run is the sum of terms."""
 
 import subprocess
 import sys
@@ -27,9 +27,9 @@ def test_two_ranks(results, loss_type):
         assert torch.equal(result["parameters"], results[f"{loss_type}-{kind}-1"]["parameters"])
     assert torch.equal(first["trl"]["parameters"], first["rl"]["parameters"])
     assert not torch.equal(first["trl"]["parameters"], first["joint"]["parameters"])
-    step = {kind: result["logs"][0] for kind, result in first.items()}  # before the runs part
+    step = {kind: result["logs"][0] for kind, result in first.items()}  # before the runs diverge
     assert step["joint"]["loss"] == pytest.approx(step["trl"]["loss"] + 0.5 * step["kd"]["loss"], rel=1e-3)
     values = {step[kind]["distill/reverse_kl"] for kind in ("rl", "kd", "joint")}
     assert len(values) == 1
-    # its value is the reverse KL, but for the weights that micro-batches of other lengths have in the two
+    # its value is the reverse KL, except that the two weight micro-batches of different lengths differently
     assert step["kd"]["loss"] == pytest.approx(values.pop(), rel=0.1)

@@ -1,4 +1,4 @@
-"""A language of letters, its tokenizer, and Qwen3 models of a few thousand parameters: all of it made here."""
+"""A language of letters, its tokenizer, and Qwen3 models with a few thousand parameters, all created here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model(seed: int, hidden: int = 32) -> Qwen3ForCausalLM:
 
 
 def alphabetical_teacher(steps: int = 150) -> Qwen3ForCausalLM:
-    """A model that follows every letter with the next one of the alphabet, whatever came before."""
+    """A model that always continues a letter with the next one of the alphabet."""
     teacher = model(seed=7)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-2)
     for _ in range(steps):
@@ -62,7 +62,7 @@ def prompts(count: int = 32) -> Dataset:
 
 
 def in_order(completions, prompts, **_) -> list[float]:
-    """The share of letters that follow their neighbour in the alphabet."""
+    """The share of letters that follow their predecessor in the alphabet."""
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
         text = (prompt[-1] + completion).replace(" ", "")
@@ -92,7 +92,7 @@ def grpo_config(output_dir, **options) -> GRPOConfig:
 
 
 def grpo(cls, student, output_dir, *, keywords=None, **options):
-    """A trainer of `cls` on a copy of `student`; `options` are of GRPOConfig."""
+    """A trainer of class `cls` on a copy of `student`; `options` go to GRPOConfig."""
     return cls(
         model=copy.deepcopy(student),
         reward_funcs=in_order,

@@ -1,4 +1,4 @@
-"""Runs of KDRLTrainer on every rank of a process group; writes what the ranks end with. Started by test_ranks.py."""
+"""Runs KDRLTrainer on every rank of a process group and writes each rank's result. Started by test_ranks.py."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,8 @@ from trl import GRPOTrainer
 
 from kdloss.integrations.trl import KDRLTrainer
 
-WEIGHTS = {"trl": None, "rl": (1.0, 0.0), "kd": (0.0, 1.0), "joint": (1.0, 0.5)}  # of the RL term, of distillation
+# The weights of the RL term and of the distillation term.
+WEIGHTS = {"trl": None, "rl": (1.0, 0.0), "kd": (0.0, 1.0), "joint": (1.0, 0.5)}
 
 
 def run(folder: Path, loss_type: str, kind: str) -> None:

@@ -1,6 +1,6 @@
-"""Holds the adapter inside verl: found by its plug-in loader, equal to its own losses, and right where they are not.
+"""Tests the adapter inside verl: its plug-in loader finds it, and it equals verl's own losses where those are right.
 
-Tolerances: rtol 1e-9 in float64, as verl's means carry a 1e-8 in their denominators; expected gradients 1e-10.
+Tolerances: rtol 1e-9 in float64, because verl's means add 1e-8 to their denominators; expected gradients 1e-10.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_the_plugin_was_found() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("step", STEPS)
-# verl's own sapo reduces by seq-mean-token-mean whatever it is told
+# verl's own sapo always reduces by seq-mean-token-mean
 @pytest.mark.parametrize(
     ("name", "mode"), [(name, m) for name in PAIRS for m in (MODES if name != "sapo" else ("seq-mean-token-mean",))]
 )
@@ -80,7 +80,7 @@ def test_policy_losses_are_verls_own(name: str, mode: str, step: str, weighted: 
 
 
 def micro_batch(*, dtype: torch.dtype = torch.float64) -> tuple[TensorDict, dict[str, Tensor]]:
-    """As verl's worker has it: prompts left-padded, responses right-padded, then without padding."""
+    """As in verl's worker: prompts left-padded, responses right-padded, then without padding."""
     generator = torch.Generator().manual_seed(3)
     prompts, responses = torch.tensor([2, 3, 1]), torch.tensor([4, 2, 5])
     prompt_mask = torch.arange(3) >= 3 - prompts[:, None]
@@ -127,7 +127,7 @@ def run(fields: dict[str, Any], **actor: Any) -> tuple[Tensor, Tensor, dict[str,
 
 
 def expected(clip: float | None = None) -> Tensor:
-    """The gradient of `distillation_loss` on what verl cuts out, by hand."""
+    """The gradient of `distillation_loss` on the responses that verl extracts, computed by hand."""
     data, output = micro_batch()
     index = torch.tensor([[1, 2, 3, 4, 0], [8, 9, 0, 0, 0], [11, 12, 13, 14, 15]])
     logp = output["values"][index]
@@ -145,7 +145,7 @@ def test_verl_descends_the_right_gradient(clip: float | None) -> None:
     _, gradient, metrics = run({"loss_mode": "kdloss_reverse_kl", **fields})
     torch.testing.assert_close(gradient, expected(clip))
     assert {"distillation/loss", "distillation/loss_min", "distillation/abs_loss"} <= metrics.keys()
-    # verl's own estimators lose the gradient of a token that their clamp touches, and k1 is refused here
+    # verl's own estimators lose the gradient of a clamped token, and k1 is refused here
     with pytest.raises(ValueError, match="k1"):
         run({"loss_mode": "k1", **fields})
     if clip is not None:
@@ -154,7 +154,7 @@ def test_verl_descends_the_right_gradient(clip: float | None) -> None:
 
 
 def test_a_rollout_at_another_temperature_is_refused() -> None:
-    """verl's engines read it from the batch, where the trainer puts it beside the tensors."""
+    """verl's engines read the temperature from the batch, where the trainer stores it next to the tensors."""
     data, output = micro_batch()
     fields = {"loss_mode": "kdloss_reverse_kl", "use_policy_gradient": False, "use_task_rewards": False}
     for temperature in (1.0, 0.7):
@@ -175,7 +175,7 @@ def test_as_an_advantage_it_is_verls_k1() -> None:
 
 
 def test_joined_with_rl_the_terms_add() -> None:
-    """`use_task_rewards` and its coefficient are the joint mode: PPO's loss plus a weight times the distillation."""
+    """`use_task_rewards` and its coefficient are the joint mode: PPO's loss plus coefficient * distillation loss."""
     joint = {"use_policy_gradient": False, "use_task_rewards": True, "distillation_loss_coef": 0.3}
     _, gradient, _ = run({"loss_mode": "kdloss_reverse_kl", **joint}, policy_loss={"loss_mode": "kdloss_ppo"})
     data, output = micro_batch()
@@ -185,11 +185,11 @@ def test_joined_with_rl_the_terms_add() -> None:
 
 
 def verl_expected_gradient(mode: str, *, use_policy_gradient: bool, under: str) -> Tensor:
-    """What verl's own `distillation_ppo_loss` descends in expectation, at the root, over every outcome."""
+    """The expected gradient of verl's own `distillation_ppo_loss` at the root, over every outcome."""
 
     def loss(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
         if len(cu_seqlens) > 2:
-            return logp.sum()  # never descended: it asks whether the loss is per token
+            return logp.sum()  # never descended: this call only checks whether the loss is per token
         length = len(logp)
         last = torch.zeros(1, dtype=logp.dtype)  # the last token predicts nothing
         data = TensorDict(
@@ -222,7 +222,7 @@ tree = SequenceTree(vocab_size=3, max_length=1)
 
 
 def test_what_each_of_verls_estimators_descends() -> None:
-    """The trap: k3, its default, is the forward KL when descended, and reverse minus forward as an advantage."""
+    """The trap: k3, verl's default, is the forward KL when descended, and reverse minus forward KL as an advantage."""
     q, p = (torch.log_softmax(x[0], -1).exp().detach() for x in (tree.student, tree.teacher))
     forward = q - p
     log_ratio = (q / p).log()
