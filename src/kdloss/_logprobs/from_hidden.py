@@ -2,12 +2,12 @@
 
     logits = softcap(logit_scale * (hidden @ weight.T + bias)),   then as from logits
 
-Only rows with a trained label are multiplied with the head, so time and memory are proportional to their number. The
-mask alone decides which rows those are: the same mask gives the same bits. The backward also leaves out rows whose
-incoming gradient is 0.
+Only rows with a trained label are multiplied with the head, so time and memory are proportional to their number. Which
+rows these are depends only on mask and labels, so the same mask gives the same bits. The backward also leaves out rows
+whose incoming gradient is 0.
 
-Finding the rows waits for the device once forward and once backward. `max_trained_tokens`, a static bound, removes both
-waits (CUDA graphs), and then that many rows are always computed.
+Finding the rows waits for the device once forward and once backward. A static bound, `max_trained_tokens`, removes both
+waits (for CUDA graphs); that many rows are then always computed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_heads
 from kdloss._softmax.vocabulary import IGNORE_INDEX, check_labels, label_columns
 
 from .from_logits import LogprobsAndEntropy
-from .hidden_op import DEVICE_KEPT_BYTES, KEPT_BYTES, linear_logprobs
+from .hidden_op import linear_logprobs
 from .sharded import sharded_linear_logprobs
+
+# Up to this many bytes of logits are kept for the backward, on a CPU and elsewhere; more are computed again. On a CPU,
+# those of 2048 tokens and 32,000 words are more: keeping them would be half of what plain torch holds.
+KEPT_BYTES, DEVICE_KEPT_BYTES = 3 << 26, 1 << 30
 
 
 @documented(HEAD_ARGS)
@@ -85,7 +89,7 @@ def linear_token_logprobs(
     heads = prepare_heads(
         head, loss_mask=loss_mask, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl
     )
-    return evaluate(heads, labels, loss_mask=loss_mask, max_trained_tokens=max_trained_tokens)[0]
+    return logprobs_from_hidden(heads, labels, loss_mask=loss_mask, max_trained_tokens=max_trained_tokens)[0]
 
 
 @documented(HEAD_ARGS)
@@ -149,11 +153,13 @@ def linear_token_logprobs_and_entropy(
         head, loss_mask=loss_mask, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl
     )
     return LogprobsAndEntropy(
-        *evaluate(heads, labels, loss_mask=loss_mask, max_trained_tokens=max_trained_tokens, with_entropy=True)
+        *logprobs_from_hidden(
+            heads, labels, loss_mask=loss_mask, max_trained_tokens=max_trained_tokens, with_entropy=True
+        )
     )
 
 
-def evaluate(
+def logprobs_from_hidden(
     heads: Heads,
     labels: Tensor,
     *,
@@ -161,7 +167,7 @@ def evaluate(
     max_trained_tokens: int | None,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy), the latter empty unless it is asked for."""
+    """(logp, entropy) in the shapes of the labels and of the rows; the entropy is empty if it is not asked for."""
     head, _, softmax, shape = heads
     check_head_labels(heads, labels, loss_mask)
     columns, outside = label_columns(labels, shape, softmax.vocab_size)
@@ -198,7 +204,7 @@ def evaluate(
 
 
 def check_head_labels(heads: Heads, labels: Tensor, loss_mask: Tensor | None) -> None:
-    """Labels fit the rows of the hidden states and the vocabulary of the head."""
+    """Raise unless labels fit the rows of the hidden states and the vocabulary of the head."""
     _checks.tensors(labels=labels)
     _checks.same_device("hidden", heads.student.hidden, labels=labels)
     check_labels(labels, heads.shape, heads.softmax.vocab_size, loss_mask=loss_mask)
@@ -207,11 +213,11 @@ def check_head_labels(heads: Heads, labels: Tensor, loss_mask: Tensor | None) ->
 def select_rows(
     trained: Tensor, max_trained_tokens: int | None, *, kernels: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(rows to compute (N,), the trained ones among them; trained rows that they have no room for (T,)).
+    """(rows to compute (N,), which include the trained ones; mask (T,) of trained rows that are left out).
 
-    Rows of None: the operator finds them, as their number may not be known here (`torch.compile`). Without a bound no
-    row is left out. If the bound is too small, every trained row is marked as left out, so that a partial result cannot
-    pass unnoticed.
+    The rows are None under `torch.compile`, where their number is unknown: the operator finds them. Without a bound no
+    row is left out, and the mask is None. If the bound is too small, every trained row is marked as left out, so that a
+    partial result cannot pass unnoticed.
     """
     if max_trained_tokens is None:
         return (None if torch.compiler.is_compiling() else trained.nonzero().squeeze(-1)), None
@@ -234,6 +240,7 @@ def select_rows(
 
 
 def _keeps_logits(elements: int, *inputs: Tensor | None) -> bool:
+    """Whether that many logits are kept for the backward: an input needs a gradient, and they fit the budget."""
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     on_cpu = any(x is not None and x.device.type == "cpu" for x in inputs)
     budget = KEPT_BYTES if on_cpu else DEVICE_KEPT_BYTES

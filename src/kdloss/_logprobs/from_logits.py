@@ -4,7 +4,7 @@
     logp = z_label - logsumexp(z),       entropy = -sum_v p_v log p_v,   p = softmax(z)
 
 Everything is in float32, or float64 for float64 logits. Half-precision logits are widened before the subtraction: a
-log-prob rounded to bf16 is off by up to 3e-2 nats, which an importance ratio turns into 3 %.
+log-prob rounded to bf16 is off by up to 3e-2 nats, which changes an importance ratio by 3 %.
 
 A label outside the vocabulary raises on the CPU. On other devices, and under `torch.compile`, its log-prob is NaN.
 """
@@ -80,7 +80,7 @@ def token_logprobs(
         tensor([0.5000, 0.6000])
     """
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
-    return _evaluate(logits, labels, softcap, softmax, with_entropy=False)[0]
+    return _logprobs_from_logits(logits, labels, softcap, softmax, with_entropy=False)[0]
 
 
 @documented(LOGITS_ARGS)
@@ -130,13 +130,13 @@ def token_logprobs_and_entropy(
         (tensor([-1.3863]), tensor([1.3863]))
     """
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
-    return LogprobsAndEntropy(*_evaluate(logits, labels, softcap, softmax, with_entropy=True))
+    return LogprobsAndEntropy(*_logprobs_from_logits(logits, labels, softcap, softmax, with_entropy=True))
 
 
-def _evaluate(
+def _logprobs_from_logits(
     logits: Tensor, labels: Tensor, softcap: float | None, softmax: Softmax, *, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy), the latter empty unless it is asked for."""
+    """(logp, entropy) in the shapes of the labels and of the rows; the entropy is empty if it is not asked for."""
     _checks.positive(softcap=softcap)
     shape = logits.shape[:-1]
     check_labels(labels, shape, softmax.vocab_size)
@@ -150,7 +150,7 @@ def _evaluate(
     if softmax.shard is not None:
         logp, entropy = sharded_logprobs(logits, columns, softcap, softmax, with_entropy=with_entropy)
     elif softmax.kernels or not torch.compiler.is_compiling():
-        logp, entropy, *_ = logprobs(logits, columns, *options, triton=softmax.kernels)
+        logp, entropy, *_ = logprobs(logits, columns, *options, kernels=softmax.kernels)
     else:
         logp, entropy = compiled_logprobs(logits, columns, *options)
     if outside is not None:

@@ -1,8 +1,8 @@
-"""A per-token loss of the user's from hidden states, with its gradients, in one pass over the head.
+"""A user's per-token loss from hidden states, with its gradients, in one pass over the head.
 
 The two-step path computes log-probs, passes them to a loss, and computes the logits again in the backward: four
-products with the head. Here the loss is known while a chunk of logits exists, so its gradient is taken on the spot:
-three products.
+products with the head. Here the loss is computed while a chunk of logits exists, and its gradient with it: three
+products.
 
     for each chunk of trained rows:
         z = head(h)                            logp, entropy from it
@@ -13,9 +13,9 @@ A chunk is some rows by the whole vocabulary, because the loss of a token needs 
 over chunks, in float32. The gradients stay in float32 until the backward, which multiplies them by the incoming
 gradient and only then rounds them to the dtypes of their inputs: a gradient scaler loses no digits.
 
-If the head is sharded, the states of a chunk's rows are merged before their loss: one all-gather per chunk. A slice of
-the vocabulary makes chunks long, so there are one or a few. The gradient of hidden states is summed over the ranks in
-the backward.
+If the head is sharded, the states of a chunk's rows are merged before the loss, by one all-gather per chunk. A slice of
+the vocabulary is narrow, so chunks have many rows and are few. The gradient of hidden states is summed over the ranks
+in the backward.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from kdloss._packing.reductions import token_mean
 from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_heads
 from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, label_columns
 
-from .from_hidden import check_head_labels, evaluate, select_rows
+from .from_hidden import check_head_labels, logprobs_from_hidden, select_rows
 from .fused_passes import Chunks, KernelChunks, TorchChunks, put_back
 
 TokenLoss = Callable[..., Tensor]
 
-# Bytes of a chunk of logits. Each chunk reads and writes all of dw once, so few and large ones.
+# Bytes of a chunk of logits. Each chunk reads and writes all of dw once, so chunks are few and large.
 _CHUNK_BYTES = {"cpu": 1 << 28, "other": 1 << 30}
 
 
 class FusedLoss(NamedTuple):
-    """The reduced loss, which is descended, and what it was computed from, for logging.
+    """The reduced loss, which is minimised, and what it was computed from, for logging.
 
     Attributes:
         loss: () the reduced loss. Differentiable in hidden states, weight and bias.
@@ -139,10 +139,9 @@ def fused_linear_loss(
         raise ValueError(f"labels must match the rows of hidden {tuple(shape)}, got {tuple(labels.shape)}")
     inputs = [_token_input(number, x, shape, head.hidden) for number, x in enumerate(token_inputs)]
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head[:3])
-    mask = _Trained(loss_mask, normalizer, max_trained_tokens)
     if torch.compiler.is_compiling() or not needs_gradient:
-        # a compiler cannot trace the user's gradient inside a pass; without a gradient there is nothing to fuse
-        return _two_steps(heads, labels, token_loss, inputs, mask)
+        # a compiler cannot trace the gradient of the user's loss here; without a gradient there is nothing to fuse
+        return _two_steps(heads, labels, token_loss, inputs, loss_mask, normalizer, max_trained_tokens)
     columns, outside = label_columns(labels, shape, softmax.vocab_size)
     trained = loss_mask.flatten()
     columns = columns.masked_fill(~trained[:, None], IGNORE_INDEX)
@@ -157,22 +156,22 @@ def fused_linear_loss(
     return FusedLoss(total, logp.detach().reshape(shape), entropy.detach().reshape(shape))
 
 
-class _Trained(NamedTuple):
-    """Which tokens are trained on, and what their sum is divided by."""
-
-    loss_mask: Tensor
-    normalizer: float | Tensor | None
-    max_trained_tokens: int | None
-
-
 def _two_steps(
-    heads: Heads, labels: Tensor, token_loss: TokenLoss, inputs: list[Tensor | None], trained: _Trained
+    heads: Heads,
+    labels: Tensor,
+    token_loss: TokenLoss,
+    inputs: list[Tensor | None],
+    loss_mask: Tensor,
+    normalizer: float | Tensor | None,
+    bound: int | None,
 ) -> FusedLoss:
-    loss_mask, normalizer, bound = trained
-    logp, entropy = evaluate(heads, labels, loss_mask=loss_mask, max_trained_tokens=bound, with_entropy=True)
-    losses = _call(token_loss, logp.flatten(), entropy.flatten(), inputs).reshape(logp.shape)
+    """The same loss from log-probs of all trained tokens, differentiated by autograd."""
+    logp, entropy = logprobs_from_hidden(
+        heads, labels, loss_mask=loss_mask, max_trained_tokens=bound, with_entropy=True
+    )
+    losses = _losses(token_loss, logp.flatten(), entropy.flatten(), inputs).reshape(logp.shape)
     loss = token_mean(losses, loss_mask=loss_mask, normalizer=normalizer)
-    # the bound is on the tokens of the mask, as in one pass, where a trained token without a label has a loss too
+    # the bound counts tokens of the mask, as in the fused pass: a trained token without a label has a loss too
     if bound is not None:
         _, left_out = select_rows(loss_mask.flatten(), bound)
         assert left_out is not None
@@ -181,7 +180,7 @@ def _two_steps(
 
 
 def _token_input(number: int, x: Tensor | None, shape: torch.Size, hidden: Tensor) -> Tensor | None:
-    """(T, ...), detached."""
+    """A token input as (T, ...), detached; a 0-dim tensor or None as it is."""
     if x is None:
         return None
     name = f"token_inputs[{number}]"
@@ -194,37 +193,38 @@ def _token_input(number: int, x: Tensor | None, shape: torch.Size, hidden: Tenso
     return x.detach().reshape(shape.numel(), *x.shape[len(shape) :])
 
 
-def _call(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> Tensor:
+def _losses(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> Tensor:
+    """What `token_loss` returns for some tokens, checked to be (n,)."""
     losses = token_loss(logp, entropy, *inputs)
     if not isinstance(losses, Tensor):
         raise TypeError(f"token_loss must return a tensor, got {type(losses).__name__}")
     if losses.shape != logp.shape:
         raise ValueError(
             f"token_loss must return the loss of each of its {logp.shape[0]} tokens, {tuple(logp.shape)}, "
-            f"got {tuple(losses.shape)}; the reduction is fused_linear_loss's own"
+            f"got {tuple(losses.shape)}; fused_linear_loss reduces them itself"
         )
     return losses
 
 
-def _differentiated(
+def _losses_and_gradients(
     token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None], upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses (n,), and the gradients (n,) of log-probs and entropies under `upstream` (n,)."""
 
     def losses_of(logp: Tensor, entropy: Tensor) -> Tensor:
-        return _call(token_loss, logp, entropy, inputs)
+        return _losses(token_loss, logp, entropy, inputs)
 
     losses, pull = torch.func.vjp(losses_of, logp, entropy)  # type: ignore[misc]
     return losses, *pull(upstream.to(losses.dtype).expand_as(losses))
 
 
 def _check_elementwise(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> None:
-    """The first and the last token's loss must stand still where all other tokens move."""
-    losses = _call(token_loss, logp, entropy, inputs)
+    """Raise unless the losses of the first and the last token stay the same when all other tokens change."""
+    losses = _losses(token_loss, logp, entropy, inputs)
     for row in (0, -1):
         moved, moved_entropy = logp - 1, entropy + 1
         moved[row], moved_entropy[row] = logp[row], entropy[row]
-        again = _call(token_loss, moved, moved_entropy, inputs)[row]
+        again = _losses(token_loss, moved, moved_entropy, inputs)[row]
         if not torch.allclose(again, losses[row], rtol=1e-5, atol=1e-6, equal_nan=True):
             raise ValueError(
                 "token_loss must be elementwise, but the loss of one token moved with the log-probs of others "
@@ -235,7 +235,7 @@ def _check_elementwise(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inp
 
 
 class _Fused(torch.autograd.Function):
-    """(logp (T,), entropy (T,), loss ()), of which the loss carries gradient."""
+    """(logp (T,), entropy (T,), loss ()); only the loss carries gradient."""
 
     @staticmethod
     def forward(
@@ -251,7 +251,7 @@ class _Fused(torch.autograd.Function):
         mask: Tensor,  # (T,)
         normalizer: float | Tensor | None,
         columns: Tensor,  # (T, 1) inside the vocabulary, or -100
-        outside: Tensor,  # (T, 1): trained tokens whose label was neither
+        outside: Tensor,  # (T, 1) bool: trained tokens whose label was neither
         rows: Tensor,  # (N,) the trained tokens, and others under a static bound
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _checks.promoted_dtype(hidden, weight, bias)
@@ -260,13 +260,13 @@ class _Fused(torch.autograd.Function):
         logp = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         entropy, losses = torch.zeros_like(logp), torch.zeros_like(logp)
         needs = ctx.needs_input_grad[:3]
-        dx = logp.new_empty(rows.shape[0] if needs[0] else 0, hidden.shape[1])
+        dhidden = logp.new_empty(rows.shape[0] if needs[0] else 0, hidden.shape[1])
         dweight = logp.new_zeros(weight.shape) if needs[1] else None
         dbias = logp.new_zeros(weight.shape[0]) if needs[2] else None
 
         vocab_size, shard = softmax.local_size, softmax.shard
         kind = "cpu" if mask.device.type == "cpu" else "other"
-        # ranks take the same rows at a time, as they put them together chunk by chunk
+        # all ranks use the same chunks, because results are merged chunk by chunk
         widest = vocab_size if shard is None else shard.widest
         size = max(1, min(_CHUNK_BYTES[kind] // (widest * dtype.itemsize), rows.shape[0]))
         make = KernelChunks if softmax.kernels else TorchChunks
@@ -280,19 +280,19 @@ class _Fused(torch.autograd.Function):
             if start == 0 and part.shape[0] > 1 and _checks.value_checks_allowed(mask):
                 _check_elementwise(token_loss, chunk_logp, chunk.entropy, chosen)
             upstream = torch.where(trained, unit, 0)
-            chunk_losses, *slopes = _differentiated(token_loss, chunk_logp, chunk.entropy, chosen, upstream)
+            chunk_losses, *slopes = _losses_and_gradients(token_loss, chunk_logp, chunk.entropy, chosen, upstream)
             logp[part], entropy[part] = chunk_logp, chunk.entropy
             losses[part] = torch.where(trained, chunk_losses, 0).to(dtype)
 
             g, h = (x.to(dtype).masked_fill(~trained, 0) for x in slopes)
             gradient = chunk.gradient(g, h)
             if needs[0]:
-                dx[start : start + size] = gradient.of_hidden()
+                dhidden[start : start + size] = gradient.of_hidden()
             if dweight is not None:
                 gradient.add_to_weight_(dweight[:vocab_size])
             if dbias is not None:
                 gradient.add_to_bias_(dbias[:vocab_size])
-        ctx.save_for_backward(rows, dx, dweight, dbias)
+        ctx.save_for_backward(rows, dhidden, dweight, dbias)
         ctx.kernels = softmax.kernels
         ctx.like = [(x.shape, x.dtype) if x is not None else None for x in (hidden, weight, bias)]
         ctx.shard = shard
@@ -302,14 +302,14 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _logp: Tensor, _entropy: Tensor, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        rows, dx, dweight, dbias = ctx.saved_tensors
+        rows, dhidden, dweight, dbias = ctx.saved_tensors
         shape, dtype = ctx.like[0]
         found: list[Tensor | None] = [None, None, None]
         if ctx.needs_input_grad[0]:
             if ctx.shard is None:
-                found[0] = put_back(dx, rows, shape[0], dtype, incoming, kernels=ctx.kernels)
+                found[0] = put_back(dhidden, rows, shape[0], dtype, incoming, kernels=ctx.kernels)
             else:
-                summed = ctx.shard.sum_gradients((dx * incoming).to(dtype))
+                summed = ctx.shard.sum_gradients((dhidden * incoming).to(dtype))
                 found[0] = summed.new_zeros(shape).index_copy_(0, rows, summed)
         for place, x in ((1, dweight), (2, dbias)):
             if x is not None:

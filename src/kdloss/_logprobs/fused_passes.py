@@ -1,12 +1,12 @@
-"""What `fused_linear_loss` does with one chunk of rows, by torch's operations and by kernels.
+"""How `fused_linear_loss` computes one chunk of rows, by torch or by the Triton kernels.
 
-    chunk(rows)             the logits of some trained rows:  log-probs and entropies (n,) of them
-    chunk.gradient(g, h)    dz of those logits, from the gradients g and h of the two, (n,) each
+    chunks.chunk(rows)      the logits of some trained rows, and log-probs and entropies (n,) from them
+    chunk.gradient(g, h)    dz of these logits, from the gradients g and h (n,) of log-probs and entropies
 
-and the gradient takes dz to hidden states, weight and bias (`HeadGradient` in `_softmax/head.py`).
+The `HeadGradient` that is returned (`_softmax/head.py`) carries dz on to hidden states, weight and bias.
 
-Chunks share buffers: one chunk's logits and gradient last until the next chunk is made. Ignored labels have log-prob
-and entropy 0.
+Chunks share buffers: the logits and the gradient of a chunk are valid until the next chunk is computed. Where the label
+is ignored, log-prob and entropy are 0.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Chunks(Protocol):
 
 
 class TorchChunks:
-    """Full precision: half-precision operands are widened, the head one slice at a time."""
+    """By torch, in full precision: half-precision operands are widened, the head one slice at a time."""
 
     def __init__(
         self,
@@ -55,12 +55,9 @@ class TorchChunks:
     ) -> None:
         self._head, self._columns, self._softmax = head, columns, softmax
         shape, dtype = (size, head.weight.shape[0]), _checks.promoted_dtype(*head[:3])
-        self._buffers = [torch.empty(shape, dtype=dtype, device=columns.device) for _ in range(self._wanted)]
-
-    @property
-    def _wanted(self) -> int:
-        """The logits, two scratch blocks, and a gradient that may not overwrite capped logits."""
-        return 3 if self._head.softcap is None else 4
+        # the logits, two scratch blocks, and the gradient of capped logits, which may not overwrite them
+        count = 3 if head.softcap is None else 4
+        self._buffers = [torch.empty(shape, dtype=dtype, device=columns.device) for _ in range(count)]
 
     def chunk(self, rows: Tensor) -> TorchChunk:
         z, *spare = [x[: rows.shape[0]] for x in self._buffers]
@@ -85,13 +82,15 @@ class TorchChunks:
 
 
 class TorchChunk(NamedTuple):
+    """Rows whose logits torch has computed."""
+
     logp: Tensor  # (n,)
     entropy: Tensor  # (n,)
     z: Tensor  # (n, V)
-    spare: list[Tensor]  # (n, V) each
+    spare: list[Tensor]  # (n, V) each: scratch, seeds and, with a softcap, room for dz
     x: Tensor  # (n, D) the hidden states, 0 where the label is ignored
     weight: Tensor  # (V, D)
-    columns: Tensor  # (n, 1) of this slice, -100 ignored
+    columns: Tensor  # (n, 1) labels as columns of this slice, -100 ignored
     state: RowState  # of whole rows
     scaling: Scaling
 
@@ -107,7 +106,7 @@ class TorchChunk(NamedTuple):
 
 
 class KernelChunks:
-    """By the kernels of `_triton`: in half precision where hidden states and head share one, with float32 results."""
+    """By the Triton kernels. Products have half-precision operands if hidden states and head share such a dtype."""
 
     def __init__(self, head: Head, columns: Tensor, softmax: Softmax, size: int) -> None:
         from kdloss._triton import _launch, _products
@@ -143,7 +142,7 @@ class KernelChunks:
         return KernelChunk(*self._of_whole_rows(rows, self._shard), x, hidden, rows, self)
 
     def _of_whole_rows(self, rows: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-        """Turn the states of these rows into those of whole rows; return log-probs and entropies (n,) under them."""
+        """Replace the states of these rows by those of whole rows, and return their log-probs and entropies (n,)."""
         columns, (_, temperature, temperatures, *numbers) = self._columns[rows], self.state
         part = RowState(*(x[rows, None] for x in numbers if x is not None))
         rate = rate_of(temperature, None if temperatures is None else temperatures[rows], columns)
@@ -156,10 +155,12 @@ class KernelChunks:
 
 
 class KernelChunk(NamedTuple):
+    """Rows whose logits the kernels have computed."""
+
     logp: Tensor  # (n,)
     entropy: Tensor  # (n,)
     x: Tensor  # (n, V) products with the head
-    hidden: Tensor  # (n, D) as they were multiplied
+    hidden: Tensor  # (n, D) in the dtype of the product
     rows: Tensor  # (n,)
     chunks: KernelChunks
 
@@ -188,7 +189,7 @@ def put_back(
     *,
     kernels: bool,
 ) -> Tensor:
-    """x times `factor`, rounded once, at `rows` of zeros (T, D)."""
+    """A (T, D) tensor of zeros with x times `factor`, rounded once, in its `rows`."""
     if not kernels:
         scaled = (x * factor).to(dtype)
         return scaled.new_zeros(tokens, x.shape[1]).index_copy_(0, rows, scaled)

@@ -1,18 +1,18 @@
 """The operator `kdloss::linear_logprobs`: from hidden states and a head to log-probs and entropies, and back.
 
-The vocabulary is walked in slices, so that of the (N, V) logits one tile at a time exists:
+The vocabulary is processed in slices, so only one tile of the (N, V) logits exists at a time:
 
-    forward    for each slice, for each tile of rows:  z = h @ w.T, fold it into the rows' state (`_softmax/rows.py`)
+    forward    for each slice, for each tile of rows:  z = h @ w.T, merged into the rows' state (`_softmax/rows.py`)
     backward   for each slice, for each tile of rows:  z again, dz from it, dh += dz @ w, dw += dz.T @ h
 
-which is one matrix product forward and three backward, or two where the logits were kept. Slices run outside, so each
-slice of the head is widened once and each slice of its gradient is written once, from a float32 accumulator; dh
-accumulates in float32 too. The width of a slice follows from D and V alone, never from the mask.
+This is one matrix product forward and three backward, or two if the logits were kept. Slices are the outer loop, so
+each slice of the head is widened once, and each slice of its gradient is written once, from a float32 accumulator; dh
+is accumulated in float32 too. The width of a slice depends on D, V and the device type, never on the mask.
 
-N rows are computed: those with a label, gathered here. The backward gathers again, those of them whose incoming
-gradient is not 0: clipped tokens and groups without advantage cost nothing.
+N rows are gathered and computed: those with a label. The backward gathers those of them whose incoming gradient is not
+0, so clipped tokens and groups without advantage cost nothing.
 
-Where `kernels` is set, those of `_triton/_linear.py` do the same, in slices whose width follows from T and V.
+If `kernels` is set, `_triton/_linear.py` does the same, in slices whose width depends on T and V.
 """
 
 from __future__ import annotations
@@ -29,19 +29,17 @@ from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, gradient_of
 
 
 class _Budget(NamedTuple):
+    """The most that a tile of logits and a widened slice of the head may hold."""
+
     tile_rows: int
-    tile_columns: int  # at most
-    slice_elements: int  # of a widened slice of the head
+    tile_columns: int
+    slice_elements: int
 
 
-# On a CPU a slice and a tile, 32 and 16 MiB at most, are in reach of the last level of cache. An accelerator wants
-# fewer and larger products.
+# On a CPU, a slice of at most 32 MiB and a tile of at most 16 MiB are about the size of the last-level cache. An
+# accelerator needs fewer and larger products.
 _CPU = _Budget(512, 1 << 13, 1 << 23)
 _DEVICE = _Budget(8192, 1 << 15, 1 << 26)
-
-# Bytes of logits that are kept for the backward rather than computed again, on a CPU and elsewhere.
-# Of 2048 tokens and 32,000 words, keeping them would be half of what plain torch holds: those are computed again.
-KEPT_BYTES, DEVICE_KEPT_BYTES = 3 << 26, 1 << 30
 
 
 @torch.library.custom_op("kdloss::linear_logprobs", mutates_args=())
@@ -49,21 +47,21 @@ def linear_logprobs(
     hidden: Tensor,  # (T, D), anything in rows without a label
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    columns: Tensor,  # (T, K) int64, -100 ignored, vocab_size: in another shard
-    rows: Tensor | None,  # (N,) int64: distinct rows, all with a label among them. None: those, found here
+    columns: Tensor,  # (T, K) int64; -100 is ignored, vocab_size marks a label in another shard
+    rows: Tensor | None,  # (N,) int64, distinct, including all rows with a label. None: exactly these, found here
     row_temperature: Tensor | None,  # (T,)
     temperature: float,
     softcap: float | None,
     logit_scale: float,
     vocab_size: int,
-    compact: bool,  # in the backward, leave out rows without an incoming gradient: waits for the device once
-    kernels: bool,  # the same by those of `_triton`
+    compact: bool,  # the backward leaves out rows without an incoming gradient, which waits for the device once
+    kernels: bool,  # compute with the Triton kernels
     with_entropy: bool,
-    store: bool,  # keep the logits; only with `rows`, as their number must be known
+    store: bool,  # keep the logits; only with `rows`, because their number must be known
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean like entropy, logits (N, V) or (0, V)).
+    """(logp (T, K), entropy (T,) or (0,), maximum (T,), peak (T,), mean like entropy, logits (N, V) or (0, V)).
 
-    The log-prob of a label in another shard may be anything: here it only makes its row one to be computed.
+    A label in another shard only causes its row to be computed; its log-prob here is undefined.
 
     `maximum` is that of z, and the logits are z. From the kernels it is that of softcap(logit_scale * x), before the
     temperature, and the logits are the products with the head, before the bias.
@@ -86,21 +84,21 @@ def linear_logprobs(
     picked = wide.new_zeros(columns.shape)
     kept = wide.new_empty(count if store else 0, vocab_size)
     p = slices.scratch()
-    for piece in slices.pieces(vocab_size):
-        z = piece.logits()
+    for tile in slices.tiles(vocab_size):
+        z = tile.logits()
         if store:
-            kept[piece.rows, piece.columns] = z
-        local = columns[piece.rows] - piece.columns.start
+            kept[tile.rows, tile.columns] = z
+        local = columns[tile.rows] - tile.columns.start
         outside = (local < 0) | (local >= z.shape[-1])
-        picked[piece.rows] += z.gather(-1, local.masked_fill(outside, 0)).masked_fill(outside, 0)
+        picked[tile.rows] += z.gather(-1, local.masked_fill(outside, 0)).masked_fill(outside, 0)
         sums = Sums.empty(z.shape[0], like=z, with_entropy=with_entropy)
         sums.read_(z, _shaped(p, z), z if with_entropy else None)
-        merged = state.at(piece.rows).merge(RowState.of(sums))
+        merged = state.at(tile.rows).merge(RowState.of(sums))
         for whole, part in zip(state, merged, strict=True):
             if whole is not None and part is not None:
-                whole[piece.rows] = part
+                whole[tile.rows] = part
 
-    def put_back(x: Tensor) -> Tensor:
+    def put_back(x: Tensor) -> Tensor:  # (N, ...) -> (T, ...), 0 elsewhere
         return x.new_zeros(n_tokens, *x.shape[1:]).index_copy_(0, index, x)
 
     logp = put_back(state.logp(picked).masked_fill(columns < 0, 0))
@@ -155,18 +153,18 @@ def linear_logprobs_backward(
     peak: Tensor,
     mean: Tensor,
     kept: Tensor,
-    needs: list[bool],  # whether hidden, weight and bias want a gradient
+    needs: list[bool],  # whether hidden, weight and bias need a gradient
     temperature: float,
     softcap: float | None,
     logit_scale: float,
     vocab_size: int,
-    compact: bool,  # leave out rows without an incoming gradient: waits for the device once
+    compact: bool,  # leave out rows without an incoming gradient, which waits for the device once
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias in their dtypes; (0,) for one that is not wanted.
+    """The gradients of hidden, weight and bias in their dtypes; (0,) for one that is not needed.
 
-    With the state (maximum, peak, mean) of whole rows, the head may be a shard: the gradient of a label in another one
-    goes through the normalisation alone, and that of hidden is this shard's share.
+    The state (maximum, peak, mean) is that of whole rows, of which the head may be a shard. The gradient of a label in
+    another shard then goes only through the normalisation, and the gradient of hidden is this shard's share.
     """
     wide_dtype = _checks.promoted_dtype(hidden, weight, bias)
     ignored = columns < 0
@@ -174,7 +172,7 @@ def linear_logprobs_backward(
     g = g.masked_fill(ignored, 0)
     h = None if entropy_gradient is None else entropy_gradient.masked_fill(ignored.all(-1), 0)[:, None]
     index = _labelled(columns) if rows is None else rows
-    places = None  # of the active rows among those that were computed
+    places = None  # of the active rows among the computed ones
     if compact:
         active = (g[index] != 0).any(-1) if h is None else (g[index] != 0).any(-1) | (h[index, 0] != 0)
         places = active.nonzero().squeeze(-1)
@@ -196,32 +194,32 @@ def linear_logprobs_backward(
     slices = _HeadSlices(head, columns[index], index, temperature, row_temperature)
 
     x = slices.hidden
-    dx = torch.zeros_like(x) if needs[0] else x.new_empty(0)
+    dhidden = torch.zeros_like(x) if needs[0] else x.new_empty(0)
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
     dbias = x.new_zeros(weight.shape[0] if needs[2] else 0)
     seeds = slices.scratch().fill_(0)
     separate = slices.scratch() if softcap is not None else None
     scratch = slices.scratch() if h is not None else None
     accumulator = x.new_empty(slices.width if needs[1] else 0, x.shape[1])
-    for piece in slices.pieces(vocab_size):
-        z = piece.logits() if kept.shape[0] == 0 else piece.kept_logits(kept, places)
-        part = upstream.at(piece.rows).part(piece.columns.start, piece.columns.stop)
+    for tile in slices.tiles(vocab_size):
+        z = tile.logits() if kept.shape[0] == 0 else tile.kept_logits(kept, places)
+        part = upstream.at(tile.rows).part(tile.columns.start, tile.columns.stop)
         dz = z if separate is None else _shaped(separate, z)
         entropy_scratch = None if scratch is None else _shaped(scratch, z)
         gradient_of(z, part, out=dz, seeds=_shaped(seeds, z), scratch=entropy_scratch)
-        piece.scaling.backward_(dz, z)
+        tile.scaling.backward_(dz, z)
         if needs[0]:
-            dx[piece.rows].addmm_(dz, piece.weight)
+            dhidden[tile.rows].addmm_(dz, tile.weight)
         if needs[1]:
             dw = accumulator[: z.shape[1]]
-            torch.addmm(dw, dz.T, x[piece.rows], beta=0 if piece.first else 1, out=dw)
-            if piece.last:
-                dweight[piece.columns] = dw
+            torch.addmm(dw, dz.T, x[tile.rows], beta=0 if tile.first else 1, out=dw)
+            if tile.last:
+                dweight[tile.columns] = dw
         if needs[2]:
-            dbias[piece.columns] += dz.sum(0)
+            dbias[tile.columns] += dz.sum(0)
     if needs[0]:
-        dx = hidden.new_zeros(hidden.shape).index_copy_(0, index, dx.to(hidden.dtype))
-    return dx, dweight, dbias.to(bias_dtype)
+        dhidden = hidden.new_zeros(hidden.shape).index_copy_(0, index, dhidden.to(hidden.dtype))
+    return dhidden, dweight, dbias.to(bias_dtype)
 
 
 @linear_logprobs_backward.register_fake
@@ -239,12 +237,7 @@ def _(
     mean: Tensor,
     kept: Tensor,
     needs: list[bool],
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    vocab_size: int,
-    compact: bool,
-    kernels: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
@@ -257,14 +250,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     hidden, weight, bias, columns, rows, row_temperature, *ctx.options, _, _ = inputs
     _, _, maximum, peak, mean, kept = output
     ctx.save_for_backward(hidden, weight, bias, columns, rows, row_temperature, maximum, peak, mean, kept)
-    ctx.set_materialize_grads(False)  # no gradient through the entropy is cheaper than one of 0
+    ctx.set_materialize_grads(False)  # None for an unused entropy is cheaper than zeros
 
 
 def _differentiate(
     ctx: Any, logp_gradient: Tensor | None, entropy_gradient: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if entropy_gradient is not None and entropy_gradient.numel() == 0:
-        entropy_gradient = None  # none was asked for
+        entropy_gradient = None  # the forward computed no entropy
     if logp_gradient is None and entropy_gradient is None:
         return (None,) * len(ctx.needs_input_grad)
     needs = list(ctx.needs_input_grad[:3])
@@ -277,21 +270,21 @@ def _differentiate(
 linear_logprobs.register_autograd(_differentiate, setup_context=_save)
 
 
-class _Piece(NamedTuple):
-    """Some rows times one slice of the head."""
+class _Tile(NamedTuple):
+    """Some rows times one slice of the head: n rows, v columns."""
 
-    rows: slice
+    rows: slice  # of the N
     columns: slice  # of the vocabulary
     hidden: Tensor  # (n, D)
     weight: Tensor  # (v, D), widened
     bias: Tensor | None  # (v,)
     scaling: Scaling
-    tile: Tensor  # scratch for the logits
-    first: bool  # of its slice
+    scratch: Tensor  # flat, for the logits
+    first: bool  # whether it is the first tile of its slice
     last: bool
 
     def logits(self) -> Tensor:
-        """z (n, v), computed."""
+        """z (n, v), computed in the scratch."""
         z = self._room()
         torch.mm(self.hidden, self.weight.T, out=z)
         if self.bias is not None:
@@ -299,16 +292,17 @@ class _Piece(NamedTuple):
         return self.scaling.apply_(z)
 
     def kept_logits(self, kept: Tensor, places: Tensor | None) -> Tensor:
-        """z (n, v), from `kept` (N, V), of which the head's rows are `places`. None: all."""
+        """z (n, v), copied to the scratch from `kept` (M, V). The N rows are `places` of it; None: all of it."""
         return self._room().copy_(kept[self.rows if places is None else places[self.rows], self.columns])
 
     def _room(self) -> Tensor:
+        """The scratch as (n, v)."""
         rows, columns = self.hidden.shape[0], self.weight.shape[0]
-        return self.tile[: rows * columns].view(rows, columns)
+        return self.scratch[: rows * columns].view(rows, columns)
 
 
 class _HeadSlices:
-    """Rows of hidden states, gathered and widened, and the head that they are multiplied with slice by slice."""
+    """Gathered and widened rows of hidden states, and the head that they are multiplied with, slice by slice."""
 
     def __init__(
         self,
@@ -320,7 +314,7 @@ class _HeadSlices:
     ) -> None:
         dtype = _checks.promoted_dtype(*head[:3])
         used = (columns >= 0).any(-1, keepdim=True)
-        # zeroed, not only ignored: 0 * NaN of an unlabelled row would reach the gradient of the weight
+        # set to 0, because NaN in an unlabelled row, times 0, would reach the gradient of the weight
         self.hidden = head.hidden.index_select(0, index).to(dtype).masked_fill_(~used, 0)
         self._weight, self._bias = head.weight, head.bias
         self._scaling = Scaling(head.softcap, head.logit_scale, temperature)
@@ -333,12 +327,12 @@ class _HeadSlices:
         self._tile_rows = min(budget.tile_rows, index.shape[0])
 
     def scratch(self) -> Tensor:
-        """Room for a tile, flat."""
+        """Uninitialised memory for a tile, flat."""
         return self.hidden.new_empty(self._tile_rows * self.width)
 
-    def pieces(self, vocab_size: int) -> Iterator[_Piece]:
-        """Slices outside, tiles of rows inside."""
-        count, tile, dtype = self.hidden.shape[0], self.scratch(), self.hidden.dtype
+    def tiles(self, vocab_size: int) -> Iterator[_Tile]:
+        """All tiles, slice by slice; they share one scratch."""
+        count, scratch, dtype = self.hidden.shape[0], self.scratch(), self.hidden.dtype
         for start in range(0, vocab_size if count else 0, self.width):
             columns = slice(start, min(start + self.width, vocab_size))
             weight = self._weight[columns].to(dtype)
@@ -346,12 +340,14 @@ class _HeadSlices:
             for first in range(0, count, self._tile_rows):
                 rows = slice(first, min(first + self._tile_rows, count))
                 hidden, scaling = self.hidden[rows], self._scaling.at(rows)
-                yield _Piece(rows, columns, hidden, weight, bias, scaling, tile, first == 0, rows.stop == count)
+                yield _Tile(rows, columns, hidden, weight, bias, scaling, scratch, first == 0, rows.stop == count)
 
 
 def _labelled(columns: Tensor) -> Tensor:
+    """The rows (N,) that have a label."""
     return (columns >= 0).any(-1).nonzero().squeeze(-1)
 
 
 def _shaped(scratch: Tensor, like: Tensor) -> Tensor:
+    """The beginning of a flat scratch, in the shape of `like`."""
     return scratch[: like.numel()].view(like.shape)

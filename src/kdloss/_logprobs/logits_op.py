@@ -1,18 +1,18 @@
 """The operator `kdloss::logprobs`: from logits to log-probs and entropies, and back.
 
-It takes blocks of rows that fit the cache, widens each to float32 in a scratch block and reads everything off it there
-(`_softmax/rows.py`). The backward needs the logits, which the caller holds anyway, and three saved numbers per row; it
-recomputes e^(z - m) block by block straight into the gradient. Beyond the gradient itself, both directions
-need the scratch and nothing else, however many rows there are.
+It takes blocks of rows that fit the cache, widens each to float32 in a scratch and computes everything from it there
+(`_softmax/rows.py`). The backward needs the logits, which the caller holds anyway, and up to three saved values per
+row; it recomputes e^(z - m) block by block, straight into the gradient. Besides the gradient itself, both directions
+need only the scratch, however many rows there are.
 
-    forward    reads V logits a row, writes K + 4 numbers
-    backward   reads V logits a row, writes V numbers
+    forward    reads V logits per row, writes K + 4 values
+    backward   reads V logits per row, writes V values
 
-Where `triton` is set, kernels do the same (`_triton/_logits_forward.py`, `_triton/_logits_backward.py`).
+If `kernels` is set, Triton kernels do the same (`_triton/_logits_forward.py`, `_triton/_logits_backward.py`).
 
-Registered with `torch.library`, so that `torch.compile`, activation checkpointing and export see one operation. Where a
-compiler traces it without kernels, the same mathematics is offered as a formula (`_logprobs/compiled.py`), as it
-fuses the passes into one; it saves the same.
+The operator is registered with `torch.library`, so `torch.compile`, activation checkpointing and export see one
+operation. When a compiler traces without the kernels, `compiled.py` is used instead: the same mathematics as a formula,
+whose passes the compiler fuses into one, with the same values saved.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, flat_rows, gradient_of
 
-# Elements of a scratch block for each thread. On a CPU: 2 MiB of float32, of which three or four fit the last level of
-# cache. On an accelerator a block must fill the device.
+# Elements of a scratch block, on a CPU per thread: 2 MiB of float32, so that three or four fit the last-level cache. On
+# an accelerator a block must fill the device.
 _CPU_BLOCK = 1 << 19
 _DEVICE_BLOCK = 1 << 26
 
@@ -35,28 +35,29 @@ _DEVICE_BLOCK = 1 << 26
 @torch.library.custom_op("kdloss::logprobs", mutates_args=())
 def logprobs(
     logits: Tensor,  # (..., V)
-    # (T, K) int64, -100 ignored, vocab_size: in another shard, whose log-prob may be anything here; T = the product of
-    # the leading axes. For any label that is outside the vocabulary the kernels give NaN
+    # (T, K) int64, with T the product of the leading axes. -100 is ignored; vocab_size marks a label in another shard,
+    # whose log-prob is undefined here. The kernels give NaN for any label outside the vocabulary
     columns: Tensor,
     row_temperature: Tensor | None,  # (T,)
     temperature: float,
     softcap: float | None,
     vocab_size: int,
     with_entropy: bool,
-    triton: bool = False,
+    kernels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean (T,) or (0,)), anything in rows without a label.
+    """(logp (T, K), entropy (T,) or (0,), maximum (T,), peak (T,), mean (T,) or (0,)).
 
-    `maximum` is that of z; from the kernels that of softcap(logits), before the temperature.
+    logp and entropy are 0 where ignored; maximum, peak and mean are undefined in rows without a label. `maximum` is
+    that of z; from the kernels that of softcap(logits), before the temperature.
     """
-    if triton:
+    if kernels:
         from kdloss._triton._logits_forward import forward
 
         return forward(logits, columns, row_temperature, temperature, softcap, vocab_size, with_entropy)
     labelled = (columns >= 0).any(-1)
     scaling = Scaling(softcap, 1.0, temperature)
     rows = _RowBlocks(logits, labelled, vocab_size, scaling, row_temperature)
-    state = _read(rows, with_entropy=with_entropy)
+    state = _state_of(rows, with_entropy=with_entropy)
     mean = None if state.mean is None else rows.put_back(state.mean)
     state = RowState(rows.put_back(state.maximum), rows.put_back(state.peak), mean)
     logp = state.logp(rows.pick(columns.clamp(0, vocab_size - 1))).masked_fill(columns < 0, 0)
@@ -67,7 +68,7 @@ def logprobs(
     return logp, entropy, maximum, peak, mean.squeeze(-1)
 
 
-def _read(rows: _RowBlocks, *, with_entropy: bool) -> RowState:
+def _state_of(rows: _RowBlocks, *, with_entropy: bool) -> RowState:
     """The state (N, 1) of the wanted rows."""
     z, p, shifted = rows.scratch(), rows.scratch(), rows.scratch() if with_entropy else None
     sums = Sums.empty(rows.count, like=z, with_entropy=with_entropy)
@@ -85,7 +86,7 @@ def _(
     softcap: float | None,
     vocab_size: int,
     with_entropy: bool,
-    triton: bool = False,
+    kernels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = columns.shape[0]
     logp = torch.empty(columns.shape, dtype=_checks.promoted_dtype(logits), device=logits.device)
@@ -106,16 +107,16 @@ def logprobs_backward(
     temperature: float,
     softcap: float | None,
     vocab_size: int,
-    triton: bool,
+    kernels: bool,
     part: bool = False,
 ) -> Tensor:
-    """The gradient of the logits, contiguous, in their dtype; rows without an incoming gradient cost their zeros.
+    """The gradient of the logits, contiguous, in their dtype. Rows without an incoming gradient are only set to 0.
 
-    With the state (maximum, peak, mean) of whole rows, logits may be a part of them: where `part` says so, the label
-    vocab_size is in another one, and its gradient goes through the normalisation alone. Without it the kernels, which
-    are handed labels as they come, pass over it as over any other that is outside the vocabulary.
+    The state (maximum, peak, mean) is that of whole rows, of which the logits may be a part. If `part` is set, label
+    vocab_size is in another part, and its gradient goes only through the normalisation. Otherwise the kernels, whose
+    labels are not checked, skip it like any other label outside the vocabulary.
     """
-    if triton:
+    if kernels:
         from kdloss._triton._logits_backward import backward
         from kdloss._triton._row_math import State
 
@@ -132,7 +133,7 @@ def logprobs_backward(
     rows = _RowBlocks(logits, wanted, vocab_size, Scaling(softcap, 1.0, temperature), row_temperature)
     upstream = (
         Upstream.of(
-            # of a row that is not wanted the logits are read as 0, if at all
+            # the logits of an unwanted row are read as 0, if at all
             RowState(
                 rows.take(maximum.masked_fill(~wanted, 0)[:, None]),
                 rows.take(peak.masked_fill(~wanted, 1)[:, None]),
@@ -168,37 +169,23 @@ def logprobs_backward(
 
 
 @logprobs_backward.register_fake
-def _(
-    logp_gradient: Tensor | None,
-    entropy_gradient: Tensor | None,
-    logits: Tensor,
-    columns: Tensor,
-    row_temperature: Tensor | None,
-    maximum: Tensor,
-    peak: Tensor,
-    mean: Tensor,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
-    triton: bool,
-    part: bool = False,
-) -> Tensor:
+def _(logp_gradient: Tensor | None, entropy_gradient: Tensor | None, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, columns, row_temperature, *options, _, triton = inputs
-    ctx.options = (*options, triton)
+    logits, columns, row_temperature, *options, _, kernels = inputs
+    ctx.options = (*options, kernels)
     _, _, maximum, peak, mean = output
     ctx.save_for_backward(logits, columns, row_temperature, maximum, peak, mean)
-    ctx.set_materialize_grads(False)  # no gradient through the entropy is cheaper than one of 0
+    ctx.set_materialize_grads(False)  # None for an unused entropy is cheaper than zeros
 
 
 def _differentiate(
     ctx: Any, logp_gradient: Tensor | None, entropy_gradient: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if entropy_gradient is not None and entropy_gradient.numel() == 0:
-        entropy_gradient = None  # none was asked for
+        entropy_gradient = None  # the forward computed no entropy
     if logp_gradient is None and entropy_gradient is None:
         return (None,) * 8
     gradient = logprobs_backward(logp_gradient, entropy_gradient, *ctx.saved_tensors, *ctx.options)
@@ -213,13 +200,13 @@ class _RowBlock(NamedTuple):
 
     x: Tensor  # (n, V): a view, or a copy of picked rows
     place: slice | Tensor  # which of the T rows they are
-    unwanted: Tensor | None  # (n, 1) bool: rows to read as 0
+    unwanted: Tensor | None  # (n, 1) bool, rows to read as 0; None if there are none
     scaling: Scaling
-    as_it_is: bool  # whether x is z
+    unchanged: bool  # whether z is x itself
 
     def load(self, scratch: Tensor) -> Tensor:
-        """z: the logits themselves where nothing has to be done to them, else in `scratch`."""
-        if self.as_it_is:
+        """z: the logits themselves if they need no change, else a copy in `scratch`."""
+        if self.unchanged:
             return self.x
         z = self.cut(scratch).copy_(self.x)
         if self.unwanted is not None:
@@ -227,22 +214,21 @@ class _RowBlock(NamedTuple):
         return self.scaling.apply_(z)
 
     def cut(self, scratch: Tensor) -> Tensor:
-        """As many rows of a scratch block as this one has."""
+        """The first rows of `scratch`, as many as this block has."""
         n = self.x.shape[0]
         return scratch if n == scratch.shape[0] else scratch[:n]
 
 
 class _RowBlocks:
-    """The wanted rows of logits, block after block: N of the T.
+    """Walks over N of the T rows of logits, block by block: the wanted rows on a CPU, all rows elsewhere.
 
-    Only on a CPU are unwanted rows passed over: elsewhere finding them would wait for the device, so there all rows are
-    walked over and the unwanted ones, which may hold NaN, are read as 0.
+    Finding the wanted rows would wait for an accelerator, so there unwanted rows, which may hold NaN, are read as 0.
     """
 
     def __init__(
         self,
         logits: Tensor,  # (..., V)
-        wanted: Tensor,  # (T,)
+        wanted: Tensor,  # (T,) bool
         vocab_size: int,
         scaling: Scaling,
         row_temperature: Tensor | None,  # (T,)
@@ -255,7 +241,7 @@ class _RowBlocks:
         self._on_cpu = logits.device.type == "cpu"
         self._walk_all = not self._on_cpu or bool(wanted.all())
         self._index = torch.empty(0) if self._walk_all else wanted.nonzero().squeeze(-1)
-        # logits that need no scratch leave their share of it to more rows
+        # logits that need no scratch leave room for more rows
         self._in_place = self._on_cpu and logits.dtype == self._dtype and self._scaling.is_identity
         elements = _CPU_BLOCK * torch.get_num_threads() if self._on_cpu else _DEVICE_BLOCK
         self._size = max(1, (2 if self._in_place else 1) * elements // vocab_size)
@@ -264,11 +250,11 @@ class _RowBlocks:
             place.stop - place.start if isinstance(place, slice) else len(place) for *_, place in self._pieces
         ]
         self.count = sum(self.sizes)
-        # whether the blocks together are all of the logits
+        # whether the blocks cover all of the logits
         self.cover_all = self._walk_all and vocab_size == logits.shape[-1]
 
     def _cut(self) -> Iterator[tuple[Tensor, Tensor | None, slice | Tensor]]:
-        """(views of rows or a whole matrix, which rows of it, which of the T rows they are)."""
+        """Yield (x, index, place) per block: x, or x[index] if there is an index, holds the rows `place` of the T."""
         start = 0
         for (matrix,) in flat_rows(self._logits):
             rows, x = matrix.shape[0], matrix[:, : self._vocab_size]
@@ -282,6 +268,7 @@ class _RowBlocks:
             start += rows
 
     def blocks(self) -> Iterator[_RowBlock]:
+        """The blocks in the order of their rows."""
         unwanted = None if self._on_cpu else ~self._wanted[:, None]
         scalings = self._scaling._replace(temperature=self._temperature()).split(self.sizes)
         for (matrix, index, place), scaling in zip(self._pieces, scalings, strict=True):
@@ -290,29 +277,32 @@ class _RowBlocks:
             yield _RowBlock(x, place, skipped, scaling, self._in_place and x.stride(-1) == 1)
 
     def targets(self, gradient: Tensor) -> Iterator[Tensor | None]:
-        """Where in a contiguous gradient of the logits each block belongs, as a view; None where it is none."""
+        """Each block's view of a contiguous gradient of the logits; None for a block of picked rows."""
         matrix = self.matrix_of(gradient)
         yield from matrix.split(self.sizes) if self._walk_all else (None for _ in self.sizes)
 
     def matrix_of(self, gradient: Tensor) -> Tensor:
+        """A contiguous gradient of the logits as (T, V), without padding columns."""
         return gradient.view(self._wanted.shape[0], gradient.shape[-1])[:, : self._vocab_size]
 
     def scratch(self) -> Tensor:
+        """Uninitialised memory for the largest block."""
         rows = max(self.sizes, default=0)
         return torch.empty(rows, self._vocab_size, dtype=self._dtype, device=self._logits.device)
 
     def pick(self, columns: Tensor) -> Tensor:
-        """z (T, K) at columns (T, K)."""
+        """z (T, K) at columns (T, K); finite in unwanted rows, even if they hold NaN."""
         shape = (*self._logits.shape[:-1], columns.shape[-1])
         x = self._logits.gather(-1, columns.view(shape)).view(columns.shape).to(self._dtype)
         return self._scaling.apply_(x.masked_fill(~self._wanted[:, None], 0))
 
     def _temperature(self) -> float | Tensor:
+        """The temperature of the N rows, or of all."""
         temperature = self._scaling.temperature
         return self.take(temperature) if isinstance(temperature, Tensor) else temperature
 
     def take(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (N, ...), the rows of the blocks in their order."""
+        """(T, ...) -> (N, ...), the rows of the blocks in order."""
         return x if self._walk_all else x[self._index]
 
     def put_back(self, x: Tensor) -> Tensor:

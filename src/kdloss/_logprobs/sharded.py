@@ -1,9 +1,9 @@
-"""Log-probs and entropies of a vocabulary-sharded head, around the operators that know a part of it alone.
+"""Log-probs and entropies of a vocabulary-sharded head, from operators that see only one part of each row.
 
-    forward    the operator on this rank's part, one all-gather (`_softmax/whole_rows.py`), whole rows
-    backward   the operator's own, given the state of the whole rows: p = e^(z - m) / s is then the whole row's
+    forward    the operator on this rank's part, then one all-gather that gives whole rows (`_softmax/whole_rows.py`)
+    backward   the operator's backward, given the state of whole rows: p = e^(z - m) / s is then that of the whole row
 
-The backward needs no collective but the sum over ranks of the gradient of hidden states, which is `VocabShard.enter`'s.
+The only collective of the backward sums the gradient of hidden states over the ranks (`VocabShard.enter`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def sharded_logprobs(
 def sharded_linear_logprobs(
     head: Head,  # of this slice
     columns: Tensor,  # (T, K) of the whole vocabulary, -100 ignored
-    rows: Tensor | None,  # (N,) those to compute. None: those with a label
+    rows: Tensor | None,  # (N,) to compute. None: those with a label
     softmax: Softmax,
     *,
     with_entropy: bool,
@@ -50,7 +50,7 @@ def sharded_linear_logprobs(
     """(logp (T, K), entropy (T,) or (0,)), the same on every rank."""
     total, hidden, taus, shard = columns.shape[0], head.hidden, softmax.flat_temperature, softmax.shard
     assert shard is not None
-    if rows is not None:  # only they go around
+    if rows is not None:  # only these are all-gathered
         hidden, columns = hidden.index_select(0, rows), columns.index_select(0, rows)
         taus = None if taus is None else taus.index_select(0, rows)
     hidden = shard.enter(hidden)
@@ -64,10 +64,10 @@ def sharded_linear_logprobs(
     return logp, entropy
 
 
-def _whole(
+def _merge_ranks(
     found: tuple[Tensor, ...], columns: Tensor, with_entropy: bool, shard: VocabShard, rate: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """(logp, entropy, the rows' state as the backward of an operator takes it) from what an operator gave."""
+    """(logp, entropy, (maximum, peak, mean)) of whole rows, from what an operator returned for this rank's part."""
     logp, nothing, maximum, peak, mean, *_ = found
     part = RowState(maximum[:, None], peak[:, None], mean[:, None] if with_entropy else None)
     state, logp = whole_rows(part, logp, columns, shard, rate)
@@ -79,6 +79,8 @@ def _whole(
 
 
 class _ShardedLogprobs(torch.autograd.Function):
+    """`logprobs` of logits that are a slice of the rows; results are those of whole rows."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -93,7 +95,7 @@ class _ShardedLogprobs(torch.autograd.Function):
         here = shard.columns(columns, options[-1])
         found = logprobs(logits, here, row_temperature, *options, with_entropy, kernels)
         rate = rate_of(options[0], row_temperature, logits) if kernels else None
-        logp, entropy, state = _whole(found, columns, with_entropy, shard, rate)
+        logp, entropy, state = _merge_ranks(found, columns, with_entropy, shard, rate)
         ctx.save_for_backward(logits, here, row_temperature, *state)
         ctx.options, ctx.with_entropy = (*options, kernels), with_entropy
         return logp, entropy
@@ -105,6 +107,8 @@ class _ShardedLogprobs(torch.autograd.Function):
 
 
 class _ShardedLinearLogprobs(torch.autograd.Function):
+    """`linear_logprobs` of a slice of the head; results are those of whole rows."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -124,7 +128,7 @@ class _ShardedLinearLogprobs(torch.autograd.Function):
         rows = torch.arange(columns.shape[0], device=columns.device) if all_rows else None
         found = linear_logprobs(hidden, weight, bias, here, rows, row_temperature, *options, with_entropy, store)
         rate = rate_of(temperature, row_temperature, hidden) if kernels else None
-        logp, entropy, state = _whole(found[:5], columns, with_entropy, shard, rate)
+        logp, entropy, state = _merge_ranks(found[:5], columns, with_entropy, shard, rate)
         ctx.save_for_backward(hidden, weight, bias, here, rows, row_temperature, *state, found[5])
         ctx.options, ctx.with_entropy = options, with_entropy
         return logp, entropy
