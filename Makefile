@@ -8,7 +8,7 @@
 #
 # Variables, for `make help`:
 ## PYTHON: the interpreter that .venv is made with: make check PYTHON=python3.12
-## ARGS: handed on to the tool of demo, test, test-trainers, bench, gpu and fuzz: make test ARGS="-k kl_k3"
+## ARGS: handed on to the tool of demo, test, test-fast, test-trainers, bench, gpu and fuzz: make test ARGS="-k kl_k3"
 ## EXAMPLES: how many examples of make fuzz, 100000 unless said: make fuzz EXAMPLES=5000
 ## TRAINERS: which trainers of make test-trainers, all unless said: make test-trainers TRAINERS="trl verl"
 
@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench check demo format fuzz gpu test test-trainers
+.PHONY: help bench check demo format fuzz gpu test test-fast test-trainers
 
 help:  ## List the targets, and the variables that they take
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,13 +39,16 @@ check: $(VENV)/test.stamp  ## Lint, formatting and strict types
 demo: $(VENV)/examples.stamp  ## Train a tiny student three ways and draw the reward curve (4 minutes)
 	$(BIN)/python docs/examples/demo.py $(ARGS)
 
-format: $(VENV)/test.stamp  ## Mend what the linter and the formatter can mend
+format: $(VENV)/test.stamp  ## Apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # A file stays in one process: the code blocks of a document share their names.
 test: $(VENV)/test.stamp $(VENV)/examples.stamp  ## The tests, and the code blocks of README.md and docs/
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5 $(ARGS)
+
+test-fast: $(VENV)/test.stamp  ## The tests that take less than a minute together: for the loop while you write
+	$(BIN)/pytest tests --fast --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # Every trainer has an environment of its own, .venv-<name>: their requirements do not go together.
 test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the trainers themselves; TRAINERS=trl for one

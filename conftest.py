@@ -1,6 +1,7 @@
 """What every test run shares: one thread, hypothesis profiles, `gpu` marker, and the documents' code blocks as tests.
 
-`--fuzz EXAMPLES` (see `make fuzz`) runs the hypothesis tests alone, with that many examples among them.
+`--fuzz EXAMPLES` (see `make fuzz`) runs the hypothesis tests alone, with that many examples among them. `--fast` (see
+`make test-fast`) leaves out what is slow: the files of `SLOW`, and tests marked `slow`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,22 @@ ROOT = Path(__file__).parent
 
 # Needs the trainers, each in its own environment: `make test-trainers`.
 collect_ignore = ["tests/trainers"]
+
+# What `--fast` leaves out as a whole: whatever compiles, interprets kernels, starts processes, draws many examples or
+# trains a model. A slow test in another file is marked `slow`.
+SLOW = (
+    "tests/_divergences/test_memory.py",
+    "tests/_losses/test_compiled_tail.py",
+    "tests/_triton",
+    "tests/benchmarks",
+    "tests/every_function/test_compile.py",
+    "tests/every_function/test_gradient_table.py",
+    "tests/every_function/test_invariants.py",
+    "tests/every_function/test_invariants_distributions.py",
+    "tests/every_function/test_invariants_packing.py",
+    "tests/examples",
+    "tests/scale_out",
+)
 
 # Without a GPU, kernels are interpreted. Triton reads this when a kernel is defined, so it has to be there first.
 if not torch.cuda.is_available():
@@ -69,8 +86,15 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     return None
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--fast`, slow files are not even imported."""
+    slow = config.getoption("fast") and any(collection_path == ROOT / path for path in SLOW)
+    return True if slow else None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--fuzz EXAMPLES`."""
+    """`--fuzz EXAMPLES`, `--fast`."""
+    parser.addoption("--fast", action="store_true", help="leave out slow files and tests marked slow")
     parser.addoption("--fuzz", type=int, metavar="EXAMPLES", help="hypothesis tests alone, with EXAMPLES in all")
 
 
@@ -118,8 +142,12 @@ class _Fuzz:
         terminalreporter.write_line(f"fuzz: {self.run} examples in {self.tests} tests")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests where there is no GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips `gpu` tests where there is no GPU, and deselects `slow` ones with `--fast`."""
+    if config.getoption("fast"):
+        slow = [item for item in items if "slow" in item.keywords]
+        items[:] = [item for item in items if "slow" not in item.keywords]
+        config.hook.pytest_deselected(items=slow)
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """Holds calls that must raise, for every public function: what is wrong, the exception, and what its message says.
 
 Each starts from the "base" call of `cases.TABLE`. Every message names the argument, what was expected and what came.
-That whatever should be a tensor and is none raises a TypeError with its name is checked in `test_contract_errors.py`.
+That whatever should be a tensor and is none raises a TypeError with its name is checked in `test_errors.py`.
 """
 
 from __future__ import annotations

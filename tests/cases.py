@@ -1,4 +1,4 @@
-"""Holds one table of calls to every public function; `test_contract*.py` are generic over it and over `bad_calls.py`.
+"""Holds one table of calls to every public function; `every_function/` runs them, and those of `bad_calls.py`.
 
 `TABLE[name]` has named arguments in float64, several variants a function: "base" is what its bad calls start from, and
 together they set every keyword to something other than its default. Per-token inputs share one packed stream: five
@@ -20,7 +20,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """What the contract says of one function."""
+    """What is promised of one function, and the calls that show it."""
 
     variants: dict[str, Arguments]
     gradient: str = "detached"  # "attached", "detached", "integer" (integers or bool) or "number" (no tensors at all)

@@ -1,4 +1,4 @@
-"""Holds what the `test_contract*.py` files share: calls in any dtype, results as named parts, gradients by argument."""
+"""Holds what the tests over the table share: calls in any dtype, results as named parts, gradients by argument."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kdloss
+import kdloss.testing
 
 PACKAGE = Path(kdloss.__file__).parent
 
@@ -252,6 +253,54 @@ def test_the_plan_of_the_house_fits_on_a_page():
     assert len({(here, there) for here, there in arrows if here != there}) <= 40
 
 
+# Their parameters are dictated by others: torch, Triton, the trainers, and the public functions that they compute.
+DICTATED = ("operator(", "torch.library.", "triton.jit", ".register_fake")
+BY_TRAINERS = {
+    "kdloss.integrations.areal.grpo_loss_fn": "AReaL calls it",
+    "kdloss.integrations.trl.chunked_divergence_loss": "TRL calls it",
+}
+PIECES_OF_AUTOGRAD = {"forward", "backward", "setup_context"}
+
+
+def wide_functions(package: Path) -> list[str]:
+    """Every function of more than ten parameters that chose them itself."""
+    public = {*kdloss.__all__, *vars(kdloss.testing.reference)}
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        module = module_name(path, package)
+        for owner in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.iter_child_nodes(owner):
+                if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    continue
+                arguments = node.args
+                count = len([*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs])
+                decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+                in_class = isinstance(owner, ast.ClassDef) and not owner.name.startswith("_")
+                exempt = (
+                    any(kind in decorator for decorator in decorators for kind in DICTATED)
+                    or ("staticmethod" in decorators and node.name in PIECES_OF_AUTOGRAD)
+                    or node.name in public
+                    or f"{module}.{node.name}" in BY_TRAINERS
+                    or (in_class and node.name == "__init__" and module.split(".")[1] in ON_REQUEST)
+                    or module.startswith("kdloss.testing._oracles.")  # twins of public functions
+                )
+                if count > 10 and not exempt:
+                    found.append(f"{module}.{node.name} takes {count} parameters")
+    return found
+
+
+def test_options_travel_as_one_value():
+    assert wide_functions(PACKAGE) == []
+
+
+def test_a_function_of_many_parameters_is_found(tmp_path):
+    parameters = ", ".join(f"x{i}" for i in range(11))
+    kernel = f"@triton.jit\ndef kernel({parameters}): ..."
+    (tmp_path / "kdloss").mkdir()
+    (tmp_path / "kdloss" / "new.py").write_text(f"def f({parameters}): ...\n{kernel}\ndef kdrl_loss({parameters}): ...")
+    assert wide_functions(tmp_path / "kdloss") == ["kdloss.new.f takes 11 parameters"]
+
+
 def test_the_oracles_know_neither_torch_nor_the_code_that_they_judge():
     oracles = sorted((PACKAGE / "testing" / "_oracles").glob("*.py"))
     assert len(oracles) > 8
@@ -262,6 +311,7 @@ def test_the_oracles_know_neither_torch_nor_the_code_that_they_judge():
             assert own or name.split(".")[0] != "kdloss", f"{path.name} imports {name}"
 
 
+@pytest.mark.slow
 def test_import_loads_no_optional_package():
     # A user's `import kdloss` is silent, too.
     strict = r"import warnings; warnings.filterwarnings('error', module=r'kdloss(\.|$)')"

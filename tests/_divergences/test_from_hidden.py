@@ -1,6 +1,6 @@
 """Holds divergences from hidden states: the form from logits, chunks and slices, masks, frozen heads, dtypes.
 
-Values and gradients against the oracles, error texts and compilation are in `test_contract*.py`. Chunks and slices are
+Values and gradients against the oracles, error texts and compilation are in `every_function/`. Chunks and slices are
 set small here: results may not depend on them, but for the order of sums.
 """
 

@@ -1,6 +1,6 @@
 """Holds divergences from two sets of logits: gradients, limits, -inf, error against float64, strides and blocks.
 
-Values and gradients against the oracles, error texts and compilation are in `test_contract*.py`.
+Values and gradients against the oracles, error texts and compilation are in `every_function/`.
 
 Tolerances: gradcheck's own (central differences in float64); else multiples of the dtype's rounding, said where used.
 """

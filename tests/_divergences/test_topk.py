@@ -1,6 +1,6 @@
 """Holds divergences from K log-probs a token: the bucket's bounds, the faults of the other tails, padding, rounding.
 
-Values and gradients against the oracles, error texts and compilation are in `test_contract*.py`.
+Values and gradients against the oracles, error texts and compilation are in `every_function/`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Holds the numerics of log-probs and entropies, from logits and from hidden states: gradients, extremes, error.
 
-Values against the oracles and error texts are in `test_contract.py`, rows seen one by one in `test_invariants.py`.
+Values against the oracles and error texts are in `every_function/`, and so are rows one by one.
 
 Tolerances: gradcheck's own (central differences in float64); else multiples of the dtype's rounding, said where used.
 """

@@ -58,8 +58,8 @@ def on_device(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_every_case_of_the_contract(name, variant):
-    """Values by the oracle, as `test_contract.py` holds them in float32; gradients by torch's own in float64."""
+def test_every_case_of_the_table(name, variant):
+    """Values by the oracle, as `test_values.py` holds them in float32; gradients by torch's own in float64."""
     function, arguments = getattr(kdloss, name), TABLE[name].variants[variant] | {"impl": "triton"}
     expected = fields(oracle(name)(**as_numpy(cast(arguments, torch.float32))))
     narrow = on_device(cast(arguments, torch.float32))

@@ -27,7 +27,7 @@ def check_compiled(name, variant, *, backend, dtype, tolerance):
         eager = call(function, eager_arguments)
     arguments = cast(entry.variants[variant], dtype, requires_grad=True)
     with warnings.catch_warnings():  # also not that of direct_penalty: Python's warnings would break the graph
-        warnings.filterwarnings("error", module=r"kdloss(\.|$)|.*test_contract")
+        warnings.filterwarnings("error", module=r"kdloss(\.|$)|.*test_compile")
         result = call(torch.compile(function, fullgraph=True, backend=backend), arguments)
 
     assert type(result) is type(eager)

@@ -1,7 +1,7 @@
-"""Holds the gradient contract: the exact expected gradient of estimators and distillation losses, the biased ones too.
+"""Holds the exact expected gradient of estimators and distillation losses, the biased ones too.
 
-Every expectation is an enumeration in float64, so equality is to rounding: half of the last digit where the contract
-prints ten, rtol 1e-12 between two ways to compute the same thing.
+Every expectation is an enumeration in float64, so equality is to rounding: half of the last digit where ten are
+printed, rtol 1e-12 between two ways to compute the same thing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def rows(probabilities: list[list[float]]) -> Tensor:
 
 
 @pytest.fixture
-def contract() -> SequenceTree:
-    """The two-step example of the contract; the behaviour policy is uniform."""
+def two_steps() -> SequenceTree:
+    """The example that is worked out in the numbers below: two steps; the behaviour policy is uniform."""
     return SequenceTree(student=rows(STUDENT), teacher=rows(TEACHER), behaviour=torch.zeros(4, 3))
 
 
@@ -74,10 +74,10 @@ def distillation(**options: object) -> functools.partial[object]:
     return functools.partial(kdloss.distillation_loss, **options)
 
 
-def test_kl_values_of_the_contract(contract: SequenceTree) -> None:
-    assert_printed(kl(contract.student, contract.teacher)[0], torch.tensor(0.2238046572, dtype=torch.float64))
-    log_ratio = contract.log_probabilities(contract.student) - contract.log_probabilities(contract.teacher)
-    whole = (contract.probabilities(contract.student) * log_ratio).sum()
+def test_kl_values_of_the_example(two_steps: SequenceTree) -> None:
+    assert_printed(kl(two_steps.student, two_steps.teacher)[0], torch.tensor(0.2238046572, dtype=torch.float64))
+    log_ratio = two_steps.log_probabilities(two_steps.student) - two_steps.log_probabilities(two_steps.teacher)
+    whole = (two_steps.probabilities(two_steps.student) * log_ratio).sum()
     assert_printed(whole, torch.tensor(0.4537855231, dtype=torch.float64))
 
 
@@ -95,8 +95,8 @@ def test_kl_values_of_the_contract(contract: SequenceTree) -> None:
         ),
     ],
 )
-def test_numbers_of_the_contract(contract: SequenceTree, loss: object, under: str, at_root: list[float]) -> None:
-    gradient = expected_gradient(loss, contract, under=under, normalizer=1)[0]
+def test_numbers_of_the_example(two_steps: SequenceTree, loss: object, under: str, at_root: list[float]) -> None:
+    gradient = expected_gradient(loss, two_steps, under=under, normalizer=1)[0]
     digits = 6e-8 if under == "behaviour" and loss is kdloss.kl_k2 else 6e-11  # that row prints seven digits
     torch.testing.assert_close(gradient, torch.tensor(at_root, dtype=torch.float64), rtol=0, atol=digits)
 
@@ -157,7 +157,7 @@ def test_chain_rule_of_the_kl(variable: SequenceTree) -> None:
 @pytest.mark.parametrize("discount", [0.5, 1.0])
 @pytest.mark.parametrize("under", ["student", "behaviour"])
 def test_discounted_gradient_by_hand(variable: SequenceTree, discount: float, under: str) -> None:
-    """Exact value where the contract says biased: sum over sequences of P_mu * sum_t rho_t G_t * score_t, by loops."""
+    """The exact value where it is biased: sum over sequences of P_mu * sum_t rho_t G_t * score_t, by loops."""
     sampler = variable.student.detach() if under == "student" else variable.behaviour
     probability = variable.probabilities(sampler)
     q, p, mu = (x.detach().log_softmax(-1) for x in (variable.student, variable.teacher, sampler))
@@ -331,10 +331,10 @@ def test_kdrl_token_loss_and_fold_agree_on_policy(variable: SequenceTree) -> Non
     assert_equal(expected_gradient(folded, variable), expected_gradient(joint, variable))
 
 
-def test_reward_extrapolation_has_its_fixed_point(contract: SequenceTree) -> None:
+def test_reward_extrapolation_has_its_fixed_point(two_steps: SequenceTree) -> None:
     """teacher_logp + (scale - 1) (teacher_logp - ref_logp) as the teacher: q stops where it is that, normalised."""
     scale, reference = 1.7, SequenceTree(seed=11).teacher.log_softmax(-1)
-    p = contract.teacher.log_softmax(-1)
+    p = two_steps.teacher.log_softmax(-1)
     target = p + (scale - 1) * (p - reference)
     at_fixed_point = SequenceTree(student=target, teacher=target)
     assert_equal(expected_gradient(distillation(), at_fixed_point, normalizer=1), torch.zeros_like(target), atol=1e-12)

@@ -2,8 +2,8 @@
 
 The matrix is (loss with its options) x (reduction, denominator) x (who samples), over every batch of sequences with
 masked prompts of unequal lengths: of one where the denominator is fixed, of two where it depends on the batch. Each
-cell is compared with `enumeration`, where the loss is its coefficient c_t = d loss / d logp_t, and with what the
-contract says: the objective that it descends, or that it is biased, which means a gradient that is no multiple of any
+cell is compared with `enumeration`, where the loss is its coefficient c_t = d loss / d logp_t, and with what
+is promised: the objective that it descends, or that it is biased, which means a gradient that is no multiple of any
 objective that it could be mistaken for.
 
 The last tests hold the list itself: no public loss without a proof.

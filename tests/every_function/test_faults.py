@@ -23,7 +23,7 @@ import kdloss
 assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-13)
 
 # What well-known trainers got wrong, in the words that the tests' first lines begin with. The two of truncated
-# teachers, a renormalised top-1 KL that is identically 0 and a clamped one without gradient: test_topk_divergences.py.
+# teachers, a renormalised top-1 KL that is identically 0 and a clamped one without gradient: _divergences/test_topk.py.
 FAULTS = (
     "teacher log-probs shifted by one",
     "labels rolled across a packed boundary",

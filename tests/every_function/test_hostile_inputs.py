@@ -1,7 +1,7 @@
-"""Holds section 6 of the design, "numerics and safety", line by line: what comes in, and exactly what comes out.
+"""Holds what every function makes of hostile input: NaN, infinities, empty batches, masks, and values on no CPU.
 
-Left to others: error texts (`test_contract_errors.py`), garbage under the mask in every argument at once and half
-precision (`test_invariants.py`), the vocabulary's own hostile inputs (`test_logprobs.py`).
+Left to others: error texts (`test_errors.py`), garbage under the mask in every argument at once and half precision
+(`test_invariants.py`), the vocabulary's own hostile inputs (`_logprobs/test_numerics.py`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)
 
 
-# "Half-precision inputs are computed in float32; float64 stays float64. Casting comes before subtracting."
+# Half-precision inputs are computed in float32; float64 stays float64. Casting comes before subtracting.
 
 
 @pytest.mark.parametrize("teacher", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -106,7 +106,7 @@ def test_the_dtype_of_results(case: Case, dtype):
         assert {x.dtype for x in values(outcome).values()} - {torch.bool, torch.int64} == {dtype}
 
 
-# "Masked positions may hold NaN or ±inf and leave no trace in value or gradient."
+# Masked positions may hold NaN or ±inf and leave no trace in value or gradient.
 
 
 @every_function
@@ -134,8 +134,8 @@ def test_a_teacher_that_is_not_listened_to_may_hold_anything(case: Case, garbage
         assert_same_bits(evaluate(case, filled, options), evaluate(case, batch, options))
 
 
-# "A trained token with teacher_logp = -inf: the reward is -inf, the loss is inf, its gradient is not finite;
-#  kd_reward_clip makes both finite; diagnostics counts such tokens."
+# A trained token with teacher_logp = -inf: the reward is -inf, the loss is inf, its gradient is not finite;
+# kd_reward_clip makes both finite; diagnostics counts such tokens.
 
 
 def excluded_batch(dtype: torch.dtype) -> tuple[PackedBatch, Tensor]:
@@ -230,7 +230,7 @@ def test_diagnostics_count_excluded_tokens():
     torch.testing.assert_close(statistics["teacher_logp"], batch.teacher_logp[left].mean())
 
 
-# "An overflowing ratio times a zero advantage is 0, not NaN."
+# An overflowing ratio times a zero advantage is 0, not NaN.
 
 SURROGATES: dict[str, Callable[..., kdloss.Surrogate]] = {
     "importance_sampled": kdloss.importance_sampled_surrogate,
@@ -344,7 +344,7 @@ def test_diagnostics_of_large_ratios_stay_in_range():
     assert statistics["ratio_min"] == 1
 
 
-# "A Python weight of 0 skips its term, and its fields are 0: NaN or inf there cannot leak." (section 4)
+# A Python weight of 0 skips its term, and its fields are 0: NaN or inf there cannot leak.
 
 
 @pytest.mark.parametrize("zero", [0, 0.0, -0.0])
@@ -422,7 +422,7 @@ def test_a_tensor_weight_of_zero_silences_an_infinite_reward(direct_penalty):
     assert torch.equal(folded, batch.advantages + weight)
 
 
-# "A count of 0, local or passed, gives a 0 that is still attached." T = 0 and B = 0 everywhere.
+# A count of 0, local or passed, gives a 0 that is still attached. T = 0 and B = 0 everywhere.
 
 
 @every_function
@@ -485,7 +485,7 @@ def test_no_rewards_and_no_logits():
             assert not gradients[1].any()
 
 
-# "Value checks run on CPU tensors only; on a GPU such input never reads out of bounds and gives NaN, as documented."
+# Value checks run on CPU tensors only; on a GPU such input never reads out of bounds and gives NaN, as documented.
 
 MISFITS = {
     "starts late": ([1, 3, 3, 4, 8], "cu_seqlens must start at 0, got 1"),
@@ -652,7 +652,7 @@ def test_a_nan_normalizer_shows():
     assert loss.isnan()
 
 
-# A loss_mask of any other dtype than bool is a TypeError, by section 2 of the design.
+# A loss_mask of any other dtype than bool is a TypeError.
 
 
 @every_function
@@ -675,8 +675,8 @@ class _Raw:
             setattr(self, f.name, changes.get(f.name, getattr(batch, f.name)))
 
 
-# "discounted_returns and the like are segmented doubling scans, not differences of a global cumsum (4e-3 error at
-#  T = 32768)."
+# discounted_returns and the like are segmented doubling scans, not differences of a global cumsum (4e-3 error at
+# T = 32768).
 
 LONG = 32768
 ULP = 2.0**-24  # of float32: what rounding one number costs, relative
@@ -730,7 +730,7 @@ def test_discounted_returns_of_a_long_stream(discount):
         assert not ((naive - exact).abs() <= bound).all()
 
 
-# "Same inputs, same bits", where torch is told to be deterministic.
+# Same inputs, same bits, where torch is told to be deterministic.
 
 
 @pytest.fixture
@@ -770,9 +770,9 @@ def test_deterministic_log_probs(labels_per_row, bound):
     assert run() == run()
 
 
-# "No host sync in a loss", and no data-dependent branch.
+# No host sync in a loss, and no data-dependent branch.
 #
-# A fake tensor has a shape and no values: whatever would wait for a value, or for a shape that hangs on one, raises.
+# A fake tensor has a shape and no values: whatever would wait for a value, or for a shape that depends on one, raises.
 
 
 def fake(mode: FakeTensorMode, batch: PackedBatch) -> PackedBatch:
