@@ -60,7 +60,7 @@ def on_device(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_every_case_of_the_contract(name, variant):
-    """Values against the oracle, as `test_values.py` holds them in float32; gradients against torch's own in float64."""
+    """Values against the oracle, as in `test_values.py` for float32; gradients against torch's own in float64."""
     function, arguments = getattr(kdloss, name), TABLE[name].variants[variant] | {"impl": "triton"}
     expected = fields(oracle(name)(**as_numpy(cast(arguments, torch.float32))))
     narrow = on_device(cast(arguments, torch.float32))
