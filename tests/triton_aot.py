@@ -1,14 +1,14 @@
-"""Compiles every kernel that some calls launch, ahead of time for sm_90, and reads what ptxas says of it. No GPU.
+"""Compiles every kernel that some calls launch, ahead of time for sm_90, and reports what ptxas says. Needs no GPU.
 
     python tests/triton_aot.py _triton.test_logits:aot_table
 
 runs the named function, which calls launchers with tensors on the meta device, and prints a line of JSON for each
-launch: the kernel, its grid, the constants it was compiled for, registers, spills; it ends with an error where a bound
-is broken. Triton specializes the arguments as it would on the device, so this is what a GPU would run. `compiled` does
-so in a fresh process: one in which kernels are interpreted cannot compile them.
+launch: the kernel, its grid, the constants it was compiled for, registers and spills. It ends with an error if a bound
+is exceeded. Triton specializes the arguments as it would on the device, so this is the code that a GPU would run.
+`compiled` does the same in a new process, since a process in which kernels are interpreted cannot compile them.
 
-In a test module, `aot_calls` are the launches that come nearest to the bounds, for every run of the tests, and
-`aot_table` are all combinations of what decides a kernel's code, which takes minutes.
+In a test module, `aot_calls` makes the launches that come nearest to the bounds, for every run of the tests.
+`aot_table` makes all combinations of the options that decide a kernel's code, which takes minutes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Compiled(NamedTuple):
     grid: list[int]
     warps: int
     constants: dict[str, Any]  # parameters that are part of the code
-    registers: int  # a thread
+    registers: int  # per thread
     spilled_bytes: int
     shared_bytes: int
-    code: str  # a hash: launches of the same are compiled once
+    code: str  # a hash: launches with the same hash are compiled once
 
 
 def assert_within_bounds(launches: Iterable[Compiled]) -> None:
-    """Of registers, and of grids: axes but the first end at 65535."""
+    """No spills, at most 128 registers, and legal grids: all axes but the first end at 65535."""
     for launch in launches:
         assert launch.spilled_bytes == 0, launch
         assert launch.registers <= 128, launch
@@ -50,7 +50,7 @@ def assert_within_bounds(launches: Iterable[Compiled]) -> None:
 
 
 def compiled(calls: str) -> list[Compiled]:
-    """Of `module:function` in this folder."""
+    """The launches of `module:function` in this folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, calls]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
@@ -59,7 +59,7 @@ def compiled(calls: str) -> list[Compiled]:
 
 
 class _Hopper:
-    """What Triton asks of a driver before it launches anything."""
+    """The part of a driver that Triton needs before it launches anything."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget

@@ -1,7 +1,7 @@
-"""Runs kernels where the tests run: on a GPU where there is one, else interpreted on the CPU (see `conftest.py`).
+"""Runs kernels on a GPU if there is one, else in the interpreter on the CPU (see `conftest.py`).
 
 A test calls a launcher, or a public function with `impl="triton"`, on tensors of `DEVICE`, inside `poisoned()`.
-`triton_aot.compiled` looks at the same launches as sm_90 would run them.
+`triton_aot.compiled` compiles the same launches for sm_90.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that `poisoned` lets matrix products run
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it `poisoned` forbids matrix products
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that is only allocated holds NaN, or the largest integer: what a kernel does not write shows."""
+    """Newly allocated memory holds NaN, or the largest integer, so elements that a kernel does not write are seen."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale
 
 
 def far_apart(rows: Tensor, stride: int) -> Tensor:
-    """A copy of (n, V) whose rows lie `stride` elements apart, in memory that is mapped and mostly never touched."""
+    """A copy of (n, V) whose rows lie `stride` elements apart, in mapped memory that is mostly never touched."""
     n, columns = rows.shape
     if DEVICE == "cuda":
         space = torch.empty((n - 1) * stride + columns, dtype=rows.dtype, device=DEVICE)

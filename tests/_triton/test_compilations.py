@@ -1,8 +1,8 @@
 """Holds that kernels are compiled once for a model, not once for a shape: batches differ in tokens, labels and padding.
 
-What Triton compiles again for: a number of another type (from 2^31 on), of another divisibility by 16, or of 1. Few and
-many rows are launched differently, labels are looked at in powers of two, and the first and the last slice have codes
-of their own.
+Triton compiles again if a number has another type (from 2^31 on), is divisible by 16 or not, or is 1. Few and many rows
+have different launch parameters, labels are examined in blocks of powers of two, and the first and the last slice have
+code of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ META = torch.device("meta")
 
 
 def logits_calls() -> None:
-    """Rows of an odd vocabulary and an even one past 2^31 elements; several labels; sequences of a batch."""
+    """Rows of an odd and of an even vocabulary, also past 2^31 elements; several labels; the sequences of a batch."""
     for rows in (3000, 4096, 20011):
         logits.step(
             torch.empty(rows, 151936, dtype=torch.bfloat16, device=META), 151936 - rows % 7, labels=9 + rows % 8
@@ -60,18 +60,18 @@ def test_shapes_share_their_code():
     for launch in compiled("_triton.test_compilations:calls"):
         codes[launch.kernel].add(launch.code)
     assert {kernel: len(found) for kernel, found in codes.items()} == {
-        "forward_kernel": 3,  # even and odd rows, and few
+        "forward_kernel": 3,  # many even rows, many odd rows, few rows
         "merge_kernel": 1,
         "backward_kernel": 3,
         "order_kernel": 1,
         "take_kernel": 1,
-        "fold_kernel": 3,  # the first slice, the last, and those between
+        "fold_kernel": 3,  # the first slice, the last, and those in between
         "gradient_kernel": 1,
         "put_back_kernel": 1,
         "state_kernel": 1,
         "mixture_kernel": 1,
         "divergence_gradient_kernel": 1,
-        "kept_and_rest_kernel": 3,  # even and odd rows, and few
+        "kept_and_rest_kernel": 3,  # many even rows, many odd rows, few rows
         "finish_kernel": 1,
         "kept_and_rest_backward_kernel": 3,
     }

@@ -1,8 +1,8 @@
-"""Holds divergences by kernels, from logits and from hidden states: float64 in value and gradient, edges, registers.
+"""Holds divergences by kernels, from logits and hidden states: value and gradient in float64, edge cases, registers.
 
 Bounds: a log-prob is off by a few roundings of the largest difference of logits, here below 64, and a divergence is a
-mean of differences of two. In half precision logits are exact and gradients are rounded once, or, where they meet a
-head, once before it. (The interpreter cuts bfloat16 off where a GPU rounds it.)
+mean of differences of two log-probs. In half precision logits are exact. Gradients are rounded once, or, if they are
+multiplied by a head, once before it. (The interpreter truncates bfloat16 where a GPU rounds it.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kdloss._triton._row_math import LogitTransform
 from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
-# Where both sides are -inf, or a lane or a row has no mass, the interpreter's numpy tells of what is not stored.
+# If both sides are -inf, or a lane or a row has no mass, the interpreter's numpy warns about unused values.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
@@ -44,7 +44,7 @@ ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 def unit(dtype: torch.dtype) -> float:
-    """What rounding to `dtype` moves a number by, relative to it."""
+    """The relative error of rounding to `dtype`."""
     return torch.finfo(dtype).eps * (1 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.5)
 
 
@@ -69,7 +69,7 @@ def in_float64(tensors: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("vocab", "dtype", "options"),
     [
-        # several blocks, the last one odd; less than a block, with padding on one side; one entry
+        # several blocks, the last one odd; less than a block, with padding on one side; a vocabulary of one
         (5001, torch.float32, {}),
         (5001, torch.bfloat16, {"temperature": torch.tensor([0.5, 1.0, 2.0, 3.0])}),
         (37, torch.float16, {"temperature": 0.7, "vocab_size": 37}),
@@ -94,7 +94,7 @@ def test_from_logits(name, vocab, dtype, options):
 
 @every_form
 def test_masses_of_zero_and_rows_that_are_no_distributions(name):
-    """Both sides exclude; the teacher alone; the student alone; nothing left; NaN; all as in torch's path."""
+    """Masses of 0 on both sides, the teacher's alone, the student's alone; no mass; NaN: all as by torch's path."""
     vocab, inf = 300, torch.inf
     student, teacher = normal(7, vocab), normal(7, vocab, seed=1)
     student[0, :40], teacher[0, :40] = -inf, -inf
@@ -115,7 +115,7 @@ def test_masses_of_zero_and_rows_that_are_no_distributions(name):
 
 @every_form
 def test_splits_only_move_roundings(name, monkeypatch):
-    """One, three and five programs a row, which cut 5 blocks evenly or not; masses of 0 through whole splits."""
+    """One, three and five programs per row, which cut 5 blocks evenly or not; whole splits with masses of 0."""
     vocab, rows, inf = 5 * 1024 - 5, 5, torch.inf
     student = normal(rows, vocab, dtype=torch.bfloat16, scale=3)
     teacher = (student.float() + normal(rows, vocab, seed=1)).bfloat16()
@@ -141,7 +141,7 @@ def test_splits_only_move_roundings(name, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 256, 2048, 65536])
 def test_grids_fill_the_device(rows):
-    """132 multiprocessors have a program each, and no split is without columns of its own."""
+    """Each of 132 multiprocessors has a program, and every split has columns."""
     vocab = 151936
     for launch in (_launch.pairs(rows, vocab, 4096), _launch.pairs(rows, vocab, 1024)):
         assert 132 <= rows * launch.splits < 2**31
@@ -159,7 +159,7 @@ def test_grids_fill_the_device(rows):
 @every_form
 @pytest.mark.parametrize("shift", [1e3, -1e4])
 def test_logits_far_off_centre(name, shift):
-    student = (normal(2, 300) * 8).round() / 8  # exact at 1e4, too
+    student = (normal(2, 300) * 8).round() / 8  # still exact at 1e4
     teacher = (normal(2, 300, seed=1) * 8).round() / 8
     factor = torch.ones(2, device=DEVICE)
     near = outcome(from_logits(name), [student.requires_grad_()], [teacher], factor, impl="triton")
@@ -195,7 +195,7 @@ def test_logits_of_any_strides_and_shapes(name):
     for student, other in (
         (whole.requires_grad_()[:, :-1], teacher),
         (whole.detach().requires_grad_()[:, :-1], teacher.mT.contiguous().mT),
-        # rows that are read 16 bytes at a time, past their end
+        # rows that are read 16 bytes at a time, beyond their end
         tuple(F.pad(x.detach(), (0, 10), value=torch.nan).requires_grad_()[..., :70] for x in (whole[:, :-1], teacher)),
     ):
         with poisoned():
@@ -225,7 +225,7 @@ MASK = (torch.arange(T) % 4 == 1).to(DEVICE)
 
 
 def heads(dtype: torch.dtype, teacher_dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """(student's hidden states, weight and bias; the teacher's; what comes in)."""
+    """(student's hidden states, weight and bias; the teacher's; the incoming gradient)."""
     student = [normal(T, D, dtype=dtype), normal(V, D, seed=1, dtype=dtype), normal(V, seed=2, dtype=dtype)]
     teacher = [normal(*shape, seed=n, dtype=teacher_dtype) for n, shape in ((3, (T, D_TEACHER)), (4, (V, D_TEACHER)))]
     student[0][0] = torch.nan  # masked out
@@ -264,7 +264,7 @@ def test_from_hidden_states(name, dtype, teacher_dtype, options):
     expected, truth = linear_outcome(name, in_float64(student), [x.double() for x in teacher], factor, **options)
     torch.testing.assert_close(value.double(), expected, rtol=4 * ROUNDING, atol=4 * ROUNDING)
     for x, y in zip(gradients, truth, strict=True):
-        # dx is rounded, and its products with a handful of numbers of either sign
+        # dx is rounded, and so are its products with a handful of numbers of either sign
         bound = 4 * ROUNDING if dtype == torch.float32 else 4 * unit(dtype)
         torch.testing.assert_close(x.double(), y, rtol=bound, atol=bound * float(y.abs().max()))
 
@@ -272,7 +272,7 @@ def test_from_hidden_states(name, dtype, teacher_dtype, options):
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_frozen_heads_and_other_dtypes_in_small_chunks(frozen, dtypes, monkeypatch):
-    """A frozen head takes its gradient in the forward. Chunks of 16 rows are one; float16 keeps its gradient wide."""
+    """With a frozen head the forward takes the gradient. Chunks have 16 rows; float16 keeps its gradient in float32."""
     monkeypatch.setattr(hidden_op, "_CHUNK_ENTRIES", {"cpu": 1, "gpu": 1})
     student, teacher, factor = heads(*dtypes)
     mask = torch.arange(T, device=DEVICE) > 0
@@ -320,7 +320,7 @@ def test_opcheck():
 
 
 def step(kind: str, x: Tensor, y: Tensor, vocab: int, *, everything: bool = False) -> None:
-    """Value and gradient of rows without memory."""
+    """Value and gradient of rows on the meta device."""
     bias = torch.empty(x.shape[1], dtype=torch.bfloat16, device="meta")
     transform = LogitTransform(bias, 0.7, 30.0) if everything else LogitTransform()
     value, known = torch.empty(x.shape[0], device="meta"), torch.empty(5, x.shape[0], device="meta")
@@ -334,7 +334,7 @@ def step(kind: str, x: Tensor, y: Tensor, vocab: int, *, everything: bool = Fals
 
 
 def aot_layouts(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
-    """(logits, vocabulary): rows that 16 bytes divide, the same cut off, odd ones."""
+    """(logits, vocabulary): rows of a multiple of 16 bytes, the same rows cut off, odd rows."""
     x = torch.empty(rows, 151936, dtype=dtype, device="meta")
     return {
         "even": (x, 151936),
@@ -367,7 +367,7 @@ def aot_table() -> None:
         sides = aot_layouts(rows, dtype), aot_layouts(rows, teacher)
         for layout, everything in itertools.product(sides[0], (False, True)):
             (x, vocab), (y, _) = (side[layout] for side in sides)
-            if not everything or dtype == teacher == torch.float32:  # options are those of products
+            if not everything or dtype == teacher == torch.float32:  # only products have these options
                 step(kind, x, y, vocab, everything=everything)
 
 

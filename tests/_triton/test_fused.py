@@ -1,8 +1,8 @@
-"""Holds `fused_linear_loss` by kernels: the two-step path by torch's operations, in value and gradient; compaction.
+"""Holds `fused_linear_loss` by kernels: value and gradient of the two-step path by torch; and compaction.
 
-Bounds: in float32 both sides sum over the vocabulary and the tokens in another order. In half precision the gradient of
-a logit is rounded before it meets the head, and the result once: of sums of a few terms of like size, a hundredth of
-the largest. (The interpreter cuts bfloat16 off where a GPU rounds it.)
+Bounds: in float32 the two paths sum over the vocabulary and the tokens in different orders. In half precision the
+gradient of a logit is rounded before it is multiplied by the head, and the result once more. For sums of a few terms of
+similar size that is a hundredth of the largest. (The interpreter truncates bfloat16 where a GPU rounds it.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def token_loss(logp, entropy, old_logp, teacher_logp, advantages, mask):
-    """RL, distillation and an entropy bonus: both arguments carry gradient."""
+    """RL, distillation and an entropy bonus: both `logp` and `entropy` carry gradient."""
     kdrl = kdloss.kdrl_token_loss(logp, old_logp, teacher_logp, advantages, loss_mask=mask, distill_loss_weight=0.5)
     return kdrl - 0.1 * entropy
 
@@ -156,7 +156,7 @@ def test_rows_are_taken_and_put_back(width, dtype):
 
 @pytest.mark.parametrize("layout", ["strided", "expanded"])
 def test_masks_and_tokens_of_any_strides_under_a_static_bound(layout):
-    """The kernels read one entry after another what a caller may hand over as a column or expanded."""
+    """A caller may pass a column of a matrix, or an expanded tensor; the kernels need contiguous ones."""
 
     def laid_out(x: Tensor) -> Tensor:
         return torch.stack([x, x.flip(0), x.flip(0)], -1)[..., 0] if layout == "strided" else x[:1].expand(x.shape)

@@ -1,9 +1,9 @@
-"""Holds log-probs from hidden states by kernels: against float64 in value and gradient, with every option; registers.
+"""Holds log-probs from hidden states by kernels: value and gradient against float64, with every option; registers.
 
-Bounds, element by element. In float32 both sides round a few dozen times along a logit, so 64 roundings of the largest
-logit, or of the sum of absolute terms of a product. In half precision the inputs are exact, log-probs and entropies are
-as good as in float32, the gradient of a logit is rounded once, before it meets the head, and the result once. (The
-interpreter cuts bfloat16 off where a GPU rounds it: twice as much.)
+Bounds, per element. In float32 both sides round a few dozen times per logit, so the bound is 64 roundings of the
+largest logit, or of the sum of absolute terms of a product. In half precision the inputs are exact, and log-probs and
+entropies are as accurate as in float32. The gradient of a logit is rounded once before it is multiplied by the head,
+and the result once more. (The interpreter truncates bfloat16 where a GPU rounds it: twice the error.)
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def narrow_slices(monkeypatch):
 
 
 class Problem(NamedTuple):
-    """Leaves, labels, and what comes in."""
+    """Leaves, labels and incoming gradients."""
 
-    leaves: list[Tensor]  # hidden, weight, and bias where there is one
+    leaves: list[Tensor]  # hidden, weight, and bias if there is one
     labels: Tensor  # (T, K)
     logp: Tensor  # (T, K)
     entropy: Tensor | None
@@ -74,7 +74,7 @@ def problem(
     labels[3, 0] = vocab // 2
     leaves[0][2] = torch.nan  # ignored
     logp, entropy = normal(T, count, seed=4), normal(T, seed=5)
-    logp[2], logp[4], entropy[2], entropy[4] = torch.nan, 0, torch.nan, 0  # ignored, and nothing coming in
+    logp[2], logp[4], entropy[2], entropy[4] = torch.nan, 0, torch.nan, 0  # ignored, and without a gradient
     if isinstance(options.get("temperature"), Tensor):
         options["temperature"] = options["temperature"].to(DEVICE)
     if padding:
@@ -83,7 +83,7 @@ def problem(
 
 
 def outcome(given: Problem, impl: str, **more: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """(log-probs and entropies, gradients of what needs one)."""
+    """(log-probs and entropies, gradients of the leaves that need one)."""
     hidden, weight, *bias = given.leaves
     options = given.options | {"impl": impl, "bias": bias[0] if bias else None} | more
     if given.entropy is None:
@@ -97,13 +97,13 @@ def outcome(given: Problem, impl: str, **more: Any) -> tuple[list[Tensor], list[
 
 
 class Exact(NamedTuple):
-    """In float64, by torch's own operations on the whole matrix."""
+    """Results in float64, by torch's own operations on the whole matrix."""
 
     values: list[Tensor]
     gradients: list[Tensor]
-    terms: list[Tensor]  # sums of absolute terms, of which the gradients are the sums
-    parts: list[Tensor]  # the same, of what the gradient of a logit is itself the sum of
-    largest: float  # of the logits, their products' terms, and their spread
+    terms: list[Tensor]  # the sums of the absolute values of the terms that each gradient sums
+    parts: list[Tensor]  # likewise, with the terms that the gradient of a logit itself sums
+    largest: float  # of the logits, the terms of their products, and the logits divided by the temperature
 
 
 def exact(given: Problem) -> Exact:
@@ -151,8 +151,8 @@ def assert_exact(found: tuple[list[Tensor], list[Tensor]], truth: Exact, dtype: 
         assert worst <= 1, f"{float(worst):.3g} of the bound"
 
 
-# Every option where there are several slices, in the two dtypes that people train in; all of them at once, and none,
-# in the third, and where the vocabulary is smaller than a block, or has one entry.
+# Several slices with each option, in the two dtypes that people train in. All options at once and none: in the third
+# dtype, and for a vocabulary smaller than a block or of one entry.
 CASES = [(601, name, dtype) for name in OPTIONS for dtype in (torch.float32, torch.bfloat16)]
 CASES += [(601, name, torch.float16) for name in ("defaults", "everything")]
 CASES += [(vocab, name, torch.bfloat16) for vocab in (1, 37) for name in ("defaults", "everything")]
@@ -199,7 +199,7 @@ def test_what_is_frozen_costs_nothing_and_changes_nothing(frozen, dtype, monkeyp
     assert all(
         torch.equal(x, y) for x, y in zip(found, [dweight if frozen == "hidden" else dhidden, dbias], strict=True)
     )
-    # of two slices: logits forward and backward, and the gradient of the one that is not frozen
+    # for each of two slices: the logits forward and backward, and one gradient, as the other is frozen
     assert len(products) == 6
 
 
@@ -232,12 +232,12 @@ def test_none_and_one_token(rows):
 
 @pytest.mark.parametrize("shift", [1e3, -1e4])
 def test_logits_far_off_centre_lose_no_more_than_their_own_rounding(shift):
-    """Every logit moved by the same amount, which is a multiple of the last place of what it is added to."""
+    """Every logit is shifted by the same amount, a multiple of the last place of the numbers that it is added to."""
     given = problem(300, torch.float32, bias=True)
     bias = given.leaves[2]
     with torch.no_grad():
         for x in given.leaves[:2]:
-            x.copy_((x * 8).round() / 8)  # products are multiples of 2^-6, and stay so at 1e4
+            x.copy_((x * 8).round() / 8)  # products are multiples of 2^-6, even at 1e4
         bias.copy_((bias * 8).round() / 8)
     near = outcome(given, "triton")
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_logits_far_off_centre_lose_no_more_than_their_own_rounding(shift):
 
 
 def test_logits_of_minus_infinity_have_no_mass():
-    """A slice without any mass, and single entries, one of which is a label."""
+    """A slice without mass, and single entries without mass, one of which is a label."""
     given = problem(601, torch.float32, bias=True)
     with torch.no_grad():
         given.leaves[2][256:512] = -torch.inf
@@ -263,12 +263,12 @@ def test_logits_of_minus_infinity_have_no_mass():
 @pytest.mark.parametrize("impl", ["triton", "torch", "compiled"])
 @pytest.mark.parametrize("bad", [-torch.inf, torch.nan])
 def test_a_row_that_is_no_distribution_is_nan_by_every_path(impl, bad):
-    """From logits, from hidden states, in one pass with the loss; as by the oracle, and by log-softmax."""
+    """From logits, from hidden states, and in one pass with the loss; the oracle and log-softmax agree."""
     logits = normal(2, 300)
     logits[0, slice(None) if bad == -torch.inf else 7] = bad
     bias, labels = logits[0].clone(), torch.tensor([5, 7], device=DEVICE)
     leaves = [torch.zeros(shape, device=DEVICE, requires_grad=True) for shape in ((2, D), (300, D))]
-    with np.errstate(invalid="ignore"):  # -inf less -inf
+    with np.errstate(invalid="ignore"):  # -inf - -inf
         oracle = reference.token_logprobs_and_entropy(logits.double().cpu().numpy(), labels.cpu().numpy())
     options = {"impl": "torch" if impl == "compiled" else impl}
 
@@ -292,7 +292,7 @@ def test_a_row_that_is_no_distribution_is_nan_by_every_path(impl, bad):
 
 
 def test_rows_under_a_static_bound():
-    """The same bits as without one, and zeros where a row had to be taken in to fill it."""
+    """The same bits as without a bound, and zeros in the rows that only fill it up."""
     given = problem(300, torch.float32)
     plain = outcome(given, "triton")
     for bound in (5, T, 50):
@@ -316,7 +316,7 @@ def test_bad_labels_are_refused_where_they_are_seen():
 
 
 def test_rows_past_2_to_the_31_are_found():
-    """Hidden states, and logits with their gradients, of rows that lie so far apart."""
+    """Hidden states, logits and gradients whose rows lie that far apart."""
     hidden, weight = normal(3, D), normal(9, D, seed=1)
     labels = torch.tensor([[1], [-100], [8]], device=DEVICE)
     rows = torch.tensor([0, 2], device=DEVICE)
@@ -329,13 +329,13 @@ def test_rows_past_2_to_the_31_are_found():
     x = hidden[rows] @ weight.T
     out = [torch.empty_like(x), far_apart(x, 2**31 + 16)]
     kernels.gradient_(out[0], state, *incoming, x, None, rows, LogitTransform(), 0)
-    kernels.gradient_(out[1], state, *incoming, out[1], None, rows, LogitTransform(), 0)  # in place, too
+    kernels.gradient_(out[1], state, *incoming, out[1], None, rows, LogitTransform(), 0)  # also in place
     assert torch.equal(*out)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_float16_gradients_do_not_hang_on_the_size_of_what_comes_in(scale):
-    """Alone, gradients of logits of 1e-12 would be 0 in float16, and those of 1e12 infinite."""
+def test_float16_gradients_do_not_depend_on_the_size_of_what_comes_in(scale):
+    """Unscaled, logit gradients of 1e-12 would be 0 in float16, and those of 1e12 infinite."""
     given = problem(300, torch.float16, temperature=0.25, logit_scale=2.0)
     hidden, weight = given.leaves
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
@@ -347,7 +347,7 @@ def test_float16_gradients_do_not_hang_on_the_size_of_what_comes_in(scale):
         known = kernels.forward(hidden, weight, labels, rows, transform, *temperature, kept, True)[2:]
         state = State(labels, *temperature, *known)
         incoming = given.logp * scale, given.entropy * scale
-        needs = [False, False, True]  # of the bias, which is float32
+        needs = [False, False, True]  # the bias, whose gradient is float32
         return kernels.backward(*incoming, state, hidden, weight, rows, None, transform, kept, needs)[2]
 
     found = weight_gradient(hidden.detach(), weight.detach(), torch.float32) / scale
@@ -372,7 +372,7 @@ def test_slices_cover_the_vocabulary_evenly_and_fit_the_budget(monkeypatch):
 
 def test_opcheck():
     given = problem(37, torch.float32, bias=True)
-    given.leaves[0].data[2] = 0  # opcheck compares, and NaN is unlike NaN
+    given.leaves[0].data[2] = 0  # opcheck compares results, and NaN is not equal to NaN
     options = (None, 0.7, 3.0, 1.2, 36, True, True, True, True)
     rows = (given.labels >= 0).any(-1).nonzero().squeeze(-1)
     torch.library.opcheck(hidden_op.linear_logprobs, (*given.leaves, given.labels.clamp(max=35), rows, *options))
@@ -389,7 +389,7 @@ def step(
     kept: bool = False,
     fused: bool = False,
 ) -> None:
-    """Forward and backward of inputs without memory, of which `rows` take part; or a chunk of `fused_linear_loss`."""
+    """Forward and backward on the meta device, where `rows` rows take part; or a chunk of `fused_linear_loss`."""
     meta, rows, width = torch.device("meta"), tokens if rows is None else rows, 1024
     bias = torch.empty(151936, dtype=dtype, device=meta) if everything else None
     taus = torch.empty(tokens, device=meta) if everything else None
@@ -411,7 +411,7 @@ def step(
 
 
 def aot_calls() -> None:
-    """The kernels bare and with all of their parts, one label and several; few rows and many, kept logits and fused."""
+    """The kernels with no option and with all, one label and several, few rows and many, kept logits, fused."""
     step(torch.float32, 151936)
     step(torch.bfloat16, 151936)
     step(torch.bfloat16, 151669, everything=True, kept=True, rows=64)

@@ -1,4 +1,4 @@
-"""Holds, on a GPU, what its size and its stream decide: bits, waits, graphs, memory, matrices past 2^31 entries."""
+"""Holds what only a GPU can show of log-probs from hidden states: bits, syncs, graphs, memory, 2^31 entries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def token_loss(logp: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
 
 
 class Step:
-    """A step of either path from inputs that stay where they are; half of the tokens are trained."""
+    """A training step of either path, from inputs that stay in place; half of the tokens are trained."""
 
     def __init__(self, tokens: int, dtype: torch.dtype = torch.bfloat16, vocab: int = V) -> None:
         self.hidden = normal(tokens, D, dtype=dtype).requires_grad_()
@@ -62,7 +62,7 @@ def test_auto_takes_the_kernels_on_a_gpu(path):
 def test_the_same_as_by_torch(path, tokens):
     step = Step(tokens)
     for x, y in zip(path(step), path(step, impl="torch"), strict=True):
-        # of bfloat16 gradients: logits' gradients rounded before the product, which torch's path widens
+        # in bfloat16 the kernels round the gradient of a logit before the product, and torch's path widens it
         bound = 1e-4 if x.dtype == torch.float32 else 1e-2
         torch.testing.assert_close(x.float(), y.float(), rtol=bound, atol=bound * float(y.abs().max()))
 
@@ -87,7 +87,7 @@ def test_a_static_bound_waits_for_nothing(path):
 
 
 def test_a_graph_replays_a_step_on_new_inputs(path):
-    """Captured once, with another mask, labels and hidden states later, more of them trained, and too many."""
+    """Captured once; replayed with another mask, labels and hidden states, more trained tokens, and too many."""
     step, fresh = Step(512), Step(512)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -122,8 +122,8 @@ def test_logits_take_no_more_than_their_slices(monkeypatch):
     before = torch.cuda.memory_allocated()
     step.linear()
     extra = torch.cuda.max_memory_allocated() - before
-    # a slice in float32 and its gradient in bfloat16, 255 columns of rounding up in each, and what has the size of
-    # inputs: both gradients, dh in float32, the rows that were picked, and some numbers a token
+    # a slice in float32 and its gradient in bfloat16, each rounded up by 255 columns at most; and tensors of the size
+    # of inputs: both gradients, dh in float32, the rows that take part, and a few values per token
     slices = 1.5 * (_products.SLICE_BYTES + 4 * 255 * 8192)
     inputs = 2 * (2 * step.hidden.numel() + step.weight.numel()) + 4 * step.hidden.numel() + 256 * 8192
     assert extra <= 1.05 * (slices + inputs)

@@ -1,8 +1,8 @@
-"""Holds the kernels from logits, forward and backward: each is its torch form, whatever the blocks and splits.
+"""Holds the kernels from logits, forward and backward: each agrees with its torch form, for any blocks and splits.
 
-Where there is a GPU they run on it, else interpreted. Memory that a kernel should have written holds NaN before.
+They run on a GPU if there is one, else in the interpreter. Memory that a kernel has to write holds NaN beforehand.
 
-Tolerances: kernel and torch form compute in float32 and add in different orders. Each lane's share of a sum is short,
+Tolerances: kernel and torch form compute in float32 and add in different orders. Each lane's part of a sum is short,
 so a sum is off by a few roundings: 8 of the largest number that takes part. Gradients are then rounded to their dtype.
 """
 
@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 1.5},
     "all": {"row_temperature": TEMPERATURES, "softcap": 1.5, "padding": 3, "labels": 3},
 }
-# A vocabulary of one; odd ones smaller than a block, and of several blocks and splits; one that fills its blocks.
+# Odd vocabularies, smaller than a block and of several blocks and splits; one entry; one that fills its blocks.
 CASES = [
     *itertools.product((37, 2049), OPTIONS, (torch.float32, torch.bfloat16)),
     (37, "all", torch.float16),
@@ -43,7 +43,7 @@ IDS = [f"{vocab}-{options}-{str(dtype).removeprefix('torch.')}" for vocab, optio
 
 
 def label_rows(vocab: int, count: int) -> Tensor:
-    """(ROWS, count): both ends of the vocabulary, one ignored label, a row that is ignored, one label given twice."""
+    """(ROWS, count): both ends of the vocabulary, an ignored row, an ignored label, a label that is given twice."""
     found = torch.randint(0, vocab, (ROWS, count), generator=torch.Generator().manual_seed(1))
     found[0, 0], found[1, 0] = 0, vocab - 1
     found[2], found[3, -1], found[4] = -100, -100, found[4, 0]
@@ -51,7 +51,7 @@ def label_rows(vocab: int, count: int) -> Tensor:
 
 
 def arguments(logits: Tensor, options: dict[str, Any], *, with_entropy: bool = True) -> tuple[Any, ...]:
-    """Of the forward."""
+    """Arguments of the forward."""
     temperature = options.get("row_temperature")
     return (
         torch.nn.functional.pad(logits, (0, options.get("padding", 0)), value=50.0),
@@ -65,7 +65,7 @@ def arguments(logits: Tensor, options: dict[str, Any], *, with_entropy: bool = T
 
 
 def backward_arguments(given: tuple[Any, ...], *, of: str = "both") -> tuple[Any, ...]:
-    """Of the backward of a forward; the last row has no incoming gradient."""
+    """Arguments of the backward of that forward; the last row has no incoming gradient."""
     logits, columns, row_temperature, temperature, *options, _ = given
     _, _, *known = forward_kernels.forward(*given)
     g, h = normal(*columns.shape, seed=2), normal(columns.shape[0], seed=3)
@@ -90,7 +90,7 @@ def test_the_forward_is_its_torch_form(vocab, options, dtype):
     given = arguments(normal(ROWS, vocab, dtype=dtype, scale=3), OPTIONS[options])
     with poisoned():
         found = forward_kernels.forward(*given)
-    # z - m and the mean of it, of which log-probs and entropies are differences, reach 20 / 0.25
+    # log-probs and entropies are differences of z - m and its mean, which reach 20 / 0.25
     assert_same(found, forward_kernels.forward_in_torch(*given), scale=80)
 
 
@@ -98,13 +98,13 @@ def test_the_forward_is_its_torch_form(vocab, options, dtype):
 @pytest.mark.parametrize("of", ["both", "logp", "entropy"])
 def test_the_backward_is_its_torch_form(vocab, options, dtype, of):
     if of != "both" and (options, dtype) not in (("defaults", torch.float32), ("all", torch.bfloat16)):
-        return  # which gradient comes in meets every option once, and both dtypes
+        return  # one gradient alone needs these two cases only
     given = backward_arguments(arguments(normal(ROWS, vocab, dtype=dtype, scale=3), OPTIONS[options]), of=of)
     with poisoned():
         found = backward_kernels.backward(*given)
     expected = backward_kernels.backward_in_torch(*given)
     assert found.dtype == dtype
-    # rate * (z - m - mean) of up to 4 * 80, times an incoming gradient of 3, before probabilities make it small
+    # rate * (z - m - mean) is up to 4 * 80, times an incoming gradient of 3, before probabilities make it small
     close = {"rtol": torch.finfo(dtype).eps, "atol": 8 * EPS * 4}
     torch.testing.assert_close(found, expected, **close)
 
@@ -122,7 +122,7 @@ def test_without_an_entropy_none_is_written():
 
 @pytest.mark.parametrize("programs", [1, 7, 30, 10**6])
 def test_splits_only_move_roundings(programs, monkeypatch):
-    """One, two, five and ten programs a row, which cut 10 blocks evenly or not."""
+    """One, two, five and ten programs per row, which cut 10 blocks evenly or not."""
     given = arguments(normal(ROWS, 10 * 1024 - 5, dtype=torch.bfloat16), {"row_temperature": TEMPERATURES})
     whole = forward_kernels.forward(*given)
     monkeypatch.setattr(_launch, "PROGRAMS", programs)
@@ -136,7 +136,7 @@ def test_splits_only_move_roundings(programs, monkeypatch):
 
 @pytest.mark.parametrize("bad", [37, 40, -1, -99, 10**12, -(10**12)])
 def test_a_label_outside_the_vocabulary_is_nan_and_reads_nothing(bad):
-    """Far outside it lies in no memory at all, and in padding it lies in memory that has no say."""
+    """Far outside there is no memory at all; in the padding there is memory that has no effect."""
     given = arguments(normal(ROWS, 37), {"padding": 5, "labels": 2})
     clean = forward_kernels.forward(*given)
     columns = given[1].clone()
@@ -156,7 +156,7 @@ def test_a_label_outside_the_vocabulary_is_nan_and_reads_nothing(bad):
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), float("-inf")])
 def test_rows_that_take_no_part_are_not_read(garbage):
-    """Ignored rows both ways, rows without an incoming gradient in the backward; nor are their temperatures."""
+    """Ignored rows in both directions, and rows without a gradient in the backward; nor are their temperatures."""
     options = {"row_temperature": TEMPERATURES}
     given = arguments(normal(ROWS, 37), options)
     clean = forward_kernels.forward(*given)
@@ -186,7 +186,7 @@ def test_an_incoming_nan_is_no_zero():
 
 
 def test_rows_far_apart_are_read_and_written_where_they_are():
-    """Row 2 begins past 2^31 elements, which its stride does not pass, forward, backward and in the gradient."""
+    """Row 2 begins past 2^31 elements, though the stride is smaller: forward, backward and in the gradient."""
     stride, labelled = 2**30 + 16, torch.tensor([0, 1, 4, 5], device=DEVICE)
     rows = normal(4, 33, dtype=torch.bfloat16)
     given = arguments(rows, {})
@@ -203,7 +203,7 @@ def test_rows_far_apart_are_read_and_written_where_they_are():
 
 
 def test_columns_far_apart_are_read_where_they_are():
-    """Of transposed logits, the last column lies past 2^31 elements."""
+    """The last column of transposed logits lies past 2^31 elements."""
     rows = normal(ROWS, 3, dtype=torch.bfloat16)
     given = arguments(rows, {})
     spread = (far_apart(rows.T.contiguous(), 2**30 + 16).T, *given[1:])
@@ -214,7 +214,7 @@ def test_columns_far_apart_are_read_where_they_are():
 
 
 def step(logits: Tensor, vocab: int, *, labels: int = 1, with_entropy: bool = True, every_option: bool = False) -> None:
-    """Forward and backward of logits without memory."""
+    """Forward and backward of logits on the meta device."""
     rows = logits.shape[0]
     columns = torch.empty(rows, labels, dtype=torch.int64, device="meta")
     known = [torch.empty(rows, device="meta") for _ in range(3)]
@@ -226,7 +226,7 @@ def step(logits: Tensor, vocab: int, *, labels: int = 1, with_entropy: bool = Tr
 
 
 def aot_layouts(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
-    """(logits, vocabulary): even rows, the same with padding or cut off, odd ones, and columns that lie apart."""
+    """(logits, vocabulary): even rows, the same with padding or cut off, odd rows, and columns that lie apart."""
     x = torch.empty(rows, 151936, dtype=dtype, device="meta")
     odd, apart = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((rows, 128257), (151936, rows)))
     return {"even": (x, 151936), "padded": (x, 151669), "cut": (x[:, :151669], 151669), "odd": (odd, 128257)} | {
@@ -235,7 +235,7 @@ def aot_layouts(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
 
 
 def aot_calls() -> None:
-    """Few rows and many, each part of the kernels with and without; layouts where a thread has most to keep."""
+    """Few rows and many, each part of the kernels on and off; the layouts that need the most registers."""
     for dtype in (torch.bfloat16, torch.float32):
         for rows, with_entropy, every_option in itertools.product((1, 256, 8192), (False, True), (False, True)):
             vocab = 151936 - 267 * every_option
@@ -248,8 +248,8 @@ def aot_calls() -> None:
     step(*layouts["odd"], every_option=True, labels=64)
     step(*layouts["apart"])
     step(*layouts["cut"], labels=64)
-    step(*layouts["cut"], labels=64, with_entropy=False)  # read 16 bytes at a time, and written one by one
-    # an entropy's gradient alone
+    step(*layouts["cut"], labels=64, with_entropy=False)  # loaded 16 bytes at a time, and stored one by one
+    # the gradient of an entropy alone
     x, known = layouts["odd"][0], [torch.empty(8192, device="meta") for _ in range(3)]
     columns = torch.empty(8192, 1, dtype=torch.int64, device="meta")
     backward_kernels.backward(None, known[0], x, State(columns, 1.0, None, *known), None, 128257)
@@ -271,7 +271,7 @@ def test_nothing_spills():
 
 
 def test_rows_are_read_past_their_end_where_memory_goes_on():
-    """And written only where no other row lies: what a kernel may touch, and whether 16 bytes at a time."""
+    """And written only where no other row lies: which columns a kernel may touch, and whether 16 bytes at a time."""
     room = _launch.room(3, 37, dtype=torch.bfloat16, device=torch.device(DEVICE))
     assert (room.shape, room.stride()) == ((3, 37), (48, 1))
     assert (_launch.readable(room, 37), _launch.writable(room)) == (48, 48)
@@ -279,12 +279,12 @@ def test_rows_are_read_past_their_end_where_memory_goes_on():
     assert not _launch.aligned(room, 37)
     tight = torch.zeros(3 * 37, device=DEVICE).view(3, 37)
     assert (_launch.readable(tight, 37), _launch.writable(tight)) == (37, 37)
-    assert (_launch.readable(tight[:2], 37), _launch.writable(tight[:2])) == (48, 37)  # into the third row
+    assert (_launch.readable(tight[:2], 37), _launch.writable(tight[:2])) == (48, 37)  # loads reach into the third row
     assert not _launch.aligned(tight[:2], 48)
-    last = torch.zeros(2 * 48 + 37, device=DEVICE).as_strided((3, 37), (48, 1))  # ends with its last row
+    last = torch.zeros(2 * 48 + 37, device=DEVICE).as_strided((3, 37), (48, 1))  # memory ends with the last row
     assert (_launch.readable(last, 37), _launch.writable(last)) == (37, 37)
-    assert not _launch.aligned(room[:, 1:], 32)  # begins between 16 bytes
-    assert _launch.aligned(tight[:1, :32], 32)  # a stride of one row moves nothing
+    assert not _launch.aligned(room[:, 1:], 32)  # does not begin at a multiple of 16 bytes
+    assert _launch.aligned(tight[:1, :32], 32)  # the stride of a single row is never used
     apart = torch.zeros(64, 4, device=DEVICE).T
     assert _launch.readable(apart, 37) == 37
     assert not _launch.aligned(apart, 64)
@@ -293,7 +293,7 @@ def test_rows_are_read_past_their_end_where_memory_goes_on():
 @pytest.mark.parametrize("rows", [1, 7, 64, 256, 2048, 65536, 2**20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_grids_are_legal_and_fill_the_device(rows, dtype):
-    """132 multiprocessors have a program each, and no split or chunk is without columns of its own."""
+    """Each of 132 multiprocessors has a program, and every split and every chunk has columns."""
     vocab = 151936
     forward, backward = _launch.forward(rows, vocab, dtype), _launch.backward(rows, vocab, dtype)
     assert 132 <= rows * forward.splits < 2**31

@@ -1,4 +1,4 @@
-"""Holds, on a GPU, what its size and stream decide of log-probs from logits: bits, graphs, waits, long tensors."""
+"""Holds what only a GPU can show of log-probs from logits: bits, graphs, syncs, long tensors."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def problem(rows: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("rows", [1, 64, 257, 2048, 4096])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_launch_is_near_the_truth(rows, dtype):
-    """Few rows and many, split and whole, against float64 on some of the rows."""
+    """Few rows, which are split, and many, which are not, against float64 on some of the rows."""
     logits, labels = problem(rows, dtype)
     found = step(logits, labels)
     some = torch.arange(0, rows, max(1, rows // 16), device="cuda")
     exact = step(logits[some].double(), labels[some], impl="torch")
-    # log-probs and entropies of 20 nats, sums of 150k terms; a gradient is rounded to its dtype
+    # log-probs and entropies are about 20 nats, from sums of 150k terms; a gradient is rounded to its dtype
     torch.testing.assert_close(found[0][some].double(), exact[0], rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(found[1][some].double(), exact[1], rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(found[2][some].double(), exact[2], rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -105,7 +105,7 @@ def test_memory_beyond_the_logits_is_the_gradient():
 
 
 def test_under_a_compiler_too():
-    """By the inductor, in one graph."""
+    """Compiled by the inductor, in one graph."""
     logits, labels = problem(64)
 
     def loss(logits: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Holds log-probs and entropies from logits by kernels: oracles, float64, extremes, strides, torch's tools, and `impl`.
 
-Where there is a GPU the kernels run on it, else interpreted, which rounds float32 as a GPU does and cuts bfloat16 off.
+The kernels run on a GPU if there is one, else in the interpreter, which rounds float32 like a GPU and truncates
+bfloat16.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def outcome(logits: Tensor, labels: Tensor, impl: str = "triton", **options: Any) -> list[Tensor]:
-    """(logp, entropy, gradient of what a loss might make of both)."""
+    """(logp, entropy, gradient of a weighted sum of both)."""
     leaf = logits.detach().requires_grad_()
     logp, entropy = kdloss.token_logprobs_and_entropy(leaf, labels, impl=impl, **options)
     g, h = normal(*logp.shape, seed=11, dtype=logp.dtype), normal(*entropy.shape, seed=12, dtype=logp.dtype)
@@ -82,9 +83,9 @@ def test_every_case_of_the_table(name, variant):
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (10.0, 0.0), (3.0, 500.0)])
 @pytest.mark.parametrize("vocab", [101, 5003])
 def test_no_more_error_than_torch_itself(dtype, scale, offset, vocab):
-    """But for the last rounding of a result, and for p: its exponent, log2 e (z - m), is a product rounded twice.
+    """Except for the last rounding of a result, and for p: its exponent, log2 e (z - m), is a product rounded twice.
 
-    Each time by half an eps of it, so that p is off by eps p |log p|, which is eps / e at most.
+    Each rounding is half an eps of the exponent, so p is off by eps p |log p|, which is eps / e at most.
     """
     logits = (normal(4, vocab, dtype=torch.float64, scale=scale) + offset).to(dtype)
     picked = torch.randint(0, vocab, (4, 1), generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -112,7 +113,7 @@ def test_no_more_error_than_torch_itself(dtype, scale, offset, vocab):
 
 @pytest.mark.parametrize("offset", [1e3, -1e3])
 def test_an_offset_of_all_logits_changes_nothing(offset):
-    # multiples of 2^-10, which an offset of 1000 leaves exact in float32
+    # multiples of 2^-10 stay exact in float32 after an offset of 1000
     logits = (normal(ROWS, V) * 1024).round() / 1024
     assert same(outcome(logits + offset, LABELS), outcome(logits, LABELS))
 
@@ -147,7 +148,7 @@ def test_a_certain_row_has_no_entropy_and_no_gradient_of_it():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [V, 4100])
 def test_logits_of_minus_infinity_have_no_mass(dtype, vocab):
-    """Among others, as whole blocks, and as the first ones that a lane meets: as a smaller vocabulary."""
+    """Between others, in whole blocks, and first in a lane: the result is that of a smaller vocabulary."""
     kept = torch.tensor([1, 2, 3, vocab - 1], device=DEVICE)
     logits = normal(ROWS, vocab, dtype=dtype)
     holed = torch.full_like(logits, -math.inf)
@@ -208,7 +209,7 @@ def test_strides_do_not_matter(layout, dtype):
         lambda x: x[:, :-1],  # as a trainer cuts (B, L, V)
         lambda x: x[:, 1:],
         lambda x: x.transpose(0, 1),
-        lambda x: x.view(2, 3, 2, 2, V)[:, :2, :, :1],  # irregular twice: no launch can walk over it at once
+        lambda x: x.view(2, 3, 2, 2, V)[:, :2, :, :1],  # needs more than two strides: no single launch can cover it
         lambda x: x[0, 0],
         lambda x: x[:0],
     ],
@@ -236,7 +237,7 @@ def test_strides_of_labels_temperatures_and_incoming_gradients_do_not_matter():
     plain = torch.autograd.grad([logp, entropy], leaf, [g.contiguous(), h.contiguous()], retain_graph=True)
     assert torch.equal(odd[0], plain[0])
     ones = torch.autograd.grad(logp, leaf, torch.ones_like(logp), retain_graph=True)
-    assert torch.equal(torch.autograd.grad(logp.sum(), leaf)[0], ones[0])  # the sum's gradient is one number, expanded
+    assert torch.equal(torch.autograd.grad(logp.sum(), leaf)[0], ones[0])  # the gradient of a sum is an expanded scalar
 
 
 @pytest.mark.parametrize("padding", [0.0, 50.0, math.nan, math.inf])
@@ -253,13 +254,13 @@ def test_padding_columns_get_no_mass_and_exactly_no_gradient(padding):
 
 @pytest.mark.parametrize("count", [130, V])
 def test_many_labels_a_row(count):
-    """More than are looked at side by side; each is what it is alone, and their gradients add up."""
+    """More than are examined at once; each has the value that it has alone, and their gradients add up."""
     labels = torch.randint(0, V, (ROWS, count), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     found = outcome(normal(ROWS, V), labels)
     for k in (0, count // 2, count - 1):
         assert torch.equal(found[0][:, k], kdloss.token_logprobs(normal(ROWS, V), labels[:, k], impl="triton"))
     exact = outcome(normal(ROWS, V).double(), labels, impl="torch")[2]
-    # up to 130 incoming gradients of size 1 are added up for each row, a handful for each label
+    # up to 130 incoming gradients of size 1 are added up per row, a handful per label
     torch.testing.assert_close(found[2].double(), exact, rtol=0, atol=130 * EPS)
 
 
@@ -317,7 +318,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_auto_takes_the_kernels_on_a_gpu_only():
-    """Asked with tensors that have a device and no memory, so that no GPU is needed to ask."""
+    """With fake tensors, which have a device and no memory, so the question needs no GPU."""
     with FakeTensorMode():
         on_gpu = torch.empty(ROWS, V, device="cuda", dtype=torch.bfloat16)
         assert backend.takes_triton("auto", logits=on_gpu)
@@ -327,7 +328,7 @@ def test_auto_takes_the_kernels_on_a_gpu_only():
 
 
 class Operators(TorchDispatchMode):
-    """Which of our operators are called, and whether with kernels."""
+    """Records which of our operators are called, and whether with kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -342,7 +343,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_on_a_gpu_the_benchmarks_time_the_kernels(entropy):
-    """What `python -m benchmarks` calls, on a GPU's tensors without memory; the backward follows the forward."""
+    """The calls of `python -m benchmarks`, with fake tensors on a GPU; the backward follows the forward."""
     with FakeTensorMode(), Operators() as operators:
         logits = torch.empty(64, 151936, device="cuda", dtype=torch.bfloat16)
         ours.logits(entropy=entropy)(logits, torch.empty(64, device="cuda", dtype=torch.int64))
@@ -357,7 +358,7 @@ OBSTACLES = {
 
 @pytest.mark.parametrize(("changes", "dtype", "reason"), OBSTACLES.values(), ids=OBSTACLES)
 def test_what_the_kernels_cannot_is_said(changes, dtype, reason, monkeypatch, caplog):
-    """By an error where they were asked for, else by a debug log."""
+    """As an error if they were asked for, else in a debug log."""
     for name, value in changes.items():
         monkeypatch.setattr(backend, name, value)
     with FakeTensorMode():
@@ -378,7 +379,7 @@ def test_without_an_interpreter_a_cpu_has_no_kernels(monkeypatch):
 
 
 def test_the_public_function_asks():
-    """The kernels' bits, not those of the torch path, which differ in some row."""
+    """The result has the kernels' bits, which differ from those of the torch path in some row."""
     logits = normal(64, 500)
     labels = torch.arange(64, device=DEVICE)
     triton, plain = (kdloss.token_logprobs(logits, labels, impl=impl) for impl in ("triton", "torch"))

@@ -1,10 +1,10 @@
-"""Holds the kernels under a `VocabShard`: like the whole vocabulary in float64, in value and gradient.
+"""Holds the kernels under a `VocabShard`: value and gradient are those of the whole vocabulary in float64.
 
-The ranks are simulated (`simulated_ranks.py`); `scale_out/cases_kernels.py` has real ones.
+The ranks are simulated (`simulated_ranks.py`); `scale_out/cases_kernels.py` runs real ones.
 
 Bounds: merging the slices adds a few roundings of log-probs and logits, here below 64, to those of one process. In half
-precision the gradient of a logit is rounded once, and where it meets a head the result is too, and each share of dH.
-(The interpreter cuts bfloat16 off where a GPU rounds it.)
+precision the gradient of a logit is rounded once. If it is multiplied by a head, the result is rounded as well, and so
+is each rank's part of dH. (The interpreter truncates bfloat16 where a GPU rounds it.)
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kdloss.testing import reference
 from simulated_ranks import Ranks
 from triton_harness import DEVICE, normal, poisoned
 
-# Where a row or a slice of it has no mass, the interpreter's numpy tells of what is not used.
+# If a row or a slice of it has no mass, the interpreter's numpy warns about values that are not used.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
 ]
 
 T, D, V = 6, 5, 41
-# Even, and of very different widths in another order than the ranks'.
+# Even slices, and slices of very different widths in another order than that of the ranks.
 BOUNDS = {"even": [(0, 21), (21, 41)], "uneven": [(13, 41), (12, 13), (0, 12)]}
 ROUNDING = 64 * torch.finfo(torch.float32).eps
 HALF = {torch.float32: ROUNDING, torch.bfloat16: 2**-6, torch.float16: 2**-9}
@@ -42,7 +42,7 @@ TEMPERATURES = torch.tensor([0.5, 1.0, torch.nan, 3.0, 0.2, 1.5], device=DEVICE)
 
 
 def label_rows(count: int | None, vocab: int = V) -> Tensor:
-    """Both ends of the vocabulary, one of every slice, an ignored row, one ignored among several, one given twice."""
+    """Both ends of the vocabulary, a label in every slice, an ignored row, an ignored label, a label given twice."""
     found = torch.randint(0, vocab, (T, count or 1), generator=torch.Generator().manual_seed(1))
     found[:, 0] = torch.tensor([0, vocab - 1, 0, 12, 11, 13])
     found[2] = -100
@@ -51,7 +51,7 @@ def label_rows(count: int | None, vocab: int = V) -> Tensor:
     return (found if count is not None else found[:, 0]).to(DEVICE)
 
 
-# What every path by torch's operations goes through.
+# Functions that every path by torch's operations calls.
 TORCH_FORM = [
     (_softmax.rows.Sums, "read_"),
     (_divergences.rows, "_distribution"),
@@ -61,7 +61,7 @@ Outcome = tuple[list[Tensor], list[Tensor]]
 
 
 def outcome(call: Callable[..., Any], leaves: list[Tensor]) -> Outcome:
-    """Results and gradients, under incoming gradients that are 0 in the last row but one."""
+    """Results and gradients, for incoming gradients that are 0 in the last row but one."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     found = [x for x in call(*leaves) if x.numel()]
     incoming = [normal(*x.shape, seed=11 + number, dtype=x.dtype) for number, x in enumerate(found)]
@@ -74,9 +74,9 @@ def outcome(call: Callable[..., Any], leaves: list[Tensor]) -> Outcome:
 def split(
     ranks: Ranks, call: Callable[..., Any], leaves: list[Tensor], axes: list[int | None], impl: str = "triton"
 ) -> Outcome:
-    """As `outcome`, of ranks that have a slice of each leaf, or all of it where its axis is None, put together again.
+    """Like `outcome`, from ranks that hold a slice of each leaf (all of it if its axis is None), put together again.
 
-    Every rank has the same bits of the results.
+    All ranks must have the same bits of the results.
     """
 
     def one(shard):
@@ -161,8 +161,8 @@ def as_numpy(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_offset_of_all_logits_changes_nothing():
-    """The differences of maxima are taken before they meet 1 / 0.7, which no float32 is."""
-    logits = (normal(T, V) * 1024).round() / 1024  # which an offset of 1000 leaves exact in float32
+    """Maxima are subtracted before they are multiplied by 1 / 0.7, which no float32 represents."""
+    logits = (normal(T, V) * 1024).round() / 1024  # still exact in float32 after an offset of 1000
 
     def call(x, **more):
         return kdloss.token_logprobs_and_entropy(x, label_rows(3), temperature=0.7, **more)
@@ -173,15 +173,15 @@ def test_an_offset_of_all_logits_changes_nothing():
 
 
 def test_hostile_logits():
-    """Slices without mass, a label without one, infinities, NaN and nothing at all, as in one process."""
+    """Slices without mass, a label without mass, infinities, NaN, and a row without mass, as in one process."""
     logits = normal(8, V)
     logits[0] += 3e4
     logits[1, 12:] = -math.inf  # all mass is in one slice
-    logits[2, :13] = -math.inf  # and in none but one, without the label
+    logits[2, :13] = -math.inf  # all mass is in one slice, and the label in another
     logits[3, 3] = math.inf
     logits[4] = -math.inf
-    logits[5, 20] = -math.inf  # the label's
-    logits[6, 12] = math.nan  # all of a slice
+    logits[5, 20] = -math.inf  # the label has no mass
+    logits[6, 12] = math.nan  # the whole slice
     logits[7, ::2] = -math.inf
     labels = torch.tensor([20, 1, 5, 4, 2, 20, 3, 1], device=DEVICE)
 
@@ -200,7 +200,7 @@ def test_hostile_logits():
 
 
 def test_a_label_outside_the_vocabulary_is_nan_on_every_rank(monkeypatch):
-    """Where values are not checked, as on a GPU; V is in no other shard either. Other rows stay as they are."""
+    """If values are not checked, as on a GPU. V is in no shard, either. Other rows do not change."""
     monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)
     logits, weight = normal(T, V), normal(V, D, seed=1)
     labels, wrong = label_rows(3), label_rows(3)
@@ -225,7 +225,7 @@ def test_a_label_outside_the_vocabulary_is_nan_on_every_rank(monkeypatch):
 
 
 def test_a_label_of_another_shard_acts_through_the_normalisation():
-    """In the operator itself, beside one that is outside the vocabulary and passed over where rows are whole."""
+    """In the operator itself. A label outside the vocabulary, and this one if rows are whole, has no effect."""
     logits, g = normal(1, 7).requires_grad_(), torch.tensor([[2.0]], device=DEVICE)
     for place, part, expected in [(7, True, -2 * logits.softmax(-1)), (7, False, 0 * logits), (8, True, 0 * logits)]:
         columns = torch.tensor([[place]], device=DEVICE)
@@ -280,7 +280,7 @@ def test_from_hidden_states(options, count, dtype, kept, bounds, monkeypatch):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_tokens_without_a_gradient_are_left_out_of_the_backward(impl):
-    """As in one process: the hidden states of such a token are not read, whatever they hold."""
+    """As in one process: the hidden states of such a token are not read and may hold NaN."""
     leaves, clean = head(torch.float32, bias=False), head(torch.float32, bias=False)
     leaves[0][4] = torch.nan
 
@@ -293,7 +293,7 @@ def test_tokens_without_a_gradient_are_left_out_of_the_backward(impl):
 
 
 def test_a_head_of_several_slices_on_each_rank(monkeypatch):
-    """Its last column's place is where a label of another rank's would stand; one row alone has a gradient."""
+    """The width of a slice, one past its last column, marks labels of other ranks. Only one row has a gradient."""
     monkeypatch.setattr(_products, "LEAST_WIDTH", 256)
     monkeypatch.setattr(_products, "SLICE_BYTES", 1)
     monkeypatch.setattr(_logprobs.from_hidden, "KEPT_BYTES", 0)
@@ -321,7 +321,7 @@ def token_loss(logp, entropy, old_logp, advantages):
     ],
 )
 def test_fused(options, dtype, bounds, monkeypatch):
-    """In chunks of two rows, each with one all-gather; a trained row without a label has a loss too."""
+    """In chunks of two rows, each with one all-gather; a trained row without a label also has a loss."""
     ranks = Ranks(BOUNDS[bounds])
     widest = max(stop - start for start, stop in ranks.bounds)
     monkeypatch.setattr(_logprobs.fused, "_CHUNK_BYTES", dict.fromkeys(_logprobs.fused._CHUNK_BYTES, 2 * 4 * widest))
@@ -387,7 +387,7 @@ def test_divergences_from_logits(name, options, dtype, bounds):
 
 @every_form
 def test_hostile_divergences(name):
-    """Slices without mass on either side, no distribution at all, NaN in all of a slice, rows far off centre."""
+    """Slices without mass on either side, rows without mass, NaN in a whole slice, rows with a large offset."""
     logits, teacher = normal(10, V), normal(10, V, seed=1)
     logits[0, 13:] = teacher[0, 13:] = -math.inf
     logits[1, 13:] = -math.inf
@@ -422,7 +422,7 @@ def test_hostile_divergences(name):
     ],
 )
 def test_divergences_from_hidden_states(name, options, dtype, bounds, frozen, monkeypatch):
-    """In chunks of two rows; the head trained, and frozen."""
+    """In chunks of two rows; with a trained and with a frozen head."""
     monkeypatch.setattr(
         _divergences.hidden_op, "_CHUNK_ENTRIES", dict.fromkeys(_divergences.hidden_op._CHUNK_ENTRIES, 2 * V)
     )

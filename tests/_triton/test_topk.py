@@ -1,9 +1,9 @@
-"""Holds the kernels of top-k divergences: each is its torch form; the public functions against torch and oracles.
+"""Holds the kernels of top-k divergences against their torch form, and the public functions against torch and oracles.
 
-Where there is a GPU they run on it, else interpreted. Memory that a kernel should have written holds NaN before.
+They run on a GPU if there is one, else in the interpreter. Memory that a kernel has to write holds NaN beforehand.
 
-Tolerances: logits and rests below 80 in size, rounded a few times each; a divergence is a mean of differences of two,
-and gradients are rounded to their dtype once. (The interpreter cuts bfloat16 off where a GPU rounds it.)
+Tolerances: logits and rests are below 80 in size and rounded a few times each. A divergence is a mean of differences of
+two of them, and gradients are rounded to their dtype once. (The interpreter truncates bfloat16 where a GPU rounds it.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kdloss.testing import reference
 from triton_aot import compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
-# Where a lane or a row has no mass, the interpreter's numpy tells of what is not stored.
+# If a lane or a row has no mass, the interpreter's numpy warns about values that are not stored.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
@@ -42,7 +42,7 @@ ROWS = 4
 
 
 def support(vocab: int, k: int) -> Tensor:
-    """(ROWS, k) ascending: the first k; both ends and either side of every block's edge; all padding; half padding."""
+    """(ROWS, k) ascending: the first k; both ends and both sides of every block edge; all padding; half padding."""
     edges = [0, vocab - 1, *(x for edge in range(1024, vocab, 1024) for x in (edge - 1, edge, edge + 8))]
     order = torch.rand(2, vocab, generator=torch.Generator().manual_seed(vocab)).argsort(-1)
     apart = torch.tensor([*edges, *(x for x in order[0].tolist() if x not in edges)])
@@ -52,24 +52,24 @@ def support(vocab: int, k: int) -> Tensor:
 
 
 def arguments(vocab: int, k: int, dtype: torch.dtype, *, every_option: bool = False) -> tuple[Any, ...]:
-    """Of the forward; with every option there are columns of padding, and a temperature a row."""
+    """Arguments of the forward; with every option there are columns of padding, and one temperature per row."""
     logits = torch.nn.functional.pad(normal(ROWS, vocab, dtype=dtype, scale=3), (0, 3 * every_option), value=50.0)
     taus = TEMPERATURES.to(DEVICE) if every_option else None
     return logits, support(vocab, k), taus, 0.7, vocab
 
 
 def backward_arguments(given: tuple[Any, ...], rest: Tensor, *, with_rest: bool = True) -> tuple[Any, ...]:
-    """Of the backward; the rest of row 1 has no gradient, and neither has anything of row 3."""
+    """Arguments of the backward; the rest of row 1 has no gradient, and row 3 has none at all."""
     g, h = normal(*given[1].shape, seed=2), normal(ROWS, seed=3)
     h[1], h[3], g[3] = 0, 0, 0
-    h[2], g[2] = 0, 0  # of padding alone
+    h[2], g[2] = 0, 0  # row 2 has only padding
     return g, h, *given[:3], rest, *given[3:], with_rest
 
 
 @pytest.mark.parametrize(
     ("vocab", "k", "dtype", "every_option"),
     [
-        # less than a block; several blocks, split between programs; all ids kept, one; rows of whole blocks
+        # less than a block; several blocks, split between programs; all ids kept; a vocabulary of one; whole blocks
         (37, 5, torch.float32, False),
         (37, 5, torch.bfloat16, True),
         (2049, 16, torch.bfloat16, False),
@@ -87,7 +87,7 @@ def test_the_kernels_are_their_torch_form(vocab, k, dtype, every_option):
         expected = forward_kernels.forward_in_torch(*given, with_rest)
         torch.testing.assert_close((kept, rest), expected, rtol=4 * EPS, atol=8 * EPS)
         exact = topk_op._kept_and_rest(given[0].double(), *given[1:], with_rest)
-        rows = [0, 1, 3]  # the other one is of padding alone
+        rows = [0, 1, 3]  # row 2 has only padding
         torch.testing.assert_close(
             (kept.double(), rest[rows].double()), (exact[0], exact[1][rows]), rtol=4 * EPS, atol=8 * EPS
         )
@@ -96,14 +96,14 @@ def test_the_kernels_are_their_torch_form(vocab, k, dtype, every_option):
             gradient = backward_kernels.backward(*behind)
         assert gradient.dtype == dtype
         expected = backward_kernels.backward_in_torch(*behind)
-        # z - rest, of up to 80, is rounded before e^(z - rest)
+        # z - rest is up to 80 and is rounded before e^(z - rest)
         torch.testing.assert_close(gradient, expected, rtol=torch.finfo(dtype).eps + 160 * EPS, atol=8 * EPS)
         assert not gradient[2:].any()
         assert not gradient[:, vocab:].any()
 
 
 def test_more_ids_than_are_looked_at_side_by_side():
-    """300 of 301 in three goes: one logit is left, between two that are kept."""
+    """300 of 301 ids, examined in three steps: one logit is left, between two that are kept."""
     logits = normal(1, 301, scale=3)
     ids = torch.cat([torch.arange(150), torch.arange(151, 301)])[None].to(DEVICE)
     with poisoned():
@@ -116,7 +116,7 @@ def test_more_ids_than_are_looked_at_side_by_side():
 
 @pytest.mark.parametrize("programs", [5, 10**6])
 def test_splits_only_move_roundings(programs, monkeypatch):
-    """One program a row, then three and five, which cut 5 blocks evenly or not; one of them has no id."""
+    """One program per row, then three and five, which cut 5 blocks evenly or not; one program has no id."""
     vocab = 5 * 1024 - 5
     logits, ids, *options = arguments(vocab, 16, torch.bfloat16)
     ids = torch.where((ids > 1500) & (ids < 3500), -1, ids).sort(-1).values
@@ -133,7 +133,7 @@ def test_splits_only_move_roundings(programs, monkeypatch):
 
 @pytest.mark.parametrize("bad", [[37, 40], [-99, 10**12], [-(10**12), 3]])
 def test_an_id_outside_the_vocabulary_is_nowhere_and_reads_nothing(bad):
-    """Far outside it lies in no memory at all, and in padding it lies in memory that has no say."""
+    """Far outside there is no memory at all; in the padding there is memory that has no effect."""
     logits, ids, *options = arguments(37, 5, torch.float32, every_option=True)
     ids[1] = (
         torch.tensor([1, 2, 3, *bad], device=DEVICE).sort().values
@@ -157,7 +157,7 @@ def test_an_id_outside_the_vocabulary_is_nowhere_and_reads_nothing(bad):
 
 
 def test_slices_of_a_vocabulary_are_read_alone_and_have_the_gradient_of_whole_rows():
-    """Cut where ranks would be, within a cell: kept ids of another slice are nowhere, and padding stays padding."""
+    """Cut as ranks would cut, within a cell: kept ids of another slice match no column, and padding stays padding."""
     logits, ids, *_ = arguments(37, 5, torch.float32)
     whole = forward_kernels.forward(logits, ids, None, 1.0, 37, True)
     g, h = normal(ROWS, 5, seed=2), normal(ROWS, seed=3)
@@ -180,7 +180,7 @@ def test_slices_of_a_vocabulary_are_read_alone_and_have_the_gradient_of_whole_ro
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 def test_what_takes_no_part_leaves_no_trace(garbage):
-    """A row of padding alone, with its temperature; kept logits, in the rest; rows without an incoming gradient."""
+    """A row of padding and its temperature; kept logits, for the rest; rows without an incoming gradient."""
     logits, ids, taus, *options = arguments(37, 5, torch.float32, every_option=True)
     kept, rest = forward_kernels.forward(logits, ids, taus, *options, True)
     filled = logits.clone()
@@ -206,7 +206,7 @@ def test_what_takes_no_part_leaves_no_trace(garbage):
 
 
 def test_rows_far_apart_are_read_and_written_where_they_are():
-    """Row 2 begins past 2^31 elements, which its stride does not pass, forward, backward and in the gradient."""
+    """Row 2 begins past 2^31 elements, though the stride is smaller: forward, backward and in the gradient."""
     stride = 2**30 + 16
     given = arguments(33, 5, torch.bfloat16)
     near, ids, *options = (given[0], given[1].roll(1, 0), *given[2:])
@@ -224,7 +224,7 @@ def test_rows_far_apart_are_read_and_written_where_they_are():
 
 
 def test_columns_far_apart_are_read_where_they_are():
-    """Of transposed logits, the last column lies past 2^31 elements."""
+    """The last column of transposed logits lies past 2^31 elements."""
     logits, ids, *options = arguments(3, 1, torch.bfloat16)
     ids[1] = 2
     spread = far_apart(logits.T.contiguous(), 2**30 + 16).T
@@ -253,7 +253,7 @@ def outcome(function: Callable[..., Tensor], logits: Tensor, logp: Tensor, ids: 
     ("tail", "dtype"), [*((tail, torch.float32) for tail in TAILS), ("bucket", torch.bfloat16)], ids=str
 )
 def test_against_the_oracle(name, tail, dtype):
-    """Ids in any order, temperatures of rows, columns of padding, a silent row."""
+    """Ids in any order, one temperature per row, columns of padding, a row without an incoming gradient."""
     vocab = 37
     logits = normal(ROWS, vocab + 2, dtype=dtype, scale=3)
     logits[:, vocab:] = 50
@@ -286,7 +286,7 @@ def test_against_the_oracle(name, tail, dtype):
     ("name", "tail"), [*((name, "bucket") for name in FORMS), ("reverse_kl", "renormalize"), ("forward_kl", "truncate")]
 )
 def test_masses_of_zero_and_rows_that_are_no_distributions(name, tail):
-    """As in torch's path: the student excludes a kept id, all others, a cell, everything; NaN, +inf; the teacher."""
+    """As by torch's path: masses of 0 at a kept id, at all others, in a cell, everywhere; NaN; +inf; the teacher's."""
     inf, vocab = torch.inf, 37
     logits, ids = normal(8, vocab), torch.tensor([1, 2, 9, 36], device=DEVICE).repeat(8, 1)
     logp = normal(8, vocab, seed=1).log_softmax(-1).gather(-1, ids)
@@ -311,7 +311,7 @@ def test_masses_of_zero_and_rows_that_are_no_distributions(name, tail):
 @every_tail
 @pytest.mark.parametrize("shift", [1e3, -1e4])
 def test_logits_far_off_centre(tail, shift):
-    """Kept logits are exact there, and the rest is rounded to the spacing of numbers of their size, as in torch."""
+    """Kept logits stay exact, and the rest is rounded to the spacing of numbers of that size, as by torch."""
     logits = (normal(2, 300) * 8).round() / 8
     ids = torch.tensor([[1, 2, 299], [0, 128, 129]], device=DEVICE)
     logp, factor = normal(2, 300, seed=1).log_softmax(-1).gather(-1, ids), torch.ones(2, device=DEVICE)
@@ -323,7 +323,7 @@ def test_logits_far_off_centre(tail, shift):
 
 
 def test_a_small_rest_keeps_its_digits():
-    """A student that is sure of the kept ids: what is left, 1e-12 of it, lies in a cell with one of them."""
+    """A student that is sure of the kept ids: the remaining mass, 1e-12, lies partly in their cell."""
     logits = torch.tensor([[30.0, 29.0, 1.0, 0.5, 2.0]], device=DEVICE)
     logp, ids = torch.tensor([[0.5, 0.3]], device=DEVICE).log(), torch.tensor([[0, 1]], device=DEVICE)
     exact = kdloss.topk_forward_kl(logits.double(), logp.double(), ids, tail="bucket")
@@ -332,7 +332,7 @@ def test_a_small_rest_keeps_its_digits():
 
 
 def test_logits_of_any_strides_and_shapes():
-    """`logits[:, :-1]` of (B, L, V), transposed, one row without an axis, and no rows."""
+    """`logits[:, :-1]` of (B, L, V), the same transposed, one row without leading axes, and no rows."""
     whole, ids = normal(2, 4, 70), torch.tensor([3, 4, 69], device=DEVICE).repeat(2, 3, 1)
     logp, factor = normal(2, 3, 70, seed=1).log_softmax(-1).gather(-1, ids), normal(2, 3, seed=2)
     of = topk("reverse_kl", tail="bucket")
@@ -393,7 +393,7 @@ def step(logits: Tensor, vocab: int, k: int, *, row_temperature: bool = False) -
 
 
 def aot_calls() -> None:
-    """Rows that begin at multiples of 16 bytes and rows that do not, few and many, with every option and none."""
+    """Rows that begin at multiples of 16 bytes and rows that do not, few and many, with every option and with none."""
     meta, k = {"device": "meta"}, 300
     cases = [
         (8192, 151936, torch.bfloat16),
@@ -403,7 +403,7 @@ def aot_calls() -> None:
     ]
     for rows, vocab, dtype in cases:
         step(torch.empty(rows, vocab, dtype=dtype, **meta), vocab, k, row_temperature=rows == 1)
-    # strides that no vector load can take; without the rest
+    # strides that allow no vector load; and without the rest
     logits, ids = (
         torch.empty(151, 65536, dtype=torch.bfloat16, **meta).T,
         torch.empty(65536, 1, dtype=torch.int64, **meta),

@@ -1,18 +1,18 @@
-"""Rows that take part, picked out of the stream and put back, each in one pass.
+"""The rows that take part, gathered from the stream of all tokens and scattered back, each in one pass.
 
     order      trained (T,) -> the trained rows first, in order, then the others: a permutation, so its size is static
-    take       hidden (T, D) at `rows` (N,) -> (N, D), a row without a label as 0
+    take       hidden (T, D) at `rows` (N,) -> (N, D); a row without a label gives 0
     put back   (N, D) float32, times a number on the device -> (T, D) in the dtype of hidden, 0 elsewhere
 
-Against the same from torch's operations, in bytes for half-precision hidden states:
+Compared with torch's operations, in bytes for half-precision hidden states:
 
-    order      T (1 + 8 + 8) beside the prefix sum, for a stable sort of T keys
-    take       4 N D, for 8 N D (`index_select`, then a mask: unlabelled rows may hold NaN, and 0 * NaN is no 0)
-    put back   2 T D + 6 N D, for 2 T D + 14 N D (scale, round, then `index_copy_`)
+    order      T (1 + 8 + 8) beside the prefix sum, instead of a stable sort of T keys
+    take       4 N D instead of 8 N D (`index_select`, then a mask: unlabelled rows may hold NaN, and 0 * NaN is not 0)
+    put back   2 T D + 6 N D instead of 2 T D + 14 N D (scale, round, then `index_copy_`)
 
-Each is a copy and does no arithmetic worth counting. Distinct rows never write to one place, so results do not depend
-on the order of programs. Without a bound on the trained tokens their number decides shapes, which waits for the device
-(`nonzero`); `order` serves the bounded case, where nothing may wait (CUDA graphs).
+Each is a copy and does no arithmetic worth counting. Distinct rows never write to the same place, so results do not
+depend on the order of programs. Without a bound on the trained tokens, their number decides shapes, and finding it
+waits for the device (`nonzero`). `order` serves the bounded case, where nothing may wait (CUDA graphs).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _TOKENS, _WIDTH = 1024, 2048
 
 
 def order(trained: Tensor, count: int) -> Tensor:
-    """The first `count` of all rows, (min(count, T),) int64, where those that are `trained` (T,) come first."""
+    """The first `count` of all rows, (min(count, T),) int64, ordered so that the `trained` (T,) ones come first."""
     rows = torch.empty(min(count, trained.shape[0]), dtype=torch.int64, device=trained.device)
-    trained = trained.contiguous()  # flattening a mask of one axis copies nothing
+    trained = trained.contiguous()  # flattening a mask of one axis makes no copy, so it may be strided
     if rows.numel():
         with on_device(trained):
             order_kernel[(triton.cdiv(trained.shape[0], _TOKENS),)](
@@ -40,7 +40,7 @@ def order(trained: Tensor, count: int) -> Tensor:
 
 
 def take(hidden: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of hidden (T, D) in `dtype`, (N, D); 0 where a row of columns (T, K) holds no label."""
+    """Rows of hidden (T, D) in `dtype`, (N, D); 0 where the labels in columns (T, K) are all ignored."""
     count, width = rows.shape[0], hidden.shape[1]
     out = torch.empty(count, width, dtype=dtype, device=hidden.device)
     if out.numel():
@@ -62,8 +62,8 @@ def take(hidden: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> T
 
 
 def put_back(x: Tensor, rows: Tensor, tokens: int, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
-    """x (N, D) float32 times `factor` (), at `rows` of zeros (T, D) in `dtype`."""
-    make = torch.empty if rows.shape[0] == tokens else torch.zeros  # distinct rows: all of them
+    """x (N, D) float32 times `factor` (), at `rows` of a (T, D) tensor in `dtype` that is 0 elsewhere."""
+    make = torch.empty if rows.shape[0] == tokens else torch.zeros  # T distinct rows are all rows
     out = make(tokens, x.shape[1], dtype=dtype, device=x.device)
     if x.numel():
         block = min(_WIDTH, triton.next_power_of_2(x.shape[1]))

@@ -3,29 +3,30 @@
     c = softcap(logit_scale (x + bias)) on each side,   log q = r (c - m) - log s,   log p likewise of the teacher
     d = log p - log q,   r = 1 / τ
 
-`_divergences/rows.py` has the table of values F and of G = q dF/dq, and is the same mathematics in torch. There are
-three kernels, one program a row each, or several where rows are few:
+`_divergences/rows.py` has the table of values F and of G = q dF/dq, and the same mathematics in torch. There are three
+kernels, each with one program per row, or several if rows are few:
 
     state      reads both rows once: (m, s) of either side, and the value of a KL, which needs nothing else:
                w = sum e_p (r (c_p - m_p) - r (c_q - m_q)),   KL(p || q) = w / s_p - log s_p + log s_q
-               merged as a row's state is (`_row_math.py`): where the maxima move, w moves by s_p times what d does
-    mixture    reads both rows again, for JSD and the skewed forms, whose mixture needs log q and log p complete:
-               the value and sum_u G_u
-    gradient   reads both rows, writes dx = u r c'(x) (G - q sum_u G_u)
+               merged like a row's state (`_row_math.py`): if the maxima change, w changes by s_p times the change in d
+    mixture    reads both rows again, for JSD and the skewed forms, whose mixture needs the complete log q and log p:
+               the value and sum_v G_v
+    gradient   reads both rows, writes dx = f r c'(x) (G - q sum_v G_v), with f the incoming gradient of the row
 
-What the splits of a row give, its state or two sums, one more program a row merges in a fixed tree.
+The splits of a row give a state or two sums each; one more program per row merges them in a fixed tree.
 
     bytes       state and mixture: both rows; gradient: both rows, and the student's written
-    operations  state: two exponentials and some 20 more a pair of logits; mixture and gradient: three or four, a short
-                series for log(1 + x), and some 40 more. Of 2 + 2 bytes at 4.3 TB/s, a multiprocessor has 27 a pair
+    operations  state: two exponentials and some 20 more per pair of logits; mixture and gradient: three or four, a
+                short series for log(1 + x), and some 40 more. While 2 + 2 bytes arrive at 4.3 TB/s, a multiprocessor
+                has time for 27 per pair
 
-so the KLs are bound by memory, and the mixtures nearly as much by arithmetic.
+So the KLs are bound by memory, and the mixtures nearly as much by arithmetic.
 
-Where ranks hold a slice of each row, `state` gives the slice's numbers, and the other two are handed (m, log s) of the
-whole row: what they sum are the slice's terms, of which those of the value may be below 0.
+If ranks hold a slice of each row, `state` gives the values of the slice, and the other two take (m, log s) of whole
+rows as input. They sum the slice's terms, and those of the value may be below 0.
 
-A logit of -inf is a mass of 0. It gives 0 where 0 log 0 stands and +inf where a mass is divided by it; a mass that
-float32 rounds to 0 counts as one. A row with NaN, +inf or nothing but -inf is NaN in value and gradient.
+A logit of -inf is a mass of 0. It gives 0 in a term 0 log 0, and +inf where a mass is divided by it. A mass that
+float32 rounds to 0 counts as 0. A row with NaN, with +inf or with nothing but -inf is NaN in value and gradient.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ import triton.language as tl
 
 from ._row_math import LOG2_E, capped, capped_slope, load_tile, log_of, row_rate, tile_columns
 
-# Beyond it, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in float32.
+# Beyond this, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in float32.
 SATURATED = tl.constexpr(1e4)
 
 
 @triton.jit
 def side(x, bias, column, inside, logit_scale, softcap):
-    """c of one side from x in some columns; anything where they are not `inside`."""
+    """c of one side from x in some columns; undefined where they are not `inside`."""
     value = x.to(tl.float32)
     if bias is not None:
         value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -50,7 +51,7 @@ def side(x, bias, column, inside, logit_scale, softcap):
 
 @triton.jit
 def finite(m):
-    """The maximum to subtract: any number where there is no mass yet."""
+    """The maximum to subtract; 0 while there is no mass."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
@@ -62,7 +63,7 @@ def weighted(e, first, second):
 
 @triton.jit
 def fold_pair(m_of, s_of, m_to, s_to, w, of, to, rate, with_value: tl.constexpr):
-    """States (n,) of both sides with one more block (n, E), and w of KL(of || to)."""
+    """The states (n,) of both sides after one more block (n, E), and w of KL(of || to)."""
     top_of, top_to = tl.maximum(m_of, tl.max(of, 1)), tl.maximum(m_to, tl.max(to, 1))
     base_of, base_to = finite(top_of), finite(top_to)
     d_of, d_to = (of - base_of[:, None]) * rate, (to - base_to[:, None]) * rate
@@ -79,7 +80,7 @@ def fold_pair(m_of, s_of, m_to, s_to, w, of, to, rate, with_value: tl.constexpr)
 
 @triton.jit
 def merge_pair(m_of, s_of, m_to, s_to, w, rate, with_value: tl.constexpr):
-    """One state () of lanes (n,)."""
+    """One state () from those of lanes (n,)."""
     top_of, top_to = tl.max(m_of, 0), tl.max(m_to, 0)
     moved_of, moved_to = (m_of - finite(top_of)) * rate, (m_to - finite(top_to)) * rate
     a = tl.exp2(moved_of * LOG2_E)
@@ -92,7 +93,7 @@ def merge_pair(m_of, s_of, m_to, s_to, w, rate, with_value: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) of 0 <= x <= 1 to three roundings of itself: 2 artanh(x / (2 + x)), whose series ends at r^15."""
+    """log(1 + x) for 0 <= x <= 1, accurate to three roundings: 2 artanh(x / (2 + x)), as a series up to r^15."""
     r = x / (2 + x)
     square = r * r
     series = square * (1.0 / 13 + square * (1.0 / 15))
@@ -102,7 +103,7 @@ def log1p(x):
 
 @triton.jit
 def terms(kind: tl.constexpr, q, p, log_q, log_p, omega, log_omega, log_rest):
-    """(the term of the value, G) in some columns."""
+    """(term of the value, G) in some columns."""
     if kind == "forward_kl":
         value, g = weighted(p, log_p, log_q), -p
     elif kind == "reverse_kl":
@@ -128,13 +129,13 @@ def terms(kind: tl.constexpr, q, p, log_q, log_p, omega, log_omega, log_rest):
 
 @triton.jit
 def no_distribution(log_s_q, log_s_p):
-    """Whether a side of the row has no mass, or NaN: its log s is neither -inf nor NaN otherwise."""
+    """Whether a side of the row has no mass or NaN: its log s is then -inf or NaN, and never otherwise."""
     return (log_s_q == float("-inf")) | (log_s_q != log_s_q) | (log_s_p == float("-inf")) | (log_s_p != log_s_p)
 
 
 @triton.jit
 def write_state(state, row, value, total, numbers, plane, kind: tl.constexpr):
-    """What follows from a whole row's state, as the arguments of `state_kernel` say."""
+    """Write what follows from a whole row's state; `state_kernel` describes the arguments."""
     m_of, s_of, m_to, s_to, w = state
     log_of_s, log_to_s = log_of(s_of), log_of(s_to)
     if kind == "forward_kl" or kind == "reverse_kl":
@@ -153,7 +154,7 @@ def write_state(state, row, value, total, numbers, plane, kind: tl.constexpr):
 
 @triton.jit
 def write_sums(found, slope, row, value, total, part: tl.constexpr):
-    """A mixture's value and sum of G; only those of whole rows are bounded."""
+    """Write a mixture's value and sum of G; only the value of a whole row is clamped to at least 0."""
     if not part:
         found = tl.where(found < 0, 0.0, found)
     tl.store(value + row, found)
@@ -164,26 +165,26 @@ def write_sums(found, slope, row, value, total, part: tl.constexpr):
 def state_kernel(
     x,  # (R, V) logits of the student, or products with its head
     y,  # (R, V) of the teacher
-    bias,  # (V,) or None, as the next
+    bias,  # (V,) or None, like the next
     teacher_bias,
     row_temperature,  # (R,) or None
-    value,  # (R,) float32, written for the KLs alone
+    value,  # (R,) float32, written only for the KLs
     total,  # (R,) sum G, likewise
     numbers,  # (4, R) float32, `plane` apart: m and log s of the student, then of the teacher
-    parts,  # (5, R, splits) states, or None where one program has all of a row
+    parts,  # (5, R, splits) states, or None if one program has the whole row
     temperature,
-    logit_scale,  # or None, as the next three
+    logit_scale,  # or None, like the next three
     softcap,
     teacher_logit_scale,
     teacher_softcap,
     size,
-    x_columns,  # that may be read: `size` of them, and some that have no say
+    x_columns,  # columns that are safe to load: `size`, and some that have no effect
     y_columns,
     plane,
     x_stride,
     y_stride,
     part_plane,  # R * splits
-    blocks,  # of lanes * width columns, in a split
+    blocks,  # per split, of lanes * width columns
     splits,
     kind: tl.constexpr,
     lanes: tl.constexpr,
@@ -206,7 +207,7 @@ def state_kernel(
         of = tl.where(inside, side(of, bias, column, inside, logit_scale, softcap), float("-inf"))
         to = side(to, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
         to = tl.where(inside, to, float("-inf"))
-        if kind == "forward_kl":  # the teacher is what the expectation is of
+        if kind == "forward_kl":  # the expectation is over the teacher
             of, to = to, of
         m_of, s_of, m_to, s_to, w = fold_pair(
             m_of, s_of, m_to, s_to, w, of, to, rate, kind == "forward_kl" or kind == "reverse_kl"
@@ -237,9 +238,9 @@ def pair_merge_kernel(
     part_plane,
     splits,
     kind: tl.constexpr,
-    block_splits: tl.constexpr,  # as many at least
+    block_splits: tl.constexpr,  # at least `splits`
 ):
-    """The state of each row from those of its splits; arguments as of `state_kernel`."""
+    """The state of each row from those of its splits. The arguments are those of `state_kernel`."""
     row = tl.program_id(0)
     k = tl.arange(0, block_splits)
     mine = k < splits
@@ -327,9 +328,9 @@ def pair_sum_kernel(
     part_plane,
     splits,
     part: tl.constexpr,
-    block_splits: tl.constexpr,  # as many at least
+    block_splits: tl.constexpr,  # at least `splits`
 ):
-    """The sums of each row over its splits; arguments as of `mixture_kernel`."""
+    """The sums of each row over its splits. The arguments are those of `mixture_kernel`."""
     row = tl.program_id(0)
     k = tl.arange(0, block_splits)
     place = parts + row * splits + k
@@ -345,7 +346,7 @@ def divergence_gradient_kernel(
     bias,
     teacher_bias,
     row_temperature,
-    factor,  # (R,) what comes in; a row where it is 0 is not read
+    factor,  # (R,) the incoming gradient; a row where it is 0 is not read
     total,
     numbers,
     out,  # (R, size + padding) contiguous columns; may be x
@@ -360,12 +361,12 @@ def divergence_gradient_kernel(
     size,
     x_columns,
     y_columns,
-    out_columns,  # to be written: the last of them may be padding
+    out_columns,  # columns to write; the last of them may be padding
     plane,
     x_stride,
     y_stride,
     out_stride,
-    span,  # columns of a program, a multiple of a block
+    span,  # columns per program, a multiple of a block
     kind: tl.constexpr,
     block: tl.constexpr,
 ):

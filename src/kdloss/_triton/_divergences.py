@@ -1,6 +1,6 @@
 """Launches of the kernels of `_divergence_kernels.py`: the divergence of rows of logits, and its gradient.
 
-Few rows are split between programs, each into at most `_launch.SPLITS`, so that any number of them fills a GPU.
+If rows are few, each is split between at most `_launch.SPLITS` programs, so that any number of rows fills a GPU.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ._row_math import LogitTransform
 
 KLS = ("forward_kl", "reverse_kl")
 
-# Chosen by arithmetic, not measured: 256 threads hold 16 logits of either side each, 4 where they keep two sums beside
-# them (with 8, ptxas spilled one form to have 80 registers), 8 in the gradient.
+# Chosen by arithmetic, not measured: each of 256 threads holds 16 logits of either side; 4 in the mixture, which also
+# keeps two sums (with 8, ptxas spilled one form to stay within 80 registers); 8 in the gradient.
 _TILE, _MIXTURE, _BLOCK = 4096, 1024, 2048
 
 
 class Pair(NamedTuple):
-    """What is compared, and how."""
+    """Two sets of logits, and how they are compared."""
 
     kind: str
     omega: float  # the weight of the teacher in the mixture
-    x: Tensor  # (R, V) of the student, of unit column stride, V at least the vocabulary
+    x: Tensor  # (R, V) of the student, with unit column stride; V is the vocabulary or more
     y: Tensor  # of the teacher, likewise
     student: LogitTransform
     teacher: LogitTransform
@@ -59,27 +59,27 @@ class Pair(NamedTuple):
         return self.omega, math.log(self.omega), math.log1p(-self.omega)
 
     def value_(self, out: Tensor, known: Tensor) -> None:
-        """The divergence into `out` (R,), and what the gradient needs to know of every row into `known` (5, R)."""
+        """Write the divergence to `out` (R,), and the five values per row that the gradient needs to `known` (5, R)."""
         self._state_(out, known)
         if self.kind not in KLS:
             self._mixture_(out, known, part=False)
 
     def slice_state(self) -> Tensor:
-        """Of logits that are a slice of the rows, (R, 5): m and -log s of both sides, and of the KLs the value in it.
+        """For logits that are a slice of the rows, (R, 5): m and -log s of both sides, and a KL's value in the slice.
 
-        As `_divergence_rows.slice_state`, but for the unit of m, which is that of the logits.
+        The same as `slice_state` of `_divergences/rows.py`, except that m is before the temperature.
         """
         rows = self.x.shape[0]
         value = torch.zeros(rows, dtype=torch.float32, device=self.x.device)
         known = value.new_empty(5, rows)
         self._state_(value, known)
         m_q, log_s_q, m_p, log_s_p, _ = known
-        # where only NaN was seen there is no maximum
+        # where log s is NaN there is no maximum
         peaks = (m_q.masked_fill(log_s_q.isnan(), math.nan), -log_s_q, m_p.masked_fill(log_s_p.isnan(), math.nan))
         return torch.stack([*peaks, -log_s_p, value], -1)
 
     def slice_terms(self, numbers: Tensor) -> Tensor:
-        """The slice's terms (R, 2) of the value and of the sum of G, from m and log s (R, 4) of the whole rows."""
+        """The slice's terms (R, 2) of the value and of the sum of G, from m and log s (R, 4) of whole rows."""
         rows = numbers.shape[0]
         value, known = numbers.new_empty(rows), numbers.new_empty(5, rows)
         known[:4] = numbers.T
@@ -175,7 +175,7 @@ class Pair(NamedTuple):
     def gradient_(self, out: Tensor, known: Tensor, factor: Tensor) -> Tensor:
         """`factor` (R,) times the gradient of x into `out`, which may be x; 0 in columns past the vocabulary.
 
-        Where rows of `out` lie further apart than it is wide, so is what is between them, up to a multiple of 16.
+        If rows of `out` lie further apart than its width, the gap between them is 0, too, up to a multiple of 16.
         """
         rows, columns = out.shape
         if rows:

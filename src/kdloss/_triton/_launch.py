@@ -1,11 +1,11 @@
-"""How each kernel is launched, by shape. Chosen by arithmetic, not measured.
+"""The launch parameters of each kernel for a given shape. They were chosen by arithmetic and are not measured.
 
-What the numbers follow from, on a GPU of 132 multiprocessors that copies 4.3 TB/s:
+The numbers follow from a GPU of 132 multiprocessors that copies 4.3 TB/s:
 
-- to keep that many bytes in flight for the 0.8 us that one read takes, a multiprocessor holds about 26 KiB of loads;
-- a row of 150k bf16 logits is 300 KB: of whole rows by eight warps each, 500 are on their way at a time, and the last
-  ones to finish leave multiprocessors idle for 2 % of the time of 8192 rows;
-- fewer rows than a few thousand are therefore split, so that there are about 2000 programs whatever T is.
+- One read takes 0.8 us. To keep that many bytes in flight, a multiprocessor holds about 26 KiB of loads.
+- A row of 150k bf16 logits is 300 KB. With eight warps per row, 500 whole rows are in flight at a time. While the last
+  ones finish, multiprocessors are idle for 2 % of the time of 8192 rows.
+- Rows are therefore split if there are fewer than a few thousand, so that there are about 2000 programs for any T.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Labels of a row that are looked at side by side, at most.
+# The most labels of a row that are examined at once.
 LABELS = 128
 
-# Programs that a launch should have at least: 16 for each of 132 multiprocessors.
+# The fewest programs that a launch should have: 16 for each of 132 multiprocessors.
 PROGRAMS = 2112
-# Splits of a row, at most: one program merges them.
+# The most splits of a row: one program merges them.
 SPLITS = 256
-# Up to so many logits, programs take smaller blocks: otherwise one row would not give each multiprocessor one.
+# Up to this many logits, blocks are smaller: otherwise one row would not have a block for each multiprocessor.
 FEW_LOGITS = PROGRAMS * 4096
 
 
 class Forward(NamedTuple):
     """How rows are read."""
 
-    lanes: int  # states that a program keeps side by side; each is folded 16 bytes of logits at a time
+    lanes: int  # states that a program keeps side by side; each takes 16 bytes of logits at a time
     width: int  # logits in 16 bytes
-    splits: int  # programs a row
+    splits: int  # programs per row
     warps: int
 
     def blocks(self, vocab_size: int) -> int:
-        """Blocks of a split."""
+        """Blocks per split."""
         return -(-vocab_size // (self.lanes * self.width * self.splits))
 
 
 def forward(rows: int, vocab_size: int, dtype: torch.dtype, *, apart: bool = False) -> Forward:
-    """Of the kernel that reads each row once. Columns that lie `apart` take an address each, so a thread has half."""
+    """Launch shape of the kernel that reads each row once.
+
+    Columns that lie `apart` need an address each, so a thread takes half as many.
+    """
     width = 16 // dtype.itemsize
     few = rows * vocab_size <= FEW_LOGITS
     lanes, warps = (1024 // width, 4) if few else (512 if apart else 1024, 8)
@@ -57,17 +60,17 @@ def _blocks_a_split(blocks: int, rows: int) -> int:
 class Backward(NamedTuple):
     """How gradients are written."""
 
-    block: int  # logits that a program has at a time
-    blocks: int  # that it takes one after the other
-    chunks: int  # programs a row
+    block: int  # logits that a program handles at a time
+    blocks: int  # blocks per program, one after the other
+    chunks: int  # programs per row
     warps: int
 
 
 def backward(rows: int, columns: int, dtype: torch.dtype, *, even: bool = True) -> Backward:
-    """Of the kernel that reads and writes each row once: a thread has twice 16 bytes at a time.
+    """Launch shape of the kernel that reads and writes each row once: a thread handles twice 16 bytes at a time.
 
-    Half of that where rows that are read, or written, are not `even` (`aligned`): logits then have an address each, and
-    where one side alone does, threads exchange them on their way, which spilled.
+    Half of that if the rows that are read, or those that are written, are not `even` (`aligned`). Logits then need an
+    address each, and if only one side is uneven, threads exchange logits between load and store, which spilled.
     """
     few = rows * columns <= FEW_LOGITS
     block, warps = (1024, 4) if few else (512 * 16 // dtype.itemsize, 8)
@@ -80,14 +83,14 @@ def backward(rows: int, columns: int, dtype: torch.dtype, *, even: bool = True) 
 class Pairs(NamedTuple):
     """How rows of two sets of logits are read together."""
 
-    block: int  # logits of either side that a program has at a time
-    blocks: int  # that it takes one after the other
-    splits: int  # programs a row
+    block: int  # logits of either side that a program handles at a time
+    blocks: int  # blocks per program, one after the other
+    splits: int  # programs per row
     warps: int
 
 
 def pairs(rows: int, vocab_size: int, block: int) -> Pairs:
-    """Of the kernels that read each row once for its sums."""
+    """Launch shape of the kernels that read each row once for its sums."""
     block, warps = (1024, 4) if block > 1024 and rows * vocab_size <= FEW_LOGITS else (block, 8)
     blocks = -(-vocab_size // block)
     blocks_a_split = _blocks_a_split(blocks, rows)
@@ -95,7 +98,7 @@ def pairs(rows: int, vocab_size: int, block: int) -> Pairs:
 
 
 def pairs_backward(rows: int, columns: int, block: int) -> Pairs:
-    """Of the one that writes a gradient."""
+    """Launch shape of the kernel that writes a gradient."""
     block, warps = (1024, 4) if rows * columns <= FEW_LOGITS else (block, 8)
     blocks = -(-columns // block)
     blocks_a_split = max(1, min(4, blocks * rows // PROGRAMS))
@@ -103,12 +106,12 @@ def pairs_backward(rows: int, columns: int, block: int) -> Pairs:
 
 
 def block_labels(count: int, most: int = LABELS) -> int:
-    """The power of two that holds `count` labels, up to `most`."""
+    """The smallest power of two that holds `count` labels, `most` at most."""
     return min(1 << max(0, count - 1).bit_length(), most)
 
 
 class Piece(NamedTuple):
-    """Rows that one launch can walk over: row r is (r // inner, r % inner) of a (outer, inner, V) tensor."""
+    """Rows that one launch can cover: row r is (r // inner, r % inner) of an (outer, inner, V) tensor."""
 
     x: Tensor
     rows: int
@@ -117,11 +120,11 @@ class Piece(NamedTuple):
 
 
 def pieces(x: Tensor) -> Iterator[tuple[slice, Piece]]:
-    """(which rows, piece) of a (..., V) tensor, never as a copy: one piece, unless leading axes are irregular twice."""
+    """(which rows, piece) of a (..., V) tensor, never a copy: one piece, unless the rows need more than two strides."""
     start = 0
     for part in _matrices(x):
         outer, inner, _ = part.shape
-        # of an axis of one, the stride moves nothing: 0 is aligned, and of one type, whatever the shapes
+        # the stride of an axis of size 1 is never used; as 0 it is aligned and has one type for all shapes
         strides = [stride if n > 1 else 0 for n, stride in zip((outer, inner), part.stride()[:2], strict=True)]
         yield slice(start, start + outer * inner), Piece(part, outer * inner, max(1, inner), (*strides, part.stride(2)))
         start += outer * inner
@@ -139,39 +142,39 @@ def _matrices(x: Tensor) -> Iterator[Tensor]:
 def _view(x: Tensor, outer: int, inner: int) -> Tensor | None:
     try:
         return x.view(outer, inner, x.shape[-1])
-    except RuntimeError:  # the strides allow none
+    except RuntimeError:  # these strides allow no view
         return None
 
 
-# Triton reads and writes 16 bytes at a time where it knows 16 to divide an address in bytes, and strides and bounds in
-# elements: it looks for no other divisor.
+# Triton loads and stores 16 bytes at a time if it knows that 16 divides the address in bytes, and the strides and
+# bounds in elements. It checks for no other divisor.
 _UNIT = 16
 
 
 def room(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(..., V), not initialised, whose rows begin at multiples of 16 elements, with memory up to another one."""
+    """(..., V), uninitialised. Rows begin at multiples of 16 elements, and memory extends to the next multiple."""
     *rows, columns = shape
     return torch.empty(*rows, _rounded(columns), dtype=dtype, device=device)[..., :columns]
 
 
 def readable(x: Tensor, columns: int) -> int:
-    """Columns of the rows (..., V) that a kernel may read, whatever they hold: a multiple of 16 where memory allows."""
+    """Number of columns of the rows (..., V) that are safe to load, with padding: a multiple of 16 if memory allows."""
     last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
     fits = x.stride(-1) == 1 and (last + _rounded(columns)) * x.element_size() <= x.untyped_storage().nbytes()
     return _rounded(columns) if fits else columns
 
 
 def writable(x: Tensor) -> int:
-    """Columns of the rows of (R, V) that a kernel may write: up to the next multiple of 16 where rows lie so far apart.
+    """Number of columns of the rows (R, V) that are safe to store: a multiple of 16 if rows lie that far apart.
 
-    Only of memory that is ours, as `room` makes it.
+    Only for memory that belongs to this package, such as `room` allocates.
     """
     rounded = _rounded(x.shape[1])
     return rounded if x.stride(0) >= rounded == readable(x, x.shape[1]) else x.shape[1]
 
 
 def aligned(x: Tensor, columns: int) -> bool:
-    """Whether the first `columns` of the rows (..., V) are read 16 bytes at a time."""
+    """Whether the first `columns` of the rows (..., V) are loaded 16 bytes at a time."""
     strides = (stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
     return x.stride(-1) == 1 and x.data_ptr() % _UNIT == columns % _UNIT == 0 and all(n % _UNIT == 0 for n in strides)
 
@@ -181,5 +184,5 @@ def _rounded(columns: int) -> int:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Make the device of x current: Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

@@ -6,13 +6,14 @@
 
 With N rows that take part, V the vocabulary and D the hidden size:
 
-    operations  2 N V D forward; 6 N V D backward, 4 where the logits were kept, 4 or 2 for a frozen head
-    bytes       12 N V forward and back in float32 logits (written, read; written, read by each, 8 without a product),
-                6 N V for dx in half precision (written, read twice), 8 N D a slice for dh, and the head once a product
+    operations  2 N V D forward; 6 N V D backward, 4 if the logits were kept; 4 or 2 for a frozen head
+    bytes       float32 logits: 8 N V forward and 8 N V backward (written, read), or 4 if they were kept (read);
+                6 N V for dx in half precision (written, read twice); 8 N D per slice for dh; the head once per product
     memory      a slice of float32 logits and one of dx (`_products.SLICE_BYTES`, and half as much), dh in float32
 
-dx is written in the dtype that the products take. For float16, whose smallest number is 6e-8, the incoming gradients
-are multiplied by a power of two before and divided by it after, in float32; its size is read off them on the device.
+dx is written in the dtype that the products take. The smallest float16 number is 6e-8, so for float16 the incoming
+gradients are first multiplied by a power of two, and the results divided by it in float32. The power is computed from
+the incoming gradients on the device.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def fold_(
     first: bool,
     last: bool,
 ) -> None:
-    """Fold one slice into the state. With the last one it, the log-probs and the entropies are complete."""
+    """Fold one slice into the state. After the last one, the state, the log-probs and the entropies are complete."""
     n_labels = state.columns.shape[1]
     x_columns = _launch.readable(x, x.shape[1])
     fold_kernel[(rows.shape[0],)](
@@ -85,9 +86,9 @@ def gradient_(
     transform: LogitTransform,
     start: int,
 ) -> Tensor:
-    """The gradient of the products x, into `out`, which may be x itself where every row of it is wanted.
+    """The gradient of the products x, into `out`, which may be x itself if every row of x is wanted.
 
-    Where rows of `out` lie further apart than `size`, what is between them is overwritten, up to a multiple of 16.
+    If rows of `out` lie further apart than `size`, the gap between them is overwritten, up to a multiple of 16.
     """
     n_labels = state.columns.shape[1]
     gradient_kernel[rows.shape[0], triton.cdiv(x.shape[1], SPAN)](
@@ -151,18 +152,18 @@ def forward(
 
 
 def backward(
-    logp_gradient: Tensor,  # (T, K), anything where the label is ignored
+    logp_gradient: Tensor,  # (T, K), undefined where the label is ignored
     entropy_gradient: Tensor | None,  # (T,)
     state: State,
     hidden: Tensor,
     weight: Tensor,
-    rows: Tensor,  # (N,) int64, distinct: those with a gradient among them
+    rows: Tensor,  # (N,) int64, distinct; every row with a gradient is among them
     places: Tensor | None,  # (N,) of those rows in `kept`; None: all of `kept`, in order
     transform: LogitTransform,
     kept: Tensor,  # (M, V) or (0, V)
     needs: list[bool],  # whether hidden, weight and bias want a gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden and weight in their dtypes and of the bias in float32; (0,) for one not wanted."""
+    """The gradients of hidden and weight in their dtypes, and of the bias in float32; (0,) for one not wanted."""
     tokens, vocab_size, count = hidden.shape[0], kept.shape[1], rows.shape[0]
     state = state.contiguous()
     g, h = logp_gradient.float(), None if entropy_gradient is None else entropy_gradient.float()
@@ -179,7 +180,7 @@ def backward(
         width = widest_slice(tokens, vocab_size)
         space = partial(_launch.room, count, width, device=picked.device)
         room = None if kept.shape[0] else space(dtype=torch.float32)
-        # float32 gradients overwrite their slice, unless that is kept
+        # float32 gradients overwrite their slice of logits, unless it is kept
         separate = space(dtype=picked.dtype) if room is None or picked.dtype != torch.float32 else room
         dh = picked.new_empty(picked.shape if needs[0] else (0,), dtype=torch.float32)
         rounds = picked.dtype != weight.dtype or unscaled is not None
@@ -208,7 +209,10 @@ def backward(
 
 
 def in_range(g: Tensor, h: Tensor | None, state: State, rows: Tensor, logit_scale: float, vocab_size: int) -> Tensor:
-    """The power of two () that brings the bound on a logit's gradient, r (sum |g| + |h| (1 + log V)), to about 2^12."""
+    """The power of two () that brings the bound on a logit's gradient to about 2^12.
+
+    The bound is the largest |logit_scale| / temperature * (sum_k |g_k| + |h| (1 + log V)) of all rows.
+    """
     columns = state.columns[rows]
     bound = g[rows].masked_fill(columns < 0, 0).abs().sum(-1)
     unlabelled = (columns < 0).all(-1)

@@ -1,20 +1,20 @@
-"""The gradient of the logits, from those of log-probs and entropies: one read and one write.
+"""The gradient of the logits, from the gradients of log-probs and entropies: one read and one write.
 
     dx = softcap'(x) * rate * (sum_k g_k onehot_k - p (sum_k g_k + h (log p + entropy)))
     p = e^(rate (c - m)) / s,   log p + entropy = rate (c - m) - rate u / s
 
-with g the gradient of the log-probs and h that of the entropy; `_row_math.py` has the rest. A program takes some
-consecutive blocks of one row. Every logit costs one exponential and a multiply-add with two numbers of its row. At the
-labels among them the program then writes again, with g: all g of one label added up in their order, so that a label
-given twice is rounded once, and no block has to look for labels.
+with g the gradient of the log-probs and h that of the entropy; `_row_math.py` defines the rest. A program takes some
+consecutive blocks of one row. Every logit costs one exponential and a multiply-add with two values of its row. The
+program then writes the columns of its labels again, now with g. It adds up all g of one label in their order, so a
+label given twice is rounded once, and no block has to search for labels.
 
-A row whose incoming gradient is 0, or whose labels are all ignored, is not read: its zeros are written.
+A row is not read if its incoming gradient is 0 or all of its labels are ignored: its zeros are written.
 
-The logits may be a part of their rows, with m, s and u of the whole ones. The label `vocab_size` is then in another
-part: it counts in sum_k g_k, and is nowhere a onehot_k.
+The logits may be a slice of their rows, with m, s and u of whole rows. The label `vocab_size` is then in another slice:
+it counts in sum_k g_k and adds no onehot_k here.
 
-    bytes       V logits read and V written a row; some 20 + 12 K a program for what it knows of its row
-    operations  about 6 a logit, 8 with an entropy (widen, subtract, scale, e^x, multiply, round; clamp, multiply-add)
+    bytes       V logits read and V written per row; some 20 + 12 K per program for the values of its row
+    operations  about 6 per logit, 8 with an entropy (widen, subtract, scale, e^x, multiply, round; clamp, multiply-add)
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def slope_of(x, softcap, m, rate, offset, share, extra, with_entropy: tl.constex
     d = c - m
     dx = tl.exp2(d * (rate * LOG2_E))
     if with_entropy:
-        # e^-1e4 is 0, and -inf times that would be NaN
+        # e^-1e4 is 0 already, and 0 times -inf would be NaN
         dx = dx * (offset + share * tl.maximum(d, -1e4 / rate)) + extra
     else:
         dx = dx * offset + extra
@@ -69,7 +69,7 @@ def backward_kernel(
     logits,  # rows (outer, inner)
     columns,  # (T, K) int64 labels, contiguous
     row_temperature,  # (T,) or None
-    maximum,  # (T,) float32, as the next two, from the forward
+    maximum,  # (T,) float32, like the next two, from the forward
     peak,
     mean,  # or None: no gradient of the entropy
     logp_gradient,  # (T, K) or None
@@ -78,7 +78,7 @@ def backward_kernel(
     temperature,
     softcap,  # or None
     vocab_size,
-    all_columns,  # the last of them may be padding
+    all_columns,  # padding included
     n_labels,
     inner,
     outer_stride: tl.int64,
@@ -88,13 +88,13 @@ def backward_kernel(
     g_label_stride: tl.int64,
     h_stride,
     gradient_stride,
-    chunks,  # programs a row
-    blocks,  # a chunk
+    chunks,  # programs per row
+    blocks,  # per chunk
     block: tl.constexpr,
     block_labels: tl.constexpr,
-    part: tl.constexpr,  # whether the label vocab_size is in another part of the row, and not outside it
+    part: tl.constexpr,  # whether the label vocab_size is in another slice of the row, rather than in none
 ):
-    """One program a chunk of a row."""
+    """One program per chunk of a row."""
     program = tl.program_id(0)
     row = program // chunks
     first = (program % chunks) * blocks * block
@@ -122,7 +122,7 @@ def backward_kernel(
             column = start + tl.arange(0, block)
             x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
             dx = slope_of(x, softcap, m, rate, offset, share, 0.0, entropy_gradient is not None)
-            if start + block > vocab_size:  # of the row's last block alone
+            if start + block > vocab_size:  # only in the row's last block
                 dx = tl.where(column < vocab_size, dx, 0.0)
             tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
         if logp_gradient is not None:
@@ -131,8 +131,8 @@ def backward_kernel(
                 k = start + tl.arange(0, block_labels)
                 label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
                 here = (label >= first) & (label < min(last, vocab_size))
-                if tl.sum(here.to(tl.int32), 0) > 0:  # seldom: K labels over all chunks
-                    tl.debug_barrier()  # what was written at a label is written again
+                if tl.sum(here.to(tl.int32), 0) > 0:  # rare: K labels over all chunks
+                    tl.debug_barrier()  # the loop above also wrote at the labels, and must finish first
                     g = tl.zeros([block_labels], tl.float32)
                     for other in range(n_labels):
                         same = label == tl.load(columns + row.to(tl.int64) * n_labels + other)
@@ -157,7 +157,7 @@ def backward(
     out: Tensor | None = None,  # (T, V) of unit column stride
     part: bool = False,
 ) -> Tensor:
-    """The gradient of the logits, of their shape and dtype, contiguous unless `out` is given."""
+    """The gradient of the logits, in their shape and dtype; contiguous unless `out` is given."""
     n_labels = state.columns.shape[1]
     taus = None if state.row_temperature is None else state.row_temperature.float()
     columns, temperature, taus, maximum, peak, mean = state._replace(row_temperature=taus).contiguous()
@@ -211,7 +211,7 @@ def backward_in_torch(
     softcap: float | None,
     vocab_size: int,
 ) -> Tensor:
-    """The same algorithm, all blocks of all rows side by side."""
+    """The same algorithm in torch, with all blocks of all rows side by side."""
     columns, temperature, row_temperature, maximum, peak, mean = state
     ignored = columns == IGNORE_INDEX
     g = (

@@ -1,20 +1,20 @@
 """Logits to log-probs and entropies: one read.
 
-A program takes one row, or one of its splits, in blocks of (lanes, width) logits, width being 16 bytes of them. Each
-lane has a state (m, s, u) of its own (`_row_math.py`), so that inside the loop nothing is exchanged between threads,
-and every logit costs one exponential: a lane first takes the largest of its `width` new logits, and rescales what it
-has once for all of them. After the loop the lanes are merged in a tree; splits are merged, in the same way, by a second
-kernel, which then has the whole row. Neither uses atomics: the same shapes give the same bits.
+A program takes one row, or one split of a row, in blocks of (lanes, width) logits, where `width` logits are 16 bytes.
+Each lane has its own state (m, s, u) (`_row_math.py`), so threads exchange nothing inside the loop. Every logit costs
+one exponential: a lane first takes the maximum of its `width` new logits, then rescales its state once for all of them.
+After the loop the lanes are merged in a tree. A second kernel merges the splits of a row in the same way. Neither uses
+atomics: the same shapes give the same bits.
 
-The logits at the labels are read again by whoever has the whole row, K of them a row. A row whose labels are all
-ignored is not read.
+The program that has the state of the whole row reads the logits at the labels again, K per row. A row whose labels are
+all ignored is not read.
 
-    bytes       V logits read a row, 12 a split written and read again where there are several, 16 + 4 K written
-    operations  about 8 a logit with the entropy (widen, subtract, scale, e^x, add, clamp, multiply-add, and the max)
+    bytes       V logits read per row; 12 per split written and read again if there are several; 16 + 4 K written
+    operations  about 8 per logit with the entropy (widen, subtract, scale, e^x, add, clamp, multiply-add, and the max)
 
-At 2 bytes a logit and 4.3 TB/s a multiprocessor has 13 instructions for each. ptxas makes 9 of this, 11 with the
-entropy; a softcap takes about 20 more. These are for rows that begin at multiples of 16 elements. Of others each logit
-is read by itself, in the same lanes: 1 load for each instead of 1/8, and its address and mask.
+At 2 bytes per logit and 4.3 TB/s, a multiprocessor has time for 13 instructions per logit. ptxas makes 9 of this, or 11
+with the entropy; a softcap adds about 20. That is for rows that begin at multiples of 16 elements. In other rows each
+logit is loaded by itself, in the same lanes: 1 load per logit instead of 1/8, with its address and mask.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def any_label(columns, row, n_labels, block_labels: tl.constexpr):
 
 @triton.jit
 def write_row(row_logits, column_stride, columns, row, n_labels, vocab_size, softcap, rate, state, out, block_labels):
-    """What follows from a row's whole state (m, s, u), into out: logp, entropy, maximum, peak, mean."""
+    """Write what follows from a row's whole state (m, s, u) to `out`: logp, entropy, maximum, peak, mean."""
     m, s, u = state
     logp, entropy, maximum, peak, mean = out
     for start in range(0, n_labels, block_labels):
@@ -78,7 +78,7 @@ def write_row(row_logits, column_stride, columns, row, n_labels, vocab_size, sof
 
 @triton.jit
 def write_ignored_row(row, n_labels, out, block_labels: tl.constexpr):
-    """The results of a row without a label."""
+    """Write the results of a row without a label."""
     logp, entropy, maximum, peak, mean = out
     for start in range(0, n_labels, block_labels):
         k = start + tl.arange(0, block_labels)
@@ -96,32 +96,32 @@ def write_ignored_row(row, n_labels, out, block_labels: tl.constexpr):
 )
 def forward_kernel(
     logits,  # rows (outer, inner)
-    columns,  # (T, K) int64 labels, contiguous: -100 ignored, NaN for any other outside the vocabulary
+    columns,  # (T, K) int64 labels, contiguous; -100 is ignored, any other outside the vocabulary gives NaN
     row_temperature,  # (T,) or None
-    logp,  # (T, K) float32, as all that follow
+    logp,  # (T, K) float32, like all that follow
     entropy,  # (T,) or None
     maximum,  # (T,), of the capped logits
     peak,  # (T,), 1 / s
     mean,  # (T,), rate * u / s, or None
-    parts,  # (3, T, splits) states, or None where one program has all of a row
+    parts,  # (3, T, splits) states, or None if one program has the whole row
     temperature,
     softcap,  # or None
     vocab_size,
-    all_columns,  # that may be read: the last of them may be padding, or not belong to the row
+    all_columns,  # columns that are safe to load; the last of them may be padding or belong to another row
     n_labels,
     inner,
     outer_stride: tl.int64,
     inner_stride,
     column_stride,
     part_stride,  # T * splits
-    blocks,  # of lanes * width columns, in a split
+    blocks,  # per split, of lanes * width columns
     splits,
     lanes: tl.constexpr,
     width: tl.constexpr,
     aligned: tl.constexpr,
     block_labels: tl.constexpr,
 ):
-    """One program a row, or a split of one."""
+    """One program per row, or per split of a row."""
     program = tl.program_id(0)
     row = program // splits
     out = (logp, entropy, maximum, peak, mean)
@@ -133,7 +133,7 @@ def forward_kernel(
         for start in range(first, min(first + blocks * (lanes * width), vocab_size), lanes * width):
             x = load_tile(row_logits, start, column_stride, all_columns, lanes, width, aligned)
             c = capped(x, None, softcap)
-            if start + lanes * width > vocab_size:  # of the row's last block alone
+            if start + lanes * width > vocab_size:  # only in the row's last block
                 c = tl.where(tile_columns(start, lanes, width) < vocab_size, c, float("-inf"))
             m, s, u = fold(m, s, u, c, rate, entropy is not None)
         m, s, u = merge_all(m, s, u, rate, entropy is not None)
@@ -184,10 +184,10 @@ def merge_kernel(
     column_stride,
     part_stride,
     splits,
-    block_splits: tl.constexpr,  # as many at least
+    block_splits: tl.constexpr,  # at least `splits`
     block_labels: tl.constexpr,
 ):
-    """One program a row: its splits, merged. Arguments as of `forward_kernel`."""
+    """Merge the splits of a row, one program per row. The arguments are those of `forward_kernel`."""
     row = tl.program_id(0)
     out = (logp, entropy, maximum, peak, mean)
     if any_label(columns, row, n_labels, block_labels):
@@ -215,7 +215,7 @@ def forward(
     vocab_size: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean (T,) or (0,)), all written, float32."""
+    """(logp (T, K), entropy (T,) or (0,), maximum, peak (T,), mean (T,) or (0,)), float32, every element written."""
     rows, n_labels = columns.shape
     columns = columns.contiguous()
     if row_temperature is not None:
@@ -275,14 +275,14 @@ def forward_in_torch(
     vocab_size: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same algorithm, block after block of all splits of all rows side by side."""
+    """The same algorithm in torch, block after block, with all splits of all rows side by side."""
     rows = logits.shape[0]
     launch = _launch.forward(rows, vocab_size, logits.dtype)
     ignored = (columns == IGNORE_INDEX).all(-1)
     x = logits[:, :vocab_size].float().masked_fill(ignored[:, None], 0)
     c = x if softcap is None else softcap * torch.tanh(x / softcap)
     rate = (torch.full((rows,), temperature) if row_temperature is None else row_temperature).float().reciprocal()
-    rate = rate.masked_fill(ignored, 1).to(c.device)[:, None, None]  # of (T, splits, lanes)
+    rate = rate.masked_fill(ignored, 1).to(c.device)[:, None, None]  # broadcasts over (T, splits, lanes)
 
     blocks = launch.blocks(vocab_size)
     padded = torch.nn.functional.pad(

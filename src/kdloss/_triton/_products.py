@@ -1,11 +1,11 @@
-"""Matrix products that keep a tensor core's float32 accumulator, and the cut of a vocabulary into slices for them.
+"""Matrix products that keep a tensor core's float32 accumulator, and the slices of the vocabulary that they work on.
 
-A product of half-precision matrices is accumulated in float32 and rounded on its way to memory. Logits must not be:
-to bfloat16 that costs 3e-2 nats of log-prob. Nor may a gradient that is summed over slices. So these write float32 from
-half-precision operands where torch offers it (on CUDA; into a fresh matrix from torch 2.8, on top of one from 2.10),
-and widen the operands elsewhere, which is the same number from more work.
+A product of half-precision matrices is accumulated in float32 and rounded when it is written to memory. Logits must not
+be rounded: in bfloat16 that costs 3e-2 nats of log-prob. Neither may a gradient that is summed over slices. So these
+functions write float32 from half-precision operands where torch can (on CUDA: into a new matrix from torch 2.8, added
+to an existing one from 2.10). Elsewhere they widen the operands, which gives the same number for more work.
 
-All results go to `out=`, which is also what keeps `torch.autocast` from casting the operands of the widened products.
+All results go to `out=`, which also keeps `torch.autocast` from casting the operands of the widened products.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import torch
 from torch import Tensor
 
 # Bytes of a slice of float32 logits. Every slice adds one pass over the gradient of the hidden states, (N, D) float32
-# read and written, and one launch of each kernel: wide slices are few. Not tuned on a device yet.
+# read and written, and one launch of each kernel, so slices should be wide and few. Not yet tuned on a device.
 SLICE_BYTES = 1 << 29
 
-# Below this many columns a product no longer fills a device, however many rows there are. From 131072 tokens on, a
-# slice is this wide and past the budget, 4 KiB a token. It is also narrower than the 4096 columns that a program of
-# `fold` takes at a time, as from 32768 tokens on: of its lanes half idle at 65536, and three of four from 131072.
+# With fewer columns a product no longer fills a device, however many rows it has. From 131072 tokens on, a slice is
+# this wide and exceeds the budget: 4 KiB per token. From 32768 tokens on, it is also narrower than the 4096 columns
+# that a program of `fold` takes at a time: half of its lanes are idle at 65536 tokens, three of four from 131072 on.
 LEAST_WIDTH = 1024
 
 HALF = (torch.bfloat16, torch.float16)
-_TENSOR_CORES = ("cuda", "meta")  # the latter stands for the former where only shapes are asked for
+_TENSOR_CORES = ("cuda", "meta")  # meta stands for cuda where only shapes are computed
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What hidden states meet the head in: their half-precision dtype where they share one, else float32."""
+    """The dtype in which hidden states meet the head: their half-precision dtype if they share one, else float32."""
     return hidden.dtype if hidden.dtype == weight.dtype and hidden.dtype in HALF else torch.float32
 
 
 def product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` into `out`, float32 or of the operands' dtype, rounded once."""
+    """`a @ b` into `out`, which is float32 or has the operands' dtype; rounded once."""
     if a.dtype == out.dtype and (a.dtype not in HALF or a.device.type in _TENSOR_CORES):
         return torch.mm(a, b, out=out)
     if _writes_float32(a) and out.dtype == torch.float32:
@@ -46,8 +46,8 @@ def product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> Tensor:
-    """`total += factor * (a @ b)`, with `total` float32 and `factor` () on the device."""
-    if factor is not None:  # no product takes one from the device
+    """`total += factor * (a @ b)`, where `total` is float32 and `factor` is () on the device."""
+    if factor is not None:  # no product of torch takes a factor on the device
         for rows in slices(total.shape[1], total.shape[0]):
             part = product_(torch.empty_like(total[rows]), a[rows], b)
             torch.addcmul(total[rows], part, factor, out=total[rows])
@@ -64,8 +64,8 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = No
 def slices(tokens: int, vocab_size: int) -> Iterator[slice]:
     """The vocabulary cut evenly, in multiples of 256 columns, so that (tokens, width) float32 fits the budget.
 
-    `tokens` are all that came in, not those that are trained on: the cut, and with it the last bit of a result, hangs
-    on shapes alone.
+    `tokens` counts all tokens of the input, not only the trained ones: the cut, and with it the last bit of a result,
+    depends on shapes alone.
     """
     widest = max(LEAST_WIDTH, SLICE_BYTES // (4 * max(1, tokens)))
     width = math.ceil(vocab_size / math.ceil(vocab_size / widest) / 256) * 256

@@ -2,13 +2,13 @@
 
     c = softcap(logit_scale * x),   z = rate * c,   rate = 1 / temperature
 
-A row's state is (m, s, u) in terms of c, so that the temperature costs nothing an element:
+A row's state is (m, s, u), in terms of c, so that the temperature costs nothing per element:
 
     m = max c,   s = sum_v e_v,   u = sum_v (c_v - m) e_v,   e_v = e^(rate (c_v - m))
     logp = rate (c_label - m) - log s,   entropy = log s - rate u / s
 
-The difference to the maximum is taken before it is multiplied: logits far off centre lose no digits. Without any mass
-(every c is -inf) the state is (-inf, 0, 0), and it merges as nothing; a whole row of it has NaN for its results.
+The maximum is subtracted before the rate is applied, so logits far from zero lose no digits. Without any mass (every c
+is -inf) the state is (-inf, 0, 0), and merging it changes nothing. A whole row without mass has NaN results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class LogitTransform(NamedTuple):
-    """c = softcap(logit_scale (x + bias)) of logits, or of products with a head, x."""
+    """What turns x, a logit or a product with a head, into c: c = softcap(logit_scale (x + bias))."""
 
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
@@ -30,35 +30,35 @@ class LogitTransform(NamedTuple):
 
     @classmethod
     def of(cls, bias: Tensor | None, logit_scale: float, softcap: float | None) -> LogitTransform:
-        """As the kernels read it, one entry of the bias after another."""
+        """With a contiguous bias, as the kernels read it."""
         return cls(None if bias is None else bias.contiguous(), logit_scale, softcap)
 
     @property
     def numbers(self) -> tuple[float | None, float | None]:
-        """(logit_scale, softcap) as the kernels take them: None leaves either out."""
+        """(logit_scale, softcap) as the kernels take them, where None skips the step."""
         return None if self.logit_scale == 1 else self.logit_scale, self.softcap
 
 
 class State(NamedTuple):
-    """What is known of every row: its labels, its temperature and, float32, what its softmax follows from."""
+    """Per row: the labels, the temperature, and the float32 state that its softmax follows from."""
 
-    columns: Tensor  # (T, K) int64, -100 ignored; past the columns of the logits: in another part of the row
-    temperature: float  # of all rows
-    row_temperature: Tensor | None  # (T,) in its place
+    columns: Tensor  # (T, K) int64; -100 is ignored, a label past the columns of the logits is in another shard
+    temperature: float  # of every row
+    row_temperature: Tensor | None  # (T,) one per row instead
     maximum: Tensor  # (T,) m
-    peak: Tensor  # (T,) 1 / s
-    mean: Tensor | None  # (T,) rate u / s; not read without an entropy
+    peak: Tensor  # (T,) 1 / s, or s itself until the last slice is folded
+    mean: Tensor | None  # (T,) rate u / s, likewise u until then; not read without an entropy
 
     @classmethod
     def empty(cls, columns: Tensor, temperature: float, row_temperature: Tensor | None, *, with_entropy: bool) -> State:
-        """Of rows of which nothing has been read: zeros, which stay in rows that take no part."""
+        """The state before any logit is read. Its zeros remain in rows that take no part."""
         shape, device = columns.shape[:1], columns.device
         maximum, peak, mean = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
         state = cls(columns, temperature, row_temperature, maximum, peak, mean if with_entropy else None)
         return state.contiguous()
 
     def contiguous(self) -> State:
-        """As the kernels read it, one label and one temperature after another."""
+        """With contiguous labels and temperatures, as the kernels read them."""
         taus = self.row_temperature
         return self._replace(
             columns=self.columns.contiguous(), row_temperature=None if taus is None else taus.contiguous()
@@ -72,18 +72,18 @@ LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def tanh(x):
-    """In float32, to a few roundings; the instruction that a GPU has for it is right to 11 bits only."""
+    """In float32, accurate to a few roundings; the GPU's own instruction is accurate to 11 bits only."""
     square = x * x
-    # odd polynomial, fitted to the smallest relative error on |x| < 0.55, where the quotient would cancel
+    # an odd polynomial, fitted for the smallest relative error on |x| < 0.55, where the quotient would cancel
     series = ((0.01645875908434391 * square - 0.05268414318561554) * square + 0.13320942223072052) * square
     near = x + x * (square * (series - 0.33332958817481995))
-    t = tl.exp2(tl.minimum(x * (-2 * LOG2_E), 100.0))  # beyond which 1 + t = t, and infinities would meet
+    t = tl.exp2(tl.minimum(x * (-2 * LOG2_E), 100.0))  # from 2^100 on 1 + t = t, and inf / inf would be NaN
     return tl.where(tl.abs(x) > 0.55, (1 - t) / (1 + t), near)
 
 
 @triton.jit
 def capped(x, logit_scale, softcap):
-    """c = softcap(logit_scale * x) in float32; None leaves either out."""
+    """c = softcap(logit_scale * x) in float32; None skips a step."""
     c = x.to(tl.float32)
     if logit_scale is not None:
         c = c * logit_scale
@@ -106,7 +106,7 @@ def capped_slope(c, logit_scale, softcap):
 
 @triton.jit
 def row_rate(row_temperature, row, temperature):
-    """1 / temperature: of the row where there is one a row, NaN where that is not positive."""
+    """1 / temperature, the row's own if there is one per row; NaN if it is not positive."""
     if row_temperature is not None:
         temperature = tl.load(row_temperature + row).to(tl.float32)
     return tl.where(temperature > 0, tl.div_rn(1.0, temperature), float("nan"))
@@ -114,13 +114,13 @@ def row_rate(row_temperature, row, temperature):
 
 @triton.jit
 def row_offset(row, inner, outer_stride, inner_stride):
-    """Where row (row // inner, row % inner) begins, in 64 bits: T * V passes 2^31 in ordinary use."""
+    """Offset of row (row // inner, row % inner), in 64 bits: T * V exceeds 2^31 in ordinary use."""
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
 @triton.jit
 def _quad(x, column, step: tl.constexpr, stride, bound):
-    """x at four columns `step` apart from each of `column` (n,): (n, 4), and 0 from `bound` on."""
+    """x at `column` (n,) and at the next three columns `step` apart: (n, 4), with 0 from `bound` on."""
     place = x + column.to(tl.int64) * stride
     apart = tl.full([], step, tl.int64) * stride
     a = tl.load(place, mask=column < bound, other=0.0)
@@ -132,16 +132,17 @@ def _quad(x, column, step: tl.constexpr, stride, bound):
 
 @triton.jit
 def tile_columns(start, lanes: tl.constexpr, width: tl.constexpr):
-    """Which columns a tile has from `start`: `width` in a row for each lane."""
+    """The columns (lanes, width) of a tile that begins at `start`: `width` consecutive ones per lane."""
     return start + tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
 
 
 @triton.jit
 def load_tile(x, start, stride, bound, lanes: tl.constexpr, width: tl.constexpr, aligned: tl.constexpr):
-    """x at the columns of a tile, (lanes, width), and 0 from `bound` on.
+    """x at the columns of a tile, (lanes, width), with 0 from `bound` on.
 
-    A lane's logits belong to one thread. Where rows are `aligned` one instruction reads 16 bytes of them. Elsewhere
-    Triton would spread a lane over threads, and then exchange between them: so each logit is read by itself.
+    A lane's logits belong to one thread. If rows are `aligned`, one instruction loads 16 bytes of them. Otherwise
+    Triton would spread a lane over several threads and then exchange values between them, so each logit is loaded by
+    itself.
     """
     lane = start + tl.arange(0, lanes) * width
     if aligned:
@@ -158,19 +159,19 @@ def load_tile(x, start, stride, bound, lanes: tl.constexpr, width: tl.constexpr,
 
 @triton.jit
 def empty_state(n: tl.constexpr):
-    """(m, s, u) of n rows, or lanes of one, that have seen nothing."""
+    """(m, s, u) of n rows, or of n lanes of one row, before any logit."""
     zero = tl.zeros([n], tl.float32)
     return zero + float("-inf"), zero, zero
 
 
 @triton.jit
 def fold(m, s, u, c, rate, with_entropy: tl.constexpr):
-    """The state (n,) with one more block c (n, E), -inf where there is nothing. `rate` is a scalar or (n,).
+    """The state (n,) after one more block c (n, E), which is -inf where there is no logit. `rate` is a scalar or (n,).
 
-    One exponential an element, and one a row for what was there before.
+    One exponential per element, and one per row to rescale the previous state.
     """
     top = tl.maximum(m, tl.max(c, 1))
-    base = tl.where(top == float("-inf"), 0.0, top)  # without any mass: anything finite
+    base = tl.where(top == float("-inf"), 0.0, top)  # without any mass, any finite number will do
     rate2 = rate * LOG2_E + tl.zeros_like(s)
     d = c - base[:, None]
     e = tl.exp2(d * rate2[:, None])
@@ -183,7 +184,7 @@ def fold(m, s, u, c, rate, with_entropy: tl.constexpr):
 
 @triton.jit
 def merge(m, s, u, other_m, other_s, other_u, rate, with_entropy: tl.constexpr):
-    """The state of two parts of the same rows, element by element; `rate` broadcasts."""
+    """The merged state of two parts of the same rows, element by element; `rate` broadcasts."""
     top = tl.maximum(m, other_m)
     base = tl.where(top == float("-inf"), 0.0, top)
     a = tl.exp2((m - base) * (rate * LOG2_E))
@@ -196,7 +197,7 @@ def merge(m, s, u, other_m, other_s, other_u, rate, with_entropy: tl.constexpr):
 
 @triton.jit
 def merge_all(m, s, u, rate, with_entropy: tl.constexpr):
-    """One state () of the parts (n,) of one row: a tree whose shape depends on n alone."""
+    """One state () from the parts (n,) of one row: a tree whose shape depends on n alone."""
     top = tl.max(m, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
     a = tl.exp2((m - base) * (rate * LOG2_E))
@@ -209,23 +210,23 @@ def merge_all(m, s, u, rate, with_entropy: tl.constexpr):
 
 @triton.jit
 def log_of(s):
-    """log s, which the float32 logarithm would give to 2e-7: more than a log-prob near 0 can bear. One a row."""
+    """log s, once per row. The float32 logarithm would be off by 2e-7, which is too much for a log-prob near 0."""
     return tl.log(s.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def mean_of(s, u, rate):
-    """rate u / s, and 0 without any mass, so that it merges as nothing."""
+    """rate u / s, and 0 without any mass, so that merging it changes nothing."""
     return tl.where(s == 0, 0.0, tl.div_rn(u * rate, s))
 
 
 @triton.jit
 def entropy_of(s, mean):
-    """log s - mean, and NaN without any mass: that is no distribution."""
+    """log s - mean, and NaN without any mass, which is no distribution."""
     return tl.where(s == 0, float("nan"), log_of(s) - mean)
 
 
 @triton.jit
 def label_logp(c, m, s, rate):
-    """Log-prob of the label whose capped logit is c."""
+    """The log-prob of the label whose capped logit is c."""
     return (c - m) * rate - log_of(s)

@@ -1,28 +1,28 @@
 """One slice of the vocabulary: folded into the rows' states forward, turned into its own gradient backward.
 
-A product of hidden states with some rows of the head has just written x (N, width) float32, and these two kernels are
-all else that happens to it:
+A product of hidden states with some rows of the head has just written x (N, width) float32. These two kernels do all
+the rest:
 
     fold       c = softcap(logit_scale (x + bias)),  state <- state merged with that of c,  c at the labels kept
                after the last slice: logp = rate (c_label - m) - log s,   entropy = log s - mean
     gradient   p = e^(rate (c - m)) / s
                dx = rate c'(x) (sum_k g_k (onehot_k - p) - h p (rate (c - m) - mean))
 
-with the state (m, s, u) of `_row_math.py`, mean = rate u / s, and g, h what comes in for log-probs and entropy. Rows of
-x are rows of the stream through `rows`; labels, temperatures, states and results are read and written in the stream,
-so nothing of the size of a row is gathered first.
+with the state (m, s, u) of `_row_math.py`, mean = rate u / s, and g, h the incoming gradients of log-probs and entropy.
+`rows` maps rows of x to rows of the stream, all T tokens. Labels, temperatures, states and results are read and written
+in the stream, so no value per row has to be gathered first.
 
-A program of `fold` has a row of the slice to itself, in blocks of (lanes, 4) logits, as in `_logits_forward.py`: no
-atomics, so the same shapes give the same bits. A program of `gradient` has `SPAN` columns of one.
+A program of `fold` has one row of the slice, in blocks of (lanes, 4) logits, as in `_logits_forward.py`. There are no
+atomics, so the same shapes give the same bits. A program of `gradient` has `SPAN` columns of one row.
 
-    bytes       fold: 4 a logit read, 12 a row and slice read and written
-                gradient: 4 a logit read, 2 or 4 written
-    operations  about 10 a logit forward and 12 back, beside the 2 D and 4 D of the products
+    bytes       fold: 4 per logit read, 12 per row and slice read and written
+                gradient: 4 per logit read, 2 or 4 written
+    operations  about 10 per logit forward and 12 backward, beside the 2 D and 4 D of the products
 
-The product and these passes write and read a logit twice each way in float32: 8 bytes forward, against 2 D operations,
-which at 4.3 TB/s and 790 TFLOP/s is as long as the product for D = 735, so hidden sizes below about that are bound by
-memory. Rows are never split between programs of `fold`: where rows are few, the product reads the whole head meanwhile,
-D / 2 times the bytes of a row.
+In either direction the product writes each float32 logit once and a kernel reads it once. Forward that is 8 bytes
+against 2 D operations. At 4.3 TB/s and 790 TFLOP/s the two take equally long at D = 735, so hidden sizes below about
+that are bound by memory. Programs of `fold` never split a row: if rows are few, the product reads the whole head
+meanwhile, D / 2 times the bytes of a row.
 
 The same algorithm in torch is `_logprobs/hidden_op.py`, slice by slice in the same order.
 """
@@ -48,7 +48,7 @@ from ._row_math import (
     tile_columns,
 )
 
-# Chosen by arithmetic, not measured: 16 logits a thread are in flight, as in `_launch.py`.
+# Chosen by arithmetic, not measured: 16 logits per thread are in flight, as in `_launch.py`.
 LANES, WIDTH, WARPS = 1024, 4, 8
 BLOCK, SPAN = 2048, 8192
 LABELS_AT_A_TIME = 32
@@ -56,7 +56,7 @@ LABELS_AT_A_TIME = 32
 
 @triton.jit
 def logit_of(value, bias, column, inside, logit_scale, softcap):
-    """c of products of some columns of the vocabulary, with a bias where they are `inside` the slice."""
+    """c of the products at some columns of the vocabulary, with a bias where they are `inside` the slice."""
     if bias is not None:
         value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     return capped(value, logit_scale, softcap)
@@ -74,12 +74,12 @@ def labelled(columns, row, n_labels, block_labels: tl.constexpr):
 
 @triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["n_labels"])
 def fold_kernel(
-    x,  # (N, size) float32, contiguous rows x_stride apart
+    x,  # (N, size) float32, rows contiguous and x_stride apart
     rows,  # (N,) int64, distinct
     columns,  # (T, K) int64 inside the vocabulary, -100 ignored
     bias,  # (V,) or None
     row_temperature,  # (T,) or None
-    logp,  # (T, K) float32, as all that follow; c at the labels seen so far, until the last slice
+    logp,  # (T, K) float32, like all that follow; until the last slice, c at the labels seen so far
     entropy,  # (T,) or None
     maximum,  # (T,): m
     peak,  # (T,): s, and 1 / s after the last slice
@@ -87,13 +87,13 @@ def fold_kernel(
     temperature,
     logit_scale,  # or None
     softcap,  # or None
-    start,  # of the slice
+    start,  # first column of the slice
     size,
-    x_columns,  # that may be read, `size` of them and some padding
+    x_columns,  # columns that are safe to load: `size` and some padding
     n_labels,
     x_stride,
-    first: tl.constexpr,  # of the slices
-    last: tl.constexpr,
+    first: tl.constexpr,  # whether this is the first slice
+    last: tl.constexpr,  # or the last
     lanes: tl.constexpr,
     width: tl.constexpr,
     aligned: tl.constexpr,
@@ -125,7 +125,7 @@ def fold_kernel(
             if last:
                 c = tl.where(label >= 0, label_logp(c, m, s, rate), 0.0)
             if not first:
-                tl.debug_barrier()  # every thread has read the state, here and above, before one writes it
+                tl.debug_barrier()  # all threads have read the state, here and above, before any writes it
             tl.store(logp + row * n_labels + k, c, mask=mine)
         tl.store(maximum + row, m)
         if last:
@@ -152,28 +152,28 @@ def fold_kernel(
 @triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["n_labels"])
 def gradient_kernel(
     x,  # (M, size) float32
-    places,  # (N,) int64: which rows of x; None: the first N
-    rows,  # (N,) int64: which rows of the stream
+    places,  # (N,) int64, rows of x; None: the first N
+    rows,  # (N,) int64, rows of the stream
     columns,
     bias,
     row_temperature,
     maximum,
     peak,
-    mean,  # or None, as entropy_gradient
-    logp_gradient,  # (T, K) float32, anything where the label is ignored
-    entropy_gradient,  # (T,) float32, anything without a label
-    out,  # (N, size), contiguous rows out_stride apart
+    mean,  # or None, like entropy_gradient
+    logp_gradient,  # (T, K) float32, undefined where the label is ignored
+    entropy_gradient,  # (T,) float32, undefined without a label
+    out,  # (N, size), rows contiguous and out_stride apart
     temperature,
     logit_scale,
     softcap,
     start,
     size,
-    x_columns,  # that may be read, `size` of them and some padding
-    out_columns,  # that may be written, likewise
+    x_columns,  # columns that are safe to load: `size` and some padding
+    out_columns,  # columns that are safe to store, likewise
     n_labels,
     x_stride,
     out_stride,
-    span: tl.constexpr,  # columns of a program, a multiple of a block
+    span: tl.constexpr,  # columns per program, a multiple of a block
     block: tl.constexpr,
     block_labels: tl.constexpr,
 ):
@@ -212,7 +212,7 @@ def gradient_kernel(
             p = tl.exp2(d * (rate * LOG2_E)) * top
             slope = total + tl.zeros_like(p)
             if entropy_gradient is not None:
-                slope += h * (tl.maximum(d * rate, -1e4) - average)  # e^-1e4 is 0, and 0 * -inf would be NaN
+                slope += h * (tl.maximum(d * rate, -1e4) - average)  # e^-1e4 is 0 already, and 0 * -inf would be NaN
             dz = -p * slope
             dz = with_labels(dz, column, begin + start, columns, logp_gradient, row, n_labels, block, block_labels)
             dx = dz * rate * capped_slope(c, logit_scale, softcap)
@@ -225,7 +225,7 @@ def gradient_kernel(
 
 @triton.jit
 def with_labels(dz, column, begin, columns, gradient, row, n_labels, block: tl.constexpr, block_labels: tl.constexpr):
-    """dz + sum_k g_k onehot_k in a block of columns from `begin`."""
+    """dz + sum_k g_k onehot_k in a block of columns from `begin` on."""
     if block_labels == 1:
         label = tl.load(columns + row)
         g = tl.load(gradient + row, mask=label >= 0, other=0.0)
@@ -236,7 +236,7 @@ def with_labels(dz, column, begin, columns, gradient, row, n_labels, block: tl.c
             k = start + tl.arange(0, block_labels)
             label = tl.load(columns + row * n_labels + k, mask=k < n_labels, other=-100)
             near += tl.sum(((label >= begin) & (label < begin + block)).to(tl.int32), 0)
-        if near > 0:  # seldom: K labels over V columns
+        if near > 0:  # rare: K labels over V columns
             for k in range(n_labels):
                 label = tl.load(columns + row * n_labels + k)
                 g = tl.load(gradient + row * n_labels + k, mask=label >= 0, other=0.0)

@@ -1,15 +1,15 @@
-"""The gradient of the logits, from those of the kept logits and of the log-sum-exp of the rest: one read and one write.
+"""The gradient of the logits, from the gradients of the kept logits and of the rest: one read and one write.
 
     dx_v = g_k / τ at v = ids_k,   dx_v = h e^(z_v - rest) / τ elsewhere
 
-with g the gradient of `kept` and h that of `rest`; `_topk_forward.py` has the rest. A program takes some consecutive
-blocks of one row. It writes h e^(z - rest) / τ at every column, and then writes again at the ids among them, so that no
-block looks for ids, and in any order of them.
+with g the gradient of `kept` and h that of `rest`, the log-sum-exp of all other logits; `_topk_forward.py` defines
+both. A program takes some consecutive blocks of one row. It writes h e^(z - rest) / τ at every column, then overwrites
+the columns at the ids. So no block searches for ids, and their order does not matter.
 
-A row in which no gradient of the rest comes in is not read: its zeros are written, and g.
+If the rest of a row has no incoming gradient, the row is not read: zeros are written, and g at the ids.
 
-    bytes       V logits read and V written a row, 12 K read a program; V written alone where no rest was taken
-    operations  about 6 a logit (widen, scale and subtract, scale, e^x, multiply, round)
+    bytes       V logits read and V written per row, 12 K read per program; only V written if the rest was not wanted
+    operations  about 6 per logit (widen, scale and subtract, scale, e^x, multiply, round)
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def kept_and_rest_backward_kernel(
     ids,  # (T, K) int64, contiguous
     row_temperature,  # (T,) or None
     rest,  # (T,) float32, of whole rows
-    kept_gradient,  # (T, K) float32, as the next
+    kept_gradient,  # (T, K) float32, like the next
     rest_gradient,  # (T,)
     gradient,  # rows of all_columns, in the dtype of the logits
     temperature,
     vocab_size,
-    all_columns,  # the last of them may be padding
+    all_columns,  # padding included
     n_ids,
     inner,
     outer_stride: tl.int64,
@@ -47,12 +47,12 @@ def kept_and_rest_backward_kernel(
     g_id_stride: tl.int64,
     h_stride: tl.int64,
     gradient_stride,
-    chunks,  # programs a row
-    blocks,  # a chunk
+    chunks,  # programs per row
+    blocks,  # per chunk
     block: tl.constexpr,
     block_ids: tl.constexpr,
 ):
-    """One program a chunk of a row."""
+    """One program per chunk of a row."""
     program = tl.program_id(0)
     row = program // chunks
     first = (program % chunks) * blocks * block
@@ -65,44 +65,44 @@ def kept_and_rest_backward_kernel(
     if h != 0:
         if logits is not None:
             shift = tl.load(rest + row)
-            shift = tl.where(shift == float("-inf"), 0.0, shift)  # nothing is left: every e^(z - 0) is 0
+            shift = tl.where(shift == float("-inf"), 0.0, shift)  # no mass is left: every e^(z - 0) is 0
             weight = h * rate
             row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
             for start in range(first, last, block):
                 column = start + tl.arange(0, block)
                 x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
                 dx = tl.exp2((x.to(tl.float32) * rate - shift) * LOG2_E) * weight
-                if start + block > vocab_size:  # of the row's last block alone
+                if start + block > vocab_size:  # only in the row's last block
                     dx = tl.where(column < vocab_size, dx, 0.0)
                 tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
     else:
         for start in range(first, last, block):
             column = start + tl.arange(0, block)
             tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < all_columns)
-    tl.debug_barrier()  # what was written at an id is written again
+    tl.debug_barrier()  # the loops above also wrote at the ids, and must finish first
     for start in range(0, n_ids, block_ids):
         k = start + tl.arange(0, block_ids)
         value = tl.load(ids + row.to(tl.int64) * n_ids + k, mask=k < n_ids, other=-1)
         here = (value >= first) & (value < min(last, vocab_size))
         g = tl.load(kept_gradient + row * g_row_stride + k * g_id_stride, mask=here, other=0.0)
-        dx = tl.where(g == 0, 0.0, g * rate)  # the temperature of a row that takes no part may be anything
+        dx = tl.where(g == 0, 0.0, g * rate)  # a row that takes no part may have any temperature
         tl.store(out + value, dx.to(out.dtype.element_ty), mask=here)
 
 
 def backward(
-    kept_gradient: Tensor,  # (..., K) float32, as the next
+    kept_gradient: Tensor,  # (..., K) float32, like the next
     rest_gradient: Tensor,  # (...,)
     logits: Tensor,  # (..., V)
     ids: Tensor,  # (..., K) int64
     row_temperature: Tensor | None,  # (...,)
-    rest: Tensor,  # (...,) from the forward, or of whole rows where the logits are a slice of them
+    rest: Tensor,  # (...,) from the forward; of whole rows if the logits are a slice of them
     temperature: float,
     vocab_size: int,
     with_rest: bool,
     *,
     out: Tensor | None = None,  # (T, V) of unit column stride
 ) -> Tensor:
-    """The gradient of the logits, of their shape and dtype, contiguous unless `out` is given."""
+    """The gradient of the logits, in their shape and dtype; contiguous unless `out` is given."""
     n_ids = ids.shape[-1]
     flat, taus = rows_of(ids, row_temperature)
     g, h, lse = kept_gradient.reshape(flat.shape), rest_gradient.reshape(-1), rest.reshape(-1).contiguous()
@@ -151,10 +151,10 @@ def backward_in_torch(
     vocab_size: int,
     with_rest: bool,
 ) -> Tensor:
-    """The same algorithm, all blocks of all rows side by side."""
+    """The same algorithm in torch, with all blocks of all rows side by side."""
     rate = torch.full_like(rest, temperature) if row_temperature is None else row_temperature.to(rest)
     rate = rate.reciprocal()[:, None]
-    dx = torch.zeros(logits.shape[0], logits.shape[1] + 1, device=logits.device)  # one column for ids that are nowhere
+    dx = torch.zeros(logits.shape[0], logits.shape[1] + 1, device=logits.device)  # the last is for ids that match none
     if with_rest:
         h = rest_gradient[:, None]
         shift = rest.masked_fill(rest == -torch.inf, 0)[:, None]

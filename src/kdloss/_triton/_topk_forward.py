@@ -2,27 +2,29 @@
 
     z = x / τ,   kept = z at the ids,   rest = log sum_{v not in ids} e^(z_v)
 
-What is kept must not enter the sum: taken off again afterwards, it would leave no digit where little is left.
+The kept logits must not enter the sum: subtracting them afterwards would leave no digits where little remains.
 
-A program takes one row, or one of its splits, in blocks of (lanes, width) logits as `_logits_forward.py` does, with a
-state (m, s) a lane (`_row_math.py`). A *cell* is the `width` logits, 16 bytes, that a lane takes from a block. The ids
-of a row ascend, so a pointer walks along them beside the blocks: those of a block mark their cells, and a marked cell
-is left out whole, by two selections a lane. Whoever then has the whole row, a second kernel where there are splits,
-reads the marked cells again, K of them at most, without the ids in them, and adds them to the state; at the ids it
-reads `kept`. Splits and cells are merged in a fixed order without atomics: the same shapes give the same bits.
+A program takes one row, or one split of a row, in blocks of (lanes, width) logits as in `_logits_forward.py`, with a
+state (m, s) per lane (`_row_math.py`). A *cell* is the `width` logits, 16 bytes, that a lane takes from a block. The
+ids of a row ascend, so a pointer advances along them with the blocks. The ids in a block mark their cells, and marked
+cells are left out entirely, at the cost of two selections per lane. The program that has the state of the whole row (in
+a second kernel if there are splits) reads `kept` at the ids. It also reads the marked cells again, K at most, and adds
+their logits to the state, except those at the ids. Splits and cells are merged in a fixed order without atomics: the
+same shapes give the same bits.
 
-What was weighed, in instructions a logit for V = 151936 in bfloat16, where a multiprocessor has 13 in the time that 2
-bytes take at 4.3 TB/s, and the fold takes 10. A thread of 256 has two lanes, so 16 logits of a block:
+The alternatives, in instructions per logit for V = 151936 in bfloat16. A multiprocessor has time for 13 while 2 bytes
+arrive at 4.3 TB/s, and the fold takes 10. Each of 256 threads has two lanes, so 16 logits of a block:
 
-    mark cells, walking     17 an id and thread: 2 a logit at K = 64, 7 at 256; to leave cells out, 1/4
-    mask logits, walking    a compare for each logit instead of each lane: 3 at K = 64, 13 at 256; 1
-    a bit set, V / 8 bytes  2 whatever K, and 12 % more bytes, as it is written before it is read
+    mark cells, pointer     17 per id and thread: 2 per logit at K = 64, 7 at 256; plus 1/4 to leave cells out
+    mask logits, pointer    one compare per logit instead of per lane: 3 at K = 64, 13 at 256; plus 1 to mask
+    a bit set, V / 8 bytes  2 for any K, and 12 % more bytes, as it is written before it is read
 
-So up to 100 ids or so the first is bound by memory, as the gather is; at 256 it takes about a third longer.
+So up to about 100 ids the first is bound by memory, like the gather; at 256 ids it takes about a third longer.
 
-    bytes       V logits read a row, 48 K for ids and cells, 8 a split written and read again, 4 + 4 K written. Without
-                the rest, the logits at the ids alone
-    operations  10 a logit and 17 an id and thread, counted in what ptxas makes for sm_90; some 300 an id for its cell
+    bytes       V logits read per row, 48 K for ids and cells, 8 per split written and read again, 4 + 4 K written.
+                Without the rest, only the logits at the ids are read
+    operations  10 per logit and 17 per id and thread, counted in what ptxas makes for sm_90; some 300 per id for its
+                cell
 
 A row whose ids are all padding is not read: its rest is -inf.
 """
@@ -53,7 +55,7 @@ PADDING = -1
 
 @triton.jit
 def look_along(ids, row, n_ids, first, block_ids: tl.constexpr):
-    """(how many ids of a row lie before column `first`, whether one of them is not padding)."""
+    """(how many ids of a row lie before column `first`, whether any id of the row is not padding)."""
     before, found = 0, 0
     for start in range(0, n_ids, block_ids):
         k = start + tl.arange(0, block_ids)
@@ -65,13 +67,13 @@ def look_along(ids, row, n_ids, first, block_ids: tl.constexpr):
 
 @triton.jit
 def next_id(ids, pointer, n_ids):
-    """The id that `pointer` is at, past every column where there is none."""
+    """The id at `pointer`, or a number past every column if there is none."""
     return tl.load(ids + pointer, mask=pointer < n_ids, other=0x7FFFFFFFFFFF)
 
 
 @triton.jit
 def fold_free(m, s, c, held, rate):
-    """The state (n,) with one more block c (n, E), but for the lanes that are held: NaN and +inf there do not count."""
+    """The state (n,) after one more block c (n, E), without held lanes: their NaN and +inf do not count."""
     top = tl.maximum(m, tl.where(held, float("-inf"), tl.max(c, 1)))
     base = tl.where(top == float("-inf"), 0.0, top)
     rate2 = rate * LOG2_E + tl.zeros_like(s)
@@ -88,7 +90,7 @@ def finish_row(
     n_ids,
     vocab_size,
     rate,
-    m,  # the row's state, but for the cells that hold ids
+    m,  # the row's state (m, s) without the cells that hold ids
     s,
     kept,
     rest,
@@ -96,7 +98,7 @@ def finish_row(
     width: tl.constexpr,
     block_ids: tl.constexpr,
 ):
-    """Writes the logits at the ids; adds what else their cells hold, and writes the rest."""
+    """Write the logits at the ids, add the other logits of their cells to the state, and write the rest."""
     for start in range(0, n_ids, block_ids):
         k = start + tl.arange(0, block_ids)
         place = row.to(tl.int64) * n_ids + k
@@ -105,14 +107,14 @@ def finish_row(
         x = tl.load(row_logits + value * column_stride, mask=inside, other=0.0).to(tl.float32)
         tl.store(kept + place, tl.where(inside, x * rate, float("-inf")), mask=k < n_ids)
         if with_rest:
-            # the first id of a cell stands for it; up to `width` ids in a row lie in one
+            # the first id of a cell represents it; up to `width` consecutive ids lie in one cell
             cell = value // width
             before = tl.load(ids + place - 1, mask=(k > 0) & (k < n_ids), other=-1)
             leads = inside & ((before < 0) | (before // width != cell))
-            taken = tl.zeros([block_ids], tl.int32)  # a bit for each logit
+            taken = tl.zeros([block_ids], tl.int32)  # one bit per logit of the cell
             for step in tl.static_range(width):
                 other = tl.load(ids + place + step, mask=k + step < n_ids, other=-1)
-                near = (other >= 0) & (other // width == cell)  # -1 // width is 0 on a GPU
+                near = (other >= 0) & (other // width == cell)  # on a GPU -1 // width is 0
                 taken = taken | tl.where(near, 1 << (other % width).to(tl.int32), 0)
             cell_m, cell_s, nothing = empty_state(block_ids)
             for place_in_cell in tl.static_range(width):
@@ -131,28 +133,28 @@ def finish_row(
 @triton.jit(do_not_specialize=["vocab_size", "n_ids", "inner", "part_stride", "blocks", "splits"])
 def kept_and_rest_kernel(
     logits,  # rows (outer, inner)
-    ids,  # (T, K) int64, contiguous, ascending among those of the vocabulary: -1 is padding, any other is nowhere
+    ids,  # (T, K) int64, contiguous; those inside the vocabulary ascend; -1 is padding, others match no column
     row_temperature,  # (T,) or None
-    kept,  # (T, K) float32, as all that follow
+    kept,  # (T, K) float32, like all that follow
     rest,  # (T,)
-    parts,  # (2, T, splits) states, or None where one program has all of a row
+    parts,  # (2, T, splits) states, or None if one program has the whole row
     temperature,
     vocab_size,
-    all_columns,  # that may be read: the last of them may be padding, or not belong to the row
+    all_columns,  # columns that are safe to load; the last of them may be padding or belong to another row
     n_ids,
     inner,
     outer_stride: tl.int64,
     inner_stride,
     column_stride,
     part_stride,  # T * splits
-    blocks,  # of lanes * width columns, in a split
+    blocks,  # per split, of lanes * width columns
     splits,
     lanes: tl.constexpr,
     width: tl.constexpr,
     aligned: tl.constexpr,
     block_ids: tl.constexpr,
 ):
-    """One program a row, or a split of one."""
+    """One program per row, or per split of a row."""
     program = tl.program_id(0)
     row = program // splits
     first = (program % splits) * blocks * (lanes * width)
@@ -168,12 +170,12 @@ def kept_and_rest_kernel(
             x = load_tile(row_logits, start, column_stride, all_columns, lanes, width, aligned)
             held = lane < 0
             while held_id < min(start + lanes * width, vocab_size):
-                cell = (held_id - start).to(tl.uint32) // width  # one shift
+                cell = (held_id - start).to(tl.uint32) // width  # a single shift
                 held = held | (lane == cell.to(tl.int32))
                 pointer += 1
                 held_id = next_id(row_ids, pointer, n_ids)
             c = x.to(tl.float32)
-            if start + lanes * width > vocab_size:  # of the row's last block alone
+            if start + lanes * width > vocab_size:  # only in the row's last block
                 c = tl.where(tile_columns(start, lanes, width) < vocab_size, c, float("-inf"))
             m, s = fold_free(m, s, c, held, rate)
     m, s, _ = merge_all(m, s, nothing, rate, False)
@@ -193,7 +195,7 @@ def finish_kernel(
     row_temperature,
     kept,
     rest,
-    parts,  # None: no rest is wanted
+    parts,  # None: the rest is not wanted
     temperature,
     vocab_size,
     all_columns,
@@ -204,11 +206,11 @@ def finish_kernel(
     column_stride,
     part_stride,
     splits,
-    block_splits: tl.constexpr,  # as many at least
+    block_splits: tl.constexpr,  # at least `splits`
     width: tl.constexpr,
     block_ids: tl.constexpr,
 ):
-    """One program a row: its splits, merged, and its ids. Arguments as of `kept_and_rest_kernel`."""
+    """Merge the splits of a row and handle its ids. The arguments are those of `kept_and_rest_kernel`."""
     row = tl.program_id(0)
     rate = row_rate(row_temperature, row, temperature)
     row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
@@ -239,13 +241,13 @@ def finish_kernel(
 
 def forward(
     logits: Tensor,  # (..., V)
-    ids: Tensor,  # (..., K) int64, ascending among those of the vocabulary; -1 is padding
+    ids: Tensor,  # (..., K) int64; those inside the vocabulary ascend; -1 is padding
     row_temperature: Tensor | None,  # (...,)
     temperature: float,
     vocab_size: int,
     with_rest: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(kept (..., K), rest (...,)), all written, float32."""
+    """(kept (..., K), rest (...,)), float32, every element written."""
     n_ids = ids.shape[-1]
     flat, taus = rows_of(ids, row_temperature)
     kept = torch.empty(flat.shape, dtype=torch.float32, device=logits.device)
@@ -257,7 +259,7 @@ def forward(
             if n == 0:
                 continue
             all_columns = _launch.readable(piece.x, logits.shape[-1])
-            # two lanes a thread: with four, their marks and 32 logits spill
+            # two lanes per thread: with four, their marks and 32 logits spill
             launch = _launch.forward(n, vocab_size, logits.dtype, apart=True)
             split = with_rest and launch.splits > 1
             parts = kept.new_empty(2, n, launch.splits) if split else None
@@ -293,7 +295,7 @@ def forward(
 
 
 def rows_of(ids: Tensor, row_temperature: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(T, K) ids and (T,) temperatures as the kernels read them."""
+    """(T, K) ids and (T,) temperatures, as the kernels read them."""
     taus = None if row_temperature is None else row_temperature.reshape(-1).float().contiguous()
     return ids.reshape(ids.shape[:-1].numel(), ids.shape[-1]).contiguous(), taus
 
@@ -306,7 +308,7 @@ def forward_in_torch(
     vocab_size: int,
     with_rest: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same algorithm, block after block of all splits of all rows side by side."""
+    """The same algorithm in torch, block after block, with all splits of all rows side by side."""
     rows, columns = logits.shape
     launch = _launch.forward(rows, vocab_size, logits.dtype, apart=True)
     rate = torch.full((rows,), temperature) if row_temperature is None else row_temperature
@@ -326,7 +328,7 @@ def forward_in_torch(
     cells, taken = c.masked_fill(padded[:, None], -torch.inf).view(shape), taken.view(shape)
     held = taken.any(-1, keepdim=True)
     m, s = cells.masked_fill(held, -torch.inf), torch.ones_like(cells)
-    for axis in (4, 2, 2, 1):  # a cell, then blocks, lanes and splits
+    for axis in (4, 2, 2, 1):  # merges cells, then blocks, lanes and splits
         m, s = _merged(m, s, rate, axis)
     held_m, held_s = _merged(cells.masked_fill(~held | taken, -torch.inf).flatten(1), torch.ones_like(c), rate, 1)
     m, s = _merged(torch.stack([m, held_m], 1), torch.stack([s, held_s], 1), rate, 1)
@@ -334,7 +336,7 @@ def forward_in_torch(
 
 
 def _merged(m: Tensor, s: Tensor, rate: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """The states of parts along an axis, as one."""
+    """The states of parts along an axis, merged into one."""
     top = m.amax(axis, keepdim=True)
     a = torch.exp((m - top.masked_fill(top == -torch.inf, 0)) * rate.view(-1, *(1,) * (m.ndim - 1)))
     return top.squeeze(axis), (a * s).sum(axis)
