@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 import kdloss
-from kdloss.integrations import servers
+from kdloss.integrations import _alignment, servers
 from kdloss.integrations.servers import ScoreError
 
 RECORDED = Path(__file__).parents[1] / "examples" / "data"
@@ -331,3 +332,10 @@ def test_arguments_are_checked():
     spoiled[0]["choices"][0]["prompt_logprobs"][2] = ["nonsense"]
     with pytest.raises(ScoreError, match=r"prompt_logprobs\[2\] must be null or a .*, got list \['nonsense'\]"):
         servers.read_vllm(spoiled, batch.input_ids, **batch.layout())
+
+
+@pytest.mark.parametrize("module", [servers, _alignment], ids=lambda module: module.__name__)
+def test_the_examples_run(module):
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
