@@ -158,8 +158,9 @@ def _linear_divergence_backward(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-    # if the heads are a slice of the vocabulary: fields of `WholeDivergence`
-    row_state: Tensor | None = None,  # (T, 2), for the kernels (T, 4)
+    # if the heads are a slice of the vocabulary: `row_state` and `slope` of `WholeDivergence`. Compiled graphs in
+    # inductor's cache pass these two by name, so a new name would break them
+    shares: Tensor | None = None,  # (T, 2), for the kernels (T, 4)
     slope: Tensor | None = None,  # (T,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias in their dtypes; (0,) for one that is not needed."""
@@ -169,7 +170,7 @@ def _linear_divergence_backward(
     d_hidden = torch.zeros(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
     d_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=dtype, device=hidden.device)
     d_bias = torch.zeros(weight.shape[:1] if needs_bias else (0,), dtype=dtype, device=hidden.device)
-    options = Options(Form(kind, omega), temperature, row_temperature, vocab_size, row_state, slope)
+    options = Options(Form(kind, omega), temperature, row_temperature, vocab_size, shares, slope)
     # tokens whose loss was clipped, masked or weighted to 0 cost nothing
     trained = loss_mask & (upstream != 0)
     for rows, chunk in _chunks(student, teacher, trained, options, kernels=kernels):

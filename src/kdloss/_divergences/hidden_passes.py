@@ -49,7 +49,7 @@ class PairChunk(Protocol):
 
 
 class PairChunks(Protocol):
-    """The trained rows, one chunk at a time."""
+    """The trained rows, one chunk of at most `size` rows at a time."""
 
     def chunk(self, rows: Tensor) -> PairChunk: ...
 
@@ -57,9 +57,7 @@ class PairChunks(Protocol):
 class TorchPairChunks:
     """By torch, in float32 or float64; half-precision heads are widened one slice at a time."""
 
-    def __init__(
-        self, student: Head, teacher: Head, options: Options, size: int
-    ) -> None:  # `size`: most rows of a chunk
+    def __init__(self, student: Head, teacher: Head, options: Options, size: int) -> None:
         self._heads = [head.without_padding(options.vocab_size) for head in (student, teacher)]
         self._options, self._dtype = options, dtype_of(student, teacher)
         self._room = student.hidden.new_empty(2, size, options.vocab_size, dtype=self._dtype)
