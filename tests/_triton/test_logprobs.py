@@ -337,7 +337,7 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "kdloss":
             named = dict(zip([x.name for x in func._schema.arguments], args, strict=False)) | (kwargs or {})
-            self.called.append((func._opname, named.get("triton", False)))
+            self.called.append((func._opname, named.get("kernels", False)))
         return func(*args, **(kwargs or {}))
 
 

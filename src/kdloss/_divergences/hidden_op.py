@@ -1,26 +1,26 @@
-"""The divergence of every trained token from hidden states and two heads, as one operator with its gradient.
+"""The divergence of each trained token from hidden states and two heads, as one operator with its gradient.
 
     y = softcap(logit_scale * (hidden @ weight.T + bias)) on each side,   F(softmax(y / τ), softmax(y' / τ))
     dx = u dF/dz logit_scale (1 - (y / c)²) / τ,   dhidden = dx @ weight,   dweight = dx.T @ hidden,   dbias = sum dx
 
-The trained rows are taken in chunks whose two blocks of logits fit a budget; a chunk goes through `_divergence_rows` in
-a smaller scratch, and its gradient takes the place of its logits. A (T, V) tensor of either side never exists.
+The trained rows are computed in chunks whose two blocks of logits fit a budget. A chunk goes through `rows.py` in a
+smaller scratch, and its gradient overwrites its logits. A (T, V) tensor of either side never exists.
 
-With T trained tokens, the forward is 2 TV (D + D') multiplications and adds; the backward is that again, to have the
-logits back, and 4 TVD for the two products. Where the student's head is frozen, dhidden is linear in u, row by row: it
-is taken in the forward, in float32, and the backward is one multiplication.
+With T trained tokens, the forward takes 2 TV (D + D') multiplications and additions. The backward takes as many to
+compute the logits again, and 4 TVD for its two products. If the student's head is frozen, each row of dhidden is linear
+in u: it is computed in the forward, in float32, and the backward is one multiplication.
 
-A half-precision head is widened a slice at a time, once a chunk: logits rounded to bf16 would be off by 3e-2 nats.
-dweight and dbias are summed over chunks in float32, and rounded once.
+A half-precision head is widened one slice at a time, once per chunk: logits rounded to bf16 would be off by 3e-2 nats.
+dweight and dbias are summed over chunks in float32 and rounded once.
 
-Where ranks hold a slice of both heads' vocabulary:
+If each rank holds a slice of the vocabulary of both heads:
 
     forward    the products with both slices, 5 values per token from them, one all-gather; for a mixture the products
                again, 2 values per token, another all-gather (`sharded.py`)
     backward   the products again, and those with the gradient; the gradient of hidden states is summed over the ranks
 
-There a frozen head takes the gradient in the backward, too: the gradient of a chunk needs the other ranks' values of
-that chunk, so taking it in the forward would cost an all-gather per chunk.
+Then the gradient is computed in the backward even if the head is frozen: the gradient of a chunk needs the other ranks'
+values of that chunk, so computing it in the forward would cost an all-gather per chunk.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.head import Head, Heads
 from kdloss._softmax.whole_rows import rate_of
 
-from .hidden_passes import Chunk, Chunks, KernelChunks, Options, TorchChunks, dtype_of
+from .hidden_passes import KernelPairChunks, Options, PairChunk, PairChunks, TorchPairChunks, dtype_of
 from .rows import Form
 from .sharded import whole_divergence
 
-# Logits of a chunk, a side: on a CPU 64 MB in float32, rows enough for a matrix product to run at its speed.
+# Logits of a chunk, per side. On a CPU 64 MiB of float32: enough rows for a matrix product to run at full speed.
 _CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
 
 
 def linear_divergence(
-    heads: Heads,  # the teacher's is detached here
+    heads: Heads,  # the teacher's tensors are detached here
     loss_mask: Tensor,  # (T,) bool
     form: Form,
 ) -> Tensor:  # (T,)
-    """0 where `loss_mask` is False; differentiable in the student's hidden states, weight and bias."""
+    """Divergence of each token, 0 where not trained; differentiable in the student's hidden states, weight and bias."""
     student, teacher, softmax, _ = heads
     assert teacher is not None
     trains_head = student.weight.requires_grad or (student.bias is not None and student.bias.requires_grad)
@@ -93,6 +93,7 @@ def _linear_divergence(
     kernels: bool,
     in_forward: bool,
 ) -> tuple[Tensor, Tensor]:
+    """(the divergence (T,), 0 where not trained; dhidden (T, D) for u = 1 if `in_forward`, else (0,))."""
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     dtype = dtype_of(student, teacher)
@@ -135,7 +136,7 @@ def _(
 
 
 @torch.library.custom_op("kdloss::linear_divergence_backward", mutates_args=())
-def linear_divergence_backward(
+def _linear_divergence_backward(
     upstream: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -157,10 +158,12 @@ def linear_divergence_backward(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-    # where the heads are a slice of the vocabulary (T, 2); for the kernels (T, 4), the state of whole rows
-    shares: Tensor | None = None,
+    # if the heads are a slice of the vocabulary: `row_state` and `slope` of `WholeDivergence`. Compiled graphs in
+    # inductor's cache pass these two by name, so a new name would break them
+    shares: Tensor | None = None,  # (T, 2), for the kernels (T, 4)
     slope: Tensor | None = None,  # (T,)
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias in their dtypes; (0,) for one that is not needed."""
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     dtype = dtype_of(student, teacher)
@@ -168,7 +171,7 @@ def linear_divergence_backward(
     d_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=dtype, device=hidden.device)
     d_bias = torch.zeros(weight.shape[:1] if needs_bias else (0,), dtype=dtype, device=hidden.device)
     options = Options(Form(kind, omega), temperature, row_temperature, vocab_size, shares, slope)
-    # tokens whose loss was clipped, masked or weighted away cost nothing
+    # tokens whose loss was clipped, masked or weighted to 0 cost nothing
     trained = loss_mask & (upstream != 0)
     for rows, chunk in _chunks(student, teacher, trained, options, kernels=kernels):
         _, gradient = chunk.divergence(upstream.index_select(0, rows), gradient=True)
@@ -182,7 +185,7 @@ def linear_divergence_backward(
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype if bias is None else bias.dtype)
 
 
-@linear_divergence_backward.register_fake
+@_linear_divergence_backward.register_fake
 def _(
     upstream: Tensor,
     hidden: Tensor,
@@ -205,8 +208,7 @@ def _(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-    shares: Tensor | None = None,
-    slope: Tensor | None = None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
@@ -215,7 +217,8 @@ def _(
     )
 
 
-_TENSORS = 8  # the first arguments of the operator
+# the first arguments of the operator
+_TENSORS = 8
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -223,7 +226,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.in_forward = inputs[-1]
     ctx.hidden_dtype = inputs[0].dtype
     ctx.save_for_backward(*((output[1],) if ctx.in_forward else inputs[:_TENSORS]))
-    ctx.set_materialize_grads(False)  # none through the second output is cheaper than (T, D) zeros
+    ctx.set_materialize_grads(False)  # None for the second output is cheaper than zeros (T, D)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -235,7 +238,7 @@ def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tens
         factor = upstream.unsqueeze(-1)
         return torch.where(factor == 0, 0, d_hidden * factor).to(ctx.hidden_dtype), None, None, *nothing
     needs = ctx.needs_input_grad[:3]
-    found = linear_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options, *needs)
+    found = _linear_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options, *needs)
     return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *nothing
 
 
@@ -243,23 +246,23 @@ _linear_divergence.register_autograd(_backward, setup_context=_save)
 
 
 def sharded_linear_divergence(
-    heads: Heads,  # the teacher's is detached here
-    loss_mask: Tensor,  # (T,)
+    heads: Heads,  # the teacher's tensors are detached here
+    loss_mask: Tensor,  # (T,) bool
     form: Form,
 ) -> Tensor:  # (T,)
-    """0 where `loss_mask` is False; differentiable in the student's hidden states, weight and bias."""
+    """`linear_divergence` of heads that are a slice of the vocabulary; results are those of whole rows."""
     student, teacher, softmax, _ = heads
     shard, taus = softmax.shard, softmax.flat_temperature
     assert teacher is not None
     assert shard is not None
     total, index = loss_mask.shape[0], None
-    if not torch.compiler.is_compiling():  # only the trained tokens go around
+    if not torch.compiler.is_compiling():  # only values of trained tokens are all-gathered
         index = loss_mask.nonzero().squeeze(-1)
         student = student._replace(hidden=student.hidden.index_select(0, index))
         teacher = teacher._replace(hidden=teacher.hidden.index_select(0, index))
         loss_mask = loss_mask.index_select(0, index)
         taus = None if taus is None else taus.index_select(0, index)
-    value: Tensor = _ShardedLinear.apply(  # type: ignore[no-untyped-call]
+    value: Tensor = _ShardedLinearDivergence.apply(  # type: ignore[no-untyped-call]
         shard.enter(student.hidden),
         student.weight,
         student.bias,
@@ -273,7 +276,9 @@ def sharded_linear_divergence(
     return value if index is None else value.new_zeros(total).index_copy(0, index, value)
 
 
-class _ShardedLinear(torch.autograd.Function):
+class _ShardedLinearDivergence(torch.autograd.Function):
+    """The divergence (T,) of whole rows from heads that are a slice of the vocabulary."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -292,22 +297,22 @@ class _ShardedLinear(torch.autograd.Function):
         tensors = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, loss_mask, row_temperature)
         ctx.options = (*scaling, *options)
 
-        def terms(shares: Tensor) -> Tensor:
-            return _linear_divergence_slice(*tensors, *ctx.options, shares)  # type: ignore[no-any-return]
+        def terms(row_state: Tensor) -> Tensor:
+            return _linear_divergence_slice(*tensors, *ctx.options, row_state)  # type: ignore[no-any-return]
 
         kind, _, temperature, _, kernels = options
         taus = None if row_temperature is None else torch.where(loss_mask, row_temperature, 1)
         rate = rate_of(temperature, taus, hidden) if kernels else None
         state = _linear_divergence_slice(*tensors, *ctx.options, None)
         found = whole_divergence(kind, state, terms, shard, rate)
-        ctx.save_for_backward(*tensors, found.known, found.slope)
+        ctx.save_for_backward(*tensors, found.row_state, found.slope)
         return found.value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, shares, slope = ctx.saved_tensors
+        *tensors, row_state, slope = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        found = linear_divergence_backward(upstream, *tensors, *ctx.options, *needs, shares, slope)
+        found = _linear_divergence_backward(upstream, *tensors, *ctx.options, *needs, row_state, slope)
         return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 8
 
 
@@ -330,14 +335,14 @@ def _linear_divergence_slice(
     temperature: float,
     vocab_size: int,
     kernels: bool,
-    shares: Tensor | None,  # (T, 2); for the kernels (T, 4), the state of whole rows
+    row_state: Tensor | None,  # (T, 2), for the kernels (T, 4), as in `WholeDivergence`
 ) -> Tensor:
-    """`slice_state` (T, 5) of the trained tokens, 0 elsewhere; with the shares, `slice_terms` (T, 2)."""
+    """`slice_state` (T, 5) of trained tokens or, if `row_state` is known, `slice_terms` (T, 2); 0 elsewhere."""
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     dtype = dtype_of(student, teacher)
-    out = torch.zeros(hidden.shape[0], 5 if shares is None else 2, dtype=dtype, device=hidden.device)
-    options = Options(Form(kind, omega), temperature, row_temperature, vocab_size, shares)
+    out = torch.zeros(hidden.shape[0], 5 if row_state is None else 2, dtype=dtype, device=hidden.device)
+    options = Options(Form(kind, omega), temperature, row_temperature, vocab_size, row_state)
     for rows, chunk in _chunks(student, teacher, loss_mask, options, kernels=kernels):
         out[rows] = chunk.slice_values()
     return out
@@ -362,20 +367,20 @@ def _(
     temperature: float,
     vocab_size: int,
     kernels: bool,
-    shares: Tensor | None,
+    row_state: Tensor | None,
 ) -> Tensor:
     dtype = _checks.promoted_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    return hidden.new_empty((hidden.shape[0], 5 if shares is None else 2), dtype=dtype)
+    return hidden.new_empty((hidden.shape[0], 5 if row_state is None else 2), dtype=dtype)
 
 
 def _chunks(
     student: Head, teacher: Head, trained: Tensor, options: Options, *, kernels: bool
-) -> Iterator[tuple[Tensor, Chunk]]:
-    """(rows, their chunk): the trained rows (T,), as many at a time as the vocabulary allows."""
+) -> Iterator[tuple[Tensor, PairChunk]]:
+    """Yield (rows, their chunk): the rows where `trained` (T,) is True, as many at a time as the budget allows."""
     index = trained.nonzero().squeeze(-1)
     rows = max(16, _CHUNK_ENTRIES["cpu" if trained.device.type == "cpu" else "gpu"] // options.vocab_size)
-    make = KernelChunks if kernels else TorchChunks
-    chunks: Chunks = make(student, teacher, options, min(rows, index.shape[0]))
+    make = KernelPairChunks if kernels else TorchPairChunks
+    chunks: PairChunks = make(student, teacher, options, min(rows, index.shape[0]))
     for start in range(0, index.shape[0], rows):
         part = index[start : start + rows]
         yield part, chunks.chunk(part)

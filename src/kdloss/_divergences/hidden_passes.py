@@ -1,11 +1,11 @@
-"""What a divergence from hidden states does with one chunk of trained rows, by torch's operations and by kernels.
+"""How a divergence from hidden states computes one chunk of trained rows, by torch or by the Triton kernels.
 
-    chunk(rows)                             the logits of both sides
+    chunks.chunk(rows)                      the logits of student and teacher
     chunk.divergence(upstream, gradient)    the values (n,), and dx, the gradient of hidden @ weight.T + bias
-    chunk.slice_values()                    what a slice of the vocabulary tells the other ranks, in their place
+    chunk.slice_values()                    for a slice of the vocabulary: what the other ranks need from it
 
-Chunks share buffers: one chunk's logits and gradient last until the next chunk is made. dx may overwrite the logits, so
-`divergence` is called once per chunk.
+Chunks share buffers: the logits and the gradient of a chunk are valid until the next chunk is computed. dx may
+overwrite the logits, so `divergence` is called once per chunk.
 """
 
 from __future__ import annotations
@@ -20,48 +20,49 @@ from kdloss import _checks
 from kdloss._softmax.head import Head, HeadGradient, KernelHeadGradient, TorchHeadGradient, head_product_
 from kdloss._softmax.rows import Scaling, scale_
 
-from .rows import Form, Scratch, block, slice_gradient, slice_state, slice_terms
+from .rows import Form, Scratch, block_divergence, slice_gradient, slice_state, slice_terms
 
 if TYPE_CHECKING:
     from kdloss._triton._divergences import Pair
 
 
 class Options(NamedTuple):
-    """What is asked of both sides."""
+    """What is computed from the logits of both sides."""
 
     form: Form
     temperature: float
     row_temperature: Tensor | None  # (T,)
-    vocab_size: int  # of the slice, where the heads are one
-    shares: Tensor | None = None  # (T, 2), as in `slice_gradient`; for the kernels (T, 4), the state of whole rows
+    vocab_size: int  # of the slice, if the heads are one
+    # if the heads are a slice of the vocabulary, and only once they are known: fields of `WholeDivergence`
+    row_state: Tensor | None = None  # (T, 2), for the kernels (T, 4)
     slope: Tensor | None = None  # (T,)
 
 
-class Chunk(Protocol):
-    """Rows whose logits have been computed, on both sides."""
+class PairChunk(Protocol):
+    """Rows whose logits have been computed for both sides."""
 
     def divergence(self, upstream: Tensor | None, *, gradient: bool) -> tuple[Tensor | None, HeadGradient | None]:
-        """The values, but None beside an upstream gradient (n,); and, on request, dx times `upstream`, or times 1."""
+        """(values (n,), or None with an upstream gradient (n,); dx times `upstream`, or times 1, if asked for)."""
 
     def slice_values(self) -> Tensor:
-        """`slice_state` (n, 5); where the shares are known, `slice_terms` (n, 2)."""
+        """`slice_state` (n, 5) or, if `row_state` is known, `slice_terms` (n, 2)."""
 
 
-class Chunks(Protocol):
-    """The trained rows, a chunk at a time."""
+class PairChunks(Protocol):
+    """The trained rows, one chunk of at most `size` rows at a time."""
 
-    def chunk(self, rows: Tensor) -> Chunk: ...
+    def chunk(self, rows: Tensor) -> PairChunk: ...
 
 
-class TorchChunks:
-    """In float32, or float64; half-precision heads are widened a slice at a time."""
+class TorchPairChunks:
+    """By torch, in float32 or float64; half-precision heads are widened one slice at a time."""
 
-    def __init__(self, student: Head, teacher: Head, options: Options, size: int) -> None:  # at most `size` rows each
+    def __init__(self, student: Head, teacher: Head, options: Options, size: int) -> None:
         self._heads = [head.without_padding(options.vocab_size) for head in (student, teacher)]
         self._options, self._dtype = options, dtype_of(student, teacher)
         self._room = student.hidden.new_empty(2, size, options.vocab_size, dtype=self._dtype)
 
-    def chunk(self, rows: Tensor) -> TorchChunk:
+    def chunk(self, rows: Tensor) -> TorchPairChunk:
         y, teacher_y = self._room[:, : rows.shape[0]].unbind(0)
         hidden = [head.hidden.index_select(0, rows).to(self._dtype) for head in self._heads]
         for out, x, head in zip((y, teacher_y), hidden, self._heads, strict=True):
@@ -69,11 +70,13 @@ class TorchChunks:
             Scaling(head.softcap, head.logit_scale, 1.0).apply_(out)
         tau = self._options.row_temperature
         taus = None if tau is None else tau.index_select(0, rows)
-        return TorchChunk(rows, y, teacher_y, hidden[0], self._heads[0], taus, self._options)
+        return TorchPairChunk(rows, y, teacher_y, hidden[0], self._heads[0], taus, self._options)
 
 
-class TorchChunk(NamedTuple):
-    rows: Tensor  # (n,) of the stream
+class TorchPairChunk(NamedTuple):
+    """Rows whose logits torch has computed."""
+
+    rows: Tensor  # (n,) of the T
     y: Tensor  # (n, V) logits of the student
     teacher_y: Tensor  # (n, V) of the teacher
     hidden: Tensor  # (n, D) of the student
@@ -82,12 +85,12 @@ class TorchChunk(NamedTuple):
     options: Options
 
     def divergence(self, upstream: Tensor | None, *, gradient: bool) -> tuple[Tensor | None, HeadGradient | None]:
-        """In a smaller scratch; dx takes the place of the logits."""
+        """Blocks of rows are computed in a smaller scratch; dx overwrites the logits of the student."""
         form, temperature, _, _, shares, slope = self.options
         values = []
         for part, logits, taus in self._blocks():
             if shares is None or slope is None:
-                found = block(form, *logits, **taus, value=upstream is None, gradient=gradient)
+                found = block_divergence(form, *logits, **taus, value=upstream is None, gradient=gradient)
                 dz = found.gradient
                 if found.value is not None:
                     values.append(found.value)
@@ -120,7 +123,7 @@ class TorchChunk(NamedTuple):
         return torch.cat(values)
 
     def _blocks(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Scratch], dict[str, Any]]]:
-        """(rows of the chunk, their logits and a scratch, their temperatures)."""
+        """Yield (rows of the chunk, (student's logits, teacher's, scratch), temperatures) of each block."""
         total, vocab_size = self.y.shape
         scratch = Scratch(total, vocab_size, dtype=self.y.dtype, device=self.y.device)
         for part in scratch.blocks(total):
@@ -129,12 +132,12 @@ class TorchChunk(NamedTuple):
             yield part, logits, {"temperature": self.options.temperature, "row_temperature": taus}
 
 
-class KernelChunks:
-    """By the kernels of `_triton`, from products in half precision with float32 results where a side shares one.
+class KernelPairChunks:
+    """By the Triton kernels. Products have half-precision operands if a side's hidden states and head share the dtype.
 
-    dx is rounded to bfloat16 for such products. For float16 it stays float32, and so do its products: a scaled loss and
-    a log-ratio of some tens pass 65504, small masses fall below 6e-8, and unlike the gradient of a log-prob, which a
-    power of two brings into range (`_triton/_linear.py`), that of a divergence has no bound that is known before.
+    dx is rounded to bfloat16 for bfloat16 products. For float16, dx and its products stay float32: a scaled loss times
+    a log-ratio of some tens exceeds 65504, and small masses fall below 6e-8. The gradient of a log-prob is multiplied
+    by a power of two that brings it into range (`_triton/_linear.py`); that of a divergence has no bound known before.
     """
 
     def __init__(self, student: Head, teacher: Head, options: Options, size: int) -> None:
@@ -147,7 +150,7 @@ class KernelChunks:
         rounds = student.hidden.dtype == student.weight.dtype == torch.bfloat16
         self._room_for_gradient = _launch.room(*shape, dtype=torch.bfloat16, device=device) if rounds else self._room[0]
 
-    def chunk(self, rows: Tensor) -> KernelChunk:
+    def chunk(self, rows: Tensor) -> KernelPairChunk:
         from kdloss._triton._divergences import Pair
         from kdloss._triton._row_math import LogitTransform
 
@@ -160,25 +163,27 @@ class KernelChunks:
         taus = None if tau is None else tau.index_select(0, rows)
         pair = Pair(*form, x, y, sides[0], sides[1], temperature, taus, vocab_size)
         out = self._room_for_gradient[: rows.shape[0]]
-        return KernelChunk(rows, pair, out, hidden, student.weight, self._options)
+        return KernelPairChunk(rows, pair, out, hidden, student.weight, self._options)
 
 
-class KernelChunk(NamedTuple):
-    rows: Tensor  # (n,) of the stream
+class KernelPairChunk(NamedTuple):
+    """Rows whose logits the kernels have computed."""
+
+    rows: Tensor  # (n,) of the T
     pair: Pair
     out: Tensor  # (n, V), room for dx
-    hidden: Tensor  # (n, D) of the student, as it was multiplied
+    hidden: Tensor  # (n, D) of the student, in the dtype of the product
     weight: Tensor  # (V, D)
     options: Options
 
     def divergence(self, upstream: Tensor | None, *, gradient: bool) -> tuple[Tensor | None, HeadGradient | None]:
-        shares, slope = self.options.shares, self.options.slope
+        row_state, slope = self.options.row_state, self.options.slope
         value = self.pair.x.new_empty(self.rows.shape[0])
         known = value.new_empty(5, value.shape[0])
-        if shares is None or slope is None:
+        if row_state is None or slope is None:
             self.pair.value_(value, known)
         else:
-            known[:4], known[4] = shares[self.rows].T, slope[self.rows]
+            known[:4], known[4] = row_state[self.rows].T, slope[self.rows]
         found = None if upstream is not None else value
         if not gradient:
             return found, None
@@ -186,12 +191,12 @@ class KernelChunk(NamedTuple):
         return found, KernelHeadGradient(self.pair.gradient_(self.out, known, factor), self.hidden, self.weight)
 
     def slice_values(self) -> Tensor:
-        shares = self.options.shares
-        return self.pair.slice_state() if shares is None else self.pair.slice_terms(shares[self.rows])
+        row_state = self.options.row_state
+        return self.pair.slice_state() if row_state is None else self.pair.slice_terms(row_state[self.rows])
 
 
 def _product_(out: Tensor, head: Head, rows: Tensor) -> Tensor:
-    """`hidden @ weight.T` of some rows into `out`, and the rows as they were multiplied."""
+    """`hidden @ weight.T` of some rows into `out`; returns these hidden states in the dtype of the product."""
     from kdloss._triton import _products
 
     hidden = head.hidden.index_select(0, rows).to(_products.product_dtype(head.hidden, head.weight))

@@ -1,9 +1,11 @@
-"""The divergence of every row of two sets of logits, as one operator with its gradient.
+"""The divergence of each row of two sets of logits, as one operator with its gradient.
 
-Rows are taken a block at a time through `_divergence_rows`, forward and backward; between the two nothing is kept but
-the logits themselves. Peak extra memory is a scratch in the forward, and the gradient and a scratch in the backward. An
-operator of its own keeps autograd from slicing (each slice's backward would be a zero tensor of the size of all the
-logits) and `torch.compile` from looking inside. A gradient of the gradient is not defined, and raises.
+Forward and backward compute one block of rows at a time (`rows.py`); only the logits themselves are kept between the
+two. Peak extra memory is a scratch in the forward, and the gradient and a scratch in the backward. As a custom operator
+it is opaque to `torch.compile`, and autograd does not record its slices: the backward of each would allocate zeros of
+the size of all logits. A gradient of the gradient is not defined, and raises.
+
+If `kernels` is set, `_triton/_divergences.py` does the same without a scratch, and keeps five values per row.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from kdloss._softmax.rows import all_zero, column, flat_rows, scale_
 from kdloss._softmax.vocabulary import Softmax
 from kdloss._softmax.whole_rows import rate_of
 
-from .rows import Form, Scratch, block, slice_gradient, slice_state, slice_terms
+from .rows import Form, Scratch, block_divergence, slice_gradient, slice_state, slice_terms
 from .sharded import whole_divergence
 
 if TYPE_CHECKING:
@@ -29,11 +31,11 @@ if TYPE_CHECKING:
 
 def divergence(
     logits: Tensor,  # (..., V)
-    teacher_logits: Tensor,  # (..., V) detached here
+    teacher_logits: Tensor,  # (..., V); detached here
     form: Form,
     softmax: Softmax,
 ) -> Tensor:  # (...,)
-    """`F(softmax(logits / τ), softmax(teacher_logits / τ))` of each row; differentiable in `logits` alone."""
+    """`F(softmax(logits / τ), softmax(teacher_logits / τ))` of each row, differentiable only in `logits`."""
     options = (softmax.row_temperature, *form, softmax.temperature, softmax.local_size)
     if softmax.shard is not None:
         return _ShardedDivergence.apply(logits, teacher_logits.detach(), *options, softmax.shard, softmax.kernels)  # type: ignore[no-any-return, no-untyped-call]
@@ -52,7 +54,7 @@ def _divergence(
     vocab_size: int,
     kernels: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(the divergence (...,), what the kernels' backward knows of every row (5, T), or (0,))."""
+    """(the divergence (...,), what the backward of the kernels needs of each row (5, T) or, without kernels, (0,))."""
     dtype = _checks.promoted_dtype(logits, teacher_logits)
     out = torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device)
     if kernels:
@@ -64,7 +66,7 @@ def _divergence(
     tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], out.unsqueeze(-1))
     for student, teacher, result, tau in flat_rows(*tensors, column(row_temperature, out)):
         for rows in scratch.blocks(student.shape[0]):
-            found = block(
+            found = block_divergence(
                 Form(kind, omega),
                 student[rows],
                 teacher[rows],
@@ -103,7 +105,7 @@ def _pairs(
     temperature: float,
     vocab_size: int,
 ) -> Iterator[tuple[slice, Pair]]:
-    """(which rows, both sides of them) as the kernels take them."""
+    """Yield (rows, both sides of these rows in the form that the kernels take)."""
     from kdloss._triton._divergences import Pair
     from kdloss._triton._row_math import LogitTransform
 
@@ -129,9 +131,11 @@ def _divergence_backward(
     temperature: float,
     vocab_size: int,
     kernels: bool,
-    shares: Tensor | None = None,  # (..., 2), where the logits are a slice of the rows
+    # arguments of `slice_gradient`, if the logits are a slice of the rows and torch computes
+    shares: Tensor | None = None,  # (..., 2)
     slope: Tensor | None = None,  # (...,)
 ) -> Tensor:
+    """The gradient of the logits, in their dtype: `upstream` (...,) times dF/dlogits, 0 in padding columns."""
     dtype = _checks.promoted_dtype(logits, teacher_logits)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if kernels:
@@ -143,22 +147,24 @@ def _divergence_backward(
     scratch = Scratch(upstream.numel(), vocab_size, dtype=dtype, device=logits.device)
     tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], grad[..., :vocab_size])
     factors = upstream.contiguous().unsqueeze(-1)
-    masses = factors if shares is None else shares  # the factors are a stand-in that nothing reads
-    others = (factors, column(row_temperature, upstream), masses, column(slope, upstream))
-    for student, teacher, result, factor, tau, mass, total in flat_rows(*tensors, *others):
+    log_shares = factors if shares is None else shares  # `factors` is a placeholder that nothing reads
+    others = (factors, column(row_temperature, upstream), log_shares, column(slope, upstream))
+    for student, teacher, result, factor, tau, share, total in flat_rows(*tensors, *others):
         for rows in scratch.blocks(student.shape[0]):
             if all_zero(factor[rows]):
                 result[rows] = 0
                 continue
             taus = None if row_temperature is None else tau[rows, 0]
-            of = (Form(kind, omega), student[rows], teacher[rows], scratch)
+            inputs = (Form(kind, omega), student[rows], teacher[rows], scratch)
             if shares is None:
-                found = block(*of, temperature=temperature, row_temperature=taus, value=False, gradient=True)
+                found = block_divergence(
+                    *inputs, temperature=temperature, row_temperature=taus, value=False, gradient=True
+                )
                 dz = found.gradient
                 assert dz is not None
             else:
                 dz = slice_gradient(
-                    *of, temperature=temperature, row_temperature=taus, shares=mass[rows], slope=total[rows, 0]
+                    *inputs, temperature=temperature, row_temperature=taus, shares=share[rows], slope=total[rows, 0]
                 )
             divisor = temperature if row_temperature is None else tau[rows].to(dtype)
             result[rows] = scale_(dz, factor[rows].to(dtype), divisor)
@@ -166,20 +172,7 @@ def _divergence_backward(
 
 
 @_divergence_backward.register_fake
-def _(
-    upstream: Tensor,
-    logits: Tensor,
-    teacher_logits: Tensor,
-    row_temperature: Tensor | None,
-    known: Tensor,
-    kind: str,
-    omega: float,
-    temperature: float,
-    vocab_size: int,
-    kernels: bool,
-    shares: Tensor | None = None,
-    slope: Tensor | None = None,
-) -> Tensor:
+def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -205,27 +198,27 @@ def _divergence_slice(
     temperature: float,
     vocab_size: int,
     kernels: bool,
-    shares: Tensor | None,  # (..., 2); for the kernels (..., 4), the state of whole rows
+    row_state: Tensor | None,  # (..., 2), for the kernels (..., 4), as in `WholeDivergence`
 ) -> Tensor:
-    """`slice_state` (..., 5) of all rows; with the shares, `slice_terms` (..., 2)."""
+    """`slice_state` (..., 5) of each row or, if `row_state` is known, `slice_terms` (..., 2)."""
     dtype = _checks.promoted_dtype(logits, teacher_logits)
-    out = torch.empty(*logits.shape[:-1], 5 if shares is None else 2, dtype=dtype, device=logits.device)
+    out = torch.empty(*logits.shape[:-1], 5 if row_state is None else 2, dtype=dtype, device=logits.device)
     if kernels:
-        found, states = out.view(-1, out.shape[-1]), None if shares is None else shares.reshape(-1, 4)
+        found, states = out.view(-1, out.shape[-1]), None if row_state is None else row_state.reshape(-1, 4)
         for place, pair in _pairs(logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size):
             found[place] = pair.slice_state() if states is None else pair.slice_terms(states[place])
         return out
     scratch = Scratch(logits.shape[:-1].numel(), vocab_size, dtype=dtype, device=logits.device)
     tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], out)
-    masses = out if shares is None else shares
-    for student, teacher, result, tau, mass in flat_rows(*tensors, column(row_temperature, out[..., 0]), masses):
+    shares = out if row_state is None else row_state  # `out` is a placeholder that nothing reads
+    for student, teacher, result, tau, share in flat_rows(*tensors, column(row_temperature, out[..., 0]), shares):
         for rows in scratch.blocks(student.shape[0]):
             taus = None if row_temperature is None else tau[rows, 0]
-            of = (Form(kind, omega), student[rows], teacher[rows], scratch)
-            if shares is None:
-                result[rows] = slice_state(*of, temperature=temperature, row_temperature=taus)
+            inputs = (Form(kind, omega), student[rows], teacher[rows], scratch)
+            if row_state is None:
+                result[rows] = slice_state(*inputs, temperature=temperature, row_temperature=taus)
             else:
-                result[rows] = slice_terms(*of, temperature=temperature, row_temperature=taus, shares=mass[rows])
+                result[rows] = slice_terms(*inputs, temperature=temperature, row_temperature=taus, shares=share[rows])
     return out
 
 
@@ -239,14 +232,14 @@ def _(
     temperature: float,
     vocab_size: int,
     kernels: bool,
-    shares: Tensor | None,
+    row_state: Tensor | None,
 ) -> Tensor:
     dtype = _checks.promoted_dtype(logits, teacher_logits)
-    return logits.new_empty((*logits.shape[:-1], 5 if shares is None else 2), dtype=dtype)
+    return logits.new_empty((*logits.shape[:-1], 5 if row_state is None else 2), dtype=dtype)
 
 
 class _ShardedDivergence(torch.autograd.Function):
-    """`_divergence` of logits that are a slice of the rows."""
+    """`_divergence` of logits that are a slice of the rows; results are those of whole rows."""
 
     @staticmethod
     def forward(
@@ -264,16 +257,16 @@ class _ShardedDivergence(torch.autograd.Function):
         inputs = (logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size, kernels)
         rows = logits.shape[:-1]
 
-        def terms(known: Tensor) -> Tensor:
-            return _divergence_slice(*inputs, known.reshape(*rows, known.shape[-1])).reshape(-1, 2)  # type: ignore[no-any-return]
+        def terms(row_state: Tensor) -> Tensor:
+            return _divergence_slice(*inputs, row_state.reshape(*rows, row_state.shape[-1])).reshape(-1, 2)  # type: ignore[no-any-return]
 
         taus = None if row_temperature is None else row_temperature.reshape(-1)
         rate = rate_of(temperature, taus, logits) if kernels else None
         found = whole_divergence(kind, _divergence_slice(*inputs, None).reshape(-1, 5), terms, shard, rate)
         if kernels:
-            more: tuple[Tensor, ...] = (torch.cat([found.known.T, found.slope[None]]),)
-        else:  # what is known by the kernels alone is nothing
-            more = found.slope.new_empty(0), found.known.reshape(*rows, 2), found.slope.reshape(rows)
+            more: tuple[Tensor, ...] = (torch.cat([found.row_state.T, found.slope[None]]),)
+        else:  # an empty `known`, which only the kernels read
+            more = found.slope.new_empty(0), found.row_state.reshape(*rows, 2), found.slope.reshape(rows)
         ctx.save_for_backward(*inputs[:3], *more)
         ctx.options = inputs[3:]
         return found.value.reshape(rows)

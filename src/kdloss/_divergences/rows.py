@@ -11,21 +11,21 @@
 | skewed_forward_kl | sum p b | -p w |
 | skewed_reverse_kl | sum q a | q (a - w) |
 
-with m = ω p + (1-ω) q, a = log q/m, b = log p/m, w = (1-ω) q/m; ω is β, α and 1-α in turn. With t = d + log ω/(1-ω)
+with m = ω p + (1-ω) q, a = log q/m, b = log p/m, w = (1-ω) q/m; ω is β, α and 1-α in turn. With t = d + log ω/(1-ω),
 
     a = -log(1-ω) - relu(t) - s,   b = -log ω - relu(-t) - s,   w = sigmoid(-t),   s = log1p(exp(-|t|))
 
-In this form a is right to one rounding of ω where ω is small, and b to one of 1-ω where that is: the divergence is then
-of that order itself, so it keeps its digits, and t never overflows.
+In this form a is accurate to one rounding of ω if ω is small, and b to one rounding of 1-ω if 1-ω is small. The
+divergence is then of that order itself, so it keeps its digits; and t never overflows.
 
-A logit of -inf is a mass of 0. It gives 0 where 0 log 0 stands, and +inf where a mass is divided by it. In float32 a
-mass below 1e-45 is 0. A row with NaN, +inf or nothing but -inf is no distribution: value and gradient are NaN.
+A logit of -inf is a mass of 0: 0 log 0 is 0, and a mass divided by 0 gives +inf. In float32 a mass below 1e-45 is 0. A
+row with NaN, +inf or only -inf is not a distribution: value and gradient are NaN.
 
-Each pass over a block is one fast kernel: `softmax` and `log_softmax` cost less than one `exp`, and a mask more than
-both, so the NaN of 0 * inf is removed after the product, and rows that are NaN by right are marked again.
+Each pass over a block is one fast operation of torch. `softmax` and `log_softmax` cost less than one `exp`, and a mask
+costs more than both. So the NaN of 0 * inf is removed after the product, and rows that must be NaN are set to it again.
 
 The `slice_*` functions do the same for ranks that hold a slice of each row: a slice's softmax times its share of the
-mass is that of the row, and sums over the slices are the row's (`_divergences/sharded.py`).
+mass is that of the row, and sums over the slices are sums over the row (`sharded.py`).
 """
 
 from __future__ import annotations
@@ -43,28 +43,31 @@ GENERALIZED_JSD = "generalized_jsd"
 SKEWED_FORWARD_KL = "skewed_forward_kl"
 SKEWED_REVERSE_KL = "skewed_reverse_kl"
 
-# beyond it, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in every dtype
+# beyond ± this, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in every dtype
 _SATURATED = 1e4
+# blocks of rows in a scratch
 _BUFFERS = 5
 
 
 class Form(NamedTuple):
-    """Which divergence."""
+    """Which divergence, and of which mixture."""
 
     kind: str
     omega: float = 0.5  # the teacher's share of the mixture m = omega p + (1 - omega) q; unused by the two KLs
 
 
 class BlockResult(NamedTuple):
+    """The divergence of a block of rows."""
+
     value: Tensor | None  # (R,) nats
-    gradient: Tensor | None  # (R, V) of value with respect to z = student / τ; lies in the scratch
+    gradient: Tensor | None  # (R, V) with respect to z = student / τ, in the memory of the scratch
 
 
 class Scratch:
-    """Room for blocks of rows; every row of every block is computed in it.
+    """Memory that all blocks of rows are computed in, one after the other.
 
-    About half a million entries a thread on a CPU, so that a block stays in the cache from pass to pass, and a row a
-    thread at least; more on a GPU, where a pass costs a launch.
+    On a CPU it has about half a million entries per thread, so that a block stays in the cache from pass to pass, and
+    at least one row per thread. It is larger on a GPU, where each pass costs a launch.
     """
 
     def __init__(self, total_rows: int, vocab_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -78,10 +81,11 @@ class Scratch:
         return (slice(start, start + self.rows) for start in range(0, total_rows, self.rows))
 
     def buffers(self, rows: int) -> tuple[Tensor, ...]:
+        """Five uninitialised buffers (rows, V)."""
         return self._buffers[:, :rows].unbind(0)
 
 
-def block(
+def block_divergence(
     form: Form,
     student: Tensor,  # (R, V) logits
     teacher: Tensor,  # (R, V)
@@ -92,7 +96,7 @@ def block(
     value: bool,
     gradient: bool,
 ) -> BlockResult:
-    """The divergence of each row and its gradient, where they are asked for. The inputs are left as they are."""
+    """The divergence of each row and its gradient, if they are asked for. The inputs are not modified."""
     kind, _ = form
     room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
     tau = _tau(temperature, row_temperature, room)
@@ -105,7 +109,7 @@ def block(
     needs_q = gradient or kind not in (FORWARD_KL, SKEWED_FORWARD_KL)
     _distribution(student, tau, room, logs=log_q, probabilities=q if needs_q else None)
     _distribution(teacher, tau, room, logs=log_p, probabilities=p if needs_p else None)
-    nothing = log_q[:, 0].isnan() | log_p[:, 0].isnan()  # log_softmax makes all of a row NaN, or nothing of it
+    nothing = log_q[:, 0].isnan() | log_p[:, 0].isnan()  # log_softmax makes all of a row NaN or none of it
 
     total, weighted = _terms(form, room, log_q, log_p, q, p, gradient)
     if not gradient:
@@ -113,8 +117,8 @@ def block(
     elif kind == FORWARD_KL:
         dz = q.sub_(p)
     else:
-        dz = _through_softmax(weighted, q, total if kind == REVERSE_KL else weighted.sum(-1), nothing)
-    # a divergence is never negative, whatever rounding says
+        dz = _through_softmax_(weighted, q, total if kind == REVERSE_KL else weighted.sum(-1), nothing)
+    # a divergence is never negative, but rounding may make it so
     return BlockResult(total.clamp(min=0).masked_fill(nothing, math.nan), dz)
 
 
@@ -127,7 +131,7 @@ def slice_state(
     temperature: float,
     row_temperature: Tensor | None = None,  # (R,)
 ) -> Tensor:  # (R, 5)
-    """(max z, log max softmax) of student and teacher in the slice, and of the two KLs the value in it, else 0."""
+    """(max z, log max softmax) of the student's slice and of the teacher's, then the KL inside it, 0 for a mixture."""
     kind, _ = form
     room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
     tau = _tau(temperature, row_temperature, room)
@@ -150,9 +154,9 @@ def slice_terms(
     *,
     temperature: float,
     row_temperature: Tensor | None = None,  # (R,)
-    shares: Tensor,  # (R, 2) log of the mass that q and p have in the slice
+    shares: Tensor,  # (R, 2) log of the masses that q and p have in the slice
 ) -> Tensor:  # (R, 2)
-    """The slice's terms of the value, and of the sum of G."""
+    """The slice's part of the value, and of the sum of G."""
     room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
     tau = _tau(temperature, row_temperature, room)
     _distribution(student, tau, room, shares[:, :1], logs=log_q, probabilities=q)
@@ -170,9 +174,9 @@ def slice_gradient(
     *,
     temperature: float,
     row_temperature: Tensor | None = None,  # (R,)
-    shares: Tensor,  # (R, 2) log of the mass that q and p have in the slice
+    shares: Tensor,  # (R, 2) log of the masses that q and p have in the slice
     slope: Tensor,  # (R,) the sum of G over all slices
-) -> Tensor:  # (R, V), lies in the scratch
+) -> Tensor:  # (R, V), in the memory of the scratch
     """The slice's columns of dF/dz."""
     room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
     tau = _tau(temperature, row_temperature, room)
@@ -184,10 +188,11 @@ def slice_gradient(
     _distribution(teacher, tau, room, shares[:, 1:], logs=log_p, probabilities=p)
     nothing = log_q[:, 0].isnan() | log_p[:, 0].isnan()
     _, weighted = _terms(form, room, log_q, log_p, q, p, True)
-    return _through_softmax(weighted, q, slope, nothing)
+    return _through_softmax_(weighted, q, slope, nothing)
 
 
 def _tau(temperature: float, row_temperature: Tensor | None, like: Tensor) -> float | Tensor:
+    """τ as a number, or as (R, 1)."""
     return temperature if row_temperature is None else row_temperature.unsqueeze(-1).to(like.dtype)
 
 
@@ -200,15 +205,15 @@ def _terms(
     p: Tensor,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The sum over the columns of f(q, p), and of all but the forward KL the G of them, where it is asked for.
+    """(sum over the columns of f(q, p), G of each column). Overwrites all buffers except q and p.
 
-    All buffers but q and p are spent.
+    G is undefined for the forward KL, and for the others unless `gradient` is set.
     """
     kind, omega = form
     if kind == FORWARD_KL:
-        return _clean(torch.sub(log_p, log_q, out=room).mul_(p)).sum(-1), room
+        return _clean_(torch.sub(log_p, log_q, out=room).mul_(p)).sum(-1), room
     if kind == REVERSE_KL:
-        return _clean(torch.sub(log_q, log_p, out=room).mul_(q)).sum(-1), room
+        return _clean_(torch.sub(log_q, log_p, out=room).mul_(q)).sum(-1), room
     t = log_p.sub_(log_q).add_(math.log(omega) - math.log1p(-omega)).nan_to_num_(0.0, _SATURATED, -_SATURATED)
     s = torch.abs(t, out=room).neg_().exp_().log1p_()
     return _MIXTURES[kind](omega, t, s, q, p, log_q, gradient)
@@ -239,7 +244,7 @@ def _skewed_reverse(
     return total, a.sub_(t.neg_().sigmoid_()).mul_(q) if gradient else a
 
 
-# (ω, t, s, q, p, room, gradient) -> (value, G); all buffers but q and p are spent
+# (ω, t, s, q, p, room, gradient) -> (value, G); all buffers except q and p are overwritten
 _MIXTURES = {
     GENERALIZED_JSD: _jsd,
     SKEWED_FORWARD_KL: _skewed_forward,
@@ -251,12 +256,12 @@ def _distribution(
     logits: Tensor,
     tau: float | Tensor,
     room: Tensor,
-    share: Tensor | None = None,  # (R, 1) log of the mass of these columns, where they are a slice of the rows
+    share: Tensor | None = None,  # (R, 1) log of the mass of these columns, if they are a slice of the rows
     *,
     logs: Tensor | None = None,
     probabilities: Tensor | None = None,
 ) -> None:
-    """log softmax(logits / τ) and softmax(logits / τ) into the buffers that are given; `room` is overwritten."""
+    """log softmax(logits / τ) into `logs` and softmax(logits / τ) into `probabilities`, if given. Overwrites `room`."""
     z = logits
     if isinstance(tau, Tensor) or tau != 1 or logits.dtype != room.dtype:
         z = room.copy_(logits)
@@ -275,16 +280,16 @@ def _distribution(
         probabilities.mul_(share.exp()).masked_fill_(massless, 0)
 
 
-def _clean(products: Tensor) -> Tensor:
-    """Products of a mass and a log-ratio in place: 0 * inf is 0, and infinities stay."""
+def _clean_(products: Tensor) -> Tensor:
+    """Products of a mass and a log-ratio, in place: 0 * inf becomes 0, and infinities stay."""
     return products.nan_to_num_(0.0, math.inf, -math.inf)
 
 
 def _log_ratio(t: Tensor, s: Tensor, log_share: float, *, out: Tensor) -> Tensor:
-    """`-log_share - relu(t) - s`: a for t and 1-ω, b for -t and ω. `out` may be `t`, and not `s`."""
+    """`-log_share - relu(t) - s`: a for t and 1-ω, b for -t and ω. `out` may be `t`, but not `s`."""
     return torch.clamp(t, min=0, out=out).add_(s).add_(log_share).neg_()
 
 
-def _through_softmax(weighted: Tensor, q: Tensor, total: Tensor, nothing: Tensor) -> Tensor:
-    """`G - q sum G`, in the place of G."""
+def _through_softmax_(weighted: Tensor, q: Tensor, total: Tensor, nothing: Tensor) -> Tensor:
+    """dF/dz = G - q sum G, in place of G; NaN in rows that are `nothing`."""
     return weighted.addcmul_(q, total.masked_fill(nothing, math.nan).unsqueeze(-1), value=-1)

@@ -1,18 +1,18 @@
-"""Divergences of rows whose vocabulary is split across ranks: what ranks tell each other, and what is made of it.
+"""Divergences of rows whose vocabulary is split across ranks: what ranks all-gather, and how it is merged.
 
-With Q_r and P_r the mass that q and p have in rank r's slice, and q_r, p_r the distributions inside it,
+With Q_r and P_r the masses of q and p in rank r's slice, and q_r and p_r the distributions inside it,
 
     KL(p || q) = sum_r P_r (KL(p_r || q_r) + log P_r / Q_r)
 
-and the other way round, so that a KL takes one all-gather of 5 numbers a row: both sides' (m, log 1/s) and the KL
-inside the slice. Everything in it is a divergence, so nothing large is subtracted.
+and likewise KL(q || p). So a KL takes one all-gather of 5 values per row: (m, log 1/s) of both sides, and the KL inside
+the slice. The formula has only divergences in it, so no large numbers are subtracted.
 
-A mixture m = ω p + (1-ω) q inside a slice hangs on P_r and Q_r, which are known after that all-gather. So the JSD and
-the skewed KLs take a second pass and a second all-gather, of 2 numbers: the slice's terms of the value and of the
-gradient's normalisation. No backward needs one.
+A mixture m = ω p + (1-ω) q inside a slice depends on P_r and Q_r, which are known only after that all-gather. So the
+JSD and the skewed KLs take a second pass and a second all-gather, of 2 values per row: the slice's part of the value
+and of the sum of G (`rows.py`). No backward needs an all-gather.
 
-torch's operations know a slice by its softmax and its share of the mass. The kernels know no shares: they are handed
-(m, log s) of the whole rows, in their own unit (`_softmax/whole_rows.py`), and see q and p as they are.
+torch's operations compute a slice from its softmax and its share of the mass. The kernels use no shares: they take
+(m, log s) of whole rows, in their own unit (`_softmax/whole_rows.py`), and compute q and p of the row directly.
 """
 
 from __future__ import annotations
@@ -29,41 +29,43 @@ from kdloss._distributed.vocab_shard import VocabShard
 from .rows import FORWARD_KL, REVERSE_KL
 
 
-class WholeRows(NamedTuple):
-    """A divergence of whole rows, and what a slice's gradient needs to know of the other slices."""
+class WholeDivergence(NamedTuple):
+    """A divergence of whole rows, and what the gradient of a slice needs from the other slices."""
 
     value: Tensor  # (R,)
-    known: Tensor  # (R, 2) log of the mass that q and p have in this rank's slice; (R, 4) for the kernels
+    row_state: (
+        Tensor  # (R, 2) log of the masses of q and p in this rank's slice; for the kernels (R, 4), (m, log s) twice
+    )
     slope: Tensor  # (R,) the sum of G
 
 
 def whole_divergence(
     kind: str,
     state: Tensor,  # (R, 5) of `slice_state`
-    terms: Callable[[Tensor], Tensor],  # what is known -> (R, 2), as `slice_terms`
+    terms: Callable[[Tensor], Tensor],  # row_state -> (R, 2) of `slice_terms`
     shard: VocabShard,
-    rate: Tensor | None = None,  # () or (R,): 1 / temperature, where maxima are before it, as the kernels'
-) -> WholeRows:
-    """The same on every rank but for the shares, which are each rank's own."""
+    rate: Tensor | None = None,  # () or (R,): 1 / temperature, if maxima are before the temperature, as for the kernels
+) -> WholeDivergence:
+    """The divergence of whole rows: the same on every rank, except for the masses of the rank's own slice."""
     states = gather(state, shard)
     log_q, *of_student = _log_shares(states[..., 0], states[..., 1], rate)
     log_p, *of_teacher = _log_shares(states[..., 2], states[..., 3], rate)
-    known = [log_q[shard.rank], log_p[shard.rank]] if rate is None else [*of_student, *of_teacher]
-    numbers = torch.stack(known, -1)
+    fields = [log_q[shard.rank], log_p[shard.rank]] if rate is None else [*of_student, *of_teacher]
+    row_state = torch.stack(fields, -1)
     if kind in (FORWARD_KL, REVERSE_KL):
         own, other = (log_p, log_q) if kind == FORWARD_KL else (log_q, log_p)
-        # a slice without mass on either side has no divergence inside: the masses themselves say 0 or inf
+        # without mass on one side there is no divergence inside the slice: the masses alone give 0 or inf
         inside = states[..., 4].masked_fill((log_q == -torch.inf) | (log_p == -torch.inf), 0)
         of_slices = torch.where(own == -torch.inf, 0, own.exp() * (inside + own - other))
         value = of_slices.sum(0)
         slope = torch.where(value.isnan(), value, -1) if kind == FORWARD_KL else value
     else:
-        value, slope = ordered_sum(terms(numbers), shard).unbind(-1)
-    return WholeRows(value.clamp(min=0), numbers, slope)
+        value, slope = ordered_sum(terms(row_state), shard).unbind(-1)
+    return WholeDivergence(value.clamp(min=0), row_state, slope)
 
 
 def _log_shares(maximum: Tensor, log_peak: Tensor, rate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The log of each slice's mass (ranks, R), from max z and log max softmax inside the slices; (m, log s) (R,)."""
+    """(log of each slice's mass (ranks, R), m (R,), log s (R,)), from max z and log max softmax inside the slices."""
     largest = maximum.amax(0)
     above = maximum - largest if rate is None else (maximum - largest) * rate
     log_mass = torch.where(maximum == -torch.inf, -torch.inf, above - log_peak)

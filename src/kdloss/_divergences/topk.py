@@ -8,17 +8,16 @@
 | "renormalize" | p_S / P with q_S / Q: inside S only | yes, but blind to Q; identically 0 at K = 1 |
 | "truncate" | the sum over S of the full form's terms | no: it may be negative, and is not clamped |
 
-Take the bucket. Its optimum has q = p on S and the right mass outside. "renormalize" never moves mass into S or out of
-it. "truncate" moves it without a bound: see the gradient in each function's docstring.
+Use "bucket" by default: at its optimum q = p on S, and the mass outside S is right. "renormalize" never moves mass into
+S or out of it. "truncate" moves it without a bound: see the gradient in each function's docstring.
 
-Rows with fewer ids are padded with id -1; their log-probs there are not read. A row of padding alone is 0 without
-gradient. A row in which either side excludes all of S cannot be renormalised: it is NaN. S may be the teacher's top K
-or the student's. The choice of S carries no gradient.
+Rows with fewer ids are padded with id -1, where log-probs are not read. A row of padding only is 0 without gradient. A
+row in which either side excludes all of S cannot be renormalised: it is NaN. S may be the teacher's top K or the
+student's. The choice of S carries no gradient.
 
-A teacher's log-probs are rounded, and may leave no room for a tail, or a spurious one of 1e-8. A tail below 8 epsilons
-of the dtype of the computation counts as 0 where it is the numerator, and as 8 epsilons where it is the denominator, so
-that rounding alone makes nothing infinite. Keep the log-probs in float32: rounded to bf16 they are off by 1 %, and so
-is their tail.
+A teacher's log-probs are rounded, so they may leave no tail, or a spurious one of 1e-8. A tail below 8 epsilons of the
+computation's dtype counts as 0 in a numerator and as 8 epsilons in a denominator, so rounding alone makes nothing
+infinite. Keep the log-probs in float32: rounded to bf16 they are off by 1 %, and so is their tail.
 """
 
 from __future__ import annotations
@@ -40,16 +39,15 @@ from .topk_op import kept_and_rest
 
 PADDING = -1
 TAILS = ("bucket", "renormalize", "truncate")
-# the sigmoid of a log-ratio beyond it is 0 or 1
+# beyond ± this, the sigmoid of a log-ratio is 0 or 1
 _SATURATED = 1e4
 
 TOPK_ARGS = LOGITS_ARGS | {
     "teacher_topk_logp": """(..., K) nats, the teacher's log-probs of the ids, at the sampling temperature, normalised
         over the whole vocabulary. Detached. -inf is legal.""",
     "teacher_topk_ids": "(..., K) int32 or int64, distinct within a row, in any order; -1 is padding.",
-    "temperature": """τ > 0, a number or one value per row, for the student only: the teacher's log-probs already have
-    it.
-        It carries no gradient.""",
+    "temperature": """τ > 0, a number or one value per row, for the student only: the teacher's log-probs already
+        have it. It carries no gradient.""",
     "ValueError": """shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
         run, or (on the CPU) an id is twice in a row or outside the vocabulary. Elsewhere, and under `torch.compile`,
         such a row is NaN.""",
@@ -103,7 +101,7 @@ def topk_forward_kl(
     Source:
         The bucket is the forward KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
     """
-    form = Form(FORWARD_KL, 0.5)
+    form = Form(FORWARD_KL)
     return _topk(form, logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, shard, impl)
 
 
@@ -157,7 +155,7 @@ def topk_reverse_kl(
     Source:
         The bucket is the reverse KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
     """
-    form = Form(REVERSE_KL, 0.5)
+    form = Form(REVERSE_KL)
     return _topk(form, logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, shard, impl)
 
 
@@ -235,7 +233,8 @@ def _topk(
     vocab_size: int | None,
     shard: VocabShard | None,
     impl: str,
-) -> Tensor:
+) -> Tensor:  # (...,)
+    """Any divergence with any tail; the public functions differ only in `form`."""
     _checks.one_of("tail", tail, TAILS)
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
     vocab_size, (kind, omega) = softmax.vocab_size, form
@@ -257,20 +256,20 @@ def _topk(
     student = torch.where(empty, 0, torch.where(valid, student, -math.inf))
     teacher = torch.where(empty, 0, teacher)
     if tail == "truncate":
-        # no distribution, by NaN, +inf or nothing but -inf: kept out of log_softmax, whose gradient would be NaN even
-        # where nothing comes in
+        # a row with NaN, +inf or only -inf is not a distribution. It stays out of log_softmax, whose gradient would be
+        # NaN even if the incoming gradient is 0
         nothing = ~student.detach().amax(-1, keepdim=True).isfinite()
         log_q = torch.where(nothing, 0, student).log_softmax(-1)[..., :-1]
         value = _truncated(kind, omega, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
         value = torch.where(empty.squeeze(-1), 0, value)
-    else:  # softmax of what stands here is the distribution over K + 1 outcomes, or over K
+    else:  # softmax(student) is the distribution over K + 1 outcomes, or over K
         kernels = softmax.kernels and dtype == torch.float32
         value = divergence(student, teacher, form, Softmax.of(student.shape[-1], kernels=kernels))
     return value if broken is None else value.masked_fill(broken, math.nan)
 
 
 def _log_tail(log_p: Tensor, ids: Tensor, vocab_size: int, kind: str) -> Tensor:
-    """`log(1 - P)`, -inf where S is the whole vocabulary; a tail in the last digits as the module says."""
+    """`log(1 - P)`, with tails below 8 epsilons as above; -inf if S is the whole vocabulary."""
     tail = -torch.expm1(torch.logsumexp(log_p, -1))
     least = 8 * torch.finfo(log_p.dtype).eps
     log_tail = tail.clamp(min=least).log() if kind == REVERSE_KL else torch.where(tail < least, 0, tail).log()
@@ -278,7 +277,7 @@ def _log_tail(log_p: Tensor, ids: Tensor, vocab_size: int, kind: str) -> Tensor:
 
 
 def _truncated(kind: str, omega: float, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """The full form's terms, summed over (..., K); every -inf is replaced before it can make a NaN in the gradient."""
+    """The full form's terms, summed over S. Every -inf is replaced before it can make the gradient NaN."""
     p, q = log_p.exp(), log_q.exp()
     if kind == FORWARD_KL:
         return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
@@ -295,7 +294,7 @@ def _truncated(kind: str, omega: float, log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _check_topk(logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The ids in ascending order, where each stood, and which rows are bad and cannot raise."""
+    """(ids in ascending order, where each stood, mask of bad rows; None if bad rows raise here)."""
     _checks.tensors(teacher_topk_logp=logp)
     _checks.floating(teacher_topk_logp=logp)
     _checks.integral(teacher_topk_ids=ids)

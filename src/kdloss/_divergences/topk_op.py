@@ -3,15 +3,15 @@
     z = logits / τ,   z_S = z[ids],   rest = log sum_{v not in ids} exp z_v
     dz_v = du_k at v = ids_k,   dz_v = dr exp(z_v - rest) elsewhere
 
-softmax([z_S, rest]) is the distribution with everything outside S in one bucket, and `rest` is summed over what it
-holds: 1 minus the kept mass would lose all its digits where little is left. One pass over the logits, a block of rows
-at a time; the backward is another one, and writes the gradient once.
+softmax([z_S, rest]) is the distribution with everything outside S in one bucket. `rest` is summed over these columns,
+because 1 minus the kept mass would lose all its digits if little is left. The forward is one pass over the logits, a
+block of rows at a time; the backward is another one, and writes the gradient once.
 
-Where ranks hold a slice of the vocabulary each, an id is kept on the rank that has it, and `rest` is the log-sum-exp of
-all ranks' rests: one all-gather of K + 1 numbers a row, and none in the backward.
+If each rank holds a slice of the vocabulary, an id is kept on the rank that has it, and `rest` is the log-sum-exp of
+the rests of all ranks: one all-gather of K + 1 values per row, and none in the backward.
 
-A scratch row has one column more than the vocabulary, at -inf: padded ids (-1) point there. Where `kernels` is set,
-`_triton/_topk_forward.py` and `_topk_backward.py` do the same without a scratch.
+A scratch row has one column more than the vocabulary, at -inf: padded ids (-1) point there. If `kernels` is set,
+`_triton/_topk_forward.py` and `_triton/_topk_backward.py` do the same without a scratch.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.rows import all_zero, column, flat_rows
 from kdloss._softmax.vocabulary import Softmax
 
-_ENTRIES = 2**19
+# entries of a scratch, per thread on a CPU
+_CPU_ENTRIES, _DEVICE_ENTRIES = 2**19, 2**24
 
 
 def kept_and_rest(
     logits: Tensor,  # (..., V)
-    ids: Tensor,  # (..., K) int64 distinct and ascending in a row, -1 is padding
+    ids: Tensor,  # (..., K) int64, distinct and ascending within a row; -1 is padding
     softmax: Softmax,
     *,
     with_rest: bool = True,
 ) -> tuple[Tensor, Tensor]:  # (..., K), (...,)
-    """Tempered logits at `ids`, -inf at padding, and the log-sum-exp of the rest, -inf where none is left.
+    """`logits / τ` at `ids`, -inf at padding, and the log-sum-exp of all other columns, -inf if there are none.
 
-    Without the rest, which is then -inf, this is `gather`, whose own backward holds a float32 copy of the gradient. In
-    a row of padding alone the rest is anything.
+    Without `with_rest`, the rest is -inf and this is only a `gather`; torch's own would hold a float32 copy of the
+    gradient in its backward. In a row of padding only, the rest is undefined.
     """
     options = (softmax.temperature, softmax.local_size, with_rest, softmax.kernels)
     if softmax.shard is not None:
@@ -61,6 +62,7 @@ def _kept_and_rest(
     with_rest: bool,
     kernels: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """(kept (..., K), rest (...,))."""
     if kernels:
         from kdloss._triton._topk_forward import forward
 
@@ -87,15 +89,7 @@ def _kept_and_rest(
 
 
 @_kept_and_rest.register_fake
-def _(
-    logits: Tensor,
-    ids: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    vocab_size: int,
-    with_rest: bool,
-    kernels: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = _checks.promoted_dtype(logits)
     return logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(ids.shape[:-1], dtype=dtype)
 
@@ -113,6 +107,7 @@ def _kept_and_rest_backward(
     with_rest: bool,
     kernels: bool,
 ) -> Tensor:
+    """The gradient of the logits, in their dtype, 0 in padding columns."""
     if kernels:
         from kdloss._triton._topk_backward import backward
 
@@ -121,7 +116,7 @@ def _kept_and_rest_backward(
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad[..., vocab_size:] = 0
     scratch = _scratch(rest.numel(), vocab_size, rest.dtype, logits.device)
-    # where nothing is left, every z is -inf, and so exp(z - 0) is 0
+    # if nothing is left, every other z is -inf, so exp(z - 0) is 0
     shift = torch.where(rest == -math.inf, 0, rest).unsqueeze(-1)
     upstreams = torch.cat([upstream_kept, upstream_rest.unsqueeze(-1)], -1)
     tensors = (logits[..., :vocab_size], _places(ids, vocab_size), shift, upstreams, grad[..., :vocab_size])
@@ -144,18 +139,7 @@ def _kept_and_rest_backward(
 
 
 @_kept_and_rest_backward.register_fake
-def _(
-    upstream_kept: Tensor,
-    upstream_rest: Tensor,
-    logits: Tensor,
-    ids: Tensor,
-    row_temperature: Tensor | None,
-    rest: Tensor,
-    temperature: float,
-    vocab_size: int,
-    with_rest: bool,
-    kernels: bool,
-) -> Tensor:
+def _(upstream_kept: Tensor, upstream_rest: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -173,7 +157,7 @@ _kept_and_rest.register_autograd(_backward, setup_context=_save)
 
 
 class _ShardedTopk(torch.autograd.Function):
-    """`_kept_and_rest` of logits that are a slice of the rows; the results are those of the whole rows."""
+    """`_kept_and_rest` of logits that are a slice of the rows; results are those of whole rows."""
 
     @staticmethod
     def forward(
@@ -203,22 +187,24 @@ class _ShardedTopk(torch.autograd.Function):
 
 
 def ids_of_slice(ids: Tensor, start: int) -> Tensor:
-    """`ids` as columns of a slice that begins at `start`: those outside lie outside it, and only padding is -1."""
+    """`ids` as columns of a slice that begins at `start`. Ids before it become -2, because -1 is padding."""
     return torch.where(ids < 0, ids, torch.where(ids < start, -2, ids - start))
 
 
 def _places(ids: Tensor, vocab_size: int) -> Tensor:
-    """Columns of a scratch row: padding, and what is outside the vocabulary, is at the column that holds -inf."""
+    """Columns of a scratch row: padding, and ids outside the vocabulary, become the last column, which holds -inf."""
     return torch.where((ids < 0) | (ids >= vocab_size), vocab_size, ids)
 
 
 def _scratch(total_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    entries = _ENTRIES * torch.get_num_threads() if device.type == "cpu" else 2**24
+    """Uninitialised memory (R, V + 1) for R rows at a time."""
+    entries = _CPU_ENTRIES * torch.get_num_threads() if device.type == "cpu" else _DEVICE_ENTRIES
     rows = max(1, min(total_rows, entries // (vocab_size + 1)))
     return torch.empty(rows, vocab_size + 1, dtype=dtype, device=device)
 
 
 def _load(logits: Tensor, scratch: Tensor, temperature: float | Tensor) -> Tensor:
+    """`logits / τ` in the scratch, with -inf in the last column."""
     x = scratch[: logits.shape[0]]
     x[:, :-1] = logits
     x[:, -1] = -math.inf
