@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,15 @@ FILES = (
     "integrations/verl.py",
     "testing/__init__.py",
 )
+
+# An internal function that needs more takes its options as one value, a NamedTuple. Exempt are public functions, oracles
+# (their parameters are those of the function that they check), operators and their autograd, Triton kernels, and the
+# functions named here, which a trainer calls with its own arguments.
+MOST_PARAMETERS = 10
+OF_TRAINERS = {
+    "kdloss.integrations.areal.grpo_loss_fn": "AReaL",
+    "kdloss.integrations.trl.chunked_divergence_loss": "TRL",
+}
 
 LAZY_PACKAGES = ("triton", "transformers", "hypothesis", "pytest")
 
@@ -164,6 +174,42 @@ def faults(package: Path) -> list[str]:
     return found
 
 
+def is_exempt(function: ast.FunctionDef, owner: ast.AST, tree: ast.Module, module: str) -> bool:
+    """Whether something outside the library sets the signature of a function, or it is public."""
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    if any(re.match(r"operator\(|torch\.library\.custom_op\(|triton\.jit\b|.*\.register_fake$", x) for x in decorators):
+        return True
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    hooks = [call for call in calls if ast.unparse(call.func).endswith(".register_autograd")]
+    if any(
+        function.name in {ast.unparse(x) for x in [*hook.args, *(k.value for k in hook.keywords)]} for hook in hooks
+    ):
+        return True
+    if isinstance(owner, ast.ClassDef):
+        if function.name == "__init__":
+            return not owner.name.startswith("_")
+        return (
+            any(ast.unparse(base) == "torch.autograd.Function" for base in owner.bases) and "staticmethod" in decorators
+        )
+    public = function.name in kdloss.__all__ and owner is tree
+    return public or module.startswith("kdloss.testing._oracles.") or f"{module}.{function.name}" in OF_TRAINERS
+
+
+def wide_functions(package: Path) -> list[str]:
+    """Functions that are not exempt and take more than `MOST_PARAMETERS`, `self` and `cls` not counted."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        module, tree = module_name(path, package), ast.parse(path.read_text(encoding="utf-8"))
+        for owner in ast.walk(tree):
+            for node in ast.iter_child_nodes(owner):
+                if isinstance(node, ast.FunctionDef) and not is_exempt(node, owner, tree, module):
+                    names = [x.arg for x in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                    count = len(names) - (names[:1] in (["self"], ["cls"]))
+                    if count > MOST_PARAMETERS:
+                        found.append(f"{module}.{node.name} takes {count} parameters")
+    return found
+
+
 def test_a_room_imports_only_from_rooms_above_it():
     assert faults(PACKAGE) == []
 
@@ -240,6 +286,44 @@ def test_an_allowed_import_is_no_fault(tmp_path, file, line):
     assert faults(package) == []
 
 
+def test_no_internal_function_takes_more_than_ten_parameters():
+    assert wide_functions(PACKAGE) == []
+
+
+def test_a_function_of_eleven_parameters_is_found(tmp_path):
+    wide = ", ".join(f"x{i}" for i in range(11))
+    file = tmp_path / "kdloss" / "_packing" / "new.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        f"""
+def function(x, *, {wide[4:]}): ...
+def kdrl_loss({wide}): ...
+class _Private:
+    def __init__(self, {wide}): ...
+    def method(self, {wide[4:]}): ...
+class Public:
+    def __init__(self, {wide}): ...
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, {wide}): ...
+@operator("name")
+def _operator({wide}): ...
+@_operator.register_fake
+def _({wide}): ...
+def _backward(ctx, {wide}): ...
+_operator.register_autograd(_backward, setup_context=_save)
+@triton.jit(do_not_specialize=["x0"])
+def kernel({wide}): ...
+""",
+        encoding="utf-8",
+    )
+    module = "kdloss._packing.new"
+    assert wide_functions(tmp_path / "kdloss") == [
+        f"{module}.function takes 11 parameters",
+        f"{module}.__init__ takes 11 parameters",
+    ]
+
+
 def test_the_plan_of_the_house_fits_on_a_page():
     """Few rooms, and few arrows between them: who adds one asks first whether it belongs into one that is there."""
     assert len([entry for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]) <= 16
@@ -262,6 +346,7 @@ def test_the_oracles_know_neither_torch_nor_the_code_that_they_judge():
             assert own or name.split(".")[0] != "kdloss", f"{path.name} imports {name}"
 
 
+@pytest.mark.slow
 def test_import_loads_no_optional_package():
     # A user's `import kdloss` is silent, too.
     strict = r"import warnings; warnings.filterwarnings('error', module=r'kdloss(\.|$)')"

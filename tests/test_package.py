@@ -25,6 +25,7 @@ def test_one_version_everywhere():
     assert getattr(kdloss, "__version__", VERSION) == VERSION
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     pytest.importorskip("hatchling")
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]

@@ -241,6 +241,7 @@ def test_the_operator_is_well_formed(frozen):
     torch.library.opcheck(torch.ops.kdloss.linear_divergence.default, (leaves[0], weight, bias, *arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_one_graph_without_waiting_for_values(frozen):
     """The operator finds the trained rows inside; the graph around it has static shapes."""

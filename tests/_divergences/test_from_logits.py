@@ -31,7 +31,6 @@ FORMS: dict[str, dict[str, float]] = {
     "skewed_forward_kl": {"alpha": 0.1},
     "skewed_reverse_kl": {"alpha": 0.1},
 }
-MIXTURES = {name: share for name, share in FORMS.items() if share}
 every_form = pytest.mark.parametrize("name", FORMS)
 HALF = (torch.bfloat16, torch.float16)
 

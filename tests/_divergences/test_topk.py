@@ -171,6 +171,7 @@ def test_a_clamped_truncated_kl_has_no_gradient():
     assert gradient(value, student)[2] > 0
 
 
+@pytest.mark.slow
 def test_where_each_tail_has_its_optimum():
     """By descent: the bucket ends at the teacher's masses, truncation at p/P with an empty tail."""
     logp, ids = torch.tensor([0.4, 0.3], dtype=torch.float64).log(), torch.tensor([2, 0])
@@ -273,6 +274,7 @@ def test_a_small_tail_keeps_its_digits():
 # Ids that cannot raise
 
 
+@pytest.mark.slow
 @every_form
 @every_tail
 @pytest.mark.parametrize("bad", [[3, 5, 3], [3, 5, V], [3, 5, -2]], ids=["twice", "outside", "negative"])

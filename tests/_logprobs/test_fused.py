@@ -162,6 +162,7 @@ def test_none_and_one_trained_token(mask):
         torch.testing.assert_close(x, y, **CLOSE)
 
 
+@pytest.mark.slow
 def test_without_a_gradient_and_under_compile_it_is_the_same_number():
     hidden, weight = leaves(with_bias=False)
 

@@ -111,6 +111,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (T 
 
 # From logits: the gradient is 1.0 of them, and 0.1 is left for scratch. From hidden states a (T, V) tensor alone would
 # be 1.0; a tile of 512 x 8192, two of scratch, and the gradients are under half of that here.
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "most"), [("bf16", 1.1), ("fp32", 1.1), ("hidden", 0.6)])
 def test_peak_of_extra_memory_in_units_of_the_logits(path, most):
     run = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, timeout=120, check=False)

@@ -15,11 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 import kdloss
 from invariant_cases import CASES, Case, Field, Options, Outcome, case_name, evaluate
@@ -595,6 +591,7 @@ def test_unpack_cuts_nothing_off():
     assert kdloss.unpack(torch.ones(4), cu_seqlens=torch.tensor([0, 3, 4]), length=2).isnan().all()
 
 
+@pytest.mark.slow
 def test_cu_seqlens_that_do_not_fit_give_nan_under_compile():
     @torch.compile(fullgraph=True, backend="eager")
     def compiled(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -815,20 +812,3 @@ def test_no_function_of_packing_and_log_probs_looks_at_a_value():
         # the documented exception: compaction without a static bound
         with pytest.raises(DynamicOutputShapeException):
             kdloss.linear_token_logprobs(hidden, weight, ids, loss_mask=mask)
-
-
-@pytest.mark.parametrize(
-    "looks",
-    [
-        lambda x: x.sum().item(),
-        lambda x: 0 if x.any() else 1,
-        lambda x: x[x > 0],
-        lambda x: x.nonzero(),
-        lambda x: x.tolist(),
-        lambda x: torch.repeat_interleave(x.long()),
-        lambda x: x.unique(),
-    ],
-)
-def test_what_looks_at_a_value_is_found(looks):
-    with FakeTensorMode(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-        looks(torch.ones(3))

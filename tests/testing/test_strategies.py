@@ -237,6 +237,7 @@ def test_a_batch_is_taken_stretched_and_permuted_as_it_says():
             assert getattr(padded, name)[~padded.loss_mask].numel() >= batch.size
 
 
+@pytest.mark.slow
 def test_fuzzing_shares_the_examples_out_and_counts_them():
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "tests/_packing/test_layout.py", "--fuzz", "31"]
