@@ -1,4 +1,4 @@
-"""Holds the rooms of `kdloss`: which may import which, what `import kdloss` may load, and what is public."""
+"""Holds the rooms of `kdloss`: their imports, what `import kdloss` loads, what is public, how many parameters."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ ROOMS = (
     "integrations",
 )
 
-# Three answers to three questions: none of them imports another.
+# These answer different questions, so none of them imports another.
 PEERS = {"_logprobs", "_divergences", "_losses"}
 
 # Users import these by name; `import kdloss` does not load them, and they may use the public names of `kdloss`.
 ON_REQUEST = ("testing", "integrations")
 
-# What may be imported at the top of a file; all else is imported where it is used, so that a trainer without a GPU,
-# without other trainers and without test tools can import the library.
+# What may be imported at the top of a file. Everything else is imported where it is used, so that the library can be
+# imported without a GPU, without trainers and without test tools.
 RUNTIME = {"kdloss", "torch", "numpy", "einops", *sys.stdlib_module_names}
 ALSO = {"kdloss._triton": {"triton"}, "kdloss.testing.strategies": {"hypothesis"}}
 
-# What a package for the tests of this file is made of, all empty.
+# The files of the package that tests of this file inject faults into, all empty.
 FILES = (
     "__init__.py",
     "_checks.py",
@@ -55,9 +55,9 @@ FILES = (
     "testing/__init__.py",
 )
 
-# An internal function that needs more takes its options as one value, a NamedTuple. Exempt are public functions, oracles
-# (their parameters are those of the function that they check), operators and their autograd, Triton kernels, and the
-# functions named here, which a trainer calls with its own arguments.
+# An internal function that needs more takes its options as one value, a NamedTuple. Exempt are public functions,
+# oracles (their parameters are those of the function that they check), operators and their autograd, Triton kernels,
+# and the functions named here, which a trainer calls with its own arguments.
 MOST_PARAMETERS = 10
 OF_TRAINERS = {
     "kdloss.integrations.areal.grpo_loss_fn": "AReaL",
@@ -79,7 +79,7 @@ def exists(module: str, package: Path) -> bool:
 
 
 def top_level_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node that runs on import: all but the bodies of functions and of `if TYPE_CHECKING`."""
+    """Every node that runs on import: all except the bodies of functions and of `if TYPE_CHECKING`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
@@ -102,7 +102,7 @@ def imports(path: Path, package: Path, *, on_import_only: bool = False) -> set[s
         elif isinstance(node, ast.ImportFrom):
             parent = base[: len(base) - node.level + 1] if node.level else []
             module = ".".join(parent + (node.module.split(".") if node.module else []))
-            # `from . import _checks` names a module, `from ._checks import floating` what is in one.
+            # `from . import _checks` names a module, `from ._checks import floating` a name in one.
             for alias in node.names:
                 name = f"{module}.{alias.name}"
                 found.add(name if name.startswith("kdloss.") and exists(name, package) else module)
@@ -110,7 +110,7 @@ def imports(path: Path, package: Path, *, on_import_only: bool = False) -> set[s
 
 
 def imported_names(path: Path, package: Path) -> set[tuple[str, str]]:
-    """(module of `kdloss`, name) of everything that a file imports out of a module; modules are no such names."""
+    """(module of `kdloss`, name) of everything that a file imports from a module; modules themselves do not count."""
     base = module_name(path, package).split(".")
     base = base if path.name == "__init__.py" else base[:-1]
     found = set()
@@ -325,7 +325,7 @@ def kernel({wide}): ...
 
 
 def test_the_plan_of_the_house_fits_on_a_page():
-    """Few rooms, and few arrows between them: who adds one asks first whether it belongs into one that is there."""
+    """Few rooms, and few arrows between them. Before adding a room, ask whether the code belongs in an existing one."""
     assert len([entry for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]) <= 16
     arrows = {
         (room(module_name(path, PACKAGE)), room(name))
@@ -336,7 +336,7 @@ def test_the_plan_of_the_house_fits_on_a_page():
     assert len({(here, there) for here, there in arrows if here != there}) <= 40
 
 
-def test_the_oracles_know_neither_torch_nor_the_code_that_they_judge():
+def test_the_oracles_import_neither_torch_nor_the_code_that_they_check():
     oracles = sorted((PACKAGE / "testing" / "_oracles").glob("*.py"))
     assert len(oracles) > 8
     for path in (*oracles, PACKAGE / "testing" / "reference.py"):
@@ -348,7 +348,7 @@ def test_the_oracles_know_neither_torch_nor_the_code_that_they_judge():
 
 @pytest.mark.slow
 def test_import_loads_no_optional_package():
-    # A user's `import kdloss` is silent, too.
+    # `import kdloss` raises no warning either.
     strict = r"import warnings; warnings.filterwarnings('error', module=r'kdloss(\.|$)')"
     code = f"{strict}; import sys, kdloss; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""Holds that the tables miss nothing: value, gradient, compile and error cases for every public function and keyword."""
+"""Holds that the tables are complete: value, gradient, compile and error cases of every public function and keyword."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from torch import Tensor
 
 import kdloss
