@@ -1,16 +1,16 @@
-# Every target makes or completes .venv by itself; nothing has to be installed or activated by hand.
+# Every target creates or completes .venv itself; nothing has to be installed or activated by hand.
 #
-# To add a target: give its extras a name in pyproject.toml, pin what they bring in constraints.txt, and let the target
-# depend on their stamp. `make paper`, which needs the extras `test` and `docs`:
+# To add a target: name its extras in pyproject.toml, pin their packages in constraints.txt, and make the target depend
+# on the extras' stamps. `make paper`, which needs the extras `test` and `docs`:
 #
 #     paper: $(VENV)/test.stamp $(VENV)/docs.stamp  ## Draw the figures
 #     	$(BIN)/python -m something
 #
 # Variables, for `make help`:
 ## PYTHON: the interpreter that .venv is made with: make check PYTHON=python3.12
-## ARGS: handed on to the tool of demo, test, test-fast, test-trainers, bench, gpu and fuzz: make test ARGS="-k kl_k3"
-## EXAMPLES: how many examples of make fuzz, 100000 unless said: make fuzz EXAMPLES=5000
-## TRAINERS: which trainers of make test-trainers, all unless said: make test-trainers TRAINERS="trl verl"
+## ARGS: passed on to the tool behind demo, test*, bench, gpu and fuzz: make test-fast ARGS="-k kl_k3"
+## EXAMPLES: number of examples for make fuzz, 100000 by default: make fuzz EXAMPLES=5000
+## TRAINERS: trainers for make test-trainers, all by default: make test-trainers TRAINERS="trl verl"
 
 PYTHON ?= python3
 ARGS ?=
@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .NOTPARALLEL:
 .PHONY: help bench check demo format fuzz gpu test test-fast test-trainers
 
-help:  ## List the targets, and the variables that they take
+help:  ## List the targets and their variables
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@awk '/^## [A-Z]+: / { name = $$2; sub(/:/, "", name); sub(/^## [A-Z]+: /, ""); printf "  %-18s %s\n", name, $$0 }' $(MAKEFILE_LIST)
@@ -43,41 +43,44 @@ format: $(VENV)/test.stamp  ## Apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A file stays in one process: the code blocks of a document share their names.
-test: $(VENV)/test.stamp $(VENV)/examples.stamp  ## The tests, and the code blocks of README.md and docs/
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5 $(ARGS)
+# All tests of a file run in one process: the code blocks of a page share their names.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5
 
-test-fast: $(VENV)/test.stamp  ## The tests that take less than a minute together: for the loop while you write
-	$(BIN)/pytest tests --fast --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+test: $(VENV)/test.stamp $(VENV)/examples.stamp  ## All tests, and the code blocks of README.md and docs/
+	$(PYTEST) $(ARGS)
 
-# Every trainer has an environment of its own, .venv-<name>: their requirements do not go together.
-test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the trainers themselves; TRAINERS=trl for one
+# `SLOW` in conftest.py lists the files that are left out.
+test-fast: $(VENV)/test.stamp  ## The tests to run while editing: all but the slow ones, about a minute
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# Every trainer has its own environment, .venv-<name>, because their requirements conflict.
+test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the trainers; TRAINERS=trl runs one
 	@set -e; for trainer in $(TRAINERS); do echo "test-trainers: $$trainer"; \
 	    .venv-$$trainer/bin/python -m pytest -c tests/trainers/pytest.ini --rootdir . \
 	        tests/trainers/test_*.py tests/trainers/$$trainer $(ARGS); \
 	done
 
-bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, to benchmarks/results/; ARGS="--quick" takes a minute
+bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, in benchmarks/results/; ARGS="--quick" takes a minute
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Kernels run on the GPU here; in `make test`, where there is none, they are interpreted.
-gpu: $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/peers.stamp  ## On a GPU: the kernels' tests, then figures and peers
+# Here kernels run on the GPU; `make test` on a machine without one interprets them.
+gpu: $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/peers.stamp  ## On a GPU: kernel tests, then figures beside peers
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
 	$(BIN)/pytest tests/_triton tests/_losses/test_compiled_tail.py
 	$(BIN)/python -m benchmarks --core $(ARGS)
 
-# 100,000 examples in all; the normal suite draws a hundred for each test.
-fuzz: $(VENV)/test.stamp  ## The hypothesis tests, with many more examples: make fuzz EXAMPLES=100000
+# 100,000 examples in total; `make test` draws a hundred per test.
+fuzz: $(VENV)/test.stamp  ## The hypothesis tests with many more examples: make fuzz EXAMPLES=100000
 	$(BIN)/pytest tests --fuzz $(EXAMPLES) --numprocesses auto --maxprocesses 4 --durations 5 $(ARGS)
 
-# torch comes first and alone, so that no other package's requirement chooses its build.
+# torch is installed first and alone, so that no other package's requirement selects its build.
 $(VENV)/torch.stamp: constraints.txt
 	@echo "$(VENV): torch"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --constraint constraints.txt torch
 	@touch $@
 
-# One stamp per set of extras: .venv/test.stamp stands for `pip install -e '.[test]'`.
+# One stamp per set of extras: .venv/test.stamp means `pip install -e '.[test]'` was run.
 $(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
 	@echo "$(VENV): kdloss[$*]"
 	@$(PIP) install --constraint constraints.txt --editable '.[$*]'
@@ -88,8 +91,9 @@ $(VENV)/peers.stamp: benchmarks/peers.txt $(VENV)/torch.stamp
 	@$(PIP) install --constraint constraints.txt --requirement benchmarks/peers.txt
 	@touch $@
 
-# The file lists all that the environment holds, so nothing is resolved; but torch, alone and first, brings what its build
-# needs. Made anew when the list changes; a changed pyproject.toml installs kdloss anew, and nothing else.
+# requirements.txt lists every package of the environment, so nothing is resolved, except that torch, installed first and
+# alone, pulls in what its build needs. A changed list rebuilds the environment; a changed pyproject.toml only reinstalls
+# kdloss.
 .PRECIOUS: .venv-%/listed.stamp
 .venv-%/listed.stamp: tests/trainers/%/requirements.txt
 	@echo ".venv-$*"

@@ -1,7 +1,7 @@
-"""What every test run shares: one thread, hypothesis profiles, `gpu` marker, and the documents' code blocks as tests.
+"""What every test run shares: one thread, hypothesis profiles, markers, and the code blocks of the pages as tests.
 
-`--fuzz EXAMPLES` (see `make fuzz`) runs the hypothesis tests alone, with that many examples among them. `--fast` (see
-`make test-fast`) leaves out what is slow: the files of `SLOW`, and tests marked `slow`.
+`--fuzz EXAMPLES` (see `make fuzz`) runs only the hypothesis tests and divides EXAMPLES among them.
+`-m "not slow"` (see `make test-fast`) leaves out everything in `SLOW` and every test marked `slow`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from reader import comments
 
 ROOT = Path(__file__).parent
 
-# Needs the trainers, each in its own environment: `make test-trainers`.
-collect_ignore = ["tests/trainers"]
-
-# What `--fast` leaves out as a whole: whatever compiles, interprets kernels, starts processes, draws many examples or
-# trains a model. A slow test in another file is marked `slow`.
+# Files and folders that `make test-fast` leaves out: they start processes, compile, interpret kernels, run the examples
+# and pages, or draw hundreds of examples. A slow test in any other file is marked `@pytest.mark.slow` there.
 SLOW = (
+    "README.md",
+    "docs",
     "tests/_divergences/test_memory.py",
     "tests/_losses/test_compiled_tail.py",
     "tests/_triton",
@@ -43,40 +42,53 @@ SLOW = (
     "tests/scale_out",
 )
 
-# Without a GPU, kernels are interpreted. Triton reads this when a kernel is defined, so it has to be there first.
+# Needs the trainers, each in its own environment: `make test-trainers`.
+collect_ignore = ["tests/trainers"]
+
+# Without a GPU, kernels are interpreted. Triton reads this when a kernel is defined, so it must be set before that.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tensors here are tiny and xdist already fills the cores; one thread also fixes the order of every sum.
 torch.set_num_threads(1)
 
-# In CI the same examples run every time; elsewhere each run looks at new ones, and a failure is kept and replayed.
+# In CI every run draws the same examples. Elsewhere every run draws new ones, and a failing one is stored and replayed.
 hypothesis.settings.register_profile("kdloss", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("kdloss")
-# New examples every time, and a failure prints what replays it anywhere.
+# Every run draws new examples, and a failure prints the decorator that replays it on any machine.
 hypothesis.settings.register_profile("fuzz", deadline=None, derandomize=False, print_blob=True)
 
 _python_blocks = PythonCodeBlockParser()
 
 
 def _blocks_seen(document: Document) -> Iterable[Region]:
-    """The `python` blocks that a reader of the page sees: what is in an HTML comment defines nothing for him."""
+    """The `python` blocks that the rendered page shows: all but those inside an HTML comment."""
     hidden = comments(document.text)
     return (
         region for region in _python_blocks(document) if not any(start < region.start < end for start, end in hidden)
     )
 
 
-# A page may put a stand-in in a trainer's place with `mock.patch(...).start()`; it ends with the page.
+# A page may replace a trainer's function with `mock.patch(...).start()`; the patch ends with the page.
 _collect_document = Sybil(
     parsers=[_blocks_seen], patterns=["*.md"], teardown=lambda namespace: mock.patch.stopall()
 ).pytest()
 
 
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """The `python` blocks of README.md and docs/, but not of docs/examples/; blocks of one document share names.
+def is_slow(path: Path) -> bool:
+    """Whether a file or folder is in `SLOW`, or inside a folder that is."""
+    return any(ROOT / name in (path, *path.parents) for name in SLOW)
 
-    Nor of a page that begins with `<!-- runs in: NAME -->`: `make test-trainers` runs it in that environment.
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m "not slow"`, slow files are not even imported."""
+    return True if config.getoption("markexpr") == "not slow" and is_slow(collection_path) else None
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Collects the `python` blocks of README.md and docs/, except docs/examples/. Blocks of one page share their names.
+
+    A page that begins with `<!-- runs in: NAME -->` is left to `make test-trainers`, which runs it in that environment.
     """
     parts = file_path.relative_to(ROOT).parts if file_path.is_relative_to(ROOT) else ()
     if parts[:2] == ("docs", "integrations") and file_path.read_text(encoding="utf-8").startswith("<!-- runs in:"):
@@ -93,20 +105,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--fuzz EXAMPLES`, `--fast`."""
-    parser.addoption("--fast", action="store_true", help="leave out slow files and tests marked slow")
-    parser.addoption("--fuzz", type=int, metavar="EXAMPLES", help="hypothesis tests alone, with EXAMPLES in all")
+    """`--fuzz EXAMPLES`."""
+    parser.addoption("--fuzz", type=int, metavar="EXAMPLES", help="only hypothesis tests, EXAMPLES in total")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The profile has to be there before the test modules are read."""
+    """Loads the profile before the test modules are imported."""
     if config.getoption("fuzz"):
         hypothesis.settings.load_profile("fuzz")
         config.pluginmanager.register(_Fuzz(config.getoption("fuzz")))
 
 
 class _Fuzz:
-    """Shares the examples out among the hypothesis tests, and counts those that were run."""
+    """Divides the examples among the hypothesis tests and counts those that run."""
 
     def __init__(self, examples: int) -> None:
         self.examples, self.count, self.tests, self.run = examples, 0, 0, 0
@@ -134,7 +145,7 @@ class _Fuzz:
         item.user_properties.append(("examples", self.count - before))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":  # where xdist runs, its workers' reports arrive here
+        if report.when == "call":  # under xdist the reports of its workers arrive here
             self.tests += 1
             self.run += sum(int(str(n)) for name, n in report.user_properties if name == "examples")
 
@@ -142,13 +153,11 @@ class _Fuzz:
         terminalreporter.write_line(f"fuzz: {self.run} examples in {self.tests} tests")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests where there is no GPU, and deselects `slow` ones with `--fast`."""
-    if config.getoption("fast"):
-        slow = [item for item in items if "slow" in item.keywords]
-        items[:] = [item for item in items if "slow" not in item.keywords]
-        config.hook.pytest_deselected(items=slow)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of `SLOW`, and skips `gpu` tests where there is no GPU."""
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
+        if is_slow(item.path):
+            item.add_marker("slow")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)

@@ -1,7 +1,7 @@
-"""Holds calls that must raise, for every public function: what is wrong, the exception, and what its message says.
+"""Holds the calls that must raise, for every public function: what is wrong, the exception and its message.
 
 Each starts from the "base" call of `cases.TABLE`. Every message names the argument, what was expected and what came.
-That whatever should be a tensor and is none raises a TypeError with its name is checked in `test_errors.py`.
+`every_function/test_errors.py` also passes non-tensors where tensors belong; those calls are not listed here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cases import CU, LENGTHS, MASK, TABLE, Arguments, T
 
 
 class Bad(NamedTuple):
-    """A call that must raise: the good one with `changes`. In `message`, "..." stands for anything."""
+    """A call that must raise: the good one with `changes`. In `message`, "..." matches anything."""
 
     what: str
     changes: Arguments
@@ -38,7 +38,7 @@ def base(name: str) -> Arguments:
 
 
 def bad_floats(first: str, *others: str) -> Iterator[Bad]:
-    """`first` gives the others their shape and device."""
+    """`first` sets the shape and device of the others."""
     for name in (first, *others):
         came = f"{name} must have a floating-point dtype, got torch.int64"
         yield Bad(f"{name} holds integers", {name: INTEGERS}, TypeError, came)
@@ -66,7 +66,7 @@ def bad_per_token(first: str, *others: str) -> list[Bad]:
 
 
 def bad_cu_seqlens(**switch: Any) -> Iterator[Bad]:
-    """`switch` is what makes the function read `cu_seqlens` at all."""
+    """`switch` holds the options without which the function does not read `cu_seqlens`."""
     only = [f" for {key}" for key in switch if key != "cu_seqlens"]
 
     def bad(what: str, cu_seqlens: Any, error: type[Exception], message: str) -> Bad:
@@ -83,7 +83,7 @@ def bad_cu_seqlens(**switch: Any) -> Iterator[Bad]:
 
 
 def bad_stream(name: str, *, of: str, **switch: Any) -> list[Bad]:
-    """As `bad_cu_seqlens`, and a stream that is not flat or lies elsewhere."""
+    """The calls of `bad_cu_seqlens`, and a stream that is not flat or is on another device."""
     padded = {k: x[None] for k, x in base(of).items() if isinstance(x, Tensor) and x.shape == (T,)}
     came = f"{name} must be a flat (T,) stream beside cu_seqlens, got (1, 17); ...arange(0, B*L + 1, L)"
     only = "".join(f" for {key}" for key in switch if key != "cu_seqlens")
@@ -96,7 +96,7 @@ def bad_stream(name: str, *, of: str, **switch: Any) -> list[Bad]:
 
 
 def bad_numbers(name: str, *, bound: str, wrong: tuple[float, ...], **switch: Any) -> Iterator[Bad]:
-    """Numbers that are out of range, and what is no number at all: text (from YAML), bool, tensor."""
+    """Numbers out of range, and values that are not numbers: text (from YAML) and bool."""
     for x in wrong:
         yield Bad(f"{name} is {x}", switch | {name: x}, ValueError, f"{name} must be {bound}, got {x}")
     yaml = f"{name} must be a Python number, got str '5e-3' (YAML reads 5e-3 as text: write 5.0e-3)"
@@ -244,7 +244,7 @@ BIAS = TABLE["linear_token_logprobs"].variants["bias"]["bias"]
 
 
 def bad_head(head: str) -> list[Bad]:
-    """Labels, options and what is not there yet; `head` gives the rows, and the device."""
+    """Bad labels and options; `head` sets the rows and the device."""
     outside = LABELS.clone()
     outside[2] = 7
     below = LABELS.clone()
@@ -361,7 +361,7 @@ for _suffix in ("", "_and_entropy"):
 
 
 def bad_divergence(head: str) -> list[Bad]:
-    """Options, and what is not there yet; `head` gives the rows, and the device."""
+    """Bad options; `head` sets the rows and the device."""
     integers = "temperature must have a floating-point dtype, got torch.int64"
     short = "temperature must be a number, 0-dim or (17,), got (16,)"
     elsewhere = f"temperature must be on {head}'s device cpu, got meta"
@@ -379,7 +379,7 @@ def bad_divergence(head: str) -> list[Bad]:
 
 
 def bad_share(name: str, at_0: str, at_1: str) -> list[Bad]:
-    """A share of a mixture; at 0 and 1 the message says what to use."""
+    """Bad shares of a mixture; at 0 and 1 the message names the function to use instead."""
     bound = f"{name} must be in 0 < {name} < 1, got"
     yaml = f"{name} must be a Python number, got str '5e-1'..."
     return [
@@ -673,7 +673,7 @@ _BAD_TERMS = [
     *finite("rl_loss_weight"),
     *finite("distill_loss_weight"),
     *flag("direct_penalty"),
-    # a term that is skipped keeps its hyperparameters checked: its weight may be scheduled to rise
+    # hyperparameters of a skipped term are still checked: a schedule may raise its weight later
     *(
         Bad(f"{bad.what}, the term skipped", bad.changes | {weight: 0}, bad.error, bad.message)
         for weight, calls in (

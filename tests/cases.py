@@ -1,9 +1,9 @@
-"""Holds one table of calls to every public function; `every_function/` runs them, and those of `bad_calls.py`.
+"""Holds one table of calls to every public function. Tests in `every_function` run over it and over `bad_calls.py`.
 
-`TABLE[name]` has named arguments in float64, several variants a function: "base" is what its bad calls start from, and
-together they set every keyword to something other than its default. Per-token inputs share one packed stream: five
-sequences, one empty, one of a single token, one fully masked, one with a hole. Untrained positions of every float
-tensor hold NaN, inf and -inf, tokens are off-policy, and some of them are clipped from either side.
+`TABLE[name]` has named arguments in float64, in several variants per function: "base" is the call that bad calls start
+from, and together the variants set every keyword to a value other than its default. Per-token inputs share one packed
+stream of five sequences: one empty, one of a single token, one fully masked, one with a hole. Untrained positions of
+every float tensor hold NaN, inf and -inf. Tokens are off-policy, and some are clipped from either side.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """What is promised of one function, and the calls that show it."""
+    """The calls of one function, and what its docstring says of the gradient."""
 
     variants: dict[str, Arguments]
-    gradient: str = "detached"  # "attached", "detached", "integer" (integers or bool) or "number" (no tensors at all)
-    differentiable: tuple[str, ...] = ()  # the arguments that gradient flows to; never to any other
-    attached: tuple[str, ...] = ("",)  # the fields of the result that carry it; "" is a bare tensor
+    gradient: str = "detached"  # "attached", "detached", "integer" (integers or bool) or "number" (no tensors)
+    differentiable: tuple[str, ...] = ()  # the arguments that gradient flows to, and no others
+    attached: tuple[str, ...] = ("",)  # the fields of the result that carry gradient; "" is a bare tensor
     compiled: tuple[str, ...] = ()  # variants that are compiled
-    copies: bool = False  # moves entries from place to place, in the dtype that they came in
+    copies: bool = False  # only moves entries, and keeps their dtype
 
 
 def variants(base: Arguments, **changes: Arguments) -> dict[str, Arguments]:
@@ -44,7 +44,7 @@ CU32 = CU.to(torch.int32)
 B, T = 5, 17
 MASK = torch.tensor([x == "1" for x in "01110 1 0000 0110111".replace(" ", "")])
 NOTHING = torch.zeros(T, dtype=torch.bool)
-# Where a teacher is heard; where it is not, `DEAF_TEACHER` holds NaN even at trained tokens.
+# Where the distillation reward applies. Elsewhere `DEAF_TEACHER` holds NaN, even at trained tokens.
 KD_MASK = torch.arange(T) % 3 != 2
 
 
@@ -65,7 +65,7 @@ def put(x: Tensor, index: int, value: float) -> Tensor:
 
 
 def trained(*values: float) -> Tensor:
-    """The nine trained tokens' values, garbage elsewhere."""
+    """(T,) with the given values at the nine trained tokens and garbage elsewhere."""
     return garbage(torch.zeros(T, dtype=torch.float64).masked_scatter(MASK, torch.tensor(values, dtype=torch.float64)))
 
 
@@ -77,7 +77,7 @@ ADVANTAGES = trained(1.2, -0.8, 0.3, 1.5, 0.0, 0.7, -0.4, 2.0, -1.1)
 OLD = LOGP - LOG_RATIO
 PROX = OLD + garbage(uniform(-0.4, 0.4, T))
 WEIGHTS = put(garbage(uniform(0.3, 1.9, T)), 15, 0)
-# an infinite advantage that a weight of exactly 0 silences
+# an infinite advantage that a weight of exactly 0 removes
 SILENCED = put(ADVANTAGES, 15, math.inf)
 DISTILL_WEIGHTS = put(garbage(uniform(0.001, 0.9, T)), 15, 0)
 DEAF_TEACHER = garbage(TEACHER, KD_MASK | ~MASK)
@@ -85,7 +85,7 @@ EXCLUDING_TEACHER = put(TEACHER, 12, -math.inf)
 
 
 def rows(arguments: Arguments) -> Arguments:
-    """The per-token arguments as (4, 4): functions that need no sequences take any shape."""
+    """The per-token arguments as (4, 4), for functions without sequences, which take any shape."""
     return {k: x[:16].reshape(4, 4) for k, x in arguments.items() if isinstance(x, Tensor) and x.shape == (T,)}
 
 
@@ -245,7 +245,7 @@ _FROM_LOGITS = variants(
 
 
 _HIDDEN, _HEAD, _BIAS = garbage(uniform(-1, 1, T, D)), uniform(-1, 1, V, D), uniform(-1, 1, V)
-# Masked tokens keep a label here, and one that no vocabulary holds.
+# Masked tokens keep a label here, one outside every vocabulary.
 _DENSE = torch.where(MASK, _LABELS, 10**9)
 _FROM_HIDDEN = variants(
     {"hidden": _HIDDEN, "weight": _HEAD, "labels": _LABELS},
@@ -438,7 +438,7 @@ TABLE["discounted_returns"] = Entry(
 
 # --- advantages and importance weights -------------------------------------------------------------------------------
 
-# A mixed group, one whose equal rewards are no binary fractions, and one with nearly equal rewards.
+# A mixed group, one of equal rewards that are not exact in binary, and one of nearly equal rewards.
 _GROUPED = torch.tensor([1, 0, 0, 1, 0.1, 0.1, 0.1, 0.1, 3, 3.5, 3, -2], dtype=torch.float64)
 _IDS = torch.tensor([7, -3, 7, 2**40, -3, 7, 9, 9, -3, 7, 9, 9])
 
@@ -513,7 +513,7 @@ TABLE["sequence_importance_weights"] = Entry(
 
 
 def policy_loss(*, compiled: tuple[str, ...], base: Arguments, **changes: Arguments) -> Entry:
-    """Of a surrogate or an objective: `loss` is differentiable in `logp`, everything else is detached."""
+    """The entry of a surrogate or an objective: `loss` is differentiable in `logp`, everything else is detached."""
     return Entry(
         gradient="attached",
         differentiable=("logp",),
@@ -586,7 +586,7 @@ TABLE["sequence_mean"] = Entry(
     compiled=("base", "normalizer is a float tensor"),
 )
 
-# of this process alone: tests/scale_out counts over ranks
+# counts of this process only; tests/scale_out counts over ranks
 TABLE["global_token_count"] = Entry(
     gradient="integer",
     variants=variants({"loss_mask": MASK}, nothing={"loss_mask": NOTHING}, rows={"loss_mask": MASK[:16].reshape(4, 4)}),

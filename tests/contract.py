@@ -1,4 +1,4 @@
-"""Holds what the tests over the table share: calls in any dtype, results as named parts, gradients by argument."""
+"""Helpers of the tests in `every_function`: calls in any dtype, results as named parts, gradients by argument."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def oracle(name: str) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], arguments: Arguments) -> Any:
-    """Calls as a user does: what may be positional is, the rest goes by keyword."""
+    """Calls as a user does: positionally where that is allowed, the rest by keyword."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name in arguments]
     rest = {name: x for name, x in arguments.items() if name not in names}
@@ -47,7 +47,7 @@ def cast(arguments: Arguments, dtype: torch.dtype, *, requires_grad: bool = Fals
 
 
 def as_numpy(arguments: Arguments) -> Arguments:
-    """For an oracle, which has no use for `impl`: how the result is computed."""
+    """The arguments for an oracle, which takes no `impl`."""
 
     def one(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -59,7 +59,7 @@ def as_numpy(arguments: Arguments) -> Arguments:
 
 
 def fields(result: Any) -> dict[str, Any]:
-    """Parts by name: of a NamedTuple, of a dict, or the one part "" of anything else."""
+    """The parts of a NamedTuple or dict by name; anything else is one part named ""."""
     if isinstance(result, dict):
         return result
     return result._asdict() if hasattr(result, "_asdict") else {"": result}
@@ -67,7 +67,7 @@ def fields(result: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def expected_warnings(arguments: Arguments) -> Iterator[None]:
-    """`direct_penalty` warns in plain words; nothing else warns."""
+    """Expects the warning of `direct_penalty`, and no other."""
     if arguments.get("direct_penalty"):
         with pytest.warns(UserWarning, match=r"the teacher is not in its gradient.*leave it out to distill"):
             yield
@@ -78,7 +78,7 @@ def expected_warnings(arguments: Arguments) -> Iterator[None]:
 
 
 def has_gradient(entry: Entry, arguments: Arguments) -> bool:
-    """Whether this variant has one: integers that are moved from place to place do not."""
+    """Whether this variant has a gradient: one that moves integers has none."""
     return any(
         isinstance(arguments.get(name), Tensor) and arguments[name].dtype.is_floating_point
         for name in entry.differentiable
@@ -86,7 +86,7 @@ def has_gradient(entry: Entry, arguments: Arguments) -> bool:
 
 
 def random_upstreams(entry: Entry, result: Any) -> list[Tensor]:
-    """One for each part of the result that carries gradient, seeded, away from 0."""
+    """A seeded upstream gradient, away from 0, for each part of the result that carries gradient."""
     random = torch.Generator().manual_seed(7)
     parts = fields(result)
     shapes = [parts[name] for name in entry.attached]
@@ -94,7 +94,7 @@ def random_upstreams(entry: Entry, result: Any) -> list[Tensor]:
 
 
 def gradients(entry: Entry, arguments: Arguments, result: Any, upstreams: list[Tensor]) -> dict[str, Tensor | None]:
-    """By argument, of every float tensor; None where no gradient flows."""
+    """The gradient of every float tensor by argument; None where no gradient flows."""
     leaves = {key: x for key, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad}
     parts = fields(result)
     attached = [parts[name] for name in entry.attached]
@@ -103,7 +103,7 @@ def gradients(entry: Entry, arguments: Arguments, result: Any, upstreams: list[T
 
 
 def oracle_gradients(name: str, arguments: Arguments, upstreams: list[Tensor]) -> dict[str, Any]:
-    """By argument. An oracle either takes the upstream gradients, or is elementwise (or scalar) and is multiplied."""
+    """The oracle's gradients by argument. One without an upstream is elementwise or scalar and is multiplied by it."""
     gradient = getattr(reference, f"{name}_grad")
     wanted = [p for p in inspect.signature(gradient).parameters if p.startswith("upstream")]
     given = [u.double().numpy() for u in upstreams]
@@ -119,7 +119,7 @@ def oracle_gradients(name: str, arguments: Arguments, upstreams: list[Tensor]) -
 
 
 def assert_matches(actual: Tensor, expected: Any, tolerance: tuple[float, float], what: str) -> None:
-    """Within (relative, absolute) of an oracle's array, of its shape, and exactly where they are integers or bool."""
+    """Equal to an oracle's array in shape, and in value within (relative, absolute); integers and bool exactly."""
     expected = np.asarray(expected)
     assert not np.isnan(expected).any(), f"{what}: the oracle gives NaN"
     assert tuple(actual.shape) == expected.shape, what

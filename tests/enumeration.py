@@ -1,7 +1,7 @@
-"""Holds expected gradients by hand: NumPy enumeration of a `SequenceTree`, from the coefficient of every token.
+"""Expected gradients by hand: NumPy enumeration of a `SequenceTree`, from the coefficient of every token.
 
-A loss is known here by c_t = d loss / d logp_t, in d loss / d logits = sum over t of c_t (onehot(o_t) - q_t), averaged
-over responses (or batches of them) with their probabilities. The library is not used.
+A loss is given by c_t = d loss / d logp_t. Its gradient, d loss / d logits = sum over t of c_t (onehot(o_t) - q_t), is
+averaged over responses, or batches of them, weighted by their probabilities. The library is not used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ assert_equal = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
 
 
 class Path(NamedTuple):
-    """What a coefficient may depend on: one response, token by token."""
+    """One response, token by token: what a coefficient may depend on."""
 
     q: np.ndarray  # (n,) probability of each token taken, under the student
     mu: np.ndarray  # (n,) under the policy that sampled
@@ -41,7 +41,7 @@ def distributions(logits: Tensor) -> np.ndarray:
 
 
 def responses(tree: SequenceTree, under: str) -> list[tuple[float, Path, list[int], tuple[int, ...]]]:
-    """(probability, what it looks like, rows of the policies that it passes, its tokens) of every response."""
+    """(probability, path, rows of the policies along the path, tokens) of every response."""
     q, p = distributions(tree.student), distributions(tree.teacher)
     mu = {"student": q, "behaviour": distributions(tree.behaviour)}[under]
     listed = []
@@ -64,7 +64,7 @@ def by_hand(tree: SequenceTree, coefficient: Callable[[Path], np.ndarray], *, un
 def by_hand_of_batches(
     tree: SequenceTree, coefficients: Callable[[list[Path]], list[np.ndarray]], *, size: int, under: str = "student"
 ) -> Tensor:
-    """The same for a loss that couples the `size` responses of a batch."""
+    """E of d loss / d logits for a loss that couples the `size` responses of a batch."""
     q, total = distributions(tree.student), np.zeros(tree.student.shape)
     for batch in itertools.product(responses(tree, under), repeat=size):
         probability = math.prod(member[0] for member in batch)
@@ -79,7 +79,7 @@ def gradient_of(objective: Tensor, tree: SequenceTree) -> Tensor:
 
 
 def policy_gradient(tree: SequenceTree) -> Tensor:
-    """The gradient of the expected reward: its enumerated expectation, differentiated."""
+    """The gradient of the expected reward, by differentiating the enumerated expectation."""
     return gradient_of((tree.probabilities(tree.student) * tree.rewards).sum(), tree)
 
 
@@ -96,19 +96,19 @@ def token_level_gradient(tree: SequenceTree) -> Tensor:
 
 
 def assert_differs(gradient: Tensor, *others: Tensor):
-    """By a hundredth of its size at least: a bias that a test of equality could not miss."""
+    """Different by at least a hundredth of its norm: a bias that a test of equality cannot miss."""
     for other in others:
         assert (gradient - other).norm() > 1e-2 * other.norm()
 
 
 def assert_not_parallel(gradient: Tensor, other: Tensor):
-    """Not any multiple either: a different objective, and not only another learning rate."""
+    """Not a multiple either: another objective, and not only another learning rate."""
     scale = (gradient * other).sum() / other.square().sum()
     assert_differs(gradient, scale * other)
 
 
 def returns_to_go(path, discount):
-    """Of log p - log q: a later token counts discount to the power of its distance."""
+    """Returns of log p - log q: a later token counts discount to the power of its distance."""
     rewards = np.log(path.p / path.q)
     return np.array([sum(discount**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))])
 

@@ -1,7 +1,7 @@
-"""Holds one table of the functions on packed batches, for `test_invariants.py` and `test_hostile_inputs.py`.
+"""A table of the functions on packed batches, for `test_invariants.py` and `test_hostile_inputs.py`.
 
 A case says which fields of a `PackedBatch` a function takes, and which options hypothesis may draw. `evaluate` calls
-it and sorts what comes back by axis: per token, per sequence, scalar; and the gradient with respect to `logp`.
+the function, sorts its results by axis (per token, per sequence, scalar), and adds the gradient with respect to `logp`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """How a public function meets a batch."""
+    """How a public function is called on a batch."""
 
     function: Callable[..., Any]
     positional: tuple[str, ...]  # fields of the batch
-    axis: str  # of what comes back where it is a tensor: "token", "sequence" or "scalar"
-    attached: bool  # whether it is differentiable, in logp
+    axis: str  # of the result where that is a tensor: "token", "sequence" or "scalar"
+    attached: bool  # whether the result is differentiable in logp
     options: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     keywords: tuple[str, ...] = ("loss_mask",)
 
@@ -45,7 +45,7 @@ class Case:
         return self.function.__name__
 
     def structured(self, options: Options) -> bool:
-        """Whether the call needs sequences, so a flat stream."""
+        """Whether the call needs sequences, and so a flat stream."""
         return "cu_seqlens" in self.keywords or options.get("reduction") == "sequence_mean" or "kd_discount" in options
 
     def reduced(self, options: Options) -> str:
@@ -65,7 +65,7 @@ def choice(*values: Any) -> tuple[Any, ...]:
     return values
 
 
-# Bounds that no ratio exp(k / 64 n), n < 7, comes within rounding of: flags must not depend on the order of a sum.
+# No ratio exp(k / 64 n), n < 7, is within rounding of these bounds, so flags do not depend on the order of a sum.
 ON_POLICY = {"old_logp": choice(Field("old_logp"), None)}
 WEIGHTS = {"weights": choice(None, Field("weights"))}
 CLIP = {"clip_low": choice(0.0, 0.2), "clip_high": choice(0.0, 0.28)}
@@ -165,7 +165,7 @@ CASES = (
     ),
     Case(kdloss.kdrl_loss, OBJECTIVE, "scalar", True, ON_POLICY | GRPO | KD | DISCOUNT | KDRL | REDUCTION),
     Case(kdloss.kdrl_token_loss, OBJECTIVE, "token", True, ON_POLICY | GRPO | KD | KDRL),
-    # the literal joint form of kdrl_loss, which takes none of the reward's options
+    # the literal joint form of kdrl_loss, which has no reward and takes none of its options
     Case(
         kdloss.kdrl_loss,
         OBJECTIVE,
@@ -188,7 +188,7 @@ def case_name(case: Case) -> str:
 
 
 def options(case: Case, *, structure: bool = True) -> st.SearchStrategy[Options]:
-    """Everything that a call of the case may be given; without structure, what needs no sequences."""
+    """All options of a call of the case; without `structure`, only those that need no sequences."""
     choices = {
         name: values for name, values in case.options.items() if structure or name not in ("kd_discount", "reduction")
     }
@@ -200,7 +200,7 @@ def options(case: Case, *, structure: bool = True) -> st.SearchStrategy[Options]
             chosen[name] = values[digit]
         return chosen
 
-    # one number for the whole combination: drawing them one by one takes longer than the loss
+    # one number encodes the whole combination: drawing options one by one takes longer than the loss
     return st.integers(0, math.prod(map(len, choices.values())) - 1).map(decode)
 
 
@@ -212,10 +212,10 @@ def evaluate(
     normalizer: float | Tensor | None = None,
     shape: tuple[int, int] | None = None,
 ) -> Outcome:
-    """Value and gradient on a batch; `shape` gives per-token tensors as (B, L). Everything comes back flat.
+    """Value and gradient on a batch, all flat; with `shape`, per-token tensors go in as (B, L).
 
-    Per-token and per-sequence losses are summed for the gradient with factors that travel with the tokens (`entropy`)
-    and sequences (`rewards`), so that a gradient that lands on the wrong token shows.
+    For the gradient, per-token and per-sequence losses are summed with factors that belong to the tokens (`entropy`)
+    and the sequences (`rewards`), so that a gradient on the wrong token is noticed.
     """
     logp = batch.logp.clone().requires_grad_()
 

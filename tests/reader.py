@@ -1,8 +1,8 @@
-"""Runs a page as its reader would: the `python` blocks that he sees, in order, in one fresh interpreter.
+"""Runs a page as its reader would: the `python` blocks that it shows, in order, in one fresh interpreter.
 
-    python tests/reader.py README.md docs/recipes.md    # needs nothing but what the pages themselves import
+    python tests/reader.py README.md docs/recipes.md    # needs only what the pages themselves import
 
-Blocks inside an HTML comment are not on the rendered page, so they are not run: what such a block defines is missing.
+Blocks inside an HTML comment are not on the rendered page, so they are not run, and what they define is missing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def script(page: str) -> str:
-    """The blocks that are seen as one script, each at its own line numbers."""
+    """The visible blocks as one script, each at its own line numbers."""
     lines = [""] * page.count("\n")
     for block in blocks(page):
         if block.seen:
@@ -48,7 +48,7 @@ def script(page: str) -> str:
 
 
 def read(page: Path, *, folder: Path, timeout: float = 300) -> str:
-    """Runs the page inside `folder`; "" or what Python said."""
+    """Runs the page inside `folder`; returns "" or the output of the failed run."""
     (folder / f"{page.stem}_page.py").write_text(script(page.read_text("utf-8")), "utf-8")
     command = [sys.executable, "-X", "utf8", f"{page.stem}_page.py"]
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False)

@@ -1,7 +1,7 @@
-"""A group of ranks in one process, on one device: threads that take turns, from one collective to the next.
+"""A group of ranks in one process, on one device: threads that take turns, each running up to the next collective.
 
-Kernels run where the tests run (`triton_harness.py`), and no two at a time. The gradient of hidden states stays each
-rank's own share: whoever asks for it adds the shares up.
+Kernels run on the device of the tests (`triton_harness.py`), one at a time. The gradient of hidden states stays each
+rank's own share, and the caller adds the shares up.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kdloss._softmax import whole_rows
 
 
 class Ranks:
-    """`run` calls a function once a rank, with that rank's shard, and gives what each returned."""
+    """`run` calls a function once per rank with that rank's shard, and returns the results."""
 
     def __init__(self, bounds: list[tuple[int, int]]) -> None:
         self.bounds = bounds
-        self.collectives = 0  # of the last run, a rank
+        self.collectives = 0  # of the last run, per rank
         self._turn, self._all = threading.Lock(), threading.Barrier(len(bounds))
         self._brought: list[Any] = [None] * len(bounds)
 
@@ -41,7 +41,7 @@ class Ranks:
                 with self._turn:
                     found[number] = call(_Shard(self, number))
             except threading.BrokenBarrierError:
-                pass  # another rank's error is the one to tell
+                pass  # another rank's error is the one to report
             except BaseException as error:
                 errors.append(error)
                 self._all.abort()

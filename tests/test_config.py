@@ -1,4 +1,4 @@
-"""Holds `KDRLConfig`: the `teacher:` block as it stands, errors that help, and keywords that feed `kdrl_loss`."""
+"""Holds `KDRLConfig`: the `teacher:` block unchanged, helpful errors, and keywords for `kdrl_loss`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from kdloss import KDRLConfig, kdrl_loss
 
-# The block of AReaL's documentation on on-policy distillation, as a YAML reader gives it. `${...}` are OmegaConf's
-# interpolations, which may or may not be resolved when the block is read.
+# The block in AReaL's documentation of on-policy distillation, as YAML parses it. `${...}` are interpolations of
+# OmegaConf, which may or may not be resolved when the block is read.
 BLOCK = {
     "backend": "fsdp:d1p1t4",
     "rl_loss_weight": 1.0,
@@ -94,7 +94,7 @@ def test_a_block_that_is_no_mapping():
         KDRLConfig.from_mapping([("rl_loss_weight", 1.0)])
 
 
-# The numbers of one field each; None where the field may be left out.
+# Valid numbers per field, and None where the field may be omitted.
 NUMBERS = {f.name: f.default for f in dataclasses.fields(KDRLConfig) if "float" in str(f.type)}
 
 
@@ -178,7 +178,7 @@ def test_equality_is_of_hyperparameters():
 def test_fields_are_keywords_of_kdrl_loss_with_its_defaults():
     keywords = {name: p.default for name, p in inspect.signature(kdrl_loss).parameters.items()}
     assert KDRLConfig().as_kwargs() == {name: keywords[name] for name in KDRLConfig().as_kwargs()}
-    # what is missing is a tensor, or goes with a batch
+    # the others are tensors, or belong to a batch
     tensors = {"logp", "old_logp", "teacher_logp", "advantages", "loss_mask", "prox_logp", "weights", "kd_mask"}
     assert set(keywords) - set(KDRLConfig().as_kwargs()) == tensors | {"cu_seqlens", "normalizer", "group"}
 

@@ -37,7 +37,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     source = ROOT / "src"
     ours = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert "kdloss/py.typed" in ours
-    info = f"kdloss-{VERSION}.dist-info"  # its entry point is verl's
+    info = f"kdloss-{VERSION}.dist-info"  # its entry point is for verl
     notes = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
     assert files == ours | {f"{info}/{name}" for name in notes}
 
@@ -52,7 +52,7 @@ def test_runtime_needs_only_torch_numpy_and_einops():
 
 @pytest.mark.parametrize("name", kdloss.__all__)
 def test_every_public_name_has_a_docstring_of_its_own(name):
-    # A dataclass or NamedTuple without one gets its signature, or "Alias for field", from Python.
+    # Python gives a dataclass or NamedTuple without a docstring its signature, or "Alias for field".
     doc = getattr(kdloss, name).__doc__ or ""
     assert doc.strip(), f"{name} has no docstring"
     assert not doc.startswith(f"{name}("), f"{name} has only the docstring that Python made"

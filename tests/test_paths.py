@@ -1,58 +1,70 @@
-"""Holds the paths that are written down: each leads to a file, `make gpu` names GPU tests, and no room is left out."""
+"""Holds the paths that files name: each exists, `make gpu` runs the GPU tests, `make test-fast` keeps every room."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Where a path of the repository may be named.
-TEXTS = [
-    *(ROOT / name for name in ("Makefile", "README.md", "CONTRIBUTING.md", "conftest.py", "pyproject.toml", ".ci/run")),
-    *(path for folder in ("docs", "src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")),
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+NAMING = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "conftest.py", "pyproject.toml")),
+    *(path for folder in ("benchmarks", "docs", "src", "tests") for path in (ROOT / folder).rglob("*.py")),
     *(ROOT / "docs").rglob("*.md"),
 ]
-NAMED = re.compile(r"(?<![\w./-])(?:tests|src/kdloss|benchmarks|docs)/[\w./*-]*[\w*]")
-MADE = ("benchmarks/results/", "docs/examples/outputs")  # by a run
 
 
-def broken(text: str) -> list[str]:
-    """The paths in a text that lead nowhere; `*` stands for anything."""
-    found = (path.rstrip(".") for path in NAMED.findall(text))
-    return [path for path in found if not path.startswith(MADE) and not any(ROOT.glob(path))]
+def missing(text: str) -> list[str]:
+    """Paths in tests/ and src/, and names of test files, that lead nowhere; a pattern must fit something."""
+    paths = set(re.findall(r"\b(?:tests|src/kdloss)/[\w./-]*\w", text))
+    names = set(re.findall(r"\btest_\w+\.py\b", text)) - {path.name for path in TESTS}
+    return sorted(names | {path for path in paths if not any(ROOT.glob(f"{path}*"))})
 
 
-def test_every_path_that_is_named_leads_to_a_file():
-    assert {str(path.relative_to(ROOT)): x for path in TEXTS if (x := broken(path.read_text("utf-8")))} == {}
+def recipe(target: str) -> str:
+    """The lines that make runs for a target."""
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert found is not None, f"no target {target}"
+    return found[1]
+
+
+def test_every_path_that_is_named_exists():
+    found = {str(path.relative_to(ROOT)): missing(path.read_text("utf-8")) for path in NAMING}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 def test_a_path_that_leads_nowhere_is_found():
-    moved = "/".join(("tests", "test_moved.py"))
-    assert broken(f"see tests/test_paths.py, docs/*.md and {moved}.") == [moved]
+    gone = "tests/" + "test_" + "gone.py"
+    assert missing(f"run {gone} and tests/_triton/test_*.py") == [gone.removeprefix("tests/"), gone]
 
 
-def test_make_gpu_runs_every_test_of_a_gpu():
-    recipe = re.search(r"^gpu:.*\n(?:\t.*\n)+", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
-    assert recipe is not None
-    named = NAMED.findall(recipe.group(0))
-    assert len(named) >= 2
-    for path in named:
-        here = ROOT / path
-        files = [here] if here.is_file() else [*here.rglob("test_*.py")]
-        assert any(re.search(r"mark\.gpu|cuda", file.read_text("utf-8")) for file in files), f"{path} asks for no GPU"
-    others = set((ROOT / "tests").rglob("test_*.py")) - {Path(__file__)}
-    marked = [file for file in others if "mark.gpu" in file.read_text("utf-8")]
-    assert [file for file in marked if not any(file.is_relative_to(ROOT / path) for path in named)] == []
+def runs_on_gpu(path: Path) -> bool:
+    """Whether a file, or one in a folder, has tests marked `gpu` or puts its tensors on a GPU if there is one."""
+    files = path.rglob("test_*.py") if path.is_dir() else [path]
+    return any(re.search(r"^from triton_harness import|mark\.gpu\b", x.read_text("utf-8"), re.MULTILINE) for x in files)
 
 
-ROOMS = ("_packing", "_softmax", "_logprobs", "_divergences", "_losses", "testing", "integrations", "every_function")
+@pytest.mark.parametrize("commands", [recipe("gpu"), (ROOT / "docs" / "kernels.md").read_text("utf-8")])
+def test_the_gpu_commands_run_every_gpu_test(commands):
+    lines = re.findall(r"\bpytest (tests/.*)", commands)
+    given = [ROOT / word for line in lines for word in line.split() if word.startswith("tests/")]
+    assert [path for path in given if not runs_on_gpu(path)] == []
+    marked = [path for path in TESTS if "pytest.mark.gpu" in path.read_text("utf-8") and path != Path(__file__)]
+    assert marked
+    assert [path for path in marked if not {path, *path.parents} & {*given}] == []
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_fast_suite_leaves_no_room_out(room, pytestconfig):
-    slow = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py")).SLOW
-    assert [path for path in slow if not (ROOT / path).exists()] == []
-    files = [*(ROOT / "tests" / room).rglob("test_*.py")]
-    assert any(not any(file.is_relative_to(ROOT / path) for path in slow) for file in files)
+def test_the_fast_suite_keeps_tests_of_every_room(pytestconfig):
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+    assert [name for name in conftest.SLOW if not (ROOT / name).exists()] == []
+    count: Counter[str] = Counter()
+    for path in TESTS:
+        if not conftest.is_slow(path) and path.parent != ROOT / "tests":
+            text = path.read_text("utf-8")
+            count[path.parent.name] += text.count("\ndef test_") - text.count("\n@pytest.mark.slow\n")
+    rooms = {"_packing", "_logprobs", "_divergences", "_losses", "testing", "integrations", "every_function"}
+    rooms |= {"_softmax"} & {path.parent.name for path in TESTS}
+    assert rooms <= {room for room, tests in count.items() if tests > 0}

@@ -1,7 +1,7 @@
-"""Holds README.md and docs/ to what a reader sees: no block needs a hidden one, no link is empty or leads nowhere.
+"""Holds README.md and docs/ to what a reader sees: no block needs a hidden one, no link is empty or broken.
 
-That the blocks run is tested where they are collected, by conftest.py and by tests/trainers/test_pages.py: both leave
-out what is in an HTML comment, so a page that hides its set-up fails there with the reader's NameError.
+conftest.py and tests/trainers/test_pages.py run the blocks. Both leave out HTML comments, so a page that hides its
+set-up fails there with the reader's NameError.
 """
 
 import re
@@ -32,7 +32,7 @@ def test_a_page_that_hides_its_set_up_fails_for_its_reader(tmp_path):
     assert "NameError: name 'width' is not defined" in read_text(HIDDEN, tmp_path)
     seen = HIDDEN.replace("<!--", "<details>").replace("-->", "</details>")
     assert read_text(seen, tmp_path) == ""
-    assert script(seen).splitlines()[2] == "width = 3"  # where it is in the page
+    assert script(seen).splitlines()[2] == "width = 3"  # at its own line of the page
 
 
 def read_text(text, folder):
@@ -41,7 +41,7 @@ def read_text(text, folder):
 
 
 def test_the_suite_runs_what_the_reader_sees(pytestconfig, tmp_path):
-    """conftest.py collects with another parser: it has to find the same blocks, and to leave out the hidden ones."""
+    """conftest.py uses another parser, which must find the same blocks and leave out the hidden ones."""
     from sybil import Document
 
     conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
@@ -75,7 +75,7 @@ def test_links_have_a_text_and_a_target(page):
 
 
 def anchors(text):
-    """What GitHub calls the headings: in small letters, without punctuation, with dashes for spaces."""
+    """GitHub's anchors of the headings: lower case, no punctuation, dashes for spaces."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""Holds the four schedules: KDRL's own numbers, edges, exact zeros, and floats that a loss takes as they are."""
+"""Holds the four schedules: KDRL's own numbers, edges, exact zeros, and floats that a loss accepts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_kdrls_schedule_goes_from_5e_3_to_1e_3_at_5e_5_a_step():
     assert linear_floor(1) == pytest.approx(4.95e-3, rel=1e-12)
     assert linear_floor(40) == pytest.approx(3e-3, rel=1e-12)
     assert linear_floor(79) == pytest.approx(1.05e-3, rel=1e-12)
-    # 5e-3 - 80 * 5e-5 is 1e-3 to a rounding; from there on it is the floor to the bit
+    # 5e-3 - 80 * 5e-5 is 1e-3 up to rounding; after that it is exactly the floor
     assert linear_floor(80) == pytest.approx(1e-3, rel=1e-12)
     assert [linear_floor(step) for step in (81, 1000, 10**9)] == [1e-3] * 3
 
@@ -27,9 +27,9 @@ def test_linear_floor_never_rises_and_never_leaves_its_bounds():
     assert all(a >= b for a, b in pairwise(weights))
     assert (weights[0], weights[-1], min(weights)) == (0.3, 0.1, 0.1)
     assert linear_floor(5, slope=0) == 5e-3
-    # a start below the floor is lifted to it, at once
+    # a start below the floor gives the floor
     assert linear_floor(0, start=1e-4, floor=1e-3) == 1e-3
-    # a negative floor lets the weight change sign, as the formula says
+    # with a negative floor the weight changes sign, as in the formula
     assert linear_floor(100, start=0.1, slope=0.01, floor=-1.0) == pytest.approx(-0.9, rel=1e-12)
 
 
@@ -39,7 +39,7 @@ def test_cosine_is_half_a_period_with_exact_ends():
     assert cosine(2, start=0.7, end=0.1, total_steps=8) == pytest.approx(0.4 + 0.3 * math.sqrt(0.5), rel=1e-12)
     assert [cosine(step, start=0.7, end=0.1, total_steps=8) for step in (8, 9, 10**9)] == [0.1] * 3
     assert cosine(1, start=0.7, end=0.1, total_steps=1) == 0.1
-    # upwards as well as downwards, symmetric about the middle
+    # up and down are symmetric about the middle
     for step in range(9):
         down = cosine(step, start=1.0, end=0.0, total_steps=8)
         assert down + cosine(step, start=0.0, end=1.0, total_steps=8) == pytest.approx(1.0, rel=1e-12)

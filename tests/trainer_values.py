@@ -1,4 +1,4 @@
-"""Values that trainers' own loss files gave, see tests/data/generate."""
+"""Reads the values that trainers' own loss functions gave; tests/data/generate made them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def cases(trainer: str) -> list[Any]:
 
 
 def close(x: Tensor, expected: Any, *, rtol: float) -> None:
-    """Entries are compared on the scale of the largest: those near zero come from a difference."""
+    """Compares entries on the scale of the largest, because those near zero are differences."""
     expected = torch.as_tensor(expected, dtype=x.dtype)
     torch.testing.assert_close(x.detach(), expected, rtol=rtol, atol=rtol * float(expected.abs().max()))

@@ -1,7 +1,7 @@
-"""Holds divergences from hidden states: the form from logits, chunks and slices, masks, frozen heads, dtypes.
+"""Holds divergences from hidden states: equality with logits, chunks and slices, masks, frozen heads, dtypes.
 
-Values and gradients against the oracles, error texts and compilation are in `every_function/`. Chunks and slices are
-set small here: results may not depend on them, but for the order of sums.
+Values and gradients against the oracles, error texts and compilation are tested in `every_function`. Chunks and slices
+are small here: results must not depend on them, except for the order of sums.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def teacher(dtype: torch.dtype = torch.float64, *, vocab: int = V) -> list[Tenso
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """16 rows a chunk, the least: two and a part of one for the trained tokens; 256 rows of the head a slice."""
+    """The smallest sizes: 16 rows per chunk (two and a part for the trained tokens), 256 rows of the head per slice."""
     monkeypatch.setattr(ops, "_CHUNK_ENTRIES", {"cpu": 1, "gpu": 1})
     monkeypatch.setattr(head, "_SLICE_ENTRIES", 1)
 
@@ -80,7 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def by_logits(name: str, leaves: list[Tensor], others: list[Tensor], **options: Any) -> Tensor:
-    """Through (T, V) logits of both sides."""
+    """The divergence from (T, V) logits of both sides."""
 
     def side(hidden: Tensor, weight: Tensor, prefix: str, bias: Tensor | None) -> Tensor:
         x = hidden @ weight.T + (0 if bias is None else bias)
@@ -119,7 +119,7 @@ def test_it_is_the_form_from_logits(name, options, frozen, small_chunks):
 @every_form
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=str)
 def test_gradients_of_any_part(name, trained):
-    """Each of hidden states, weight and bias alone, as LoRA, a frozen trunk or a frozen head leaves it."""
+    """Any of hidden states, weight and bias may be trained, as with LoRA, a frozen trunk or a frozen head."""
     leaves = [x.detach().requires_grad_(i in trained) for i, x in enumerate(student())]
     leaves = [leaves[0][:5].detach().requires_grad_(0 in trained), *leaves[1:]]
     hidden, weight = teacher()
@@ -142,7 +142,7 @@ def test_untrained_tokens_leave_no_trace(name, frozen, garbage):
         others[0] = others[0].masked_fill(where[:, None], fill)
         weight = leaves[1].detach() if frozen else leaves[1]
         value = linear(name)(hidden, weight, *others, loss_mask=MASK)
-        # a token of the mask whose loss is weighted with 0 is as good as untrained, but for its value
+        # a token of the mask whose loss has weight 0 is like an untrained one, except for its value
         upstream = torch.where(torch.arange(T) % 7 == 0, 0.0, 1.0).double()
         return [value.detach(), *torch.autograd.grad(value, [hidden] if frozen else [hidden, weight], upstream)]
 
@@ -171,7 +171,7 @@ def test_nothing_trained_is_an_attached_zero(name):
 @every_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_summed_in_float32_and_rounded_once(name, dtype, small_chunks):
-    """A head of 600 rows: three slices; three chunks of tokens. A sum in bf16 would be off by several roundings."""
+    """A head of 600 rows makes three slices; three chunks of tokens. A bf16 sum would be off by several roundings."""
     leaves, others, upstream = student(dtype, vocab=600), teacher(dtype, vocab=600), normal(T, seed=9).float()
     truth_leaves, truth_others = [x.detach().double().requires_grad_() for x in leaves], [x.double() for x in others]
     value = linear(name)(leaves[0], leaves[1], *others, loss_mask=MASK, bias=leaves[2])
@@ -241,9 +241,10 @@ def test_the_operator_is_well_formed(frozen):
     torch.library.opcheck(torch.ops.kdloss.linear_divergence.default, (leaves[0], weight, bias, *arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_one_graph_without_waiting_for_values(frozen):
-    """The operator finds the trained rows inside; the graph around it has static shapes."""
+    """The operator selects the trained rows itself, so the graph around it has static shapes."""
     torch.compiler.reset()
     leaves, others = student(), teacher()
     weight = leaves[1].detach() if frozen else leaves[1]

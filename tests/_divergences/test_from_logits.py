@@ -1,8 +1,8 @@
 """Holds divergences from two sets of logits: gradients, limits, -inf, error against float64, strides and blocks.
 
-Values and gradients against the oracles, error texts and compilation are in `every_function/`.
+Values and gradients against the oracles, error texts and compilation are tested in `every_function`.
 
-Tolerances: gradcheck's own (central differences in float64); else multiples of the dtype's rounding, said where used.
+Tolerances: gradcheck's own (central differences in float64); otherwise multiples of the dtype's rounding, stated there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ FORMS: dict[str, dict[str, float]] = {
     "skewed_forward_kl": {"alpha": 0.1},
     "skewed_reverse_kl": {"alpha": 0.1},
 }
-MIXTURES = {name: share for name, share in FORMS.items() if share}
 every_form = pytest.mark.parametrize("name", FORMS)
 HALF = (torch.bfloat16, torch.float16)
 
@@ -44,7 +43,7 @@ def form(name: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def textbook(name: str, logits: Tensor, teacher_logits: Tensor, **shares: float) -> Tensor:
-    """The definition in probabilities, as autograd would differentiate it."""
+    """The definition in probabilities, for autograd to differentiate."""
     q, p = logits.softmax(-1), teacher_logits.softmax(-1)
     (share,) = (shares or FORMS[name] or {"": 0.5}).values()
 
@@ -94,8 +93,8 @@ def test_it_is_autograd_on_the_textbook(name):
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-15)
 
 
-def test_the_reverse_kl_has_the_gradient_that_sampling_has_in_expectation():
-    """Every token of the vocabulary, with its probability, through `distillation_loss`."""
+def test_the_reverse_kl_has_the_expected_gradient_of_sampling():
+    """The reverse-KL surrogate at every token of the vocabulary, weighted by its probability."""
     logits, teacher = normal(V).requires_grad_(), normal(V, seed=1)
     every = torch.arange(V)
     logp = kdloss.token_logprobs(logits.expand(V, V), every)
@@ -116,7 +115,7 @@ def test_the_teacher_gets_no_gradient(name):
 
 @every_form
 def test_a_gradient_of_the_gradient_raises(name):
-    """It is not defined here; silence would be a wrong second derivative."""
+    """It is not defined here; without an error it would be a wrong second derivative."""
     logits = normal(3, V).requires_grad_()
     (first,) = torch.autograd.grad(form(name)(logits, normal(3, V, seed=1)).sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match=r"grad"):
@@ -131,7 +130,7 @@ def test_the_operator_is_well_formed(name):
     torch.library.opcheck(torch.ops.kdloss.divergence.default, (leaf, teacher, normal(2, 3).exp(), *arguments))
 
 
-# Numbers that any implementation must give
+# Known values
 
 
 def test_golden_values():
@@ -153,7 +152,7 @@ def test_golden_values():
 @pytest.mark.parametrize("epsilon", [1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize(("end", "limit"), [(0, kdloss.forward_kl), (1, kdloss.reverse_kl)])
 def test_a_jsd_close_to_its_ends_keeps_its_digits(dtype, epsilon, end, limit):
-    """JSD / (β (1-β)) against itself in extended precision, and against the KL that it tends to."""
+    """JSD / (β (1-β)) against extended precision, and against the KL that it tends to."""
     beta = epsilon if end == 0 else 1 - epsilon
     logits, teacher = normal(6, 50, dtype=dtype, scale=2).requires_grad_(), normal(6, 50, seed=1, dtype=dtype, scale=2)
     scaled = kdloss.generalized_jsd(logits, teacher, beta=beta) / (beta * (1 - beta))
@@ -162,9 +161,9 @@ def test_a_jsd_close_to_its_ends_keeps_its_digits(dtype, epsilon, end, limit):
     b = np.longdouble(beta)
     of_p, of_q = -np.log1p((1 - b) * (q / p - 1)), -np.log1p(b * (p / q - 1))  # log p/m, log q/m
     exact = (b * (p * of_p).sum(-1) + (1 - b) * (q * of_q).sum(-1)) / (b * (1 - b))
-    # 32 roundings: of log-probs of size 10, which every term holds
+    # 32 roundings: every term has log-probs of size 10
     error = np.abs(scaled.detach().numpy() - exact) / exact
-    # 1 - β itself was rounded before it came here: in float64, of 1e-6 that is 1e-10
+    # 1 - β was rounded before: in float64, that is 1e-10 of 1e-6
     assert error.max() < 32 * torch.finfo(dtype).eps + (1e-16 / epsilon if end else 0)
     found = gradient(scaled, logits)
     limit_leaf = logits.detach().double().requires_grad_()
@@ -200,7 +199,7 @@ def test_symmetry(beta):
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 def test_nothing_to_learn_from_an_equal_teacher(name, dtype):
-    """0 and no gradient at p = q, with banned tokens too, and with a constant added to all logits of a row."""
+    """0 and no gradient at p = q, also with excluded tokens and with a constant added to all logits of a row."""
     logits = normal(5, 100, dtype=dtype, scale=3)
     logits[:, ::7] = -math.inf
     for teacher in (logits.clone(), logits + 4):
@@ -208,7 +207,7 @@ def test_nothing_to_learn_from_an_equal_teacher(name, dtype):
         value = form(name)(leaf, teacher)
         exact = name in ("forward_kl", "reverse_kl") and torch.equal(teacher, logits)
         computed_in = torch.float64 if dtype == torch.float64 else torch.float32
-        # the constant rounds the logits themselves, of size 16
+        # adding the constant rounds the logits, of size 16
         eps = torch.finfo(computed_in if torch.equal(teacher, logits) else dtype).eps
         bound = 0 if exact else 32 * eps
         assert value.abs().max() <= bound
@@ -255,7 +254,7 @@ def test_any_shape_any_excluded_tokens_any_dtype(name, data):
     def side() -> Tensor:
         x = (scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).to(dtype)
         out = torch.rand(rows, vocab, generator=generator) < excluded
-        out[:, 0] = False  # a distribution has to be left
+        out[:, 0] = False  # keeps a distribution
         return x.masked_fill(out, -math.inf)
 
     logits, teacher, upstream = side().requires_grad_(), side(), torch.rand(rows, generator=generator) + 0.5
@@ -266,7 +265,7 @@ def test_any_shape_any_excluded_tokens_any_dtype(name, data):
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # logits of size 60 / τ and their differences, rounded once each
     wide = 200 * torch.finfo(value.dtype).eps
-    # a mass that float32 cannot hold is 0 in it: what rests on one is not compared
+    # a mass below the range of float32 is 0 there, so rows with one are not compared
     masses = [np.stack([distribution(r, temperature) for r in x]) if rows else x for x in arrays]
     representable = ~((masses[0] > 0) & (masses[0] < 1e-37) | (masses[1] > 0) & (masses[1] < 1e-37)).any(-1)
     np.testing.assert_allclose(value.detach().numpy()[representable], expected[representable], rtol=wide, atol=wide)
@@ -284,7 +283,7 @@ def test_any_shape_any_excluded_tokens_any_dtype(name, data):
 @every_form
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_garbage_stays_in_its_row_and_leaves_no_trace_where_it_is_not_asked_for(name, garbage, side):
+def test_garbage_stays_in_its_row_and_leaves_no_trace_under_a_mask(name, garbage, side):
     logits, teacher = normal(4, V), normal(4, V, seed=1)
     mask = torch.tensor([True, False, True, True])
     clean = logits.clone().requires_grad_()
@@ -300,7 +299,7 @@ def test_garbage_stays_in_its_row_and_leaves_no_trace_where_it_is_not_asked_for(
     assert torch.equal(gradient(loss, leaf), gradient(kdloss.token_mean(expected, loss_mask=mask), clean))
 
 
-def test_a_row_of_excluded_tokens_alone_is_no_distribution():
+def test_a_row_of_excluded_tokens_only_is_nan():
     logits = normal(2, V)
     logits[0] = -math.inf
     for name in FORMS:
@@ -312,8 +311,8 @@ def test_a_row_of_excluded_tokens_alone_is_no_distribution():
 
 
 @every_form
-def test_padding_is_out_of_both_sides(name):
-    """151936 against 152064 in small: columns past `vocab_size` hold anything, and get exactly no gradient."""
+def test_padding_of_either_side_is_ignored(name):
+    """A small 151936 against 152064: columns past `vocab_size` may hold anything and get a gradient of exactly 0."""
     logits, teacher = normal(3, V).requires_grad_(), normal(3, V, seed=1)
     padded = torch.cat([logits.detach(), torch.full((3, 2), math.nan, dtype=torch.float64)], -1).requires_grad_()
     value = form(name, vocab_size=V)(padded, torch.cat([teacher, torch.full((3, 5), 50.0, dtype=torch.float64)], -1))
@@ -345,10 +344,10 @@ def test_strides_do_not_matter(name):
 
 @every_form
 def test_many_blocks_are_one_row_after_the_other(name):
-    """3001 columns: 34 rows a block, three and a part of one."""
+    """3001 columns: 34 rows per block, so three blocks and a part of one."""
     logits, teacher = normal(110, 3001, dtype=torch.float32), normal(110, 3001, seed=1, dtype=torch.float32)
     upstream = normal(110, seed=2, dtype=torch.float32)
-    upstream[40:80] = 0  # a block without a gradient among them
+    upstream[40:80] = 0  # includes a block without a gradient
     leaf = logits.clone().requires_grad_()
     value = form(name, temperature=2.0)(leaf, teacher)
     found = gradient(value, leaf, upstream)
@@ -368,7 +367,7 @@ def test_half_precision_is_the_float32_computation_of_the_same_numbers(name, dty
     value, expected = form(name)(half, teacher), form(name)(wide, teacher.float())
     assert torch.equal(value, expected)
     assert torch.equal(gradient(value, half), gradient(expected, wide).to(dtype))
-    # sides of two dtypes: each is widened by itself
+    # with different dtypes, each side is widened separately
     assert torch.equal(form(name)(half, teacher.float()), expected)
     assert form(name)(half, teacher.double()).dtype == torch.float64
 
@@ -377,14 +376,14 @@ def test_half_precision_is_the_float32_computation_of_the_same_numbers(name, dty
 # logits of a fresh model, of a trained one, and far off centre
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (5.0, 0.0), (3.0, 500.0)])
 def test_no_more_error_than_torch_itself(name, scale, offset):
-    """Beside the same formula in float32, through `log_softmax` and `logaddexp`."""
+    """Compared with the same formula in float32, by `log_softmax` and `logaddexp`."""
     logits = (normal(16, 4001, scale=scale) + offset).float()
     teacher = (normal(16, 4001, seed=1, scale=scale) + offset).float()
     truth_leaf, torch_leaf, leaf = (x.clone().requires_grad_() for x in (logits.double(), logits, logits))
     truth = textbook(name, truth_leaf, teacher.double())
     value = form(name)(leaf, teacher)
     by_torch = in_logs(name, torch_leaf, teacher)
-    # twice: rows are few, and which of two roundings is luckier is chance; the last term is one rounding of the result
+    # twice, because there are few rows and errors vary by chance; the last term is one rounding of the result
     eps = torch.finfo(torch.float32).eps
     allowed = 2 * (by_torch.double() - truth).abs().max() + eps * truth.abs().max()
     assert (value.double() - truth).abs().max() <= allowed

@@ -1,7 +1,7 @@
 """Holds the peak extra memory of divergences: at most 1.1 times the logits, half of the naive form from hidden states.
 
-Each is measured in a fresh process, by the kernel's own high-water mark of resident memory, which is reset before the
-call: what is held by the inputs is not counted, and what the allocator returns is.
+Each is measured in a fresh process by Linux's high-water mark of resident memory, which is reset before the call: the
+inputs are not counted, but memory that is freed during the call is.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ def measured(code: str, **names: object) -> dict[str, float]:
     return json.loads(result.stdout)
 
 
-# a vocabulary of two rows a scratch, and one of twenty; the logits are large beside the scratch, which is 2 MB
+# a vocabulary with twenty rows per scratch block, and one with a few; the logits are large beside the 2 MB of scratch
 @pytest.mark.parametrize(("dtype", "rows", "vocab"), [("float32", 1024, 32_000), ("bfloat16", 512, 151_936)])
-def test_from_logits_the_gradient_is_all_there_is(dtype, rows, vocab):
+def test_from_logits_only_the_gradient_is_allocated(dtype, rows, vocab):
     found = measured(FROM_LOGITS, dtype=dtype, T=rows, V=vocab)
     assert len(found) == 8
-    # the gradient itself must be seen: a measure that misses it is none
+    # the gradient itself must be measured, or the measurement is broken
     assert all(0.9 < x <= 1.1 for x in found.values()), found
 
 

@@ -1,6 +1,6 @@
-"""Holds divergences from K log-probs a token: the bucket's bounds, the faults of the other tails, padding, rounding.
+"""Holds divergences from K log-probs per token: bounds of the bucket, faults of the other tails, padding, rounding.
 
-Values and gradients against the oracles, error texts and compilation are in `every_function/`.
+Values and gradients against the oracles, error texts and compilation are tested in `every_function`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_every_token_kept_is_the_full_divergence(name, tail, dtype):
 @every_form
 @given(data=st.data())
 def test_a_bucket_is_a_divergence_and_at_most_the_full_one(name, data):
-    """0 <= bucket <= full for any support, in any dtype, and more ids never say less."""
+    """0 <= bucket <= full for any support and dtype, and more ids never lower the bucket."""
     vocab = data.draw(st.integers(1, V))
     k = data.draw(st.integers(1, vocab))
     dtype = data.draw(st.sampled_from((torch.float64, torch.float32)))
@@ -84,8 +84,8 @@ def test_a_bucket_is_a_divergence_and_at_most_the_full_one(name, data):
     ids = order[:, :k]
     value = topk(name, tail="bucket")(logits, log_p.gather(-1, ids), ids)
     assert (value >= 0).all()
-    # log-probs and masses of size 1 are rounded a few times over; a small tail is known to fewer digits, and the
-    # reverse KL takes its logarithm
+    # log-probs and masses of size 1 are rounded a few times; a small tail has fewer digits, and the reverse KL takes
+    # its logarithm
     eps = torch.finfo(dtype).eps
     tail = log_p.exp().scatter(-1, ids, 0).sum(-1)
     fewer_digits = 1 / tail.clamp(min=eps) if name == "reverse_kl" and k < vocab else 0
@@ -109,11 +109,11 @@ def test_any_support_and_padding_against_the_oracle(name, tail, data):
     out[:, :2] = False
     logits, teacher = logits.masked_fill(out, -math.inf).requires_grad_(), teacher.masked_fill(out, -math.inf)
     ids = torch.rand(rows, max(vocab, k), generator=generator).argsort(-1)[:, :k]
-    # ids past the vocabulary, and a third of the rest (but one of its own at least half of the time), are padding
+    # ids past the vocabulary, and a third of the others, are padding
     padded = (ids >= vocab) | (torch.rand(rows, k, generator=generator) < 0.3)
     ids = ids.masked_fill(padded, -1)
     log_p = teacher.log_softmax(-1).gather(-1, ids.clamp(min=0)).masked_fill(padded, math.nan)
-    # a row whose kept ids are all excluded has nothing to renormalise
+    # a row whose kept ids are all excluded cannot be renormalised
     known = (~(ids >= 0).any(-1) | (log_p > -math.inf).any(-1) | (tail != "renormalize")).numpy()
     value = topk(name, tail=tail)(logits, log_p, ids)
     arrays = logits.detach().numpy()[known], log_p.numpy()[known], ids.numpy()[known]
@@ -127,7 +127,7 @@ def test_any_support_and_padding_against_the_oracle(name, tail, data):
 
 
 def test_golden_values():
-    """Teacher's top 1 of (.2, .5, .3) to a student (.5, .3, .2)."""
+    """The top 1 of a teacher (.2, .5, .3) and a student (.5, .3, .2)."""
     q, p = (torch.tensor(x, dtype=torch.float64).log() for x in ((0.5, 0.3, 0.2), (0.2, 0.5, 0.3)))
     logp, ids = p.topk(1)
     for tail, value in (("bucket", 0.0871766936), ("truncate", 0.2554128119)):
@@ -139,7 +139,7 @@ def test_golden_values():
 
 
 def test_renormalised_top_1_is_identically_zero():
-    """Fault: with K = 1, p/P = q/Q = 1 whatever the student does: a loss of 0 that trains nothing."""
+    """Fault: with K = 1, p/P = q/Q = 1 for every student: a loss of 0 that trains nothing."""
     logits, teacher = normal(6, V).requires_grad_(), normal(6, V, seed=1).log_softmax(-1)
     logp, ids = teacher.topk(1)
     for name in ("forward_kl", "reverse_kl"):
@@ -155,21 +155,22 @@ def test_renormalised_top_1_is_identically_zero():
 
 
 def test_a_clamped_truncated_kl_has_no_gradient():
-    """Fault: truncated terms may sum to less than 0; clamping the sum at 0 cuts those rows off. Here they are kept."""
+    """Fault: truncated terms may sum to less than 0, and clamping at 0 removes their gradient. Here it is kept."""
     student = torch.tensor([0.6, 0.35, 0.05], dtype=torch.float64).log().requires_grad_()
     logp, ids = torch.tensor([0.4, 0.3], dtype=torch.float64).log(), torch.tensor([0, 1])
     value = kdloss.topk_forward_kl(student, logp, ids, tail="truncate")
     assert value < -0.1
     clamped = value.clamp(min=0)
     assert not gradient(clamped, student).any()
-    # P q - p on S, P q outside: still away from the tail, which the teacher gives 0.3
+    # P q - p on S, P q outside: it still lowers the tail, to which the teacher gives 0.3
     expected = 0.7 * student.detach().exp() - torch.tensor([0.4, 0.3, 0.0], dtype=torch.float64)
     torch.testing.assert_close(gradient(value, student), expected)
     bucket = kdloss.topk_forward_kl(student, logp, ids, tail="bucket")
-    assert gradient(bucket, student)[2] < 0  # descending it gives the tail its mass back
+    assert gradient(bucket, student)[2] < 0  # descent raises the mass of the tail
     assert gradient(value, student)[2] > 0
 
 
+@pytest.mark.slow
 def test_where_each_tail_has_its_optimum():
     """By descent: the bucket ends at the teacher's masses, truncation at p/P with an empty tail."""
     logp, ids = torch.tensor([0.4, 0.3], dtype=torch.float64).log(), torch.tensor([2, 0])
@@ -190,8 +191,8 @@ def test_where_each_tail_has_its_optimum():
 # Support
 
 
-def test_the_students_own_support_sees_what_the_student_does():
-    """The teacher's top ids miss the mass that the reverse KL is about; the student's own hold it."""
+def test_the_students_top_ids_measure_the_reverse_kl_better():
+    """The reverse KL is weighted by the student's mass, which the teacher's top ids miss and the student's hold."""
     logits, teacher = normal(8, 200, scale=4).requires_grad_(), normal(8, 200, seed=1, scale=4).log_softmax(-1)
     exact = kdloss.reverse_kl(logits, teacher)
     own = logits.detach().topk(20).indices
@@ -241,16 +242,16 @@ def test_a_row_of_padding_leaves_no_trace(name, tail):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("excess", [0.0, 1e-7, 1e-3])
 def test_a_teacher_that_leaves_no_room_for_a_tail_stays_finite(name, dtype, excess):
-    """Kept masses that sum to 1, or to more by rounding, while the student has mass outside."""
+    """The kept masses sum to 1, or more by rounding, while the student has mass outside."""
     logits = normal(5, V).to(dtype).requires_grad_()
     kept = normal(5, 3, seed=1).log_softmax(-1) + math.log1p(excess)
     value = topk(name, tail="bucket")(logits, kept.to(dtype), torch.tensor([[4, 0, 7]] * 5))
     assert value.isfinite().all()
     assert (value > 0).all()
     assert gradient(value, logits).isfinite().all()
-    if dtype == torch.bfloat16:  # its log-probs are off by 1 %: the tail that they leave is real, for all that it says
+    if dtype == torch.bfloat16:  # its log-probs are off by 1 %, so they may leave a tail
         return
-    # and where the student has nothing outside either
+    # and where the student has no mass outside either
     alone = torch.full((5, V), -math.inf, dtype=dtype)
     alone[:, [0, 4, 7]] = normal(5, 3, seed=2).to(dtype)
     alone.requires_grad_()
@@ -260,7 +261,7 @@ def test_a_teacher_that_leaves_no_room_for_a_tail_stays_finite(name, dtype, exce
 
 
 def test_a_small_tail_keeps_its_digits():
-    """A student that is sure of the kept ids: its tail of 1e-12 is summed, not taken from 1."""
+    """A student that is sure of the kept ids: its tail of 1e-12 is a sum, not a difference from 1."""
     logits = torch.tensor([[30.0, 29.0, 1.0, 0.5, 2.0]], dtype=torch.float32, requires_grad=True)
     logp, ids = torch.tensor([[0.5, 0.3]]).log(), torch.tensor([[0, 1]])
     exact = kdloss.topk_forward_kl(logits.double(), logp.double(), ids, tail="bucket")
@@ -272,11 +273,12 @@ def test_a_small_tail_keeps_its_digits():
 # Ids that cannot raise
 
 
+@pytest.mark.slow
 @every_form
 @every_tail
 @pytest.mark.parametrize("bad", [[3, 5, 3], [3, 5, V], [3, 5, -2]], ids=["twice", "outside", "negative"])
 def test_bad_ids_are_nan_where_they_cannot_raise(name, tail, bad):
-    """Under `torch.compile` no value is read; one bad row does not spoil the others."""
+    """Under `torch.compile` no value is read; a bad row does not change the others."""
     torch.compiler.reset()
     logits = normal(3, V)
     logp, ids = normal(3, V, seed=1).log_softmax(-1).topk(3)
@@ -301,7 +303,7 @@ def test_the_operator_is_well_formed():
 @every_form
 @every_tail
 def test_strides_blocks_and_silent_rows(name, tail):
-    """300001 columns: two rows a block; one row has no gradient and NaN."""
+    """300001 columns: two rows per block; one row holds NaN and has no incoming gradient."""
     logits = normal(5, 300_001, dtype=torch.float32)
     logits[3] = math.nan
     logp, ids = normal(5, 20, seed=1, dtype=torch.float32).log_softmax(-1) - 0.1, torch.arange(20).repeat(5, 1) * 7

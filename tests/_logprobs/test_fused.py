@@ -1,6 +1,6 @@
-"""Holds `fused_linear_loss`: the two-step path's value and gradient, exact scaling, and the errors of coupled losses.
+"""Holds `fused_linear_loss`: value and gradient of the two-step path, exact scaling, errors of coupled losses.
 
-Tolerances: float64 sums over the vocabulary and the tokens in another order, a few roundings of terms of size 10.
+Tolerances: float64 sums over the vocabulary and the tokens in another order: a few roundings of terms of size 10.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def test_one_pass_is_the_two_steps(options, with_bias, rows_a_chunk, monkeypatch
 
 
 def test_gradcheck_of_the_pass_itself():
-    """The inner gradients are taken in the forward: finite differences find a wrong one."""
+    """The forward computes the inner gradients; finite differences find a wrong one."""
     inputs = leaves()
 
-    def smooth(logp: Tensor, entropy: Tensor, a: Tensor, b: Tensor) -> Tensor:  # nothing in it is detached
+    def smooth(logp: Tensor, entropy: Tensor, a: Tensor, b: Tensor) -> Tensor:  # without a detached factor
         return a * logp.exp() + b * entropy.square()
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def test_gradcheck_of_the_pass_itself():
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_what_is_frozen_gets_no_gradient(frozen):
+def test_a_frozen_input_gets_no_gradient(frozen):
     hidden, weight = leaves(with_bias=False)
     (hidden if frozen == "hidden" else weight).requires_grad_(False)
     kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *INPUTS, loss_mask=MASK).loss.backward()
@@ -103,8 +103,8 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     assert (weight.grad is None) == (frozen == "weight")
 
 
-def test_half_precision_gradients_wait_for_the_incoming_scale():
-    """A gradient of 1e-9 is 0 in float16; a loss scaler's 2^16 must reach it before it is rounded."""
+def test_half_precision_gradients_are_rounded_after_the_incoming_scale():
+    """A gradient of 1e-9 is 0 in float16, so a loss scaler's factor must be applied before rounding."""
     hidden, weight = leaves(with_bias=False, dtype=torch.float16)
     tiny = 1e-9
 
@@ -121,7 +121,7 @@ def test_half_precision_gradients_wait_for_the_incoming_scale():
 
 
 def test_a_half_precision_head_is_widened_slice_by_slice(monkeypatch):
-    """Three slices of 256 rows; the products are float32's, so they differ from one product by its roundings alone."""
+    """Three slices of 256 rows; products are in float32, so they differ from one whole product only by rounding."""
     monkeypatch.setattr(head, "_SLICE_ENTRIES", 1)
     weight = normal(600, D, seed=1, dtype=torch.bfloat16)
     hidden, labels = normal(T, D, dtype=torch.bfloat16), LABELS * 66 + (LABELS == -100) * 6500
@@ -162,6 +162,7 @@ def test_none_and_one_trained_token(mask):
         torch.testing.assert_close(x, y, **CLOSE)
 
 
+@pytest.mark.slow
 def test_without_a_gradient_and_under_compile_it_is_the_same_number():
     hidden, weight = leaves(with_bias=False)
 
@@ -189,7 +190,7 @@ def test_without_a_gradient_and_under_compile_it_is_the_same_number():
         (lambda logp, entropy: 0.5, TypeError, "token_loss must return a tensor, got float"),
     ],
 )
-def test_a_loss_that_is_no_loss_of_tokens_is_explained(loss, error, message):
+def test_a_loss_that_is_not_per_token_is_explained(loss, error, message):
     with pytest.raises(error, match=message):
         kdloss.fused_linear_loss(*leaves(with_bias=False), LABELS, loss, loss_mask=MASK)
 
@@ -209,7 +210,7 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_the_bound_counts_the_tokens_of_the_mask(with_gradient):
-    """Trained tokens without a label have a loss, so they count, with a gradient or without."""
+    """Trained tokens without a label have a loss too, so they count, with a gradient or without."""
     hidden, weight = leaves(with_bias=False)
     labels = LABELS.masked_fill(MASK & (torch.arange(T) > 6), -100)
     count = int(MASK.sum())

@@ -1,8 +1,8 @@
 """Holds the numerics of log-probs and entropies, from logits and from hidden states: gradients, extremes, error.
 
-Values against the oracles and error texts are in `every_function/`, and so are rows one by one.
+Values against the oracles, error texts and the independence of rows are tested in `every_function`.
 
-Tolerances: gradcheck's own (central differences in float64); else multiples of the dtype's rounding, said where used.
+Tolerances: gradcheck's own (central differences in float64); otherwise multiples of the dtype's rounding, stated there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LABELS = {
     "three": torch.tensor([[0, 1, -100], [V - 1, V - 1, 0], [-100, -100, -100], [2, 5, 4]]),
 }
 
-# Each option alone, and all of them: they are applied one after the other, so the last one finds a wrong order.
+# Each option alone, and all together: they are applied in sequence, so the last case finds a wrong order.
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "temperature": {"temperature": 0.7},
@@ -129,7 +129,7 @@ def test_an_offset_of_all_logits_changes_nothing(dtype):
 
 @pytest.mark.parametrize("value", [0.0, -1e4, 1e4, 60000.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_equal_logits_are_uniform_wherever_they_lie(value, dtype):
+def test_equal_logits_are_uniform_at_any_size(value, dtype):
     logits = torch.full((4, V), value, dtype=dtype, requires_grad=True)
     logp, entropy = kdloss.token_logprobs_and_entropy(logits, LABELS["one"])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -166,7 +166,7 @@ def test_logits_of_minus_infinity_have_no_mass(dtype):
     small_labels = torch.tensor([0, 3, -100, 2])
     out = kdloss.token_logprobs_and_entropy(holed, labels)
     expected = kdloss.token_logprobs_and_entropy(small, small_labels)
-    # as a smaller vocabulary; the sums run in another order
+    # equal to a smaller vocabulary; the sums are in another order
     for x, y in zip(out, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=8 * torch.finfo(x.dtype).eps, atol=8 * torch.finfo(x.dtype).eps)
     eps = 8 * torch.finfo(dtype).eps
@@ -175,7 +175,7 @@ def test_logits_of_minus_infinity_have_no_mass(dtype):
         (exact,) = torch.autograd.grad(y.sum(), small, retain_graph=True)
         assert not found[:, excluded].any()
         torch.testing.assert_close(found[:, kept], exact, rtol=eps, atol=eps)
-    # a label without mass is impossible, and only that row says so
+    # a label without mass has a log-prob of -inf, in that row only
     impossible = kdloss.token_logprobs(holed, torch.tensor([0, 1, -100, 3]))
     assert impossible.isinf().tolist() == [False, True, False, False]
     assert impossible[1] == -math.inf
@@ -275,11 +275,11 @@ def test_any_leading_shape(lead, labels_per_row):
         assert torch.equal(out.entropy.flatten(), flat.entropy)
 
 
-def test_several_labels_a_row_are_one_after_the_other():
+def test_several_labels_per_row_are_one_after_the_other():
     logits, labels = normal(4, V), LABELS["three"]
     together = kdloss.token_logprobs(logits, labels)
     assert torch.equal(together, torch.stack([kdloss.token_logprobs(logits, column) for column in labels.T], -1))
-    # a row with any label keeps its entropy, one with none has none
+    # a row with any label has its entropy, one without has 0
     entropy = kdloss.token_logprobs_and_entropy(logits, labels).entropy
     assert (entropy == 0).tolist() == [False, False, True, False]
 
@@ -329,7 +329,7 @@ def test_padding_rows_of_the_head_get_no_mass_and_exactly_no_gradient(labels, pa
 
 
 def dense(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, mask: Tensor) -> kdloss.LogprobsAndEntropy:
-    """All rows, the untrained ones ignored by their labels."""
+    """All rows; labels of -100 exclude the untrained ones."""
     rows = mask if labels.ndim == 1 else mask[:, None]
     return kdloss.token_logprobs_and_entropy(hidden @ weight.T + bias, torch.where(rows, labels, -100))
 
@@ -346,7 +346,7 @@ def test_compacted_rows_are_the_dense_ones(labels, bound, mask):
         leaves[0], leaves[1], labels, bias=leaves[2], loss_mask=loss_mask, max_trained_tokens=limit
     )
     expected = dense(*leaves, labels, loss_mask)
-    # a product over fewer rows may add in another order
+    # a product of fewer rows may sum in another order
     close = {"rtol": 1e-13, "atol": 1e-14}
     torch.testing.assert_close(out.logp, expected.logp, **close)
     torch.testing.assert_close(out.entropy, expected.entropy, **close)
@@ -372,11 +372,11 @@ def test_the_same_mask_gives_the_same_bits(dtype, bound):
 
     first = bits(normal(96, 16, dtype=dtype))
     assert bits(normal(96, 16, dtype=dtype)) == first
-    # nor does it matter what the others hold
+    # the other rows do not matter
     assert bits(torch.where(mask[:, None], normal(96, 16, dtype=dtype), math.nan)) == first
 
 
-def test_labels_of_untrained_rows_are_not_looked_at():
+def test_labels_of_untrained_rows_are_not_read():
     mask = torch.tensor([True, False, True, True])
     hidden, weight = normal(4, D), normal(V, D, seed=1)
     labels = torch.tensor([1, V + 5, 2, 3])
@@ -410,7 +410,7 @@ def test_no_more_error_than_torch_itself(dtype, scale, offset, vocab, impl):
     ours = kdloss.token_logprobs_and_entropy(leaf, labels, impl=impl)
     for x, y, exact in zip(ours, by_torch, truth, strict=True):
         assert x.dtype == torch.float32
-        # a result that happens to be right to the last bit sets no bound: one rounding is allowed in any case
+        # torch's result may be exact by chance, so one rounding is always allowed
         allowed = (y.double() - exact).abs().max() + torch.finfo(torch.float32).eps / 2 * exact.abs().max()
         assert (x.double() - exact).abs().max() <= allowed
     for pick in range(2):
@@ -429,4 +429,4 @@ def test_half_precision_logits_are_widened_before_the_subtraction():
     error = (kdloss.token_logprobs(logits, labels).double() - exact).abs().max()
     narrow = torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
     assert error < 2e-6
-    assert (narrow.double() - exact).abs().max() > 1e-2  # what it would be
+    assert (narrow.double() - exact).abs().max() > 1e-2  # without widening

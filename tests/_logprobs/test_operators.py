@@ -1,6 +1,6 @@
-"""Holds the operators under the log-probs: what they keep and need, and what torch's own tools do with them.
+"""Holds the operators of log-probs: what autograd keeps, peak memory, and torch's own checks and tools.
 
-Memory is counted where it can be exactly: what autograd keeps by saved-tensor hooks, peaks in a fresh process each.
+What autograd keeps is counted exactly, with saved-tensor hooks; each peak is measured in a fresh process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def test_opcheck_from_logits(with_entropy, row_temperature):
 @pytest.mark.parametrize("store", [False, True])
 def test_opcheck_from_hidden_states(rows, store):
     if store and rows is None:
-        return  # their number must be known
+        return  # storing the logits needs the number of rows
     hidden, weight, bias = (x.requires_grad_() for x in (normal(T, D), normal(V, D, seed=1), normal(V, seed=2)))
     options = (None, 0.7, 3.0, 1.2, V, True, False, True, store)
     torch.library.opcheck(hidden_op.linear_logprobs, (hidden, weight, bias, LABELS[:, None], rows, *options))
@@ -65,12 +65,12 @@ def kept(call: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_and_a_few_numbers_a_row_are_kept(dtype):
+def test_logits_and_a_few_values_per_row_are_kept(dtype):
     logits = normal(64, 500, dtype=dtype).requires_grad_()
     labels = torch.arange(64)
     tensors = kept(lambda: kdloss.token_logprobs_and_entropy(logits, labels))
     others = [x for x in tensors if x.data_ptr() != logits.data_ptr()]
-    assert len(others) < len(tensors)  # the logits themselves, which are the caller's
+    assert len(others) < len(tensors)  # the logits, which belong to the caller
     # columns (8 bytes), maximum, peak and mean (4 each), and masks of a byte
     assert sum(x.numel() * x.element_size() for x in others) <= 64 * 32
 
@@ -109,8 +109,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (T 
 """
 
 
-# From logits: the gradient is 1.0 of them, and 0.1 is left for scratch. From hidden states a (T, V) tensor alone would
-# be 1.0; a tile of 512 x 8192, two of scratch, and the gradients are under half of that here.
+# From logits, the gradient is 1.0 of them and 0.1 is for scratch. From hidden states, a (T, V) tensor alone would be
+# 1.0; a tile of 512 x 8192, two of scratch and the gradients are less than half of that here.
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "most"), [("bf16", 1.1), ("fp32", 1.1), ("hidden", 0.6)])
 def test_peak_of_extra_memory_in_units_of_the_logits(path, most):
     run = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, timeout=120, check=False)
@@ -118,7 +119,7 @@ def test_peak_of_extra_memory_in_units_of_the_logits(path, most):
     assert float(run.stdout) <= most
 
 
-# Other users of an operator
+# Operators inside torch's tools
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -137,7 +138,7 @@ def test_checkpointing_changes_nothing(reentrant):
 
 
 def test_logits_cut_from_a_batch_are_not_copied():
-    """`logits[:, :-1]` of (B, L, V), as a trainer writes it, is no matrix: it is walked over sequence by sequence."""
+    """`logits[:, :-1]` of (B, L, V), as trainers write it, is not a matrix: it is processed sequence by sequence."""
     whole = normal(3, 5, V)
     labels = torch.randint(0, V, (3, 4), generator=torch.Generator().manual_seed(1))
     cut = whole[:, :-1]
@@ -168,7 +169,7 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("cuts", [[0, 11], [0, 1, 11], [0, 4, 5, 9, 11]])
 @pytest.mark.parametrize("hole", [None, slice(0, 4), slice(4, 5)])
 def test_parts_of_a_row_merge_into_it(offset, cuts, hole):
-    """Parts without any mass included. float64, against the definitions: a few roundings of sums of 11."""
+    """Including parts without mass. float64, against the definitions: a few roundings of sums of 11."""
     z = normal(5, V, dtype=torch.float64) + offset
     if hole is not None:
         z[:, hole] = -torch.inf
@@ -186,8 +187,8 @@ def test_parts_of_a_row_merge_into_it(offset, cuts, hole):
 
 @pytest.mark.parametrize("tile_rows", [1, 2, 100])
 @pytest.mark.parametrize("width", [256, 512])
-def test_slices_and_tiles_only_move_roundings(tile_rows, width, monkeypatch):
-    """Several slices of the vocabulary and tiles of rows, dense and with half of the incoming gradients 0."""
+def test_slices_and_tiles_change_only_roundings(tile_rows, width, monkeypatch):
+    """Several slices of the vocabulary and tiles of rows, with all incoming gradients and with half of them 0."""
     vocab = 1000
     labels = torch.randint(0, vocab, (T, 2), generator=torch.Generator().manual_seed(3))
     leaves = [normal(n, D, seed=n, dtype=torch.float64).requires_grad_() for n in (T, vocab)]

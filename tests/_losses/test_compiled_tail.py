@@ -1,7 +1,7 @@
-"""Holds what follows the gather, compiled: `kdrl_token_loss` and its reduction are one pass each way over the tokens.
+"""Holds `kdrl_token_loss` with its reduction, compiled: one pass over the tokens forward, and one backward.
 
-So no kernel of its own is written for them. The inductor's code is counted: on a CPU the loops that it compiles, on a
-GPU its kernels, where a sum over many tokens is a second one.
+So they need no kernel of their own. The test counts what Inductor generates: loops on a CPU, kernels on a GPU, where a
+sum over many tokens takes a second one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def whole(logp: Tensor, *others: Tensor, **options: Any) -> Tensor:
     return kdloss.kdrl_loss(logp, *others, loss_mask=MASK, **options).loss
 
 
-# every option that adds a term: what has the most to fuse
+# every option that adds a term, so there is most to fuse
 OPTIONS = {"dual_clip": 3.0, "kd_reward_clip": 2.0, "kd_max_ratio": 5.0}
 
 

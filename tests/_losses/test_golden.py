@@ -1,10 +1,10 @@
-"""Holds 42 cases that AReaL 1.0.4's own loss function computed: the same loss and the same gradient.
+"""Holds 42 cases computed by AReaL 1.0.4's own loss function: the same loss and the same gradient.
 
-Its joint mode is the literal penalty, so those cases run with `direct_penalty=True`; where it is right, nothing is set.
-Its RL ratio is against `prox_logp`, its distillation ratio against the policy that sampled.
+Its joint mode is the literal penalty, so those cases run with `direct_penalty=True`; the others need no option. Its RL
+ratio is to `prox_logp`, its distillation ratio to the policy that sampled.
 
-Tolerances: rtol 1e-12 in float64, which no formula misses but by rounding (a bound kept in float32 misses by 1e-8), and
-2e-6 in float32, some 16 roundings.
+Tolerances: rtol 1e-12 in float64, which allows only rounding (a bound kept in float32 is off by 1e-8), and 2e-6 in
+float32, some 16 roundings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Holds every function of packing on examples small enough to check by eye, and against token-by-token loops."""
+"""Holds every function of packing on examples that can be checked by eye, and against loops over tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 import kdloss
 from kdloss.testing.strategies import PackedBatch, packed_batches
 
-# Three sequences: "abc", nothing, "defg". Tokens are letters' numbers.
+# Three sequences: "abc", nothing, "defg". Each letter is a token id.
 A, B, C, D, E, F, G = range(10, 17)
 INPUT_IDS = torch.tensor([A, B, C, D, E, F, G])
 CU_SEQLENS = torch.tensor([0, 3, 3, 7])
@@ -93,12 +93,12 @@ def test_single_tokens_predict_nothing():
 @pytest.mark.parametrize(
     ("prompt_lengths", "mask"),
     [
-        # "a" is a prompt and predicts "b", the first response token; "c" predicts nothing; of "de", "e" predicts "f"
+        # the prompt "a" predicts "b", a response token; "c" predicts nothing; of the prompt "de", "e" predicts "f"
         ([1, 0, 2], [True, True, False, False, True, True, False]),
-        # without a prompt the first token cannot be trained: nothing predicts it. The mask is that of a prompt of one
+        # no position predicts a first token, so without a prompt the mask is that of a prompt of one token
         ([0, 0, 0], [True, True, False, True, True, True, False]),
         ([1, 0, 1], [True, True, False, True, True, True, False]),
-        # prompts that fill their sequences, and more
+        # prompts that fill their sequences, and longer ones
         ([3, 0, 4], [False] * 7),
         ([5, 9, 9], [False] * 7),
         ([2, 0, 3], [False, True, False, False, False, True, False]),
@@ -112,11 +112,11 @@ def test_response_mask(prompt_lengths, mask):
 
 
 def test_an_inference_server_s_log_probs_move_to_prediction_positions():
-    # at their own positions; nothing predicts the first token, so the server has none for it
+    # at the positions of their tokens; no position predicts a first token, so the server has no value for it
     served = torch.tensor([NAN, -1.0, -2.0, NAN, -3.0, -4.0, -5.0], requires_grad=True)
     logp = kdloss.to_prediction_positions(served, cu_seqlens=CU_SEQLENS, fill=0.0)
     assert logp.tolist() == [-1, -2, 0, -3, -4, -5, 0]
-    # entry t speaks of labels[t]
+    # entry t is for labels[t]
     labels = kdloss.next_token_labels(INPUT_IDS, cu_seqlens=CU_SEQLENS)
     of_token = dict(zip(INPUT_IDS.tolist(), served.tolist(), strict=True))
     assert [of_token.get(label, 0) for label in labels.tolist()] == logp.tolist()
@@ -140,7 +140,7 @@ def test_alignment_of_wider_entries_integers_and_masks():
     assert moved.tolist() == [0, A, B, 0, D, E, F]
     for move in (kdloss.to_token_positions, kdloss.to_prediction_positions):
         for x in (INPUT_IDS, INPUT_IDS > B, INPUT_IDS.to(torch.bfloat16), INPUT_IDS.double()):
-            for fill in (0, 0.0):  # a fill takes the dtype of x, whatever number it is written as
+            for fill in (0, 0.0):  # the fill takes the dtype of x, whether it is an int or a float
                 assert move(x, cu_seqlens=CU_SEQLENS, fill=fill).dtype == x.dtype
     # a mask of response tokens, moved, is the mask of the positions that predict them
     is_response = torch.tensor([False, True, True, False, False, True, True])
@@ -210,13 +210,13 @@ def test_labels_and_masks_agree_with_a_loop_over_tokens(batch: PackedBatch, data
     assert kdloss.segment_ids(**fits, total_tokens=total).tolist() == ids
     # a trained position always has a label
     assert all(label != -100 for label, trained in zip(labels, mask, strict=True) if trained)
-    # both agree with moving what is known of tokens
+    # moving the ids to prediction positions gives the labels
     assert kdloss.to_prediction_positions(input_ids, **fits, fill=-100).tolist() == labels
 
 
 @given(batch=packed_batches(), more=st.integers(0, 2))
 def test_there_and_back(batch: PackedBatch, more: int):
-    """Bit for bit, garbage included: nothing here computes."""
+    """Bit for bit, garbage included: entries are only moved."""
     x, fits, total = batch.logp, {"cu_seqlens": batch.cu_seqlens}, len(batch.logp)
     length = max([*batch.lengths, 0]) + more
     rows = kdloss.unpack(x, **fits, length=length, fill=3.0)
@@ -226,7 +226,7 @@ def test_there_and_back(batch: PackedBatch, more: int):
         assert (rows[b, len(positions) :] == 3).all()
     assert same(kdloss.pack(rows, lengths=batch.cu_seqlens.diff(), total_tokens=total), x)
 
-    # to the other alignment and back loses one entry a sequence
+    # to token positions and back loses one entry per sequence
     there = kdloss.to_token_positions(x, **fits, fill=3.0)
     back = kdloss.to_prediction_positions(there, **fits, fill=3.0)
     for positions in sequences(batch.cu_seqlens):

@@ -1,6 +1,6 @@
-"""Holds docs/scale-out-plan.md to its script: every row of its tables, and rows worked out here from what is published.
+"""Holds docs/scale-out-plan.md to its script: every row of its tables, and rows computed here from published numbers.
 
-That the bytes are those of real collectives is `scale_out/cases_plan.py`'s.
+`scale_out/cases_plan.py` tests that the bytes are those of real collectives.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def test_a_page_without_one_of_the_tables_is_refused():
 
 @pytest.mark.parametrize(
     ("model", "parameters"),
-    [(STUDENT, 596_049_920), (TEACHER, 14_770_033_664), (LARGE, 70_553_706_496)],  # as their checkpoints hold
+    [(STUDENT, 596_049_920), (TEACHER, 14_770_033_664), (LARGE, 70_553_706_496)],  # as in their checkpoints
 )
 def test_models_have_their_published_size(model, parameters):
     assert model.parameters() == parameters
@@ -44,7 +44,7 @@ def test_every_table_goes_from_8_to_1024_gpus():
 
 
 def shown(found: str, expected: float) -> None:
-    """Three digits, and norms that are not split, which the figures here leave out."""
+    """Equal to three digits; the figures here leave out norms, which are not split."""
     assert float(found) == pytest.approx(expected, rel=5e-3, abs=5.1e-3)
 
 
@@ -63,7 +63,7 @@ def test_rows_of_the_student():
 def test_rows_of_the_teacher():
     split, in_node, *over_all = rows("teacher")
     shown(split["state GiB"], 2 * 14_770_033_664 / 4 / GIB)
-    shown(split["NVLink GiB"], 32768 * (97 * 2 * 3 / 4 * 2 * 5120 + 3 * 12) / GIB)  # rows, and three numbers a token
+    shown(split["NVLink GiB"], 32768 * (97 * 2 * 3 / 4 * 2 * 5120 + 3 * 12) / GIB)  # rows, and three values per token
     shown(in_node["NVLink GiB"], 7 / 8 * 2 * 14_770_033_664 / GIB)
     for row in over_all:
         n = int(row["GPUs"])

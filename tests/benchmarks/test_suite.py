@@ -1,6 +1,6 @@
-"""Holds the benchmark suite to its own rules: a wrong peer is found, paired medians are right, reports say what ran."""
+"""Holds the rules of the benchmark suite: wrong peers are found, paired medians are right, reports say what ran."""
 
-# ruff: noqa: RUF001  (the reports hold the sign ×)
+# ruff: noqa: RUF001  (the reports contain the sign ×)
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from benchmarks.spread import Spread, paired_ratio, spread
 ROOT = Path(__file__).parents[2]
 CEILINGS = {"copy": 1e10, "matmul bfloat16": 1e11, "matmul float32": 5e10}
 
-# one a path, and both dtypes where they are computed differently; small enough for a float64 truth
+# one per path, and both dtypes where they are computed differently; small enough for a float64 truth
 SMALL_CASES = [
     Case("logits", 40, 300, dtype="float32"),
     Case("logits", 40, 300, entropy=True),
@@ -56,7 +56,7 @@ SMALL_CASES = [
 
 
 def runs_of(case: Case) -> dict[str, Run]:
-    """Every eager contender of plain torch and of ours that is there."""
+    """Every available eager contender of plain torch and of this library."""
     path = PATHS[case.path]
     problem = path.problem(case, "cpu", True)
     entrants = path.contenders(case, "cpu", {})
@@ -86,7 +86,7 @@ def test_ours_and_plain_torch_agree_with_the_truth(case):
 
 
 class TestWrongPeers:
-    """Each is wrong in one way only, and by little: about a tenth."""
+    """Each is wrong in one way only, and by about a tenth."""
 
     @pytest.fixture
     def right(self):
@@ -187,7 +187,7 @@ def test_medians_and_quartiles_are_numpys(count):
 
 
 def test_a_ratio_is_taken_within_each_round():
-    # the machine slows down by 10 in the middle: every pair still says 2, the medians do not
+    # the machine slows down by 10 in the middle: every pair still gives 2, the medians do not
     slow, fast = [2.0, 20.0, 2.0, 20.0], [1.0, 10.0, 1.0, 10.0]
     assert paired_ratio(slow, fast) == Spread(2.0, 2.0, 2.0, 4)
     assert statistics.median([2.0, 20.0, 2.0]) / statistics.median([10.0, 1.0, 10.0]) != 2
@@ -204,7 +204,7 @@ def test_contenders_take_turns_and_everyone_runs_in_every_round(monkeypatch):
     assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"  # a warm-up, then rounds from a rotating start
     assert {name: len(samples) for name, samples in taken.items()} == {"a": 4, "b": 4, "c": 4}
     rushed = timing.interleave(dict.fromkeys("ab"), "cpu", seconds=0, max_rounds=9)
-    assert len(rushed["a"]) == 3  # a median of fewer says nothing
+    assert len(rushed["a"]) == 3  # a median needs at least three
 
 
 def test_a_sample_holds_the_work_and_not_the_waiting():
@@ -256,7 +256,7 @@ def test_samples_of_rows_are_distinct_and_hold_both_ends():
 
 
 def row(user: float, *, ours: bool, extra: float | None = None, **more) -> dict:
-    """Three rounds: forward a third, system time in the wall time, the machine slower by 2 in the last."""
+    """Three rounds: forward takes a third, wall time includes system time, the last round is slower by 2."""
     samples = [
         {"forward": user * x / 3, "total": 2 * user * x, "user": user * x, "system": user * x} for x in (1, 1, 2)
     ]
@@ -347,7 +347,7 @@ def test_a_report_is_laid_out_again_from_a_stored_json(tmp_path, capsys):
         "- `fused-T512-V32000-D256-bfloat16`: not run (kdloss has no fused_linear_loss yet)",
     ):
         assert line in text, line
-    assert text.count("a wrong peer") == 1  # in no table of times
+    assert text.count("a wrong peer") == 1  # but in no table of times
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     listed = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert sorted(listed) == pictures
@@ -433,7 +433,7 @@ def test_ours_failing_ends_the_run(monkeypatch, capsys, tmp_path):
     assert code == 1
     assert "kdloss fails parity: value error 1.00e+00" in capsys.readouterr().err
     stored_cases = json.loads((tmp_path / "a-cpu" / "quick.json").read_text(encoding="utf-8"))["cases"]
-    assert len(stored_cases) == 1  # nothing ran after it
+    assert len(stored_cases) == 1  # no case ran after it
 
 
 def test_what_no_longer_fits_the_time_is_listed(monkeypatch):
@@ -458,7 +458,7 @@ def test_a_pattern_picks_cases_by_name(capsys):
 
 
 def test_a_small_run_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """Real processes: ceilings, one case, memory of two contenders. 16 MB of logits, or noise would be seen."""
+    """Real processes: ceilings, one case, memory of two contenders. 16 MB of logits, to exceed the noise."""
     cases = [Case("logits", 128, 32000, dtype="float32", compiled=False)]
     monkeypatch.setitem(GRIDS, "quick", replace(GRIDS["quick"], cases=cases, seconds=600, sample_seconds=0.3))
     assert command.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
@@ -467,7 +467,7 @@ def test_a_small_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     (ran,) = result["cases"]
     assert {"kdloss", "naive", "naive split"} <= set(ran["rows"])
     assert results.ratio(ran, "naive", "naive split", "user").rounds >= 3
-    # logits' float32 softmax, and a gradient of each of the two: the least that the formula can need is 2
+    # a float32 softmax of the logits, and a gradient of each of the two: the formula needs at least 2
     assert 1.9 < results.extra_memory(ran, "naive") < 4
     assert results.extra_memory(ran, "kdloss") > 0.9  # the gradient
     text = (folder / "quick.md").read_text(encoding="utf-8")
@@ -477,7 +477,7 @@ def test_a_small_run_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_the_parent_needs_no_torch():
-    """A parent that holds torch would lend its own peak memory to every child."""
+    """Every child would inherit the peak memory of a parent that imports torch."""
     code = "import sys, benchmarks.__main__; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
@@ -485,6 +485,6 @@ def test_the_parent_needs_no_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_a_process_that_dies_says_its_last_words():
+def test_the_last_words_of_a_process_that_dies_are_reported():
     with pytest.raises(processes.WorkerError, match="KeyError: 'no such job'"):
         processes.run_job({"kind": "no such job", "device": "cpu", "threads": 1}, timeout=60)

@@ -1,8 +1,8 @@
 """Holds compilation: every function in one graph under aot_eager, three under Inductor, value and gradient.
 
-Under aot_eager everything but code generation runs: a graph break or an operation that functionalization does not know
-fails here. A host sync would not, so every function also runs on tensors without values. Inductor compiles C++, seconds
-a function, so it has three wide ones only.
+Under aot_eager everything but code generation runs: a graph break, or an operation that functionalization does not
+know, fails here. A host sync does not, so every function also runs on tensors without values. Inductor compiles C++,
+which takes seconds per function, so it runs on three wide ones only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check_compiled(name, variant, *, backend, dtype, tolerance):
     with expected_warnings(eager_arguments):
         eager = call(function, eager_arguments)
     arguments = cast(entry.variants[variant], dtype, requires_grad=True)
-    with warnings.catch_warnings():  # also not that of direct_penalty: Python's warnings would break the graph
+    with warnings.catch_warnings():  # not even the warning of direct_penalty, which would break the graph
         warnings.filterwarnings("error", module=r"kdloss(\.|$)|.*test_compile")
         result = call(torch.compile(function, fullgraph=True, backend=backend), arguments)
 
@@ -48,13 +48,13 @@ def check_compiled(name, variant, *, backend, dtype, tolerance):
         assert_matches(gradient, wanted[argument].numpy(), tolerance, f"gradient of {argument}")
 
 
-# The same operations in the same order, but for decompositions: a few roundings of float64.
+# The same operations in the same order, except for decompositions: a few roundings of float64.
 @pytest.mark.parametrize(("name", "variant"), COMPILED)
 def test_compiles_to_one_graph(name, variant):
     check_compiled(name, variant, backend="aot_eager", dtype=torch.float64, tolerance=(1e-12, 1e-14))
 
 
-# Fused loops reorder sums and use a vectorized exp that is good to one float32 epsilon more.
+# Fused loops reorder sums and use a vectorized exp that is accurate to one float32 epsilon more.
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
@@ -67,8 +67,8 @@ def test_inductor_agrees_with_eager(name, variant):
     check_compiled(name, variant, backend="inductor", dtype=torch.float32, tolerance=(4e-6, 4e-6))
 
 
-# `fullgraph=True` alone captures `.item()` and a boolean index as they are. A fake tensor has no values, so reading one
-# raises. `linear_*` select the trained rows, which is one sync, unless `max_trained_tokens` bounds them.
+# `fullgraph=True` captures `.item()` and a boolean index as they are. A fake tensor has no values, so reading one is an
+# error. `linear_*` select the trained rows, which is one sync, unless `max_trained_tokens` bounds their number.
 VALUELESS = [
     (name, variant)
     for name, entry in TABLE.items()
@@ -78,7 +78,7 @@ VALUELESS = [
 
 
 def without_values(function, arguments, entry=None):
-    """Forward, and backward where the table says that there is one."""
+    """Runs forward, and backward where the table says that there is a gradient."""
     with FakeTensorMode() as mode:
         fake = {key: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
         result = call(function, fake)

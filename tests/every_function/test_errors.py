@@ -1,4 +1,4 @@
-"""Holds the errors: every bad call of `bad_calls.py` raises as stated, and no tensor argument takes anything else."""
+"""Holds the errors: every bad call of `bad_calls.py` raises as stated, and tensor arguments take only tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from contract import call, public_function
 
 
 def raises(name, arguments, error, message):
-    """`message` is all of what is said, but for its "..."."""
+    """The message is exactly `message`, where "..." matches anything."""
     pattern = ".*".join(re.escape(part) for part in message.split("..."))
     with pytest.raises(error, match=pattern) as caught:
         call(public_function(name), arguments)
-    # the exact type: IndexError or a NotImplementedError in place of a ValueError is an accident, not a check
+    # the exact type: an IndexError or NotImplementedError instead of a ValueError is an accident, not a check
     assert type(caught.value) is error
 
 
@@ -34,7 +34,7 @@ def test_a_bad_call_says_what_is_wrong(name, bad):
 
 @pytest.mark.parametrize("name", BAD)
 def test_stated_messages_name_the_argument_and_what_came(name):
-    """The table itself: a message that leaves out either would pass the test above."""
+    """A stated message without either would pass the test above."""
     for bad in BAD[name]:
         arguments = inspect.signature(public_function(name)).parameters
         assert any(re.search(rf"\b{argument}\b", bad.message) for argument in arguments), bad.what
@@ -43,7 +43,7 @@ def test_stated_messages_name_the_argument_and_what_came(name):
 
 
 def no_tensors():
-    """(function, argument, value) for every argument that takes tensors and no number."""
+    """(function, argument, value) for every argument that takes a tensor and no number."""
     for name in TABLE:
         for parameter in inspect.signature(public_function(name)).parameters.values():
             kinds = set(str(parameter.annotation).split(" | "))
@@ -54,8 +54,8 @@ def no_tensors():
 
 
 @pytest.mark.parametrize(("name", "argument", "value", "kind"), list(no_tensors()))
-def test_what_is_no_tensor_is_a_type_error_with_a_name(name, argument, value, kind):
-    # the first variant that uses it: an argument that nothing reads is not checked
+def test_anything_but_a_tensor_is_a_type_error_that_names_the_argument(name, argument, value, kind):
+    # in the first variant that sets the argument: one that is not read is not checked
     used = next(v for v in TABLE[name].variants.values() if isinstance(v.get(argument), Tensor))
     raises(name, used | {argument: value}, TypeError, f"{argument} must be a ...tensor, got {kind}")
 

@@ -1,7 +1,7 @@
-"""Holds the exact expected gradient of estimators and distillation losses, the biased ones too.
+"""Holds the exact expected gradient of estimators and distillation losses, biased ones included.
 
-Every expectation is an enumeration in float64, so equality is to rounding: half of the last digit where ten are
-printed, rtol 1e-12 between two ways to compute the same thing.
+Every expectation is an enumeration in float64, so equality is to rounding: half of the last printed digit for the
+numbers of a two-step example, rtol 1e-12 between two ways to compute the same gradient.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def rows(probabilities: list[list[float]]) -> Tensor:
 
 
 @pytest.fixture
-def two_steps() -> SequenceTree:
-    """The example that is worked out in the numbers below: two steps; the behaviour policy is uniform."""
+def example() -> SequenceTree:
+    """Two steps over three tokens; the behaviour policy is uniform."""
     return SequenceTree(student=rows(STUDENT), teacher=rows(TEACHER), behaviour=torch.zeros(4, 3))
 
 
 @pytest.fixture
 def variable() -> SequenceTree:
-    """Responses of one to three tokens, after prompts of one and of three, all three policies different."""
+    """Responses of one to three tokens after prompts of one and three; all three policies differ."""
     return SequenceTree(vocab_size=2, max_length=3, eos=0, prompt_lengths=(1, 3), seed=7)
 
 
@@ -61,7 +61,7 @@ def grad(scalar: Tensor, tree: SequenceTree) -> Tensor:
 
 
 def token_reverse_kl(tree: SequenceTree, sampler: Tensor) -> Tensor:
-    """Gradient of the reverse KL of every next-token distribution, at the prefixes that `sampler` visits."""
+    """The gradient of the reverse KL of every next-token distribution, at the prefixes that `sampler` visits."""
     return grad((visits(tree, sampler).detach() * kl(tree.student, tree.teacher)).sum(), tree)
 
 
@@ -74,10 +74,10 @@ def distillation(**options: object) -> functools.partial[object]:
     return functools.partial(kdloss.distillation_loss, **options)
 
 
-def test_kl_values_of_the_example(two_steps: SequenceTree) -> None:
-    assert_printed(kl(two_steps.student, two_steps.teacher)[0], torch.tensor(0.2238046572, dtype=torch.float64))
-    log_ratio = two_steps.log_probabilities(two_steps.student) - two_steps.log_probabilities(two_steps.teacher)
-    whole = (two_steps.probabilities(two_steps.student) * log_ratio).sum()
+def test_kl_values_of_the_example(example: SequenceTree) -> None:
+    assert_printed(kl(example.student, example.teacher)[0], torch.tensor(0.2238046572, dtype=torch.float64))
+    log_ratio = example.log_probabilities(example.student) - example.log_probabilities(example.teacher)
+    whole = (example.probabilities(example.student) * log_ratio).sum()
     assert_printed(whole, torch.tensor(0.4537855231, dtype=torch.float64))
 
 
@@ -95,14 +95,14 @@ def test_kl_values_of_the_example(two_steps: SequenceTree) -> None:
         ),
     ],
 )
-def test_numbers_of_the_example(two_steps: SequenceTree, loss: object, under: str, at_root: list[float]) -> None:
-    gradient = expected_gradient(loss, two_steps, under=under, normalizer=1)[0]
-    digits = 6e-8 if under == "behaviour" and loss is kdloss.kl_k2 else 6e-11  # that row prints seven digits
+def test_gradients_of_the_example(example: SequenceTree, loss: object, under: str, at_root: list[float]) -> None:
+    gradient = expected_gradient(loss, example, under=under, normalizer=1)[0]
+    digits = 6e-8 if under == "behaviour" and loss is kdloss.kl_k2 else 6e-11  # that row has seven digits
     torch.testing.assert_close(gradient, torch.tensor(at_root, dtype=torch.float64), rtol=0, atol=digits)
 
 
 @pytest.mark.parametrize("under", ["student", "behaviour"])
-@pytest.mark.parametrize("batch_size", [1, 2])  # 2: a fixed normalizer makes the coupling of a batch harmless
+@pytest.mark.parametrize("batch_size", [1, 2])  # 2: with a fixed normalizer, the sequences of a batch are not coupled
 def test_distillation_is_the_token_level_reverse_kl(variable: SequenceTree, under: str, batch_size: int) -> None:
     sampler = variable.student if under == "student" else variable.behaviour
     expected = token_reverse_kl(variable, sampler)
@@ -112,7 +112,7 @@ def test_distillation_is_the_token_level_reverse_kl(variable: SequenceTree, unde
 
 @pytest.mark.parametrize("loss", [kdloss.kl_k2, kdloss.kl_k3])
 def test_the_three_that_differ_in_value_only(variable: SequenceTree, loss: object) -> None:
-    """For every single sample grad(rho k3) = grad(sg(rho) k2) = grad(-rho sg(R)): here as the expectation under mu."""
+    """grad(rho k3) = grad(sg(rho) k2) = grad(-rho sg(R)) for every single sample; here in expectation under mu."""
 
     def weighted(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
         ratio = torch.where(loss_mask, logp - old_logp, 0).exp()
@@ -148,7 +148,7 @@ def test_discount_1_is_the_kl_between_whole_sequences(variable: SequenceTree) ->
 
 
 def test_chain_rule_of_the_kl(variable: SequenceTree) -> None:
-    """The KL between sequences is the visited token KLs; its gradient adds how visits move with the student."""
+    """The KL of sequences is the sum of the visited token KLs; its gradient adds how visits change with the student."""
     moving = grad((visits(variable, variable.student) * kl(variable.student, variable.teacher)).sum(), variable)
     assert_equal(moving, sequence_reverse_kl(variable))
     assert (moving - token_reverse_kl(variable, variable.student)).abs().max() > 1e-2
@@ -157,7 +157,7 @@ def test_chain_rule_of_the_kl(variable: SequenceTree) -> None:
 @pytest.mark.parametrize("discount", [0.5, 1.0])
 @pytest.mark.parametrize("under", ["student", "behaviour"])
 def test_discounted_gradient_by_hand(variable: SequenceTree, discount: float, under: str) -> None:
-    """The exact value where it is biased: sum over sequences of P_mu * sum_t rho_t G_t * score_t, by loops."""
+    """Where it is biased, the exact value, by loops: sum over sequences of P_mu * sum_t rho_t G_t * score_t."""
     sampler = variable.student.detach() if under == "student" else variable.behaviour
     probability = variable.probabilities(sampler)
     q, p, mu = (x.detach().log_softmax(-1) for x in (variable.student, variable.teacher, sampler))
@@ -175,7 +175,7 @@ def test_discounted_gradient_by_hand(variable: SequenceTree, discount: float, un
 
 
 def reweighted(tree: SequenceTree, weight_of: object, sampler: Tensor) -> Tensor:
-    """Gradient of the surrogate with the terms of each sequence multiplied by weight_of(its length), B = 1."""
+    """The gradient of the surrogate with each sequence's terms multiplied by weight_of(its length), B = 1."""
     total = torch.zeros_like(tree.student).detach()
     for i, probability in enumerate(tree.probabilities(sampler).detach()):
         batch = tree.batch([i], under="student" if sampler is tree.student else "behaviour")
@@ -204,7 +204,7 @@ def test_local_token_count_is_biased_less_the_larger_the_batch() -> None:
     length = (tree.probabilities(tree.student).detach() * torch.tensor([len(t) for _, t in tree.sequences])).sum()
     unbiased = token_reverse_kl(tree, tree.student) / length
     bias = [(expected_gradient(distillation(), tree, batch_size=size) - unbiased).abs().max() for size in (1, 2, 4)]
-    # with one sequence a batch, the local count is that sequence's own length
+    # with one sequence per batch, the local count is the length of that sequence
     assert_equal(expected_gradient(distillation(), tree, batch_size=1), reweighted(tree, lambda n: 1 / n, tree.student))
     assert bias[0] > 1.5 * bias[1] > 2.25 * bias[2] > 0  # O(1/B)
 
@@ -262,7 +262,7 @@ def direct(distill_loss_weight: float, rl_loss_weight: float, **options: object)
         normalizer: float | None = None,
     ) -> Tensor:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the warning has a test of its own
+            warnings.simplefilter("ignore", UserWarning)  # tested elsewhere
             return kdloss.kdrl_loss(
                 logp,
                 old_logp,
@@ -289,7 +289,7 @@ def test_direct_penalty_holds_no_teacher(variable: SequenceTree, rl_loss_weight:
     other_teacher = SequenceTree(
         vocab_size=2, max_length=3, eos=0, prompt_lengths=(1, 3), seed=7, teacher=-variable.teacher
     )
-    for under in ("student", "behaviour"):  # off-policy it is not zero, but still has no teacher in it
+    for under in ("student", "behaviour"):  # off-policy it is not zero, but still independent of the teacher
         assert_equal(
             expected_gradient(direct(0.7, 0.0), variable, under=under, normalizer=1),  # type: ignore[arg-type]
             expected_gradient(direct(0.7, 0.0), other_teacher, under=under, normalizer=1),  # type: ignore[arg-type]
@@ -305,7 +305,7 @@ def test_direct_penalty_with_sequence_means_pushes_length(variable: SequenceTree
         log_q = variable.log_probabilities(variable.student)[i]
         expected += probability / len(variable.sequences[i][1]) * grad(log_q, variable)
     assert_equal(gradient, expected)
-    # which is the gradient of E[1/|o|]: descending it makes responses longer
+    # this is the gradient of E[1/|o|]: descending it makes responses longer
     inverse_length = torch.tensor([1 / len(t) for _, t in variable.sequences], dtype=torch.float64)
     assert_equal(gradient, grad((variable.probabilities(variable.student) * inverse_length).sum(), variable))
     assert gradient.abs().max() > 1e-2
@@ -331,10 +331,10 @@ def test_kdrl_token_loss_and_fold_agree_on_policy(variable: SequenceTree) -> Non
     assert_equal(expected_gradient(folded, variable), expected_gradient(joint, variable))
 
 
-def test_reward_extrapolation_has_its_fixed_point(two_steps: SequenceTree) -> None:
-    """teacher_logp + (scale - 1) (teacher_logp - ref_logp) as the teacher: q stops where it is that, normalised."""
+def test_reward_extrapolation_has_its_fixed_point(example: SequenceTree) -> None:
+    """teacher_logp + (scale - 1) (teacher_logp - ref_logp) as the teacher: q stops at that, normalised."""
     scale, reference = 1.7, SequenceTree(seed=11).teacher.log_softmax(-1)
-    p = two_steps.teacher.log_softmax(-1)
+    p = example.teacher.log_softmax(-1)
     target = p + (scale - 1) * (p - reference)
     at_fixed_point = SequenceTree(student=target, teacher=target)
     assert_equal(expected_gradient(distillation(), at_fixed_point, normalizer=1), torch.zeros_like(target), atol=1e-12)
@@ -343,7 +343,7 @@ def test_reward_extrapolation_has_its_fixed_point(two_steps: SequenceTree) -> No
 
 
 def test_sft_on_teacher_samples_is_the_forward_kl(variable: SequenceTree) -> None:
-    """Tokens written by the teacher: here the behaviour policy is the teacher."""
+    """The teacher writes the tokens: the behaviour policy is the teacher."""
     tree = SequenceTree(vocab_size=2, max_length=3, eos=0, prompt_lengths=(1, 3), seed=7, behaviour=variable.teacher)
     gradient = expected_gradient(kdloss.sft_loss, tree, under="behaviour", normalizer=1)
     assert_equal(gradient, grad((visits(tree, tree.teacher) * kl(tree.teacher, tree.student)).sum(), tree))
@@ -351,7 +351,7 @@ def test_sft_on_teacher_samples_is_the_forward_kl(variable: SequenceTree) -> Non
 
 @pytest.mark.parametrize("loss", [kdloss.kl_k2, kdloss.kl_k3, kdloss.kl_k1])
 def test_values_estimate_what_they_say(variable: SequenceTree, loss: object) -> None:
-    """k1 and k3 average to the KL in value; k2 does not, although only its gradient is right."""
+    """k1 and k3 average to the KL in value. k2 does not, although it is the one with the right gradient."""
     whole = variable.batch(range(len(variable.sequences)))
     weight = variable.probabilities(variable.student).repeat_interleave(whole.cu_seqlens.diff())
     value = (weight * loss(whole.logp, whole.teacher_logp, loss_mask=whole.loss_mask)).sum()  # type: ignore[operator]
@@ -388,7 +388,7 @@ def test_tree_lists_every_sequence_once(variable: SequenceTree) -> None:
     assert sorted(len(tokens) for _, tokens in variable.sequences) == [1, 1, 2, 2, 3, 3, 3, 3]
     batch = variable.batch([0, 5])
     assert batch.loss_mask.sum() == batch.lengths.sum()
-    assert batch.logp.isnan().equal(~batch.loss_mask)  # garbage, and only there
+    assert batch.logp.isnan().equal(~batch.loss_mask)  # garbage at masked positions only
     assert (batch.labels == -100).equal(~batch.loss_mask)
     with pytest.raises(ValueError, match="prompt_lengths must be >= 1"):
         SequenceTree(prompt_lengths=(0,))

@@ -1,9 +1,10 @@
-"""Holds the exact expected gradients of surrogates, advantages and importance weights, the biased ones included.
+"""Holds the exact expected gradients of surrogates, advantages and importance weights, biased ones included.
 
-`expected_gradient` lists every response of a small language and differentiates the library's loss. What it must give is
-computed here without the library: by autograd of an enumerated expectation where the loss descends an objective, and,
-where a clip, a bound or a baseline biases it, in NumPy from the equation: the coefficient c_t of every token in
-d loss / d logits = sum over t of c_t (onehot(o_t) - q_t), averaged over responses with their probabilities.
+`expected_gradient` lists every response of a small language and differentiates the library's loss. What it should give
+is computed here without the library. Where the loss descends an objective, that is the autograd gradient of an
+enumerated expectation. Where a clip, a bound or a baseline biases the loss, it comes from the equation in NumPy: the
+coefficient c_t of every token in d loss / d logits = sum over t of c_t (onehot(o_t) - q_t), averaged over responses by
+probability.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ from enumeration import (
 )
 from kdloss.testing import SequenceTree, expected_gradient
 
-# Responses of 1 to 2 and of 1 to 3 tokens, over 3 tokens of which one ends a response (the first and the last of the
-# vocabulary), after prompts of unequal lengths, one of them a single token. Masked positions hold NaN.
+# Responses of 1 to 2 and of 1 to 3 tokens after prompts of unequal lengths, one of them a single token. One of 3 tokens
+# ends a response: the last of the vocabulary in one tree, the first in the other. Masked positions hold NaN.
 TREES = {
     "up to 2 tokens": SequenceTree(max_length=2, eos=2, prompt_lengths=(1, 3), seed=1),
     "up to 3 tokens": SequenceTree(max_length=3, eos=0, prompt_lengths=(2, 1), seed=2),
 }
-# One prompt: the responses to it are a group. 7 responses, so 49 groups of two and 343 of three.
+# One prompt, whose responses are a group. 7 responses, so 49 groups of two and 343 of three.
 GROUP_TREE = SequenceTree(max_length=2, eos=0, prompt_lengths=(2,), seed=3)
 
 every_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
 
 
-# At ratio 1: the surrogate, with bounds that would act elsewhere, and its value per token
+# At ratio 1: the surrogate, with bounds that act only at other ratios, and its value per token
 AT_RATIO_ONE = {
     "importance-sampled": (kdloss.importance_sampled_surrogate, lambda a, logp: -a),
     "importance-sampled, max_ratio": (
@@ -67,14 +68,14 @@ def test_at_ratio_one_every_surrogate_has_the_policy_gradient(tree, name):
     assert_equal(expected_gradient(surrogate, tree), exact)
     assert_equal(by_hand(tree, lambda path: -path.reward), exact)
 
-    # also where old_logp is left out, whatever policy sampled: then the ratio is 1 by definition
+    # also without old_logp, whichever policy sampled: then the ratio is 1 by definition
     def without_old_logp(logp, advantages, loss_mask, cu_seqlens):
         rest = {"cu_seqlens": cu_seqlens} if name == "GSPO-token" else {}
         return surrogate(logp, None, advantages, loss_mask=loss_mask, **rest)
 
     assert_equal(expected_gradient(without_old_logp, tree), exact)
 
-    # and not in value
+    # the values differ
     batch = tree.batch(range(len(tree.sequences)))
     m = batch.loss_mask
     rest = {"cu_seqlens": batch.cu_seqlens} if name == "GSPO-token" else {}
@@ -88,14 +89,14 @@ def test_the_values_at_ratio_one_are_not_all_the_same():
     m = batch.loss_mask
     advantages, logp = batch.advantages[m], batch.logp[m].detach()
     sums = {name: round(value(advantages, logp).sum().item(), 6) for name, (_, value) in AT_RATIO_ONE.items()}
-    assert len(set(sums.values())) == 3  # -A, -A logp and SAPO's
+    assert len(set(sums.values())) == 3  # -A, -A logp and that of SAPO
 
 
 @every_tree
 @pytest.mark.parametrize(("low", "high"), [(3e-4, 4e-4), (0.3, 0.4)], ids=["GSPO's clip", "a wide clip"])
 @pytest.mark.parametrize("under", ["student", "behaviour"])
 def test_gspo_token_is_gspo_for_one_advantage_a_sequence(tree, low, high, under):
-    """Token by token and response by response, so in expectation too; the clip acts on some and not on others."""
+    """For every token and response, and so in expectation; the clip acts on some responses and not on others."""
 
     def gspo(logp, old_logp, advantages, loss_mask, cu_seqlens, normalizer=None):
         """GSPO, eqs. 5 and 7: -(1 / B) sum over b of min(s_b A_b, clip(s_b) A_b), with an attached s_b."""
@@ -130,7 +131,7 @@ def test_gspo_token_is_gspo_for_one_advantage_a_sequence(tree, low, high, under)
     exact = by_hand(tree, coefficient, under=under)
     assert_equal(expected_gradient(gspo, tree, under=under), exact)
     assert_equal(expected_gradient(gspo_token, tree, under=under, normalizer=1.0), exact)
-    # a mean over each response's own length is not the expected reward, not even at ratio 1
+    # a mean over the length of each response does not descend the expected reward, not even at ratio 1
     assert_not_parallel(exact, policy_gradient(tree))
 
 
@@ -154,12 +155,12 @@ def test_token_ratios_are_unbiased_at_the_prefixes_of_the_behaviour_policy(tree)
     exact = -token_level_gradient(tree)
     assert_equal(expected_gradient(kdloss.importance_sampled_surrogate, tree, under="behaviour"), exact)
     assert_equal(by_hand(tree, lambda path: -path.ratio * path.reward, under="behaviour"), exact)
-    assert_not_parallel(exact, policy_gradient(tree))  # which prefixes come up is not corrected
+    assert_not_parallel(exact, policy_gradient(tree))  # the distribution of prefixes is not corrected
 
 
 @every_tree
 def test_token_ratios_are_unbiased_through_a_third_policy(tree):
-    """Decoupled: ratio q / prox times the unbounded weight prox / mu is q / mu, whatever prox is; here the teacher."""
+    """Decoupled: ratio q / prox times the unbounded weight prox / mu is q / mu for every prox, here the teacher."""
 
     def loss(logp, old_logp, teacher_logp, advantages, loss_mask):
         weights = kdloss.truncated_importance_weights(teacher_logp, old_logp, loss_mask=loss_mask, max_weight=math.inf)
@@ -171,7 +172,7 @@ def test_token_ratios_are_unbiased_through_a_third_policy(tree):
 def sequence_weighted(
     logp, old_logp, advantages, loss_mask, cu_seqlens, *, aggregate, action, min_weight=0.0, max_weight=math.inf
 ):
-    """One update a rollout: ratio 1, and the weight of the whole response beside it."""
+    """One update per rollout: ratio 1, times the weight of the whole response."""
     weights = kdloss.sequence_importance_weights(
         logp,
         old_logp,
@@ -203,7 +204,7 @@ def distilled(logp, old_logp, teacher_logp, loss_mask, cu_seqlens, *, discount, 
 
 
 @every_tree
-@pytest.mark.parametrize("discount", [0, 0.5, 1])  # token by token; neither; whole sequences
+@pytest.mark.parametrize("discount", [0, 0.5, 1])  # the KL of tokens; neither; the KL of sequences
 def test_what_importance_sampling_makes_of_the_reverse_kl_reward(tree, discount):
     log_q, log_p = tree.student.log_softmax(-1), tree.teacher.log_softmax(-1)
     visits = torch.zeros(len(tree.prefixes), dtype=torch.float64)
@@ -219,7 +220,7 @@ def test_what_importance_sampling_makes_of_the_reverse_kl_reward(tree, discount)
     by_sequence = expected_gradient(partial(loss, whole_sequence=True), tree, under="behaviour")
     assert_equal(by_token, by_hand(tree, lambda path: -path.ratio * returns(path), under="behaviour"))
     assert_equal(by_sequence, by_hand(tree, lambda path: -path.ratio.prod() * returns(path), under="behaviour"))
-    # whole-sequence weights stand for sampling from the student, so they have its on-policy gradient
+    # whole-sequence weights are equivalent to sampling from the student, so they give its on-policy gradient
     assert_equal(by_sequence, expected_gradient(partial(loss, whole_sequence=False), tree))
     if discount == 0:
         assert_equal(by_token, token_kl)
@@ -243,13 +244,13 @@ def inside(weight, low, high):
 
 
 def through_teacher(weights_of, logp, old_logp, teacher_logp, advantages, loss_mask):
-    """The ratio against a third policy, for which the teacher stands in, and bounded weights of it over the sampler."""
+    """The ratio to a third policy, here the teacher, with bounded weights of that policy over the sampler."""
     weights = weights_of(teacher_logp, old_logp, loss_mask=loss_mask)
     return kdloss.importance_sampled_surrogate(logp, teacher_logp, advantages, loss_mask=loss_mask, weights=weights)
 
 
-# Off-policy: the loss, and its coefficient d loss / d logp by the equation. Bounds lie inside the spread of the ratios
-# (0.01 to 57 in the shorter tree, 0.2 to 7 in the longer), so that each acts on some tokens and not on others.
+# Off-policy: the loss, and its coefficient d loss / d logp by the equation. Bounds lie within the range of the ratios
+# (0.01 to 57 in the shorter tree, 0.2 to 7 in the longer), so each acts on some tokens and not on others.
 OFF_POLICY = {
     "PPO": (
         partial(kdloss.clipped_surrogate, clip_low=0.2, clip_high=0.3),
@@ -259,7 +260,7 @@ OFF_POLICY = {
         partial(kdloss.clipped_surrogate, clip_low=0.2, clip_high=0.3, dual_clip=1.5),
         lambda path: ppo(path, 0.2, 0.3, 1.5),
     ),
-    "PPO, weighted": (  # weights scale the loss and leave the clip where it is
+    "PPO, weighted": (  # weights scale the loss and do not move the clip
         lambda logp, old_logp, teacher_logp, advantages, loss_mask: kdloss.clipped_surrogate(
             logp, old_logp, advantages, loss_mask=loss_mask, weights=teacher_logp.exp()
         ),
@@ -326,7 +327,7 @@ GROUP_SIZES = [2, 3]  # the smallest group; one with a leave-one-out mean of mor
 
 
 def group_loss(rewards, logp, old_logp, loss_mask, cu_seqlens, normalizer, *, advantages_of):
-    """What a trainer does: rewards to advantages within the group, to tokens, summed, over the group size."""
+    """As a trainer does: advantages within the group, broadcast to tokens; the loss summed, over the group size."""
     advantages = advantages_of(rewards, group_size=rewards.shape[0])
     advantages = kdloss.broadcast_to_tokens(advantages, cu_seqlens=cu_seqlens, total_tokens=logp.shape[0])
     surrogate = kdloss.clipped_surrogate(logp, old_logp, advantages, loss_mask=loss_mask)
@@ -350,7 +351,7 @@ def test_share_of_the_policy_gradient_that_a_group_baseline_leaves(size, advanta
 
 @pytest.mark.parametrize("size", GROUP_SIZES)
 def test_division_by_the_standard_deviation_of_the_group_is_another_objective(size):
-    eps = 0.1  # large enough to be seen
+    eps = 0.1  # large enough to change the result
 
     def coefficients(paths):
         rewards = np.array([path.reward for path in paths])
@@ -363,12 +364,12 @@ def test_division_by_the_standard_deviation_of_the_group_is_another_objective(si
     loss = partial(group_loss, advantages_of=advantages_of)
     got = expected_gradient(loss, GROUP_TREE, batch_size=size, normalizer=float(size))
     assert_equal(got, by_hand_of_batches(GROUP_TREE, coefficients, size=size))
-    assert_not_parallel(got, policy_gradient(GROUP_TREE))  # neither the gradient nor (G - 1)/G of it
+    assert_not_parallel(got, policy_gradient(GROUP_TREE))  # neither the policy gradient nor (G - 1)/G of it
 
 
 @every_tree
 @pytest.mark.parametrize("name", AT_RATIO_ONE)
-def test_a_baseline_of_the_prefix_leaves_the_gradient_alone(tree, name):
+def test_a_baseline_of_the_prefix_does_not_change_the_gradient(tree, name):
     surrogate, _ = AT_RATIO_ONE[name]
 
     def with_baseline(baseline):
@@ -385,7 +386,7 @@ def test_a_baseline_of_the_prefix_leaves_the_gradient_alone(tree, name):
     exact = -policy_gradient(tree)
     assert_equal(expected_gradient(of_prefix, tree), exact)
     assert_equal(expected_gradient(constant, tree), exact)
-    # a baseline that knows the token is a reward: here -logp, the entropy of every next-token distribution
+    # a baseline that depends on the token is a reward: here -logp, whose objective is the entropy of every next token
     biased = expected_gradient(of_token, tree)
     assert_equal(biased, by_hand(tree, lambda path: -(path.reward - np.log(path.q))))
     assert_not_parallel(biased, exact)
@@ -396,7 +397,7 @@ def test_a_baseline_of_the_prefix_leaves_the_gradient_alone(tree, name):
 
 
 def taught(tree: SequenceTree, *, student: Tensor | None = None) -> SequenceTree:
-    """The same language, whose responses the teacher writes."""
+    """The same language with responses sampled from the teacher."""
     return SequenceTree(
         vocab_size=tree.vocab_size,
         max_length=tree.max_length,
@@ -417,26 +418,26 @@ def test_sft_on_the_teachers_samples_is_the_forward_kl(tree):
     assert_equal(expected_gradient(kdloss.sft_loss, tree, under="behaviour", normalizer=1.0), forward_kl)
     assert_equal(by_hand(tree, lambda path: np.array(-1.0), under="behaviour"), forward_kl)
 
-    # a local count divides by the length of the response that happened to be sampled
+    # a local count divides by the length of the sampled response
     local = expected_gradient(kdloss.sft_loss, tree, under="behaviour")
     assert_equal(local, by_hand(tree, lambda path: np.array(-1 / len(path.q)), under="behaviour"))
     assert_not_parallel(local, forward_kl)
 
 
 @every_tree
-def test_sft_is_at_rest_where_the_student_is_the_teacher(tree):
-    """Zero mean of the score, for a fixed normalizer; a local count leaves the teacher, pushing on the length."""
+def test_sft_has_no_gradient_where_the_student_is_the_teacher(tree):
+    """With a fixed normalizer the score has mean zero; a local count moves off the teacher by changing length."""
     tree = taught(tree, student=tree.teacher)
     rest = expected_gradient(kdloss.sft_loss, tree, under="behaviour", normalizer=1.0)
     assert_equal(rest, torch.zeros_like(rest))
     assert expected_gradient(kdloss.sft_loss, tree, under="behaviour").norm() > 1e-2
-    # on the student's own samples the same loss is the score itself, whose mean is zero for every student
+    # on the student's own samples the gradient is minus the score, whose mean is zero for every student
     own = expected_gradient(kdloss.sft_loss, TREES["up to 2 tokens"], normalizer=1.0)
     assert_equal(own, torch.zeros_like(own))
 
 
 @every_tree
-@pytest.mark.parametrize("prompt_normalizer", [1.0, 4.0])  # one a response; any other fixed number scales it
+@pytest.mark.parametrize("prompt_normalizer", [1.0, 4.0])  # one per response; another only scales
 def test_grpo_loss_with_a_fixed_normalizer_has_the_policy_gradient(tree, prompt_normalizer):
     got = expected_gradient(kdloss.grpo_loss, tree, normalizer=prompt_normalizer)
     assert_equal(got, -policy_gradient(tree) / prompt_normalizer)
@@ -465,7 +466,7 @@ def test_grpo_loss_with_a_local_token_count_is_biased_by_exactly_this():
 
 @every_tree
 def test_grpo_loss_takes_its_ratio_against_the_policy_of_this_update(tree):
-    """Decoupled: PPO's clip on q / prox and the bounded weight prox / mu beside it; the teacher stands in for prox."""
+    """Decoupled: PPO's clip on q / prox, times the bounded weight prox / mu; prox is the teacher."""
 
     def loss(logp, old_logp, teacher_logp, advantages, loss_mask, normalizer):
         weights = kdloss.truncated_importance_weights(teacher_logp, old_logp, loss_mask=loss_mask, max_weight=1.3)
@@ -486,7 +487,7 @@ def test_grpo_loss_takes_its_ratio_against_the_policy_of_this_update(tree):
     assert_equal(expected_gradient(loss, tree, under="behaviour", normalizer=1.0), exact)
 
 
-# the seed's default; a distillation that outweighs RL; a penalty (negative); either term alone
+# the default; distillation that outweighs RL; a negative weight; either term alone
 WEIGHTS = [(1.0, 0.005), (0.5, 2.0), (1.0, -0.3), (0.0, 1.0), (1.0, 0.0)]
 
 
@@ -505,7 +506,7 @@ def folded(
     clip_low=0.2,
     clip_high=0.2,
 ):
-    """A trainer whose loss takes advantages and nothing else."""
+    """The loss of a trainer that takes only advantages."""
     reward = kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=loss_mask)
     reward = kdloss.discounted_returns(reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, discount=discount)
     both = kdloss.fold_kd_reward(advantages, reward, rl_loss_weight=rl, distill_loss_weight=kd)
@@ -542,7 +543,7 @@ def test_fold_kd_reward_at_ratio_one_has_the_gradient_of_kdrl_loss(tree, rl, kd,
 
 
 @every_tree
-def test_off_ratio_one_the_trainers_clip_acts_on_the_folded_reward_too(tree):
+def test_away_from_ratio_one_the_trainers_clip_acts_on_the_folded_reward_too(tree):
     rl, kd = 0.7, 0.5
 
     def clipped_sum(path):
@@ -561,7 +562,7 @@ def test_off_ratio_one_the_trainers_clip_acts_on_the_folded_reward_too(tree):
     assert_equal(tokens, by_hand(tree, sum_of_clipped, under="behaviour"))
     assert_equal(whole, tokens)
     assert_differs(fold, whole)
-    # with the clip out of the way it is the same gradient at every ratio
+    # with bounds that never act, the gradient is the same at every ratio
     wide = {"clip_low": 1.0, "clip_high": 1e9}
     fold = expected_gradient(partial(folded, rl=rl, kd=kd, **wide), tree, under="behaviour", normalizer=1.0)
     assert_equal(fold, expected_gradient(partial(kdloss.kdrl_token_loss, **options, **wide), tree, under="behaviour"))
@@ -569,7 +570,7 @@ def test_off_ratio_one_the_trainers_clip_acts_on_the_folded_reward_too(tree):
 
 @every_tree
 def test_fold_kd_reward_with_a_weight_per_token(tree):
-    """Several teachers: the weight here is the student's confidence, any detached per-token tensor."""
+    """For several teachers. The weight is any detached per-token tensor, here the student's confidence."""
 
     def fold(logp, old_logp, teacher_logp, advantages, loss_mask):
         reward = kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=loss_mask)

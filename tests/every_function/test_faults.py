@@ -1,8 +1,8 @@
-"""Holds one regression test per fault that well-known trainers had: the library passes its check, the fault does not.
+"""Holds one regression test per fault that well-known trainers had: the library passes its check, the fault fails it.
 
-Each test states the truth once, in a `check` written from the definition, token by token. The library must pass it, and
-the fault, injected as a small variant, must fail the same check. Where the fault hides in ordinary data, the variant
-must also pass on that data: so it is the fault that is caught, and not a slip in the variant.
+Each test has one `check`, written from the definition, token by token. The library must pass it, and the fault,
+injected as a small variant, must fail it. Where ordinary data hides the fault, the variant must also pass on such data,
+so the test catches the fault and not a slip in the variant.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import kdloss
 # float64 everywhere unless a test says otherwise: a dozen additions of numbers of order 1 round at 1e-15
 assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-13)
 
-# What well-known trainers got wrong, in the words that the tests' first lines begin with. The two of truncated
-# teachers, a renormalised top-1 KL that is identically 0 and a clamped one without gradient: _divergences/test_topk.py.
+# What well-known trainers got wrong, in the words that the tests' docstrings begin with. Two more, a renormalised top-1
+# KL that is identically 0 and a clamped one without gradient, are in tests/_divergences/test_topk.py.
 FAULTS = (
     "teacher log-probs shifted by one",
     "labels rolled across a packed boundary",
@@ -77,14 +77,14 @@ def gradient(loss: Tensor, of: Tensor) -> Tensor:
 
 
 def predictions() -> Iterator[tuple[int, int]]:
-    """(position, position of the token that it predicts) of every pair inside a sequence, from the definition."""
+    """(position, position of the token it predicts) of every pair inside a sequence, from the definition."""
     for start, stop in zip(CU_SEQLENS.tolist(), CU_SEQLENS.tolist()[1:], strict=False):
         for position in range(start, stop - 1):
             yield position, position + 1
 
 
 def test_teacher_logprobs_shifted_by_one():
-    """Fault: teacher log-probs shifted by one, as a server's entry t speaks of token t and the student's of t + 1."""
+    """Fault: teacher log-probs shifted by one: entry t of a server is for token t, entry t of the student for t + 1."""
     ids, student, teacher = token_ids(), leaf(randn(TOTAL, VOCAB)), randn(TOTAL, VOCAB, seed=1).log_softmax(-1)
     labels = kdloss.next_token_labels(ids, cu_seqlens=CU_SEQLENS)
     served = torch.full((TOTAL,), math.nan, dtype=torch.float64)  # the server has none for a first token
@@ -130,7 +130,7 @@ def test_labels_rolled_across_a_packed_boundary():
 
     def rolled(x: Tensor) -> Tensor:
         labels = x.roll(-1)
-        labels[-1] = -100  # the end of the stream is seen to; the ends inside it are not
+        labels[-1] = -100  # the end of the stream is handled; the ends inside it are not
         return labels
 
     catches(check, partial(kdloss.next_token_labels, cu_seqlens=CU_SEQLENS), rolled)
@@ -139,7 +139,7 @@ def test_labels_rolled_across_a_packed_boundary():
 def test_first_token_of_a_packed_sequence_in_the_loss():
     """Fault: the first token of a packed sequence in the loss, predicted from the last token of its neighbour."""
     ids, logits = token_ids(), leaf(randn(TOTAL, VOCAB))
-    labels = ids.roll(-1)  # as a stream-wide shift leaves them: only the mask stands between
+    labels = ids.roll(-1)  # shifted over the whole stream, so only the mask separates sequences
 
     def check(mask_of: Callable[[Tensor], Tensor], prompt_lengths: Tensor):
         prompt = torch.repeat_interleave(prompt_lengths, LENGTHS)
@@ -185,7 +185,7 @@ def test_mask_that_shrinks_its_own_denominator():
 
 
 def test_count_taken_before_filtering():
-    """Fault: count taken before filtering, so that tokens which nothing predicts dilute the mean."""
+    """Fault: count taken before filtering, so tokens that no position predicts dilute the mean."""
     x = leaf(randn(TOTAL))
 
     def check(mean: Callable[..., Tensor], prompt_lengths: Tensor):
@@ -214,7 +214,7 @@ EVEN = torch.tensor([1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1]).bool()
 def check_accumulation(
     micro_loss: Callable[..., Tensor], loss_mask: Tensor, parts: int, loss: Callable[..., kdloss.LossOutput]
 ):
-    """Micro-batches, descended one after the other, sum to the whole batch, in value and in gradient."""
+    """Micro-batches, one after the other, sum to the whole batch, in value and gradient."""
     logp, old_logp = -randn(TOTAL).abs(), -randn(TOTAL, seed=1).abs()
     teacher_logp, advantages = -randn(TOTAL, seed=2).abs(), randn(TOTAL, seed=3)
     whole = leaf(logp)
@@ -237,7 +237,7 @@ def shared_normalizer(loss: Callable[..., kdloss.LossOutput], *, count: Tensor, 
 
 
 def test_micro_batch_means_averaged():
-    """Fault: micro-batch means averaged, so a token in a short micro-batch weighs more than one in a long."""
+    """Fault: micro-batch means averaged, so a token of a short micro-batch weighs more than one of a long."""
 
     def averaged(loss: Callable[..., kdloss.LossOutput], *, count: Tensor, parts: int) -> Tensor:
         return loss().loss / parts
@@ -440,12 +440,12 @@ def test_phantom_vocabulary_rows():
 
     check(whole_head, torch.zeros(0, 4, dtype=torch.float64))  # a head without padding hides the fault
     for library in (kdloss.linear_token_logprobs_and_entropy, from_logits):
-        # zero rows are what padding is initialised with; a logit of 0 is not a mass of 0
+        # padding is initialised with zero rows; a logit of 0 is not a mass of 0
         catches(partial(check, phantom=torch.zeros(3, 4, dtype=torch.float64)), library, whole_head)
 
 
 def test_temperature_on_one_side_only():
-    """Fault: temperature on one side only, so that a student equal to its teacher is pulled away from it."""
+    """Fault: temperature on one side only, so a student equal to its teacher moves away from it."""
     labels = torch.arange(VOCAB)  # every outcome of one next-token distribution, weighted by its probability
 
     def check(score: Callable[..., tuple[Tensor, Tensor]], temperature: float, teacher: Tensor):
@@ -453,7 +453,7 @@ def test_temperature_on_one_side_only():
         log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
         kl = (log_q.exp() * (log_q - log_p)).sum()
         logp, teacher_logp = score(student.expand(VOCAB, VOCAB), teacher.expand(VOCAB, VOCAB), temperature)
-        # the probabilities of the outcomes go in as per-token weights, which are detached
+        # the probabilities of the outcomes are passed as per-token weights, which are detached
         out = kdloss.kdrl_loss(
             logp,
             None,
@@ -515,17 +515,17 @@ def by_position(rewards: Tensor, *, loss_mask: Tensor, cu_seqlens: Tensor, disco
 
 
 def test_discounting_through_tool_or_prompt_tokens():
-    """Fault: discounting through tool or prompt tokens, so that a long tool output cuts off what comes after it."""
+    """Fault: discounting through tool or prompt tokens, so a long tool output cuts off the returns after it."""
     tool_inside = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 0]).bool()
     prompt_only = torch.tensor([0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0]).bool()
-    check_returns(by_position, prompt_only, 0.5)  # one stretch a sequence hides the fault
+    check_returns(by_position, prompt_only, 0.5)  # one stretch of trained tokens per sequence hides the fault
     check = partial(check_returns, loss_mask=tool_inside, discount=0.5)
     catches(check, kdloss.discounted_returns, by_position)
     catches(check, descended_returns, by_position)
 
 
 def test_discount_by_absolute_position():
-    """Fault: γ^i in place of γ^(i-t), so that the end of a long response is not trained at all."""
+    """Fault: γ^i in place of γ^(i-t), so the end of a long response is not trained at all."""
 
     def absolute(rewards: Tensor, *, loss_mask: Tensor, cu_seqlens: Tensor, discount: float) -> Tensor:
         returns = torch.zeros_like(rewards)
@@ -545,7 +545,7 @@ def test_discount_by_absolute_position():
 
 @pytest.mark.parametrize("linear", [False, True], ids=["from logits", "from hidden states"])
 def test_entropy_gradient_silently_dropped(linear: bool):
-    """Fault: the entropy's gradient silently dropped, so that a bonus is logged and never descended."""
+    """Fault: the entropy's gradient silently dropped, so a bonus is logged and has no effect."""
     hidden, weight, labels = randn(4, 3), randn(VOCAB, 3, seed=1), torch.tensor([1, -100, 0, 4])
     trained = labels != -100
 
@@ -574,10 +574,10 @@ def test_entropy_gradient_silently_dropped(linear: bool):
     catches(check, library, dropped)
 
 
-LARGE = 70_000  # just past 65535, the bound of the second and third axis of a CUDA grid
+LARGE = 70_000  # just over 65535, the bound of the second and third axis of a CUDA grid
 
 
-# All rows in one sequence of a batch; one token in each of many sequences; and neither axis large by itself.
+# All rows in one sequence; one token in each of many sequences; neither axis large by itself.
 @pytest.mark.parametrize("shape", [(1, LARGE), (LARGE, 1), (280, 250)], ids=str)
 def test_grid_past_65535(shape: tuple[int, int]):
     """Fault: B×L grids past 65535, whose last rows are never computed."""
@@ -637,7 +637,7 @@ def test_32_bit_offsets_in_pack():
     """Fault: 32-bit offsets, where row * length passes 2**31 and wraps around to a negative index."""
     rows, length = 2**16, 2**15 + 1
     assert rows * length > 2**31
-    # 2 GiB of address space of which a page or two is ever touched: only the last row and the first hold tokens
+    # 2 GiB of address space, of which a few pages are touched: only the first and the last row hold tokens
     padded = torch.empty(rows, length, dtype=torch.int8)
     padded[0, :2] = torch.tensor([1, 2])
     padded[-1, :3] = torch.tensor([3, 4, 5])
@@ -652,14 +652,14 @@ def test_32_bit_offsets_in_pack():
         ids = kdloss.segment_ids(cu_seqlens, total_tokens=total_tokens).int()
         offset = torch.arange(total_tokens, dtype=torch.int32) - cu_seqlens[:-1][ids]
         index = ids * padded.shape[1] + offset
-        # an index that wrapped reads what lies elsewhere on a GPU; on the CPU it would raise
+        # a wrapped index reads other memory on a GPU; on a CPU it would raise
         return padded.flatten()[index.long().clamp(min=0)]
 
     catches(check, kdloss.pack, narrow_index)
 
 
 class IndexDtypes(TorchFunctionMode):
-    """Records the dtypes of the indices that rows are selected by."""
+    """Records the dtypes of row indices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -674,7 +674,7 @@ class IndexDtypes(TorchFunctionMode):
 
 def test_32_bit_offsets_in_unpack():
     """Fault: 32-bit offsets, where the start of a sequence plus a column passes 2**31 - 1."""
-    # Two sequences fill all that an int32 cu_seqlens can say; without storage, as only the index's dtype is looked at.
+    # Two sequences fill the range of an int32 cu_seqlens; no storage, because only the dtype of the index matters.
     total = 2**31 - 1
     packed = torch.empty(total, dtype=torch.int8, device="meta")
     cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
@@ -691,7 +691,7 @@ def test_32_bit_offsets_in_unpack():
         index = cu_seqlens[:-1, None] + column
         return packed.index_select(0, index.flatten()).unflatten(0, index.shape)
 
-    # what the narrow sum does at the start of a last sequence that is shorter than the rows
+    # the narrow sum at the start of a last sequence that is shorter than the rows
     start, column = torch.tensor([2**31 - 5], dtype=torch.int32), torch.arange(8, dtype=torch.int32)
     assert (start + column).min() < 0
     catches(check, kdloss.unpack, narrow_index)

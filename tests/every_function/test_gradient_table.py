@@ -36,7 +36,7 @@ def test_every_loss_of_the_library_has_a_row(generator):
     names = " ".join(row.name for rows in generator.ROWS.values() for row in rows)
     endings = ("_loss", "_surrogate", "_advantages", "_weights")
     losses = [name for name in kdloss.__all__ if name.endswith(endings) or name.startswith("kl_k")]
-    assert len(losses) >= 18  # what there was when this was written
+    assert len(losses) >= 18  # the name endings still match
     assert [name for name in losses if f"`{name}`" not in names] == []
 
 
@@ -54,5 +54,5 @@ def test_the_printed_output_is_what_the_blocks_print(page, outputs):
 
 
 def rounding_hidden(text: str) -> str:
-    """A residual that is rounding differs from machine to machine."""
+    """Replaces residuals of rounding, which differ from machine to machine."""
     return re.sub(r"\b\de-1[4-9]\b", "0e+00", text)

@@ -1,6 +1,6 @@
-"""Holds the invariants of every function on packed batches, value and gradient, over the batches that losses break on.
+"""Holds the invariants of every function on packed batches, value and gradient, over batches that break losses.
 
-How many examples a test draws is the hypothesis profile's business.
+The hypothesis profile sets the number of examples per test.
 
 Tolerances: 16 ulp of the result's dtype, relative, where only the order of the arithmetic differs. Where a sum may
 cancel they are relative to the size of its terms. Gradients of half-precision inputs are rounded to their dtype: 2 ulp.
@@ -40,14 +40,14 @@ every_reduced_function = pytest.mark.parametrize(
 
 
 def close(actual: Tensor, expected: Tensor, *, scale: float = 0.0, what: str = "") -> None:
-    """Equal to the tolerance of the first lines of this file; inf and NaN in the same places."""
+    """Equal within the tolerance at the top of this file, with inf and NaN in the same places."""
     assert actual.shape == expected.shape, what
     if not actual.dtype.is_floating_point:
         assert torch.equal(actual, expected), f"{what}: {actual} is not {expected}"
         return
     info = torch.finfo(actual.dtype)
     rtol = (2 if actual.dtype in HALF else 16) * info.eps
-    # the last term is two steps of the subnormal numbers, where nothing is relative
+    # the last term is two steps of the subnormal numbers, whose precision is absolute
     atol = rtol * scale + 2 * info.tiny * info.eps
     # not assert_close, in which these tests would spend most of their time
     equal = torch.isclose(actual.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
@@ -66,7 +66,7 @@ def all_of(outcome: Outcome) -> list[Tensor]:
 
 
 def scales(batch: PackedBatch, outcome: Outcome) -> tuple[float, float]:
-    """Bounds of the terms that a scalar and a gradient are sums of; inf is compared as inf, and left out."""
+    """Bounds on the terms whose sums are a scalar and a gradient; inf is compared as inf and left out."""
     logp = 4 + finite(torch.where(batch.loss_mask, batch.logp, 0)).abs().sum().item()
     gradient = finite(outcome.gradient).abs()
     return logp * (4 + gradient.sum().item()), logp * gradient.sum().item()
@@ -94,7 +94,7 @@ def test_packed_is_one_sequence_after_the_other(case: Case, data: st.DataObject)
     shares = [1.0] * batch.size
     if case.axis == "scalar":
         if case.name == "diagnostics":
-            return  # means, minima and a share of several means: only whole batches have them
+            return  # means, minima and ratios of means do not add up over sequences
         counts = [int(n > 0) if case.reduced(given_options) == "sequence" else n for n in batch.trained]
         shares = [n / max(1, sum(counts)) for n in counts]
         for name, x in whole.scalars.items():
@@ -126,7 +126,7 @@ def test_padded_rows_are_the_packed_stream(case: Case, data: st.DataObject):
     length = max([*batch.lengths, 0]) + data.draw(st.integers(1, 2))
     lengths = [length] * batch.size
     padded = batch.stretch(lengths, fill=data.draw(st.sampled_from(GARBAGE)))
-    # where sequences matter, the rows are flattened beside arange(0, B*L + 1, L); elsewhere they go in as (B, L)
+    # where sequences matter, the rows are flattened with arange(0, B*L + 1, L); elsewhere they go in as (B, L)
     assert padded.cu_seqlens.tolist() == list(range(0, batch.size * length + 1, length))
     shape = None if case.structured(given_options) else (batch.size, length)
     check_padded(
@@ -180,7 +180,7 @@ def test_micro_batches_with_a_shared_normalizer_sum_to_the_whole(case: Case, dat
     count = float(sum(counts))
     kind = data.draw(st.sampled_from((float, int, torch.tensor, lambda n: torch.tensor(n, dtype=torch.float64))))
     micro = [[b for b in range(batch.size) if parts[b] == part] for part in range(3)]
-    # as None: the count is what the local default would be
+    # with None: the count is the local default
     whole = evaluate(case, batch, given_options)
     value_scale, gradient_scale = scales(batch, whole)
     outcomes = [evaluate(case, batch.take(m), given_options, normalizer=kind(count)) for m in micro]
@@ -193,7 +193,7 @@ def test_micro_batches_with_a_shared_normalizer_sum_to_the_whole(case: Case, dat
 
 
 def single(x: Tensor) -> float:
-    """What turns a tolerance of float64, in which `total` sums, into that of the dtype of `x`."""
+    """The factor from a tolerance of float64, in which `total` sums, to that of the dtype of `x`."""
     return torch.finfo(x.dtype).eps / torch.finfo(torch.float64).eps
 
 
@@ -207,7 +207,7 @@ def test_a_fully_masked_batch_is_an_attached_zero(case: Case, data: st.DataObjec
     normalizer = None
     if case.axis == "scalar" and case.name != "diagnostics":
         normalizer = data.draw(st.sampled_from((None, 0, 7.0, torch.tensor(0), torch.tensor(7.0))))
-    outcome = evaluate(case, batch, given_options, normalizer=normalizer)  # which holds that it is attached
+    outcome = evaluate(case, batch, given_options, normalizer=normalizer)  # asserts that the loss is attached
     assert not outcome.gradient.any()
     assert all(not x.any() for x in (outcome.sequences | outcome.scalars).values())
     if case.attached and case.axis == "token":
@@ -222,8 +222,8 @@ def test_half_precision_is_the_float32_computation_of_the_same_numbers(case: Cas
     batch, given_options = data.draw(packed_batches(dtypes=HALF)), data.draw(options(case))
     half, wide = evaluate(case, batch, given_options), evaluate(case, batch.to(torch.float32), given_options)
     assert half.gradient.dtype == batch.logp.dtype
-    # bit for bit: a cast after the subtraction, or a sum in half precision, shows. The loss is summed for the gradient
-    # with factors of the dtype of the batch, which are the same numbers.
+    # bit for bit, so a cast after the subtraction or a sum in half precision is noticed. The factors that the loss is
+    # summed with for the gradient have the dtype of the batch, and are the same numbers.
     same_bits(
         replace(half, gradient=half.gradient.float()),
         replace(wide, gradient=wide.gradient.to(batch.logp.dtype).float()),
@@ -232,7 +232,7 @@ def test_half_precision_is_the_float32_computation_of_the_same_numbers(case: Cas
 
 @pytest.mark.parametrize("function", [kdloss.group_relative_advantages, kdloss.leave_one_out_advantages])
 @given(batch=grouped_rewards(), data=st.data())
-def test_groups_do_not_see_each_other(function, batch: GroupedRewards, data: st.DataObject):
+def test_groups_are_independent(function, batch: GroupedRewards, data: st.DataObject):
     whole = function(batch.rewards, group_ids=batch.group_ids)
     assert whole.dtype == (torch.float64 if batch.rewards.dtype == torch.float64 else torch.float32)
     for group in batch.group_ids.unique().tolist():
@@ -246,11 +246,11 @@ def test_groups_do_not_see_each_other(function, batch: GroupedRewards, data: st.
     close(shuffled, whole[order], scale=1, what="shuffled")
 
 
-def test_advantages_of_rewards_that_lie_close_together_do_not_hang_on_their_order():
-    """Found by fuzzing: an error of the mean, 1e-16 of the rewards, is divided by a standard deviation of 1e-6."""
+def test_advantages_of_nearly_equal_rewards_do_not_depend_on_their_order():
+    """Found by fuzzing: an error of the mean, 1e-16 of the rewards, was divided by a standard deviation of 1e-6."""
     spread = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rewards = 0.8 + 1e-6 * spread
-    exact = rewards - rewards[0]  # without rounding: the numbers lie within a factor of two
+    exact = rewards - rewards[0]  # without rounding, because the numbers are within a factor of two
     exact = (exact - exact.mean()) / exact.std()
     for order in itertools.permutations(range(5)):
         advantages = kdloss.group_relative_advantages(rewards[list(order)], group_size=5, eps=0)
@@ -258,13 +258,13 @@ def test_advantages_of_rewards_that_lie_close_together_do_not_hang_on_their_orde
 
 
 def logits_outcome(batch: LogitsBatch, shape: tuple[int, ...] | None = None, **options: Any) -> Outcome:
-    """Log-probs and entropy, flat over the rows, and the gradient with respect to the logits."""
+    """Log-probs and entropy, flat over the rows, and the gradient of the logits."""
     logits = batch.logits.clone().requires_grad_()
     rows = batch.logits.shape[:1] if shape is None else shape
     labels = batch.labels.reshape(*rows, *batch.labels.shape[1:])
     logp, entropy = kdloss.token_logprobs_and_entropy(logits.reshape(*rows, logits.shape[-1]), labels, **options)
     assert logp.shape == labels.shape
-    # a log-prob of -inf is descended by no loss: its gradient is no number
+    # no loss descends a log-prob of -inf, whose gradient is not a number
     total = torch.where(logp.isfinite(), logp, 0).cos().sum() + entropy.sin().sum()
     (gradient,) = torch.autograd.grad(total, logits)
     tokens = {"logp": logp.detach().reshape(batch.labels.shape), "entropy": entropy.detach().reshape(-1)}
@@ -272,7 +272,7 @@ def logits_outcome(batch: LogitsBatch, shape: tuple[int, ...] | None = None, **o
 
 
 @given(batch=logits_batches(), data=st.data())
-def test_rows_of_logits_do_not_see_each_other(batch: LogitsBatch, data: st.DataObject):
+def test_rows_of_logits_are_independent(batch: LogitsBatch, data: st.DataObject):
     rows = batch.logits.shape[0]
     whole = logits_outcome(batch)
     unit = 16 * torch.finfo(torch.float32).eps
@@ -371,7 +371,7 @@ def test_log_probs_alone_are_those_beside_the_entropy(rows: LogitsBatch, head: H
     alone = kdloss.token_logprobs(logits, rows.labels)
     beside = kdloss.token_logprobs_and_entropy(logits, rows.labels).logp
     close(alone.detach(), beside.detach(), scale=1, what="logp")
-    # a log-prob of -inf is descended by no loss
+    # no loss descends a log-prob of -inf
     slopes = [torch.autograd.grad(torch.where(x.isfinite(), x, 0).sum(), logits)[0] for x in (alone, beside)]
     close(slopes[0], slopes[1], scale=1, what="logits")
 
@@ -393,7 +393,7 @@ def test_counts_are_the_sums_of_those_of_the_sequences(batch: PackedBatch):
     assert tokens == sum(kdloss.global_token_count(part.loss_mask) for part in parts)
     sequences = kdloss.global_sequence_count(batch.loss_mask, cu_seqlens=batch.cu_seqlens)
     assert sequences == sum(int(part.loss_mask.any()) for part in parts)
-    # as a denominator each is the one that is taken by default
+    # as a denominator, each count is the default
     for mean, count, rest in (
         (kdloss.token_mean, tokens, {}),
         (kdloss.sequence_mean, sequences, {"cu_seqlens": batch.cu_seqlens}),

@@ -1,7 +1,7 @@
-"""Holds the invariants of what takes whole distributions: rows do not see each other, masked ones leave no trace.
+"""Holds the invariants of functions of whole distributions: rows are independent, masked rows leave no trace.
 
 Divergences from logits, from a teacher's top K and from hidden states, and `fused_linear_loss`; value and gradient.
-float64, so that what differs is the order of sums of at most 9 terms of size 10: a few roundings.
+float64, so results differ only by the order of sums of at most 9 terms of size 10: a few roundings.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TOPK = [(name, tail) for name in ("forward_kl", "reverse_kl", "generalized_jsd")
 
 
 class Rows(NamedTuple):
-    """Of both models, from one seed; each row its own, so that a permutation of rows is one of the batch."""
+    """Rows of both models, from one seed. Rows are independent, so permuting them permutes the batch."""
 
     hidden: Tensor  # (T, 3)
     teacher_hidden: Tensor  # (T, 4)
     weight: Tensor  # (V, 3)
     teacher_weight: Tensor  # (V, 4)
-    # of both, taken once: a product of fewer rows rounds otherwise, and log(1 - P) makes much of it
+    # computed once: a product of fewer rows rounds differently, and log(1 - P) amplifies that
     logits: Tensor  # (T, V)
     teacher_logits: Tensor  # (T, V)
     top_logp: Tensor  # (T, 2)
@@ -115,7 +115,7 @@ def of_hidden(name: str) -> Callable[[Rows], Outcome]:
 
 
 def fused(batch: Rows) -> Outcome:
-    """With the normalizer of the whole batch: parts sum to it."""
+    """With the normalizer of the whole batch, so the parts sum to the whole."""
     hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
     target = batch.teacher_hidden.sum(-1)
 
@@ -127,7 +127,7 @@ def fused(batch: Rows) -> Outcome:
     return torch.stack([out.logp, out.entropy], -1), per_row, torch.cat([shared.flatten(), out.loss.detach()[None]])
 
 
-def rows_do_not_see_each_other(run: Callable[[Rows], Outcome], batch: Rows, order: Tensor) -> None:
+def rows_are_independent(run: Callable[[Rows], Outcome], batch: Rows, order: Tensor) -> None:
     values, per_row, shared = run(batch)
     parts = [run(batch.at(torch.tensor([t]))) for t in range(batch.mask.shape[0])]
     torch.testing.assert_close(values, torch.cat([values[:0], *(p[0] for p in parts)]), **CLOSE)
@@ -148,24 +148,24 @@ def masked_rows_leave_no_trace(run: Callable[[Rows], Outcome], batch: Rows, garb
 
 @pytest.mark.parametrize("name", SHARE)
 @given(drawn=batches())
-def test_rows_of_divergences_do_not_see_each_other(name: str, drawn: tuple[Rows, Tensor]):
-    rows_do_not_see_each_other(of_logits(name), *drawn)
+def test_rows_of_divergences_are_independent(name: str, drawn: tuple[Rows, Tensor]):
+    rows_are_independent(of_logits(name), *drawn)
 
 
 @pytest.mark.parametrize(("name", "tail"), TOPK)
 @given(drawn=batches())
-def test_rows_of_topk_divergences_do_not_see_each_other(name: str, tail: str, drawn: tuple[Rows, Tensor]):
-    rows_do_not_see_each_other(of_logits(name, tail), *drawn)
+def test_rows_of_topk_divergences_are_independent(name: str, tail: str, drawn: tuple[Rows, Tensor]):
+    rows_are_independent(of_logits(name, tail), *drawn)
 
 
 @pytest.mark.parametrize("name", SHARE)
 @given(drawn=batches(), garbage=st.sampled_from(GARBAGE))
 def test_a_linear_divergence_is_the_sum_of_its_trained_rows(name: str, drawn: tuple[Rows, Tensor], garbage: float):
-    rows_do_not_see_each_other(of_hidden(name), *drawn)
+    rows_are_independent(of_hidden(name), *drawn)
     masked_rows_leave_no_trace(of_hidden(name), drawn[0], garbage)
 
 
 @given(drawn=batches(), garbage=st.sampled_from(GARBAGE))
 def test_a_fused_loss_is_the_sum_of_its_micro_batches(drawn: tuple[Rows, Tensor], garbage: float):
-    rows_do_not_see_each_other(fused, *drawn)
+    rows_are_independent(fused, *drawn)
     masked_rows_leave_no_trace(fused, drawn[0], garbage)

@@ -1,7 +1,7 @@
-"""Holds the invariants of packing and of elementwise functions, and the list: no public function without invariants.
+"""Holds the invariants of packing and elementwise functions, and that no public function is without invariants.
 
-`test_invariants.py` holds those of functions with a `loss_mask`. These have none: every token counts, so a batch holds
-no garbage here, and what a test may ask of padding is less: the last token of a sequence is followed by it.
+`test_invariants.py` holds those of functions with a `loss_mask`. The functions here have none: every token counts, so
+batches hold no garbage. Padding follows the last token of a sequence, so it may change what that token gives.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROW = 9  # of unpacked rows: the longest sequence of 6, stretched by 3
 
 @dataclass(frozen=True)
 class Case:
-    """A function of a batch and of one floating input, `logp` or `rewards`, which travels with it."""
+    """A function of a batch and of one floating-point input, its `logp` or `rewards`."""
 
     call: Callable[[PackedBatch, Tensor], Tensor]
     input: str = "logp"  # (T,), or "rewards": (B,)
@@ -38,7 +38,7 @@ class Case:
 
 
 def ids(batch: PackedBatch) -> Tensor:
-    """Token ids that travel with the tokens."""
+    """Token ids that move with the tokens."""
     return (batch.entropy.double() * 64).long()
 
 
@@ -48,7 +48,7 @@ def prompt_lengths(batch: PackedBatch) -> Tensor:
 
 def padded(x: Tensor, lengths: list[int]) -> Tensor:
     """(B, ROW) by a loop, NaN past the end."""
-    rows = x.new_full((len(lengths), ROW), math.nan) + x[:0].sum()  # attached, also where there is no row
+    rows = x.new_full((len(lengths), ROW), math.nan) + x[:0].sum()  # attached even without rows
     for b, part in enumerate(x.split(lengths)):
         rows[b, : len(part)] = part
     return rows
@@ -69,7 +69,7 @@ CASES = {
         output="sequence",
         attached=False,
     ),
-    # a sequence's number differs from batch to batch, what it points at does not
+    # the index of a sequence differs between batches, the reward it selects does not
     "segment_ids": Case(
         lambda b, x: b.rewards[kdloss.segment_ids(b.cu_seqlens, total_tokens=tokens(b))], attached=False
     ),
@@ -105,8 +105,8 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 batches = partial(packed_batches, garbage=False, huge_ratios=False, infinite_teacher=False)
 
 
-def outcome(case: Case, batch: PackedBatch, heard: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The output, and the gradient of its sum with factors that travel with it; `heard` leaves tokens out of that."""
+def outcome(case: Case, batch: PackedBatch, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The output, and the gradient of its sum with a factor per entry; entries where `kept` is False are left out."""
     x = getattr(batch, case.input).clone().requires_grad_()
     out = case.call(batch, x)
     assert out.shape[0] == (tokens(batch) if case.output == "token" else batch.size)
@@ -114,14 +114,14 @@ def outcome(case: Case, batch: PackedBatch, heard: Tensor | None = None) -> tupl
     if not case.attached:
         return out, torch.zeros_like(x)
     upstream = batch.entropy if case.output == "token" else batch.rewards[:, None] * torch.arange(ROW)
-    if heard is not None:
-        upstream = upstream * heard
+    if kept is not None:
+        upstream = upstream * kept
     (gradient,) = torch.autograd.grad(out, x, upstream.to(out.dtype))
     return out.detach(), gradient
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """What is moved is the same number; a gradient is a sum over the tokens of one sequence, in another order."""
+    """Moved values are equal; a gradient is a sum over the tokens of one sequence, in another order."""
     assert actual.dtype == expected.dtype
     if actual.dtype.is_floating_point:
         eps = torch.finfo(actual.dtype).eps
@@ -153,17 +153,17 @@ def test_the_order_of_the_sequences_does_not_matter(case: Case, batch: PackedBat
 
 @pytest.mark.parametrize(
     "case",
-    [case for name, case in CASES.items() if name != "cu_seqlens_from_lengths"],  # which is told the lengths
+    [case for name, case in CASES.items() if name != "cu_seqlens_from_lengths"],  # its input is the lengths
     ids=[name for name in CASES if name != "cu_seqlens_from_lengths"],
 )
 @given(batch=batches(), data=st.data())
-def test_padding_is_seen_by_the_last_token_alone(case: Case, batch: PackedBatch, data: st.DataObject):
+def test_padding_changes_only_the_last_token(case: Case, batch: PackedBatch, data: st.DataObject):
     more = data.draw(st.lists(st.integers(0, 3), min_size=batch.size, max_size=batch.size))
     longer = [n + extra for n, extra in zip(batch.lengths, more, strict=True)]
     stretched = batch.stretch(longer, fill=1.5)
     pairs = list(zip(batch.lengths, longer, strict=True))
     real = torch.tensor([o < n for n, new in pairs for o in range(new)], dtype=torch.bool)
-    # where the next token is asked for, the last one is asked nothing
+    # a function of the next token is not checked at the last one
     asked = torch.tensor([o < n - (case.follows == 1) for n, _ in pairs for o in range(n)], dtype=torch.bool)
     asked_there = torch.zeros_like(real).masked_scatter(real, asked)
     if case.output == "sequence":
@@ -176,7 +176,7 @@ def test_padding_is_seen_by_the_last_token_alone(case: Case, batch: PackedBatch,
 
 @given(batch=packed_batches(), fill=st.sampled_from((math.nan, math.inf, -math.inf)))
 def test_a_fold_is_elementwise(batch: PackedBatch, fill: float):
-    """It has no mask: what one token holds stays with that token, in any shape."""
+    """It has no mask: each token's result depends on that token only, in any shape."""
     clean = batch.with_garbage(0.0)
     for case in (CASES["fold_kd_reward"], CASES["fold_kd_reward, a weight per token"]):
         expected, _ = outcome(case, clean)
@@ -191,41 +191,31 @@ def test_a_fold_is_elementwise(batch: PackedBatch, fill: float):
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl")
 
-# Of the two files under hypothesis, for what is no function of a packed batch: rows one by one are the whole.
+# Tests in the two other files, for functions that take no packed batch.
 OWN = {
-    "token_logprobs_and_entropy": ("test_rows_of_logits_do_not_see_each_other",),
+    "token_logprobs_and_entropy": ("test_rows_of_logits_are_independent",),
     "token_logprobs": ("test_log_probs_alone_are_those_beside_the_entropy",),
     "linear_token_logprobs_and_entropy": (
         "test_untrained_rows_of_a_linear_head_leave_no_trace",
         "test_a_linear_head_is_the_sum_of_its_rows",
     ),
     "linear_token_logprobs": ("test_log_probs_alone_are_those_beside_the_entropy",),
-    "group_relative_advantages": ("test_groups_do_not_see_each_other",),
-    "leave_one_out_advantages": ("test_groups_do_not_see_each_other",),
-    **dict.fromkeys(DIVERGENCES, ("test_rows_of_divergences_do_not_see_each_other",)),
+    "group_relative_advantages": ("test_groups_are_independent",),
+    "leave_one_out_advantages": ("test_groups_are_independent",),
+    **dict.fromkeys(DIVERGENCES, ("test_rows_of_divergences_are_independent",)),
     **{f"linear_{name}": ("test_a_linear_divergence_is_the_sum_of_its_trained_rows",) for name in DIVERGENCES},
-    **{f"topk_{name}": ("test_rows_of_topk_divergences_do_not_see_each_other",) for name in DIVERGENCES[:3]},
+    **{f"topk_{name}": ("test_rows_of_topk_divergences_are_independent",) for name in DIVERGENCES[:3]},
     "global_token_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "global_sequence_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "fused_linear_loss": ("test_a_fused_loss_is_the_sum_of_its_micro_batches",),
 }
 
 
-def without_invariants(functions: list[str]) -> list[str]:
-    held = {case.name for case in invariant_cases.CASES} | {name.split(",")[0] for name in CASES} | set(OWN)
-    return sorted(set(functions) - held)
-
-
-def public_functions() -> list[str]:
-    return [name for name in kdloss.__all__ if inspect.isfunction(getattr(kdloss, name))]
-
-
 def test_no_public_function_without_invariants():
-    assert without_invariants(public_functions()) == []
-    assert without_invariants([*public_functions(), "new_loss"]) == ["new_loss"]
-    held = {case.name for case in invariant_cases.CASES}
-    assert {"kdrl_loss", "segment_sum", "diagnostics"} <= held
-    assert held <= set(public_functions())
+    functions = {name for name in kdloss.__all__ if inspect.isfunction(getattr(kdloss, name))}
+    on_batches = {case.name for case in invariant_cases.CASES}
+    assert functions - on_batches - {name.split(",")[0] for name in CASES} - OWN.keys() == set()
+    assert on_batches <= functions
 
 
 def test_what_is_named_is_a_test_under_hypothesis():

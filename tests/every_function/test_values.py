@@ -1,7 +1,7 @@
-"""Holds what every public function promises: the oracle's value and gradient in four dtypes, and no trace of masks.
+"""Holds every public function to its oracle: value and gradient in four dtypes, and no trace of masked positions.
 
-Generic over the table in `cases.py`. The oracles are float64 and are fed the inputs as rounded to the dtype under test,
-so a tolerance covers what the function itself rounds, and no more.
+Runs over the table in `cases.py`. The oracles compute in float64 on inputs rounded to the dtype under test, so a
+tolerance covers only what the function itself rounds.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from contract import (
     random_upstreams,
 )
 
-# (relative, absolute). float64: the oracle and the function sum in different orders, over at most 17 terms of size 10;
-# the absolute part is for results that are differences of such terms. float32 likewise, from an epsilon of 1.2e-7: a
-# ratio exp(logp - old_logp) carries the rounding of a difference of terms of size 5. Half precision is widened to
-# float32 at once, so it is held to float32's tolerance.
+# (relative, absolute). float64: the oracle and the function sum at most 17 terms of size 10 in different orders; the
+# absolute part is for results that are differences of such terms. float32: the same, from an epsilon of 1.2e-7; a ratio
+# exp(logp - old_logp) carries the rounding of a difference of terms of size 5. Half precision is widened to float32
+# first, so it has float32's tolerance.
 TOLERANCE = {
     torch.float64: (1e-12, 1e-14),
     torch.float32: (2e-6, 2e-6),
@@ -41,12 +41,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 CALLS = [(name, variant) for name, entry in TABLE.items() for variant in entry.variants]
 ATTACHED = [(name, variant) for name, variant in CALLS if TABLE[name].gradient == "attached"]
-# four dtypes: the two that are computed in, and the two that are widened (bf16 loses digits, fp16 loses range)
+# the two dtypes of computation, and the two that are widened (bf16 loses digits, fp16 loses range)
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 def untrained(arguments: Arguments, x: Tensor) -> Tensor | None:
-    """Where the rows of `x` are not trained on; None where `x` is no per-token tensor."""
+    """Where the rows of `x` are not trained on; None if `x` is not per token."""
     masks = []
     if arguments.get("loss_mask") is not None:
         masks.append(~arguments["loss_mask"])
@@ -77,7 +77,7 @@ def test_value_is_the_oracles(name, variant, dtype):
             assert x.dtype == (torch.float32 if dtype in HALF and not entry.copies else dtype), part
         mask = untrained(arguments, x)
         if mask is not None:
-            # there every result is 0 or 1 to the bit, unless it is one weight for a whole sequence or a bound
+            # an untrained result is 0 or 1 to the bit, unless it is a bound or the weight of a whole sequence
             constant = torch.as_tensor(np.asarray(expected[part])).to(x.dtype)
             mask &= ((constant == 0) | (constant == 1)).reshape(*mask.shape, -1).all(-1)
             assert torch.equal(x[mask], constant[mask]), f"{part} holds a trace of untrained tokens"
@@ -89,9 +89,9 @@ def test_gradient_is_the_oracles(name, variant, dtype):
     check_gradient(name, variant, dtype, TOLERANCE[dtype])
 
 
-# A gradient is rounded from float32 to the dtype of its input once, by half an epsilon; below that, by half of fp16's
-# smallest subnormal. Where two terms meet in `logp`, or up to 7 tokens in one sequence's entry (`copies`), each is
-# rounded and their sum again, and what cancels leaves an absolute error: the terms are smaller than 2.
+# A gradient is rounded once from float32 to the dtype of its input: by half an epsilon, or by half of fp16's smallest
+# subnormal. Where two terms add up in `logp`, or up to 7 tokens in the entry of one sequence (`copies`), each term and
+# their sum is rounded, and cancellation leaves an absolute error; the terms are smaller than 2.
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(("name", "variant"), ATTACHED)
 def test_gradient_has_the_dtype_of_its_input(name, variant, dtype):

@@ -1,4 +1,4 @@
-"""Holds the walk: no public function without value, gradient, compile and error cases, no keyword left at default."""
+"""Holds that the tables are complete: value, gradient, compile and error cases of every public function and keyword."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 from torch import Tensor
 
 import kdloss
-from bad_calls import BAD, Bad
-from cases import TABLE, Entry
+from bad_calls import BAD
+from cases import TABLE
 from contract import public_function
 from kdloss.testing import reference
 
-# What is public and no function with an oracle.
+# Public names that are not functions.
 EXCEPTED = {
     "KDRLConfig": "a dataclass; test_config.py holds it",
     "FusedLoss": "a result, of the function below",
     "LogprobsAndEntropy": "a result: its fields are compared wherever a function returns it",
-    "LossOutput": "a result, as above",
-    "Surrogate": "a result, as above",
+    "LossOutput": "a result, likewise",
+    "Surrogate": "a result, likewise",
     "VocabShard": "marks which slice a rank holds; tests/scale_out/ holds it",
     "config": "a module, whose one public name is KDRLConfig",
     "schedules": "a module, whose functions are walked as schedules.<name>",
 }
-# Takes a function of the user's, which no oracle has; a file of its own holds value, gradient, compilation and errors.
+# Takes a function from the caller, so it has no oracle. Its own file tests value, gradient, compilation and errors.
 HELD_ELSEWHERE = {"fused_linear_loss": "_logprobs/test_fused.py"}
-# Keywords that need other ranks: they have a bad call each, and `tests/scale_out` holds their values.
+# Keywords that need other ranks: each has a bad call, and `tests/scale_out` tests their values.
 ACROSS_RANKS = {"shard", "group", "split_group"}
 
 
@@ -46,19 +46,17 @@ def is_default(value: object, default: object) -> bool:
     return value == default
 
 
-def faults(functions: list[str], table: dict[str, Entry], bad: dict[str, list[Bad]]) -> Iterator[str]:
-    """Everything that the table leaves out, one sentence each."""
-    yield from (f"{name} is in the table and not public" for name in sorted({*table, *bad} - {*functions}))
-    for name in functions:
-        if name not in table:
+def faults() -> Iterator[str]:
+    """Everything that the tables leave out, one sentence each."""
+    yield from (f"{name} is in a table and not public" for name in sorted({*TABLE, *BAD} - {*public_functions()}))
+    for name in public_functions():
+        if name not in TABLE or not TABLE[name].variants:
             yield f"{name} has no value case"
             continue
-        entry, last_name = table[name], name.rpartition(".")[2]
-        if not entry.variants:
-            yield f"{name} has no value case"
+        entry, last_name = TABLE[name], name.rpartition(".")[2]
         if not hasattr(reference, last_name):
             yield f"{name} has no oracle"
-        if not bad.get(name):
+        if not BAD.get(name):
             yield f"{name} has no bad call"
         if entry.gradient != "number" and not entry.compiled:
             yield f"{name} has no compile case"
@@ -67,17 +65,17 @@ def faults(functions: list[str], table: dict[str, Entry], bad: dict[str, list[Ba
             yield f"{name} is marked {entry.gradient}, and its oracle says otherwise"
         if (entry.gradient == "attached") != bool(entry.differentiable):
             yield f"{name} is marked {entry.gradient} and names {entry.differentiable} as differentiable"
-        yield from keyword_faults(name, entry, bad.get(name, []))
+        yield from keyword_faults(name)
 
 
-def keyword_faults(name: str, entry: Entry, bad: list[Bad]) -> Iterator[str]:
+def keyword_faults(name: str) -> Iterator[str]:
     for parameter in inspect.signature(public_function(name)).parameters.values():
         key, default = parameter.name, parameter.default
         if key in ACROSS_RANKS:
-            if not any(key in call.changes and call.error is TypeError for call in bad):
+            if not any(key in call.changes and call.error is TypeError for call in BAD.get(name, [])):
                 yield f"{name}({key}=) is refused by no bad call"
             continue
-        values = [arguments[key] for arguments in entry.variants.values() if key in arguments]
+        values = [arguments[key] for arguments in TABLE[name].variants.values() if key in arguments]
         if all(is_default(value, default) for value in values):
             yield f"{name}({key}=) is never set to anything but its default"
         if (
@@ -89,16 +87,16 @@ def keyword_faults(name: str, entry: Entry, bad: list[Bad]) -> Iterator[str]:
 
 
 def test_every_public_function_is_covered():
-    assert list(faults(public_functions(), TABLE, BAD)) == []
+    assert list(faults()) == []
 
 
-def test_exceptions_are_public_names_that_are_no_functions():
+def test_exceptions_are_public_names_and_not_functions():
     assert set(EXCEPTED) <= set(kdloss.__all__)
     assert [name for name in EXCEPTED if inspect.isfunction(getattr(kdloss, name))] == []
 
 
 def test_the_walk_sees_every_function_of_every_module():
-    """`public_functions` itself: whatever a private module defines without an underscore and exports is walked."""
+    """`public_functions` misses no function that `kdloss` exports, and no schedule."""
     exported = {name for name, x in vars(kdloss).items() if inspect.isfunction(x) and not name.startswith("_")}
     assert exported == {name for name in public_functions() if "." not in name} | {*HELD_ELSEWHERE}
     for name, file in HELD_ELSEWHERE.items():

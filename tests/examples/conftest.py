@@ -1,4 +1,4 @@
-"""The example's modules on the path, a run small enough for a test, and its tokenizer and models, loaded once."""
+"""Puts the example's modules on the path; fixtures: a run small enough for a test, the tokenizer and the models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = (
 
 @pytest.fixture
 def small(tmp_path: Path) -> Callable[..., list[str]]:
-    """Command-line arguments of a run of seconds; what is passed comes last and wins."""
+    """Command-line arguments of a run of a few seconds; arguments that are passed come last and win."""
 
     def arguments(*overrides: str) -> list[str]:
         config = ["--config", str(EXAMPLES / "kdrl.yaml"), "--quiet"]
@@ -44,7 +44,7 @@ def tokenizer():
 
 @pytest.fixture
 def load(tokenizer):
-    """Loads one of the tiny models afresh."""
+    """Loads a new copy of one of the tiny models."""
     from opd import models
 
     def policy(name: str, *, temperature: float = 1.0, trained: bool = True):

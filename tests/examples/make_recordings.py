@@ -1,9 +1,9 @@
-"""Writes `data/{vllm,sglang,openai}.json`: answers in each server's format, with the tiny teacher's own numbers.
+"""Writes `data/{vllm,sglang,openai}.json`: answers in each server's format, with the tiny teacher's numbers.
 
   PYTHONPATH=src:docs/examples python tests/examples/make_recordings.py
 
 Formats: vLLM 0.10 `/v1/completions` with `prompt_logprobs`; SGLang 0.5 `/generate` with `return_logprob`; OpenAI's
-completions with `echo` and `logprobs`. All give a token's log-prob at its own position and null for the first one.
+completions with `echo` and `logprobs`. All give the log-prob of a token at its own position, and null for the first.
 """
 
 import json

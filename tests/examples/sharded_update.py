@@ -1,6 +1,6 @@
 """One update of a sharded student, run under torchrun by `test_sharding.py`: folder -> folder/{rank}.pt.
 
-A script of its own: gloo in a process forked from a test worker has been seen to crash.
+It is a separate script because gloo has crashed in a process forked from a test worker.
 """
 
 import sys

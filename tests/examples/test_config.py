@@ -1,4 +1,4 @@
-"""Holds the configuration: the seed's block and command line as they stand; errors that name the nearest good key."""
+"""Holds the configuration: the seed's block and command line, unchanged, and errors that name the nearest valid key."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Holds interruptions: killed at any moment and started again, a run ends as one that was not, bit by bit.
+"""Holds interruptions: a run that is killed at any moment and started again ends like one that was not, bit for bit.
 
 The kills are real: a forked process sends itself SIGKILL at a chosen point.
 """
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def run(arguments: list[str], arrange: Callable[[], None] = lambda: None) -> int:
-    """Exit code of the command line in a process of its own; `arrange` is called there first."""
+    """The exit code of the command line in its own process, which calls `arrange` first."""
 
     def child() -> None:
         arrange()
@@ -40,7 +40,7 @@ def die(*_: object, **__: object) -> None:
 
 
 def before_update(done: int) -> Callable[[], None]:
-    """Dies when `done` updates are behind it."""
+    """Dies after `done` updates."""
 
     def arrange() -> None:
         real = Run.one_update
@@ -50,7 +50,7 @@ def before_update(done: int) -> Callable[[], None]:
 
 
 def while_saving(count: int) -> Callable[[], None]:
-    """Dies with half of checkpoint number `count` on the disk."""
+    """Dies with half of checkpoint number `count` on disk."""
 
     def arrange() -> None:
         real, seen = torch.save, []
@@ -70,7 +70,7 @@ def while_saving(count: int) -> Callable[[], None]:
 
 
 def between_metrics_and_checkpoint() -> None:
-    """Dies when a record is written and its checkpoint is not, with half a line more in the file."""
+    """Dies after a record is written and before its checkpoint, with half a line more in the file."""
 
     def half_a_line(self):
         self.file.write(b'{"step": 99, "rew')

@@ -1,4 +1,4 @@
-"""Holds sampling and scoring: what is recorded at sampling is what scoring finds, at prediction positions."""
+"""Holds sampling and scoring: scoring gives the log-probs recorded at sampling, at prediction positions."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def draw(policy, tokenizer, *, n_samples=3, max_new_tokens=24, top_p=1.0, proble
 
 
 def unpadded_logp(policy, batch: Batch, *, temperature: float, top_p: float = 1.0):
-    """The oracle: every sequence alone, whole logits, a log-softmax; [b, t] speaks of the token after t."""
+    """The oracle: every sequence alone, whole logits, a log-softmax; [b, t] is for the token after t."""
     expected = torch.zeros_like(batch.old_logp)
     for b, (n, p) in enumerate(zip(batch.lengths.tolist(), batch.prompt_lengths.tolist(), strict=True)):
         ids = batch.input_ids[b, :n]

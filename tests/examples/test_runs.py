@@ -1,4 +1,4 @@
-"""Holds whole runs of a few updates: every mode, what a person sees, the picture, GSM8K files, and the demo."""
+"""Holds whole runs of a few updates: every mode, the output on screen, the picture, GSM8K files and the demo."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def is_drawn(path: Path) -> bool:
-    """Whether a picture holds more than a blank page: several colours, on a fair part of it."""
+    """Whether a picture is not blank: several colours, on a fair part of it."""
     pixels = matplotlib.image.imread(path)[..., :3]
     inked = (pixels < 0.98).any(-1)
     return 0.01 < inked.mean() < 0.9 and len({tuple(p) for p in (pixels[inked][::97] * 15).astype(int)}) > 5

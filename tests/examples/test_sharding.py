@@ -1,4 +1,4 @@
-"""Holds FSDP2 on two processes with gloo: the update of one process, a whole run under torchrun, its resumption."""
+"""Holds FSDP2 on two gloo processes: the update of one process, a whole run under torchrun, its resumption."""
 
 import importlib.util
 import os
@@ -24,7 +24,7 @@ SHARDED_UPDATE = Path(__file__).with_name("sharded_update.py")
 
 
 def torchrun(script: Path, *arguments: str) -> None:
-    """`script` in two fresh processes, as a user starts them."""
+    """Runs `script` in two fresh processes, as a user starts them."""
     launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     path = os.pathsep.join([str(ROOT / "src"), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -64,7 +64,7 @@ def test_two_processes_update_like_one(tokenizer, tmp_path):
     for rank in (0, 1):
         weights, metrics = torch.load(tmp_path / f"{rank}.pt")
         assert metrics == pytest.approx(expected_metrics, rel=1e-3, abs=1e-5)
-        assert weights.keys() == expected.keys() or rank == 1  # rank 0 alone holds the gathered weights
+        assert weights.keys() == expected.keys() or rank == 1  # only rank 0 has the gathered weights
         for name in weights:
             torch.testing.assert_close(weights[name], expected[name], atol=2e-6, rtol=1e-4, msg=name)
 

@@ -1,4 +1,4 @@
-"""Holds the task: problems are functions of their number, answers are judged exactly, GSM8K lines read the same way."""
+"""Holds the task: a problem depends only on its number, answers are judged exactly, GSM8K lines are read likewise."""
 
 import json
 from decimal import Decimal

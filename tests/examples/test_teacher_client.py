@@ -1,4 +1,4 @@
-"""Holds the teacher endpoint against recorded answers on loopback: alignment, retries, errors that name the request."""
+"""Holds the teacher client to recorded answers on loopback: alignment, retries, errors that name the request."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ PATHS = {"vllm": "/v1/completions", "sglang": "/generate", "openai": "/v1/comple
 
 
 class Replay(ThreadingHTTPServer):
-    """Answers a request with the recording of its tokens; `faults` are served first, one a request."""
+    """Answers a request with the recording of its tokens; `faults` are served first, one per request."""
 
     daemon_threads = True
 
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             fault(answer)
         body = json.dumps(answer).encode()
         self.send_response(200)
-        if fault == "cut inside a letter":  # and no length that would show it
+        if fault == "cut inside a letter":  # without a length that would reveal it
             self.end_headers()
             self.wfile.write('{"text": "über'.encode()[:11])
             return

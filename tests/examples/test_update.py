@@ -1,4 +1,4 @@
-"""Holds the update: its gradient is the one written out by hand, and does not depend on how the batch is cut up."""
+"""Holds the update: its gradient is that of the equations and does not depend on how the batch is split."""
 
 import copy
 from dataclasses import replace
@@ -53,8 +53,8 @@ def accumulate(student, batch, *, parts=1, sft=False, **loss_kwargs):
     return gradient(student), {name: sum(share[name] for share in shares) for name in shares[0]}
 
 
-def test_the_gradient_is_the_one_of_the_equations(load, batch):
-    """On-policy, for tokens of whole rows: mean of -(A + w (log p - log q)) * grad log q, and nothing else."""
+def test_the_gradient_is_that_of_the_equations(load, batch):
+    """On-policy, for tokens of whole rows: the mean of -(A + w (log p - log q)) * grad log q, and nothing else."""
     student = load("student")
     given, metrics = accumulate(student, batch, **KDRL)
     student.zero_grad()

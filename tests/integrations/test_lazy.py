@@ -59,6 +59,7 @@ def test_a_broken_trainer_says_what_it_lacked(install):
         require("some-trainer", at_least="1", below="2")
 
 
+@pytest.mark.slow
 def test_importing_the_adapters_imports_no_trainer():
     adapters = sorted(kdloss.integrations.__path__)
     code = (

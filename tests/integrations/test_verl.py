@@ -258,6 +258,7 @@ def test_register_is_complete_and_may_run_twice(trainer: SimpleNamespace) -> Non
     assert settings.use_estimator is True
 
 
+@pytest.mark.slow
 def test_verl_finds_the_plugin_and_nothing_else_is_touched_by_it() -> None:
     (entry,) = [x for x in importlib.metadata.entry_points(group="verl.plugins") if x.name == "kdloss"]
     assert entry.value == "kdloss.integrations._verl_plugin"
