@@ -98,12 +98,6 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     return None
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--fast`, slow files are not even imported."""
-    slow = config.getoption("fast") and any(collection_path == ROOT / path for path in SLOW)
-    return True if slow else None
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--fuzz EXAMPLES`."""
     parser.addoption("--fuzz", type=int, metavar="EXAMPLES", help="only hypothesis tests, EXAMPLES in total")
