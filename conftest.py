@@ -24,8 +24,8 @@ from reader import comments
 
 ROOT = Path(__file__).parent
 
-# Files and folders that `make test-fast` leaves out: they start processes, compile, interpret kernels, run the examples
-# and pages, or draw hundreds of examples. A slow test in any other file is marked `@pytest.mark.slow` there.
+# Files and folders that `make test-fast` leaves out: they start processes, compile, interpret kernels, run examples or
+# pages, or draw hundreds of examples. A slow test in any other file is marked `@pytest.mark.slow` there.
 SLOW = (
     "README.md",
     "docs",
@@ -40,6 +40,8 @@ SLOW = (
     "tests/every_function/test_invariants_packing.py",
     "tests/examples",
     "tests/scale_out",
+    "tests/testing/test_audit.py",
+    "tests/testing/test_strategies.py",
 )
 
 # Needs the trainers, each in its own environment: `make test-trainers`.
@@ -55,6 +57,8 @@ torch.set_num_threads(1)
 # In CI every run draws the same examples. Elsewhere every run draws new ones, and a failing one is stored and replayed.
 hypothesis.settings.register_profile("kdloss", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("kdloss")
+# `make test-fast` draws 25 examples per test instead of a hundred.
+hypothesis.settings.register_profile("fast", hypothesis.settings.get_profile("kdloss"), max_examples=25)
 # Every run draws new examples, and a failure prints the decorator that replays it on any machine.
 hypothesis.settings.register_profile("fuzz", deadline=None, derandomize=False, print_blob=True)
 
@@ -75,6 +79,7 @@ _collect_document = Sybil(
 ).pytest()
 
 
+@functools.cache
 def is_slow(path: Path) -> bool:
     """Whether a file or folder is in `SLOW`, or inside a folder that is."""
     return any(ROOT / name in (path, *path.parents) for name in SLOW)
@@ -108,6 +113,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("fuzz"):
         hypothesis.settings.load_profile("fuzz")
         config.pluginmanager.register(_Fuzz(config.getoption("fuzz")))
+    elif config.getoption("markexpr") == "not slow":
+        hypothesis.settings.load_profile("fast")
 
 
 class _Fuzz:

@@ -233,6 +233,7 @@ def test_the_same_mask_gives_the_same_bits(name, frozen, small_chunks):
     assert bits() == bits()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_operator_is_well_formed(frozen):
     leaves, others = student(), teacher()

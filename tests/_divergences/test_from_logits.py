@@ -122,6 +122,7 @@ def test_a_gradient_of_the_gradient_raises(name):
         torch.autograd.grad(first.sum(), logits)
 
 
+@pytest.mark.slow
 @every_form
 def test_the_operator_is_well_formed(name):
     arguments = (name, 0.3, 0.7, V - 1, False)

@@ -293,6 +293,7 @@ def test_bad_ids_are_nan_where_they_cannot_raise(name, tail, bad):
 # The operator
 
 
+@pytest.mark.slow
 def test_the_operator_is_well_formed():
     logits, ids = normal(2, 3, V).requires_grad_(), normal(2, 3, V, seed=1).topk(4).indices
     ids[0, 1, 2:] = -1

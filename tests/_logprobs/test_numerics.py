@@ -66,6 +66,7 @@ def test_gradients_of_logits(labels, options):
     assert torch.autograd.gradcheck(lambda x: tuple(kdloss.token_logprobs_and_entropy(x, labels, **options)), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", HEAD_OPTIONS.values(), ids=HEAD_OPTIONS)
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("with_bias", [True, False])

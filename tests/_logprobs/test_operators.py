@@ -29,6 +29,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 # torch's own check of an operator: schema, fake implementation, autograd registration, compilation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("row_temperature", [None, torch.linspace(0.5, 2, T)])
 def test_opcheck_from_logits(with_entropy, row_temperature):
@@ -38,6 +39,7 @@ def test_opcheck_from_logits(with_entropy, row_temperature):
     torch.library.opcheck(logits_op.logprobs, (logits, columns, *arguments[2:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [None, torch.arange(T)])
 @pytest.mark.parametrize("store", [False, True])
 def test_opcheck_from_hidden_states(rows, store):

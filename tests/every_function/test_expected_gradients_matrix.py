@@ -356,8 +356,15 @@ LOSSES = {
         {("tokens, fixed", "student"): "zero", ("tokens, fixed", "behaviour"): "minus log-likelihood"},
     ),
 }
+# A cell with batches of two takes 64 gradients, one with batches of one takes 8, so the former are slow.
 CELLS = [
-    pytest.param(name, denominator, under, id=f"{name}-{denominator}-{under}")
+    pytest.param(
+        name,
+        denominator,
+        under,
+        id=f"{name}-{denominator}-{under}",
+        marks=[pytest.mark.slow] if DENOMINATORS[denominator].size > 1 else [],
+    )
     for name in LOSSES
     for denominator in DENOMINATORS
     for under in ("student", "behaviour")

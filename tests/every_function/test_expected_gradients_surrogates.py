@@ -323,7 +323,8 @@ def test_clips_and_bounded_weights_are_biased_by_exactly_this(tree, name):
     assert_differs(got, -token_level_gradient(tree), -policy_gradient(tree))
 
 
-GROUP_SIZES = [2, 3]  # the smallest group; one with a leave-one-out mean of more than one
+# the smallest group; one with a leave-one-out mean of more than one
+GROUP_SIZES = [2, pytest.param(3, marks=pytest.mark.slow)]
 
 
 def group_loss(rewards, logp, old_logp, loss_mask, cu_seqlens, normalizer, *, advantages_of):

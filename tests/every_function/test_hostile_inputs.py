@@ -704,15 +704,17 @@ def test_segment_sums_of_a_long_stream():
 def test_discounted_returns_of_a_long_stream(discount):
     x, mask, cu_seqlens = long_stream()
     returns = kdloss.discounted_returns(x, loss_mask=mask, cu_seqlens=cu_seqlens, discount=discount).double()
-    exact, size = torch.zeros(LONG, dtype=torch.float64), torch.zeros(LONG, dtype=torch.float64)
-    bounds = cu_seqlens.tolist()
-    for start, stop in pairwise(bounds):
+    # lists, because every access to an entry of a tensor is slow
+    given, trained = x.tolist(), mask.tolist()
+    sums, sizes = [0.0] * LONG, [0.0] * LONG
+    for start, stop in pairwise(cu_seqlens.tolist()):
         value = magnitude = 0.0
         for t in reversed(range(start, stop)):
-            if mask[t]:
-                value = float(x[t]) + discount * value
-                magnitude = abs(float(x[t])) + discount * magnitude
-                exact[t], size[t] = value, magnitude
+            if trained[t]:
+                value = given[t] + discount * value
+                magnitude = abs(given[t]) + discount * magnitude
+                sums[t], sizes[t] = value, magnitude
+    exact, size = (torch.tensor(column, dtype=torch.float64) for column in (sums, sizes))
     # The scan runs in float64, so the error is the one rounding of the result. The second term, 4e-12 of the sum of
     # magnitudes, allows a float64 rounding at each of T steps where terms of either sign cancel.
     bound = ULP * exact.abs() + LONG * 2.0**-53 * size
@@ -775,6 +777,7 @@ def fake(mode: FakeTensorMode, batch: PackedBatch) -> PackedBatch:
     return PackedBatch(**{f.name: mode.from_tensor(getattr(batch, f.name)) for f in fields(batch)})
 
 
+@pytest.mark.slow
 @every_function
 def test_no_function_looks_at_a_value(case: Case):
     for options in variants(case):
