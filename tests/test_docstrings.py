@@ -100,6 +100,7 @@ def test_each_kind_of_fault_is_found():
 
         Args:
             {x}
+                Twice.
             {z }
 
         Example:
@@ -107,7 +108,7 @@ def test_each_kind_of_fault_is_found():
             2
         """
 
-    assert "x: the tensor." in (function.__doc__ or "")
+    assert "x: the tensor. Twice.\n" in (function.__doc__ or "")
     assert faults("function", function) == [
         "sends the reader elsewhere: 'as in `'",
         "does not describe y",

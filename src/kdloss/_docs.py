@@ -1,8 +1,9 @@
 """Shared docstring texts: each is written once, and every `help()` is complete.
 
 A docstring line that contains only `{name}` stands for a text that several functions share. The decorator
-`@documented(TEXTS)` replaces it with the entry `name: text`, wrapped. It returns the function that it was given, so
-type checkers, `torch.compile` and pickling see no decorator.
+`@documented(TEXTS)` replaces it with the entry `name: text`, wrapped. Lines indented below it continue the entry, with
+what holds for this function only. The decorator returns the function that it was given, so type checkers,
+`torch.compile` and pickling see no decorator.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_PLACE = re.compile(r"^( *)\{(\w+)\}$", re.MULTILINE)
+_PLACE = re.compile(r"^( *)\{(\w+)\}((?:\n\1 +\S.*)*)$", re.MULTILINE)
 _WIDTH = 112
 
 
@@ -30,8 +31,8 @@ def documented(*texts: Mapping[str, str]) -> Callable[[_F], _F]:
     known = {name: text for mapping in texts for name, text in mapping.items()}
 
     def entry(place: re.Match[str]) -> str:
-        indent, name = place.groups()
-        text = f"{name}: {' '.join(known[name].split())}"
+        indent, name, more = place.groups()
+        text = " ".join(f"{name}: {known[name]} {more}".split())
         return textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent + " " * 4)
 
     def fill_in(function: _F) -> _F:

@@ -40,8 +40,8 @@ OBJECTIVE_ARGS = LOSS_ARGS | {
     "distill_loss_weight": """Python number (0 skips the distillation term), or a detached tensor, 0-dim or the shape of
         `logp` (several teachers). The default is the value of KDRL and of the trainers that follow it; it was tuned for
         a penalty whose gradient ignores the teacher, so expect to retune it.""",
-    "direct_penalty": """descend logp - teacher_logp itself instead of the surrogate, at every RL weight. For parity
-        with trainers that do so; warns.""",
+    "direct_penalty": """True: descend logp - teacher_logp itself instead of the surrogate, at every RL weight. The
+        teacher is then in the value only and not in the gradient. For parity with trainers that do this; warns.""",
     "group": PACKING_ARGS["group"]
     + """ `loss` and the scalars beside it are this rank's shares: the shares of all ranks sum to the value of the whole
         sequences.""",

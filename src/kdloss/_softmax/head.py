@@ -35,8 +35,7 @@ HEAD_ARGS = {
         order. It carries no gradient, and there is no T² factor.""",
     "softcap": "c > 0: the student's logits become c * tanh(logits / c). None: no softcap.",
     "logit_scale": "finite factor of the student's logits, applied before the softcap.",
-    "vocab_size": """the true V, where the last rows of the head are padding: they get no mass and no gradient. Required
-        where the heads of student and teacher differ in rows.""",
+    "vocab_size": "the true V, where the last rows of the head are padding: they get no mass and no gradient.",
     "shard": """the slice of the vocabulary that weights and biases are, where each rank holds one (`VocabShard`).
         Hidden states, labels, mask and the incoming gradient are the same on every rank, and the gradient of `hidden`
         is summed over the ranks. A DTensor head beside DTensor hidden states needs no `shard`.""",
