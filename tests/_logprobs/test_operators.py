@@ -36,7 +36,7 @@ def test_opcheck_from_logits(with_entropy, row_temperature):
     logits = normal(T, V).requires_grad_()
     arguments = (logits, LABELS[:, None], row_temperature, 1.0, 3.0, V - 1, with_entropy)
     columns = LABELS[:, None].clamp(max=V - 2)
-    torch.library.opcheck(logits_op.logprobs, (logits, columns, *arguments[2:]))
+    torch.library.opcheck(logits_op.logprobs.overload, (logits, columns, *arguments[2:]))
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_opcheck_from_hidden_states(rows, store):
         return  # storing the logits needs the number of rows
     hidden, weight, bias = (x.requires_grad_() for x in (normal(T, D), normal(V, D, seed=1), normal(V, seed=2)))
     options = (None, 0.7, 3.0, 1.2, V, True, False, True, store)
-    torch.library.opcheck(hidden_op.linear_logprobs, (hidden, weight, bias, LABELS[:, None], rows, *options))
+    torch.library.opcheck(hidden_op.linear_logprobs.overload, (hidden, weight, bias, LABELS[:, None], rows, *options))
 
 
 # What autograd keeps

@@ -316,7 +316,7 @@ def test_at_full_size_it_is_the_torch_path_and_the_same_bits_twice(name):
 
 def test_opcheck():
     x, y = normal(3, 20).requires_grad_(), normal(3, 20, seed=1)
-    torch.library.opcheck(logits_op._divergence, (x, y, None, "generalized_jsd", 0.3, 0.7, 19, True))
+    torch.library.opcheck(logits_op._divergence.overload, (x, y, None, "generalized_jsd", 0.3, 0.7, 19, True))
 
 
 def step(kind: str, x: Tensor, y: Tensor, vocab: int, *, everything: bool = False) -> None:

@@ -272,7 +272,7 @@ def test_opcheck(with_entropy):
     logits = normal(ROWS, V).requires_grad_()
     temperatures = torch.tensor([0.5, 1.0, 2.0, 3.0], device=DEVICE)
     labels = K_LABELS.clamp(max=V - 2)
-    torch.library.opcheck(logprobs, (logits, labels, temperatures, 1.0, 3.0, V - 1, with_entropy, True))
+    torch.library.opcheck(logprobs.overload, (logits, labels, temperatures, 1.0, 3.0, V - 1, with_entropy, True))
 
 
 def test_compiled_it_is_one_operation():

@@ -349,7 +349,7 @@ def test_logits_of_any_strides_and_shapes():
 
 def test_opcheck():
     logits, ids = normal(2, 5).requires_grad_(), torch.tensor([-1, 3], device=DEVICE).repeat(2, 1)
-    torch.library.opcheck(topk_op._kept_and_rest, (logits, ids, normal(2).exp(), 1.0, 4, True, True))
+    torch.library.opcheck(topk_op._kept_and_rest.overload, (logits, ids, normal(2).exp(), 1.0, 4, True, True))
 
 
 @pytest.mark.gpu

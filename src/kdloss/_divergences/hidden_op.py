@@ -34,6 +34,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.head import Head, Heads
+from kdloss._softmax.operator import operator
 from kdloss._softmax.whole_rows import rate_of
 
 from .hidden_passes import KernelPairChunks, Options, PairChunk, PairChunks, TorchPairChunks, dtype_of
@@ -72,7 +73,7 @@ def linear_divergence(
     return value
 
 
-@torch.library.custom_op("kdloss::linear_divergence", mutates_args=())
+@operator("linear_divergence")
 def _linear_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -110,32 +111,14 @@ def _linear_divergence(
 
 
 @_linear_divergence.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    loss_mask: Tensor,
-    row_temperature: Tensor | None,
-    softcap: float | None,
-    teacher_softcap: float | None,
-    logit_scale: float,
-    teacher_logit_scale: float,
-    kind: str,
-    omega: float,
-    temperature: float,
-    vocab_size: int,
-    kernels: bool,
-    in_forward: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = _checks.promoted_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    in_forward = others[-1]
+    dtype = _checks.promoted_dtype(hidden, *others[:5])
     out = hidden.new_empty(hidden.shape[0], dtype=dtype)
     return out, hidden.new_empty(hidden.shape if in_forward else (0,), dtype=dtype)
 
 
-@torch.library.custom_op("kdloss::linear_divergence_backward", mutates_args=())
+@operator("linear_divergence_backward")
 def _linear_divergence_backward(
     upstream: Tensor,
     hidden: Tensor,
@@ -186,30 +169,8 @@ def _linear_divergence_backward(
 
 
 @_linear_divergence_backward.register_fake
-def _(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    loss_mask: Tensor,
-    row_temperature: Tensor | None,
-    softcap: float | None,
-    teacher_softcap: float | None,
-    logit_scale: float,
-    teacher_logit_scale: float,
-    kind: str,
-    omega: float,
-    temperature: float,
-    vocab_size: int,
-    kernels: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(_: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs_hidden, needs_weight, needs_bias = others[14:17]
     return (
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),
@@ -225,24 +186,25 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.options = inputs[_TENSORS:-1]
     ctx.in_forward = inputs[-1]
     ctx.hidden_dtype = inputs[0].dtype
-    ctx.save_for_backward(*((output[1],) if ctx.in_forward else inputs[:_TENSORS]))
+    *_, loss_mask, _ = tensors = inputs[:_TENSORS]
+    ctx.save_for_backward(*((output[1], loss_mask) if ctx.in_forward else tensors))
     ctx.set_materialize_grads(False)  # None for the second output is cheaper than zeros (T, D)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = [None] * (_TENSORS - 3 + len(ctx.options) + 1)
     if upstream is None:
-        return None, None, None, *nothing
+        return ()
     if ctx.in_forward:
-        (d_hidden,) = ctx.saved_tensors
-        factor = upstream.unsqueeze(-1)
-        return torch.where(factor == 0, 0, d_hidden * factor).to(ctx.hidden_dtype), None, None, *nothing
+        d_hidden, loss_mask = ctx.saved_tensors
+        # masked, because an incoming NaN or inf at an untrained token, times 0, is NaN
+        factor = torch.where(loss_mask, upstream, 0).unsqueeze(-1)
+        return (torch.where(factor == 0, 0, d_hidden * factor).to(ctx.hidden_dtype),)
     needs = ctx.needs_input_grad[:3]
     found = _linear_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options, *needs)
-    return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *nothing
+    return tuple(x if needed else None for x, needed in zip(found, needs, strict=True))
 
 
-_linear_divergence.register_autograd(_backward, setup_context=_save)
+_linear_divergence.register_autograd(_backward, _save)
 
 
 def sharded_linear_divergence(
@@ -316,7 +278,7 @@ class _ShardedLinearDivergence(torch.autograd.Function):
         return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 8
 
 
-@torch.library.custom_op("kdloss::linear_divergence_slice", mutates_args=())
+@operator("linear_divergence_slice")
 def _linear_divergence_slice(
     hidden: Tensor,
     weight: Tensor,
@@ -349,27 +311,9 @@ def _linear_divergence_slice(
 
 
 @_linear_divergence_slice.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    loss_mask: Tensor,
-    row_temperature: Tensor | None,
-    softcap: float | None,
-    teacher_softcap: float | None,
-    logit_scale: float,
-    teacher_logit_scale: float,
-    kind: str,
-    omega: float,
-    temperature: float,
-    vocab_size: int,
-    kernels: bool,
-    row_state: Tensor | None,
-) -> Tensor:
-    dtype = _checks.promoted_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+def _(hidden: Tensor, *others: Any) -> Tensor:
+    row_state = others[-1]
+    dtype = _checks.promoted_dtype(hidden, *others[:5])
     return hidden.new_empty((hidden.shape[0], 5 if row_state is None else 2), dtype=dtype)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
+from kdloss._softmax.operator import operator
 from kdloss._softmax.rows import all_zero, column, flat_rows, scale_
 from kdloss._softmax.vocabulary import Softmax
 from kdloss._softmax.whole_rows import rate_of
@@ -43,7 +44,7 @@ def divergence(
     return result
 
 
-@torch.library.custom_op("kdloss::divergence", mutates_args=())
+@operator("divergence")
 def _divergence(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -82,16 +83,8 @@ def _divergence(
 
 
 @_divergence.register_fake
-def _(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    row_temperature: Tensor | None,
-    kind: str,
-    omega: float,
-    temperature: float,
-    vocab_size: int,
-    kernels: bool,
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, teacher_logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    kernels = options[-1]
     out = logits.new_empty(logits.shape[:-1], dtype=_checks.promoted_dtype(logits, teacher_logits))
     return out, out.new_empty((5, out.numel()) if kernels else (0,))
 
@@ -119,7 +112,7 @@ def _pairs(
         start = rows.stop
 
 
-@torch.library.custom_op("kdloss::divergence_backward", mutates_args=())
+@operator("divergence_backward")
 def _divergence_backward(
     upstream: Tensor,
     logits: Tensor,
@@ -182,13 +175,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * (2 + len(ctx.options)))
+    return (_divergence_backward(upstream, *ctx.saved_tensors, *ctx.options),)
 
 
-_divergence.register_autograd(_backward, setup_context=_save)
+_divergence.register_autograd(_backward, _save)
 
 
-@torch.library.custom_op("kdloss::divergence_slice", mutates_args=())
+@operator("divergence_slice")
 def _divergence_slice(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -223,17 +216,8 @@ def _divergence_slice(
 
 
 @_divergence_slice.register_fake
-def _(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    row_temperature: Tensor | None,
-    kind: str,
-    omega: float,
-    temperature: float,
-    vocab_size: int,
-    kernels: bool,
-    row_state: Tensor | None,
-) -> Tensor:
+def _(logits: Tensor, teacher_logits: Tensor, *options: Any) -> Tensor:
+    row_state = options[-1]
     dtype = _checks.promoted_dtype(logits, teacher_logits)
     return logits.new_empty((*logits.shape[:-1], 5 if row_state is None else 2), dtype=dtype)
 

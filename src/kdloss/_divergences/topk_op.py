@@ -25,6 +25,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.collectives import gather
 from kdloss._distributed.vocab_shard import VocabShard
+from kdloss._softmax.operator import operator
 from kdloss._softmax.rows import all_zero, column, flat_rows
 from kdloss._softmax.vocabulary import Softmax
 
@@ -52,7 +53,7 @@ def kept_and_rest(
     return kept, rest
 
 
-@torch.library.custom_op("kdloss::kept_and_rest", mutates_args=())
+@operator("kept_and_rest")
 def _kept_and_rest(
     logits: Tensor,
     ids: Tensor,
@@ -94,7 +95,7 @@ def _(logits: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(ids.shape[:-1], dtype=dtype)
 
 
-@torch.library.custom_op("kdloss::kept_and_rest_backward", mutates_args=())
+@operator("kept_and_rest_backward")
 def _kept_and_rest_backward(
     upstream_kept: Tensor,
     upstream_rest: Tensor,
@@ -149,11 +150,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
-    grad = _kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
-    return grad, *(None,) * (2 + len(ctx.options))
+    return (_kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options),)
 
 
-_kept_and_rest.register_autograd(_backward, setup_context=_save)
+_kept_and_rest.register_autograd(_backward, _save)
 
 
 class _ShardedTopk(torch.autograd.Function):

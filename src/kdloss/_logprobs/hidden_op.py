@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._softmax.head import Head
+from kdloss._softmax.operator import operator
 from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, gradient_of
 
 
@@ -42,7 +43,7 @@ _CPU = _Budget(512, 1 << 13, 1 << 23)
 _DEVICE = _Budget(8192, 1 << 15, 1 << 26)
 
 
-@torch.library.custom_op("kdloss::linear_logprobs", mutates_args=())
+@operator("linear_logprobs")
 def linear_logprobs(
     hidden: Tensor,  # (T, D), anything in rows without a label
     weight: Tensor,  # (V, D)
@@ -111,21 +112,9 @@ def linear_logprobs(
 
 @linear_logprobs.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    columns: Tensor,
-    rows: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    vocab_size: int,
-    compact: bool,
-    kernels: bool,
-    with_entropy: bool,
-    store: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, rows: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, vocab_size, _, kernels, with_entropy, store = options
     logp = hidden.new_empty(columns.shape, dtype=_checks.promoted_dtype(hidden, weight, bias))
     maximum = logp.new_empty(columns.shape[0])
     entropy = logp.new_empty(columns.shape[0] if with_entropy else 0)
@@ -139,7 +128,7 @@ def _(
     return logp, entropy, maximum, torch.empty_like(maximum), torch.empty_like(entropy), kept
 
 
-@torch.library.custom_op("kdloss::linear_logprobs_backward", mutates_args=())
+@operator("linear_logprobs_backward")
 def linear_logprobs_backward(
     logp_gradient: Tensor | None,  # (T, K)
     entropy_gradient: Tensor | None,  # (T,)
@@ -224,21 +213,9 @@ def linear_logprobs_backward(
 
 @linear_logprobs_backward.register_fake
 def _(
-    logp_gradient: Tensor | None,
-    entropy_gradient: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    columns: Tensor,
-    rows: Tensor | None,
-    row_temperature: Tensor | None,
-    maximum: Tensor,
-    peak: Tensor,
-    mean: Tensor,
-    kept: Tensor,
-    needs: list[bool],
-    *_: Any,
+    _: Tensor | None, __: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    needs = others[7]
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -259,15 +236,13 @@ def _differentiate(
     if entropy_gradient is not None and entropy_gradient.numel() == 0:
         entropy_gradient = None  # the forward computed no entropy
     if logp_gradient is None and entropy_gradient is None:
-        return (None,) * len(ctx.needs_input_grad)
+        return ()
     needs = list(ctx.needs_input_grad[:3])
     found = linear_logprobs_backward(logp_gradient, entropy_gradient, *ctx.saved_tensors, needs, *ctx.options)
-    return *[x if needed else None for x, needed in zip(found, needs, strict=True)], *(None,) * (
-        len(ctx.needs_input_grad) - 3
-    )
+    return tuple(x if needed else None for x, needed in zip(found, needs, strict=True))
 
 
-linear_logprobs.register_autograd(_differentiate, setup_context=_save)
+linear_logprobs.register_autograd(_differentiate, _save)
 
 
 class _Tile(NamedTuple):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
+from kdloss._softmax.operator import operator
 from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, flat_rows, gradient_of
 
 # Elements of a scratch block, on a CPU per thread: 2 MiB of float32, so that three or four fit the last-level cache. On
@@ -32,7 +33,7 @@ _CPU_BLOCK = 1 << 19
 _DEVICE_BLOCK = 1 << 26
 
 
-@torch.library.custom_op("kdloss::logprobs", mutates_args=())
+@operator("logprobs")
 def logprobs(
     logits: Tensor,  # (..., V)
     # (T, K) int64, with T the product of the leading axes. -100 is ignored; vocab_size marks a label in another shard,
@@ -78,23 +79,15 @@ def _state_of(rows: _RowBlocks, *, with_entropy: bool) -> RowState:
 
 
 @logprobs.register_fake
-def _(
-    logits: Tensor,
-    columns: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
-    with_entropy: bool,
-    kernels: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, columns: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_entropy = options[4]
     rows = columns.shape[0]
     logp = torch.empty(columns.shape, dtype=_checks.promoted_dtype(logits), device=logits.device)
     entropy = logp.new_empty(rows if with_entropy else 0)
     return logp, entropy, logp.new_empty(rows), logp.new_empty(rows), torch.empty_like(entropy)
 
 
-@torch.library.custom_op("kdloss::logprobs_backward", mutates_args=())
+@operator("logprobs_backward")
 def logprobs_backward(
     logp_gradient: Tensor | None,  # (T, K)
     entropy_gradient: Tensor | None,  # (T,)
@@ -187,12 +180,11 @@ def _differentiate(
     if entropy_gradient is not None and entropy_gradient.numel() == 0:
         entropy_gradient = None  # the forward computed no entropy
     if logp_gradient is None and entropy_gradient is None:
-        return (None,) * 8
-    gradient = logprobs_backward(logp_gradient, entropy_gradient, *ctx.saved_tensors, *ctx.options)
-    return gradient, *(None,) * 7
+        return ()
+    return (logprobs_backward(logp_gradient, entropy_gradient, *ctx.saved_tensors, *ctx.options),)
 
 
-logprobs.register_autograd(_differentiate, setup_context=_save)
+logprobs.register_autograd(_differentiate, _save)
 
 
 class _RowBlock(NamedTuple):
