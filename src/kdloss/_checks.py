@@ -12,6 +12,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -256,9 +257,19 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: fl
         raise ValueError(f"{names[2]} must match the rows of {names[1]} ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
+def values_known(x: Tensor) -> bool:
+    """Whether `x` has values: not while a compiler or `torch.func` traces, and not on a fake or meta tensor."""
+    return not (torch.compiler.is_compiling() or inside_torch_func() or x.is_meta or isinstance(x, FakeTensor))
+
+
+def inside_torch_func() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp) is running."""
+    return peek_interpreter_stack() is not None
+
+
 def value_checks_allowed(x: Tensor) -> bool:
     """Whether reading the values of `x` causes no device sync and no graph break."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    return x.device.type == "cpu" and values_known(x)
 
 
 def warn(message: str) -> None:

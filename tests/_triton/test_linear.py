@@ -375,7 +375,9 @@ def test_opcheck():
     given.leaves[0].data[2] = 0  # opcheck compares results, and NaN is not equal to NaN
     options = (None, 0.7, 3.0, 1.2, 36, True, True, True, True)
     rows = (given.labels >= 0).any(-1).nonzero().squeeze(-1)
-    torch.library.opcheck(hidden_op.linear_logprobs.overload, (*given.leaves, given.labels.clamp(max=35), rows, *options))
+    torch.library.opcheck(
+        hidden_op.linear_logprobs.overload, (*given.leaves, given.labels.clamp(max=35), rows, *options)
+    )
 
 
 def step(

@@ -234,7 +234,9 @@ def test_a_label_of_another_shard_acts_through_the_normalisation():
         with poisoned():
             found = _logprobs.logits_op.logprobs_backward(*given)
         torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=0)
-    torch.library.opcheck(_logprobs.logits_op.logprobs_backward.overload, given, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        _logprobs.logits_op.logprobs_backward.overload, given, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 # From hidden states

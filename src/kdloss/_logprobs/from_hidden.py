@@ -215,12 +215,12 @@ def select_rows(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(rows to compute (N,), which include the trained ones; mask (T,) of trained rows that are left out).
 
-    The rows are None under `torch.compile`, where their number is unknown: the operator finds them. Without a bound no
-    row is left out, and the mask is None. If the bound is too small, every trained row is marked as left out, so that a
-    partial result cannot pass unnoticed.
+    The rows are None where their number is unknown, as under `torch.compile`: the operator finds them. Without a bound
+    no row is left out, and the mask is None. If the bound is too small, every trained row is marked as left out, so
+    that a partial result cannot pass unnoticed.
     """
     if max_trained_tokens is None:
-        return (None if torch.compiler.is_compiling() else trained.nonzero().squeeze(-1)), None
+        return (trained.nonzero().squeeze(-1) if _checks.values_known(trained) else None), None
     if isinstance(max_trained_tokens, bool) or not isinstance(max_trained_tokens, int):
         raise TypeError(f"max_trained_tokens must be an int, got {type(max_trained_tokens).__name__}")
     if max_trained_tokens < 0:

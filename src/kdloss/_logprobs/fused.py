@@ -6,7 +6,7 @@ products.
 
     for each chunk of trained rows:
         z = head(h)                            logp, entropy from it
-        l = token_loss(logp, entropy, ...)     and dl / dlogp, dl / dentropy by torch.func.vjp
+        l = token_loss(logp, entropy, ...)     and dl / dlogp, dl / dentropy by autograd
         dz from those,   dh = dz @ w,   dw += dz.T @ h
 
 A chunk is some rows by the whole vocabulary, because the loss of a token needs its complete log-prob; so dw is summed
@@ -20,7 +20,7 @@ in the backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +31,12 @@ from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
 from kdloss._packing.reductions import token_mean
 from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_heads
+from kdloss._softmax.operator import refuse_second_derivative
 from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, label_columns
 
 from .from_hidden import check_head_labels, logprobs_from_hidden, select_rows
 from .fused_passes import Chunks, KernelChunks, TorchChunks, put_back
-
-TokenLoss = Callable[..., Tensor]
+from .token_loss import TokenLoss, UserLoss
 
 # Bytes of a chunk of logits. Each chunk reads and writes all of dw once, so chunks are few and large.
 _CHUNK_BYTES = {"cpu": 1 << 28, "other": 1 << 30}
@@ -86,9 +86,9 @@ def fused_linear_loss(
         {weight}
         labels: (T,) int64. -100 is ignored: log-prob and entropy are 0 there, without gradient.
         token_loss: maps log-probs (t,), entropies (t,) and the same t rows of every token input to losses (t,), by
-            operations that `torch.func` differentiates. It is elementwise: the loss of a token depends only on that
-            token. It is called on some of the tokens at a time. Tensors that it captures get no gradient, and may not
-            be per token: pass those in `token_inputs`.
+            differentiable operations that change nothing in place and draw no random numbers. It is elementwise: the
+            loss of a token depends only on that token. It is called on some of the tokens at a time, and more than
+            once. Tensors that it captures get no gradient, and may not be per token: pass those in `token_inputs`.
         *token_inputs: per-token tensors of any dtype, (T,) or (T, ...), detached; 0-dim tensors and None are passed on.
         loss_mask: (T,) bool, True where a token is trained on.
         normalizer: the denominator, a number or a 0-dim tensor, detached. None: the count of `loss_mask`.
@@ -111,9 +111,10 @@ def fused_linear_loss(
     Raises:
         {TypeError}
         ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
-            run; `token_loss` does not return (t,); or, on the CPU, a label is outside the vocabulary, there are more
-            than `max_trained_tokens`, or the loss of one token moves with another (a sequence-level ratio, a discount):
-            such a loss needs `linear_token_logprobs` and a loss on whole sequences.
+            run; `token_loss` does not return (t,), changes its inputs in place, or fails on some of the tokens; or, on
+            the CPU, a label is outside the vocabulary, there are more than `max_trained_tokens`, two calls of
+            `token_loss` differ, or the loss of one token moves with another (a sequence-level ratio, a discount): such
+            a loss needs `linear_token_logprobs` and a loss on whole sequences.
 
     Example:
         >>> import torch, kdloss
@@ -138,17 +139,18 @@ def fused_linear_loss(
     if labels.shape != shape:
         raise ValueError(f"labels must match the rows of hidden {tuple(shape)}, got {tuple(labels.shape)}")
     inputs = [_token_input(number, x, shape, head.hidden) for number, x in enumerate(token_inputs)]
+    user_loss = UserLoss(token_loss, inputs, math.prod(shape))
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head[:3])
-    if torch.compiler.is_compiling() or not needs_gradient:
-        # a compiler cannot trace the gradient of the user's loss here; without a gradient there is nothing to fuse
-        return _two_steps(heads, labels, token_loss, inputs, loss_mask, normalizer, max_trained_tokens)
+    if not (needs_gradient and _checks.values_known(loss_mask)):
+        # without a gradient there is nothing to fuse; a compiler cannot trace the number of chunks
+        return _two_steps(heads, labels, user_loss, loss_mask, normalizer, max_trained_tokens)
     columns, outside = label_columns(labels, shape, softmax.vocab_size)
     trained = loss_mask.flatten()
     columns = columns.masked_fill(~trained[:, None], IGNORE_INDEX)
     rows, left_out = select_rows(trained, max_trained_tokens, kernels=softmax.kernels)
     assert rows is not None
     logp, entropy, total = _Fused.apply(  # type: ignore[no-untyped-call]
-        *head, softmax, token_loss, inputs, trained, normalizer, columns, outside & trained[:, None], rows
+        *head, softmax, user_loss, trained, normalizer, columns, outside & trained[:, None], rows
     )
     if left_out is not None:
         total = total + torch.where(left_out.any(), torch.nan, 0.0).to(total)
@@ -159,21 +161,21 @@ def fused_linear_loss(
 def _two_steps(
     heads: Heads,
     labels: Tensor,
-    token_loss: TokenLoss,
-    inputs: list[Tensor | None],
+    user_loss: UserLoss,
     loss_mask: Tensor,
     normalizer: float | Tensor | None,
     bound: int | None,
 ) -> FusedLoss:
-    """The same loss from log-probs of all trained tokens, differentiated by autograd."""
+    """The same loss from log-probs of all tokens, with 0 at untrained ones."""
     logp, entropy = logprobs_from_hidden(
         heads, labels, loss_mask=loss_mask, max_trained_tokens=bound, with_entropy=True
     )
-    losses = _losses(token_loss, logp.flatten(), entropy.flatten(), inputs).reshape(logp.shape)
-    loss = token_mean(losses, loss_mask=loss_mask, normalizer=normalizer)
+    mask = loss_mask.flatten()
+    losses = user_loss.attached(logp.flatten(), entropy.flatten())
+    loss = token_mean(losses, loss_mask=mask, normalizer=normalizer)
     # the bound counts tokens of the mask, as in the fused pass: a trained token without a label has a loss too
     if bound is not None:
-        _, left_out = select_rows(loss_mask.flatten(), bound)
+        _, left_out = select_rows(mask, bound)
         assert left_out is not None
         loss = loss + torch.where(left_out.any(), torch.nan, 0.0).to(loss)
     return FusedLoss(loss, logp.detach(), entropy.detach())
@@ -190,48 +192,7 @@ def _token_input(number: int, x: Tensor | None, shape: torch.Size, hidden: Tenso
         return x.detach()
     if x.shape[: len(shape)] != shape:
         raise ValueError(f"{name} must be {tuple(shape)} or {(*shape, '...')}, got {tuple(x.shape)}")
-    return x.detach().reshape(shape.numel(), *x.shape[len(shape) :])
-
-
-def _losses(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> Tensor:
-    """What `token_loss` returns for some tokens, checked to be (n,)."""
-    losses = token_loss(logp, entropy, *inputs)
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"token_loss must return a tensor, got {type(losses).__name__}")
-    if losses.shape != logp.shape:
-        raise ValueError(
-            f"token_loss must return the loss of each of its {logp.shape[0]} tokens, {tuple(logp.shape)}, "
-            f"got {tuple(losses.shape)}; fused_linear_loss reduces them itself"
-        )
-    return losses
-
-
-def _losses_and_gradients(
-    token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None], upstream: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses (n,), and the gradients (n,) of log-probs and entropies under `upstream` (n,)."""
-
-    def losses_of(logp: Tensor, entropy: Tensor) -> Tensor:
-        return _losses(token_loss, logp, entropy, inputs)
-
-    losses, pull = torch.func.vjp(losses_of, logp, entropy)  # type: ignore[misc]
-    return losses, *pull(upstream.to(losses.dtype).expand_as(losses))
-
-
-def _check_elementwise(token_loss: TokenLoss, logp: Tensor, entropy: Tensor, inputs: list[Tensor | None]) -> None:
-    """Raise unless the losses of the first and the last token stay the same when all other tokens change."""
-    losses = _losses(token_loss, logp, entropy, inputs)
-    for row in (0, -1):
-        moved, moved_entropy = logp - 1, entropy + 1
-        moved[row], moved_entropy[row] = logp[row], entropy[row]
-        again = _losses(token_loss, moved, moved_entropy, inputs)[row]
-        if not torch.allclose(again, losses[row], rtol=1e-5, atol=1e-6, equal_nan=True):
-            raise ValueError(
-                "token_loss must be elementwise, but the loss of one token moved with the log-probs of others "
-                f"({float(losses[row]):.6g} became {float(again):.6g}). A loss on whole sequences (a sequence-level "
-                "ratio, a discount, a mean) needs linear_token_logprobs first, then the loss; or pass what is "
-                "sequence-level as a detached token input"
-            )
+    return x.detach().reshape(math.prod(shape), *x.shape[len(shape) :])
 
 
 class _Fused(torch.autograd.Function):
@@ -246,8 +207,7 @@ class _Fused(torch.autograd.Function):
         softcap: float | None,
         logit_scale: float,
         softmax: Softmax,
-        token_loss: TokenLoss,
-        inputs: list[Tensor | None],
+        user_loss: UserLoss,
         mask: Tensor,  # (T,)
         normalizer: float | Tensor | None,
         columns: Tensor,  # (T, 1) inside the vocabulary, or -100
@@ -276,11 +236,10 @@ class _Fused(torch.autograd.Function):
             part = rows[start : start + size]
             chunk, trained = chunks.chunk(part), mask[part]
             chunk_logp = chunk.logp.masked_fill(outside[part].squeeze(-1), torch.nan)
-            chosen = [x if x is None or x.ndim == 0 else x[part] for x in inputs]
-            if start == 0 and part.shape[0] > 1 and _checks.value_checks_allowed(mask):
-                _check_elementwise(token_loss, chunk_logp, chunk.entropy, chosen)
-            upstream = torch.where(trained, unit, 0)
-            chunk_losses, *slopes = _losses_and_gradients(token_loss, chunk_logp, chunk.entropy, chosen, upstream)
+            chunk_loss, upstream = user_loss.at(part), torch.where(trained, unit, 0)
+            chunk_losses, *slopes = chunk_loss.slopes(chunk_logp, chunk.entropy, upstream)
+            if start == 0 and _checks.value_checks_allowed(mask):
+                chunk_loss.check_elementwise(chunk_logp, chunk.entropy, chunk_losses)
             logp[part], entropy[part] = chunk_logp, chunk.entropy
             losses[part] = torch.where(trained, chunk_losses, 0).to(dtype)
 
@@ -300,18 +259,18 @@ class _Fused(torch.autograd.Function):
         return logp, entropy, token_mean(losses, loss_mask=mask, normalizer=count)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _logp: Tensor, _entropy: Tensor, incoming: Tensor) -> tuple[Tensor | None, ...]:
         rows, dhidden, dweight, dbias = ctx.saved_tensors
         shape, dtype = ctx.like[0]
         found: list[Tensor | None] = [None, None, None]
-        if ctx.needs_input_grad[0]:
-            if ctx.shard is None:
-                found[0] = put_back(dhidden, rows, shape[0], dtype, incoming, kernels=ctx.kernels)
-            else:
-                summed = ctx.shard.sum_gradients((dhidden * incoming).to(dtype))
-                found[0] = summed.new_zeros(shape).index_copy_(0, rows, summed)
-        for place, x in ((1, dweight), (2, dbias)):
-            if x is not None:
-                found[place] = torch.mul(x, incoming, out=x.new_empty(x.shape, dtype=ctx.like[place][1]))
-        return *found, *(None,) * 10
+        with torch.no_grad():
+            if ctx.needs_input_grad[0]:
+                if ctx.shard is None:
+                    found[0] = put_back(dhidden, rows, shape[0], dtype, incoming, kernels=ctx.kernels)
+                else:
+                    summed = ctx.shard.sum_gradients((dhidden * incoming).to(dtype))
+                    found[0] = summed.new_zeros(shape).index_copy_(0, rows, summed)
+            for place, x in ((1, dweight), (2, dbias)):
+                if x is not None:
+                    found[place] = torch.mul(x, incoming, out=x.new_empty(x.shape, dtype=ctx.like[place][1]))
+        return *(None if x is None else refuse_second_derivative("fused_linear_loss", x) for x in found), *(None,) * 9

@@ -130,7 +130,8 @@ def _local_head(head: Head, shard: VocabShard | None, side: str) -> tuple[Head, 
 def _flat_and_cast(head: Head) -> Head:
     """The head with hidden states (T, D) and its three tensors cast as autocast casts them, which keeps float64."""
     device = head.hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # autocast does not know the device type `meta`
+    dtype = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
     def cast(x: Tensor) -> Tensor:
         return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)

@@ -95,11 +95,6 @@ def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
         )
 
 
-def inside_torch_func() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, jvp, functionalize) is running."""
-    return _transform() is not None
-
-
 def refuse_second_derivative(name: str, gradient: Tensor) -> Tensor:
     """The gradient itself; where a graph of it is recorded (`create_graph=True`), a gradient through it raises."""
     if not torch.is_grad_enabled():

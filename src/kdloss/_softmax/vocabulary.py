@@ -6,6 +6,7 @@ returns what they compute from. `prepare_heads` in `head.py` does the same for h
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -123,7 +124,7 @@ def true_vocab_size(
 
 def as_columns(labels: Tensor, rows: torch.Size) -> Tensor:
     """Labels (*rows,) or (*rows, K) as (T, K); their values are not checked."""
-    return labels.reshape(rows.numel(), labels.shape[-1] if labels.ndim > len(rows) else 1)
+    return labels.reshape(math.prod(rows), labels.shape[-1] if labels.ndim > len(rows) else 1)
 
 
 def label_columns(labels: Tensor, rows: torch.Size, vocab_size: int) -> tuple[Tensor, Tensor]:
