@@ -72,7 +72,7 @@ class Operator:
         refuse_forward_mode(self._name, *tensors)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return self._below_autograd(keyset, *inputs)
-        if _transform() is TransformType.Grad:
+        if _transform() == TransformType.Grad:
             raise NotImplementedError(
                 f"{self._name} has no gradient inside torch.func (grad, vjp, jacrev, hessian). "
                 f"{_REVERSE}, or {_BY_HAND}"
@@ -87,7 +87,7 @@ class Operator:
 
 def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
     """Raise if one of the tensors has a tangent: it would be dropped."""
-    if forward_ad._current_level < 0 and _transform() is not TransformType.Jvp:
+    if forward_ad._current_level < 0 and _transform() != TransformType.Jvp:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
