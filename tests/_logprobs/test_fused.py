@@ -180,32 +180,117 @@ def test_without_a_gradient_and_under_compile_it_is_the_same_number():
         torch.testing.assert_close(x, y, **CLOSE)
 
 
+def dropout(logp, entropy):
+    return torch.nn.functional.dropout(logp, 0.5)
+
+
+def in_place(logp, entropy):
+    return logp.mul_(2)
+
+
+def in_place_input(logp, entropy, old_logp):
+    return logp * old_logp.exp_()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
         (lambda logp, entropy: logp * logp.mean(), ValueError, "must be elementwise.*linear_token_logprobs first"),
         (lambda logp, entropy: logp.cumsum(0), ValueError, "must be elementwise"),
         (lambda logp, entropy: logp.flip(0).cumsum(0).flip(0), ValueError, "must be elementwise"),
+        (lambda logp, entropy: logp / len(logp), ValueError, "moved with the number or the gradient of others"),
+        (lambda logp, entropy: logp + logp.mean() - logp.mean().detach(), ValueError, "must be elementwise"),
+        (lambda logp, entropy: -logp * (logp == logp.max()), ValueError, "must be elementwise"),
         (lambda logp, entropy: logp.sum(), ValueError, r"token_loss must return the loss of each.*got \(\)"),
         (lambda logp, entropy: 0.5, TypeError, "token_loss must return a tensor, got float"),
+        (lambda logp, entropy: (logp > -1).long(), TypeError, "floating-point dtype, got torch.int64"),
+        (dropout, ValueError, "must be deterministic.*pass them as a token input"),
+        (in_place, ValueError, r"must not change its log-probs in place; return a new tensor, such as 2 \* logp"),
     ],
 )
-def test_a_loss_that_is_not_per_token_is_explained(loss, error, message):
+def test_a_loss_that_is_not_per_token_is_explained(loss, error, message, frozen):
+    hidden, weight = leaves(with_bias=False)
     with pytest.raises(error, match=message):
-        kdloss.fused_linear_loss(*leaves(with_bias=False), LABELS, loss, loss_mask=MASK)
+        kdloss.fused_linear_loss(hidden, weight.detach() if frozen else weight, LABELS, loss, loss_mask=MASK)
+    with torch.no_grad(), pytest.raises(error, match=message):
+        kdloss.fused_linear_loss(hidden, weight, LABELS, loss, loss_mask=MASK)
+
+
+def test_the_ways_out_of_these_errors():
+    given = leaves(with_bias=False)
+    for loss, inputs in (
+        (lambda logp, entropy: 2 * logp, ()),
+        (lambda logp, entropy, kept: logp * kept, ((torch.rand(T) > 0.5).double(),)),
+        (lambda logp, entropy, old_logp: logp * old_logp.exp(), (OLD,)),
+    ):
+        expected, _ = two_steps(*given, LABELS, loss, *inputs, loss_mask=MASK)
+        found = kdloss.fused_linear_loss(*given, LABELS, loss, *inputs, loss_mask=MASK).loss
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_a_token_input_that_is_changed_in_place_is_named():
+    old = OLD.clone()
+    with pytest.raises(ValueError, match=r"must not change token_inputs\[0\] in place"):
+        kdloss.fused_linear_loss(*leaves(with_bias=False), LABELS, in_place_input, old, loss_mask=MASK)
+    assert torch.equal(old, OLD)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_loss_that_depends_on_a_quantile_of_the_batch_is_refused(seed):
+    """Entropies that lie close together or far apart: the quantile moves whichever side a token is on."""
+    hidden, weight = normal(T, D, seed=seed).requires_grad_(), normal(V, D, seed=seed + 1) * (1 + seed % 5)
+
+    def on_forking_tokens(logp, entropy):
+        return torch.where(entropy >= entropy.quantile(0.8), -logp, 0.0)
+
+    with pytest.raises(ValueError, match="must be elementwise"):
+        kdloss.fused_linear_loss(hidden, weight, LABELS, on_forking_tokens, loss_mask=MASK)
+
+
+def test_a_tensor_of_all_tokens_is_a_token_input_and_not_captured():
+    given = leaves(with_bias=False)
+    with pytest.raises(ValueError, match=r"failed on 9 of 13: .*\(9\).*\(13\).*must be a token input"):
+        kdloss.fused_linear_loss(*given, LABELS, lambda logp, entropy: logp * OLD, loss_mask=MASK)
+    found = kdloss.fused_linear_loss(*given, LABELS, lambda logp, entropy, old: logp * old, OLD, loss_mask=MASK).loss
+    expected, _ = two_steps(*given, LABELS, lambda logp, entropy, old: logp * old, OLD, loss_mask=MASK)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+# whether each of hidden states and head is frozen
+@pytest.mark.parametrize("frozen", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_captured_tensor_gets_no_gradient(frozen, compiled):
+    hidden, weight = (x.requires_grad_(not stays) for x, stays in zip(leaves(with_bias=False), frozen, strict=True))
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def call() -> Tensor:
+        loss = lambda logp, entropy: scale * logp + scale.square()  # noqa: E731
+        return kdloss.fused_linear_loss(hidden, weight, LABELS, loss, loss_mask=MASK).loss
+
+    loss = torch.compile(call, fullgraph=True, backend="aot_eager")() if compiled else call()
+    assert loss.requires_grad == (frozen != (True, True))
+    expected, _ = two_steps(hidden, weight, LABELS, lambda logp, entropy: 0.7 * logp + 0.49, loss_mask=MASK)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    if not loss.requires_grad:
+        return
+    loss.backward()
+    assert scale.grad is None or scale.grad == 0
+    expected_of = torch.autograd.grad(expected, [x for x in (hidden, weight) if x.requires_grad])
+    for x, y in zip([x.grad for x in (hidden, weight) if x.requires_grad], expected_of, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
+def test_a_loss_without_gradient_has_a_gradient_of_zero():
+    hidden, weight = leaves(with_bias=False)
+    loss = kdloss.fused_linear_loss(hidden, weight, LABELS, lambda logp, _, old: old, OLD, loss_mask=MASK).loss
+    torch.testing.assert_close(loss.detach(), OLD[MASK].mean(), **CLOSE)
+    assert not any(x.any() for x in torch.autograd.grad(loss, (hidden, weight)))
 
 
 def test_token_inputs_must_be_per_token():
     with pytest.raises(ValueError, match=r"token_inputs\[1\] must be \(13,\) or \(13, '...'\), got \(12,\)"):
         kdloss.fused_linear_loss(*leaves(with_bias=False), LABELS, lambda *x: x[0], OLD, OLD[1:], loss_mask=MASK)
-
-
-def test_a_second_derivative_is_refused():
-    hidden, weight = leaves(with_bias=False)
-    loss = kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *INPUTS, loss_mask=MASK).loss
-    (first,) = torch.autograd.grad(loss**2, hidden, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.square().sum(), hidden)
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])

@@ -1,4 +1,4 @@
-"""Holds compilation: every function in one graph under aot_eager, three under Inductor, value and gradient.
+"""Holds compilation: every function in one graph under aot_eager, three under Inductor, value and gradient; export.
 
 Under aot_eager everything but code generation runs: a graph break, or an operation that functionalization does not
 know, fails here. A host sync does not, so every function also runs on tensors without values. Inductor compiles C++,
@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from cases import TABLE
+import kdloss
+from cases import CU, TABLE, T
 from contract import assert_matches, call, cast, expected_warnings, fields, gradients, public_function, random_upstreams
 
 COMPILED = [(name, variant) for name, entry in TABLE.items() for variant in entry.compiled]
@@ -114,3 +115,76 @@ def test_a_head_without_a_bound_waits_once():
     arguments = TABLE["linear_token_logprobs"].variants["base"]
     with pytest.raises(DynamicOutputShapeException):
         without_values(public_function("linear_token_logprobs"), arguments)
+
+
+# --- meta tensors and export ------------------------------------------------------------------------------------------
+
+
+def fused(hidden, weight, labels, loss_mask):
+    return kdloss.fused_linear_loss(hidden, weight, labels, lambda logp, entropy: -logp * entropy, loss_mask=loss_mask)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in TABLE.items() if entry.gradient != "number"])
+def test_meta_tensors_give_shapes_and_dtypes(name):
+    entry = TABLE[name]
+    for arguments in entry.variants.values():
+        given = cast(arguments, torch.float32, requires_grad=True)
+        on_meta = {k: x.detach().to("meta") if isinstance(x, torch.Tensor) else x for k, x in given.items()}
+        meta = cast(on_meta, torch.float32, requires_grad=True)
+        with expected_warnings(arguments):
+            found, expected = fields(call(public_function(name), meta)), fields(call(public_function(name), given))
+        for part, x in expected.items():
+            assert (found[part].shape, found[part].dtype, found[part].is_meta) == (x.shape, x.dtype, True), part
+        if entry.gradient == "attached" and expected[entry.attached[0]].requires_grad:
+            sum(found[part].sum() for part in entry.attached).backward()
+
+
+def test_meta_tensors_of_the_fused_loss():
+    hidden, weight = torch.empty(5, 3, device="meta", requires_grad=True), torch.empty(7, 3, device="meta")
+    labels, loss_mask = torch.empty(5, dtype=torch.long, device="meta"), torch.empty(5, dtype=torch.bool, device="meta")
+    out = fused(hidden, weight, labels, loss_mask)
+    assert [x.shape for x in out] == [(), (5,), (5,)]
+    out.loss.backward()
+    assert hidden.grad.shape == (5, 3)
+
+
+class Module(torch.nn.Module):
+    """One function with its options fixed."""
+
+    def __init__(self, function, options):
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, tensors):
+        return tuple(fields(self.function(**tensors, **self.options)).values())
+
+
+# `discounted_returns` doubles its steps up to T, so it is a graph for each power of two; what takes `total_tokens` is
+# told T as a number, `length` bounds it, and advantages are per response.
+NOT_DYNAMIC = {"discounted_returns", "unpack", *(name for name, entry in TABLE.items() if "advantages" in name)}
+EXPORTED = {
+    name: (public_function(name), cast(entry.variants["base"], torch.float32))
+    for name, entry in TABLE.items()
+    if name not in NOT_DYNAMIC and {"cu_seqlens", "loss_mask", "labels", "logits"} & {*entry.variants["base"]}
+}
+EXPORTED = {name: case for name, case in EXPORTED.items() if "total_tokens" not in case[1]}
+EXPORTED["fused_linear_loss"] = (fused, cast(TABLE["linear_token_logprobs"].variants["loss_mask"], torch.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_a_dynamic_number_of_tokens(name, strict):
+    function, arguments = EXPORTED[name]
+    tensors = {k: x.contiguous() for k, x in arguments.items() if isinstance(x, torch.Tensor)}
+    tokens = torch.export.Dim("tokens", min=2, max=1000)
+    is_per_token = {k: x.ndim > 0 and x.shape[0] == T for k, x in tensors.items()}
+    shapes = {k: {0: tokens} if dynamic else {} for k, dynamic in is_per_token.items()}
+    module = Module(function, {k: x for k, x in arguments.items() if k not in tensors})
+    exported = torch.export.export(module, (tensors,), dynamic_shapes=(shapes,), strict=strict).module()
+    twice = {k: torch.cat([x, x]) if is_per_token[k] else x for k, x in tensors.items()}
+    if "cu_seqlens" in twice:
+        twice["cu_seqlens"] = torch.cat([CU[:-1], 2 * CU[-1:]])
+    for given in (tensors, twice):
+        for x, y in zip(exported(given), module(given), strict=True):
+            torch.testing.assert_close(x, y, equal_nan=True)

@@ -171,7 +171,11 @@ def _two_steps(
         heads, labels, loss_mask=loss_mask, max_trained_tokens=bound, with_entropy=True
     )
     mask = loss_mask.flatten()
-    losses = user_loss.attached(logp.flatten(), entropy.flatten())
+    flat = logp.flatten(), entropy.flatten()
+    if _checks.value_checks_allowed(mask):
+        rows = mask.nonzero().squeeze(-1)
+        user_loss.at(rows).check_elementwise(*(x.detach()[rows] for x in flat))
+    losses = user_loss.attached(*flat)
     loss = token_mean(losses, loss_mask=mask, normalizer=normalizer)
     # the bound counts tokens of the mask, as in the fused pass: a trained token without a label has a loss too
     if bound is not None:
@@ -239,7 +243,7 @@ class _Fused(torch.autograd.Function):
             chunk_loss, upstream = user_loss.at(part), torch.where(trained, unit, 0)
             chunk_losses, *slopes = chunk_loss.slopes(chunk_logp, chunk.entropy, upstream)
             if start == 0 and _checks.value_checks_allowed(mask):
-                chunk_loss.check_elementwise(chunk_logp, chunk.entropy, chunk_losses)
+                chunk_loss.check_elementwise(chunk_logp, chunk.entropy)
             logp[part], entropy[part] = chunk_logp, chunk.entropy
             losses[part] = torch.where(trained, chunk_losses, 0).to(dtype)
 

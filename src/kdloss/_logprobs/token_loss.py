@@ -16,6 +16,8 @@ from kdloss import _checks
 
 TokenLoss = Callable[..., Tensor]
 
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # new in torch 2.7; bool() is False
+
 _COUPLED = (
     "token_loss must be elementwise, but the loss of one token moved with {others} ({{}} became {{}}). A loss on whole "
     "sequences (a sequence-level ratio, a discount, a mean) needs linear_token_logprobs first, then the loss; or pass "
@@ -43,6 +45,8 @@ class UserLoss(NamedTuple):
         if not logp.requires_grad:
             with torch.no_grad():
                 return self._losses(logp, entropy)
+        if _is_exporting():  # an exported program records no gradient, so it has no part of the loss that is detached
+            return self._losses(logp, entropy)
         found = self.slopes(logp.detach(), entropy.detach(), torch.ones_like(logp))
         return _WithSlopes.apply(logp, entropy, *found)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -63,17 +67,19 @@ class UserLoss(NamedTuple):
             slopes = torch.autograd.grad((losses * upstream).sum(), leaves, materialize_grads=True)
         return losses.detach(), slopes[0], slopes[1]
 
-    def check_elementwise(self, logp: Tensor, entropy: Tensor, losses: Tensor) -> None:
-        """Raise unless `losses` (n,) come again, and the loss of each token depends on that token alone.
+    def check_elementwise(self, logp: Tensor, entropy: Tensor) -> None:
+        """Raise unless two calls agree, and the loss of each token depends on that token alone.
 
         Every second token is computed without the others: its loss and its slopes must stay. Then all tokens but one
         are moved, below and above all others: whatever depends on a mean or a rank moves too.
         """
-        weights = torch.arange(1, len(logp) + 1, dtype=logp.dtype, device=logp.device)  # no two tokens alike
+        if len(logp) == 0:
+            return
+        losses = self._losses(logp, entropy)
+        weights = torch.ones_like(logp)
+        weights[1::2] = 2  # else a gradient that is spread evenly over all tokens would not show
         whole = self.slopes(logp, entropy, weights)
         _check_same(losses, whole[0], _STOCHASTIC)
-        if len(logp) == 1:
-            return
         half = slice(None, None, 2)
         alone = self.at(half).slopes(logp[half], entropy[half], weights[half])
         for expected, found in zip(whole, alone, strict=True):
