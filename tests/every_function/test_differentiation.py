@@ -90,6 +90,23 @@ def test_forward_mode_is_right_or_refused(name):
         torch.testing.assert_close(way(), expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSES)
+def test_forward_mode_is_right_or_refused_under_compile(name):
+    """A compiler has its own formulas for log-probs from logits, and these have a tangent."""
+    torch.compiler.reset()
+    scalar, leaves, directions = objective(name)
+    expected = sum((g * v).sum() for g, v in zip(reverse_gradients(scalar, leaves), directions, strict=True))
+    compiled = torch.compile(
+        lambda *x: torch.func.jvp(scalar, x, tuple(directions))[1], fullgraph=True, backend="aot_eager"
+    )
+    if name in ("token_logprobs", "token_logprobs_and_entropy"):
+        torch.testing.assert_close(compiled(*leaves), expected, rtol=1e-12, atol=1e-14)
+        return
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no tangent in forward mode"):
+        compiled(*leaves)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_torch_func_is_right_or_refused(name):
     scalar, leaves, _ = objective(name)
