@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -454,16 +455,18 @@ def case_compiled(ranks: Ranks) -> None:
             close(x, y, torch.float32, f"call {number}")
 
 
-@on(2, 3)
-def case_one_all_gather(ranks: Ranks) -> None:
-    """Collectives of each path: one forward (two for a mixture), none backward but the sum of dH."""
+Path = tuple[int, int, Callable[[Tensor, Tensor, Tensor], Tensor]]
+
+
+def paths_of(ranks: Ranks) -> tuple[list[Path], list[Tensor]]:
+    """((collectives forward, backward, a call) of each path, logits, hidden states and head for these calls)."""
     shard = kdloss.VocabShard.even(V, ranks.group)
     labels, mask = labels_and_mask(ranks, None)
     logits, teacher = part(ranks.normal(T, V), shard, -1), part(ranks.normal(T, V, seed=9), shard, -1)
     hidden, weight = ranks.normal(T, D), part(ranks.normal(V, D, seed=1), shard, 0)
     ids = torch.arange(3).expand(T, 3)
     heads = {"loss_mask": mask, "shard": shard}
-    paths = [
+    paths: list[Path] = [
         (1, 0, lambda x, h, w: kdloss.token_logprobs(x, labels, shard=shard)),
         (1, 0, lambda x, h, w: sum(kdloss.token_logprobs_and_entropy(x, labels, shard=shard))),
         (1, 1, lambda x, h, w: kdloss.linear_token_logprobs(h, w, labels, **heads)),
@@ -476,11 +479,40 @@ def case_one_all_gather(ranks: Ranks) -> None:
         (1, 1, lambda x, h, w: kdloss.linear_forward_kl(h, w, h + 1, w + 1, **heads)),
         (2, 1, lambda x, h, w: kdloss.linear_generalized_jsd(h, w, h + 1, w + 1, beta=0.5, **heads)),
     ]
+    return paths, [logits, hidden, weight]
+
+
+@on(2, 3)
+def case_one_all_gather(ranks: Ranks) -> None:
+    """Collectives of each path: one forward (two for a mixture), none backward but the sum of dH."""
+    paths, given = paths_of(ranks)
     for number, (forward, backward, call) in enumerate(paths):
-        leaves = [x.clone().requires_grad_() for x in (logits, hidden, weight)]
+        leaves = [x.clone().requires_grad_() for x in given]
         with CommDebugMode() as seen:
             loss = call(*leaves).sum()
         assert seen.get_total_counts() == forward, (number, seen.get_comm_counts())
         with CommDebugMode() as seen:
             loss.backward()
         assert seen.get_total_counts() == backward, (number, seen.get_comm_counts())
+
+
+@on(2)
+def case_what_a_slice_cannot_differentiate_raises(ranks: Ranks) -> None:
+    """Forward mode, `torch.func` and a second derivative, as without a shard; no rank waits for another."""
+    paths, given = paths_of(ranks)
+    for _, _, call in paths:
+
+        def loss(*leaves: Tensor, call: Callable[..., Tensor] = call) -> Tensor:
+            return call(*leaves).sum()
+
+        with pytest.raises(NotImplementedError, match=r"no tangent in forward mode.*Use reverse mode"):
+            torch.func.jvp(loss, tuple(given), tuple(given))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"no tangent in forward mode"):
+            loss(*(forward_ad.make_dual(x, x) for x in given))
+        with pytest.raises(NotImplementedError, match=r"no gradient inside torch\.func.*Use reverse mode"):
+            torch.func.grad(loss, (0, 1, 2))(*given)
+        leaves = [x.clone().requires_grad_() for x in given]
+        value = loss(*leaves)
+        first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+        with pytest.raises(NotImplementedError, match="differentiated once"):
+            (value + sum(x.square().sum() for x in first if x is not None)).backward()

@@ -69,14 +69,9 @@ class Operator:
         # the dispatcher leaves out trailing arguments that equal their defaults
         inputs = (*given, *(default for _, default in self._parameters[len(given) :]))
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        refuse_forward_mode(self._name, *tensors)
+        refuse_transforms(self._name, *tensors)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return self._below_autograd(keyset, *inputs)
-        if _transform() == TransformType.Grad:
-            raise NotImplementedError(
-                f"{self._name} has no gradient inside torch.func (grad, vjp, jacrev, hessian). "
-                f"{_REVERSE}, or {_BY_HAND}"
-            )
         compute = partial(self._below_autograd, keyset)
         return self._differentiable.apply(*inputs, compute)
 
@@ -85,13 +80,18 @@ class Operator:
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 
-def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
-    """Raise if one of the tensors has a tangent: it would be dropped."""
-    if forward_ad._current_level < 0 and _transform() != TransformType.Jvp:
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
+    """Raise if forward mode or `torch.func` differentiates one of the tensors: nothing would arrive."""
+    given, transform = [x for x in tensors if x is not None], _transform()
+    if (forward_ad._current_level >= 0 or transform == TransformType.Jvp) and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in given
+    ):
         raise NotImplementedError(
             f"{name} has no tangent in forward mode (torch.func.jvp, jacfwd, dual numbers). {_REVERSE}, or {_BY_HAND}"
+        )
+    if transform == TransformType.Grad and torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise NotImplementedError(
+            f"{name} has no gradient inside torch.func (grad, vjp, jacrev, hessian). {_REVERSE}, or {_BY_HAND}"
         )
 
 

@@ -17,6 +17,7 @@ from kdloss._distributed.sharded_inputs import vocab_shard
 from kdloss._distributed.vocab_shard import VocabShard
 
 from .backend import takes_triton
+from .operator import refuse_transforms
 
 IGNORE_INDEX = -100
 
@@ -100,6 +101,8 @@ def prepare_logits(
     size = true_vocab_size(vocab_size, widths, shard, teacher_name="teacher_logits")
     tau = _checks.row_temperature("logits", logits, temperature)
     kernels = takes_triton(impl, logits=logits, teacher_logits=teacher_logits)
+    if not torch.compiler.is_compiling():
+        refuse_transforms("a loss of logits", logits)
     return Logits(logits, teacher_logits, Softmax.of(size, tau, shard, kernels=kernels))
 
 
