@@ -347,7 +347,7 @@ def test_float16_gradients_do_not_depend_on_the_size_of_what_comes_in(scale):
         known = kernels.forward(hidden, weight, labels, rows, transform, *temperature, kept, True)[2:]
         state = State(labels, *temperature, *known)
         incoming = given.logp * scale, given.entropy * scale
-        needs = [False, False, True]  # the bias, whose gradient is float32
+        needs = (False, False, True)  # the bias, whose gradient is float32
         return kernels.backward(*incoming, state, hidden, weight, rows, None, transform, kept, needs)[2]
 
     found = weight_gradient(hidden.detach(), weight.detach(), torch.float32) / scale

@@ -142,19 +142,22 @@ def linear_logprobs_backward(
     peak: Tensor,
     mean: Tensor,
     kept: Tensor,
-    needs: list[bool],  # whether hidden, weight and bias need a gradient
     temperature: float,
     softcap: float | None,
     logit_scale: float,
     vocab_size: int,
     compact: bool,  # leave out rows without an incoming gradient, which waits for the device once
     kernels: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias in their dtypes; (0,) for one that is not needed.
 
     The state (maximum, peak, mean) is that of whole rows, of which the head may be a shard. The gradient of a label in
     another shard then goes only through the normalisation, and the gradient of hidden is this shard's share.
     """
+    needs = (needs_hidden, needs_weight, needs_bias)
     wide_dtype = _checks.promoted_dtype(hidden, weight, bias)
     ignored = columns < 0
     g = torch.zeros(columns.shape, dtype=wide_dtype, device=hidden.device) if logp_gradient is None else logp_gradient
@@ -215,7 +218,7 @@ def linear_logprobs_backward(
 def _(
     _: Tensor | None, __: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs = others[7]
+    needs = others[-3:]
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -237,8 +240,8 @@ def _differentiate(
         entropy_gradient = None  # the forward computed no entropy
     if logp_gradient is None and entropy_gradient is None:
         return ()
-    needs = list(ctx.needs_input_grad[:3])
-    found = linear_logprobs_backward(logp_gradient, entropy_gradient, *ctx.saved_tensors, needs, *ctx.options)
+    needs = ctx.needs_input_grad[:3]
+    found = linear_logprobs_backward(logp_gradient, entropy_gradient, *ctx.saved_tensors, *ctx.options, *needs)
     return tuple(x if needed else None for x, needed in zip(found, needs, strict=True))
 
 

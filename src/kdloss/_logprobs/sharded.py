@@ -136,6 +136,6 @@ class _ShardedLinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, logp_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
         incoming = entropy_gradient if ctx.with_entropy else None
-        needs = list(ctx.needs_input_grad[:3])
-        found = linear_logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, needs, *ctx.options)
+        needs = ctx.needs_input_grad[:3]
+        found = linear_logprobs_backward(logp_gradient, incoming, *ctx.saved_tensors, *ctx.options, *needs)
         return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None,) * 7

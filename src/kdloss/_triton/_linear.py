@@ -161,7 +161,7 @@ def backward(
     places: Tensor | None,  # (N,) of those rows in `kept`; None: all of `kept`, in order
     transform: LogitTransform,
     kept: Tensor,  # (M, V) or (0, V)
-    needs: list[bool],  # whether hidden, weight and bias want a gradient
+    needs: tuple[bool, bool, bool],  # whether hidden, weight and bias want a gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden and weight in their dtypes, and of the bias in float32; (0,) for one not wanted."""
     tokens, vocab_size, count = hidden.shape[0], kept.shape[1], rows.shape[0]
