@@ -257,9 +257,9 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: fl
         raise ValueError(f"{names[2]} must match the rows of {names[1]} ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def values_known(x: Tensor) -> bool:
-    """Whether `x` has values: not while a compiler or `torch.func` traces, and not on a fake or meta tensor."""
-    return not (torch.compiler.is_compiling() or inside_torch_func() or x.is_meta or isinstance(x, FakeTensor))
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether operations on `x` run at once: no compiler and no `torch.func` traces them, and `x` is no meta tensor."""
+    return not (torch.compiler.is_compiling() or inside_torch_func() or x.is_meta)
 
 
 def inside_torch_func() -> bool:
@@ -269,7 +269,7 @@ def inside_torch_func() -> bool:
 
 def value_checks_allowed(x: Tensor) -> bool:
     """Whether reading the values of `x` causes no device sync and no graph break."""
-    return x.device.type == "cpu" and values_known(x)
+    return x.device.type == "cpu" and runs_eagerly(x) and not isinstance(x, FakeTensor)
 
 
 def warn(message: str) -> None:

@@ -218,7 +218,7 @@ def sharded_linear_divergence(
     assert teacher is not None
     assert shard is not None
     total, index = loss_mask.shape[0], None
-    if _checks.values_known(loss_mask):  # only values of trained tokens are all-gathered
+    if _checks.runs_eagerly(loss_mask):  # only values of trained tokens are all-gathered
         index = loss_mask.nonzero().squeeze(-1)
         student = student._replace(hidden=student.hidden.index_select(0, index))
         teacher = teacher._replace(hidden=teacher.hidden.index_select(0, index))

@@ -220,7 +220,7 @@ def select_rows(
     that a partial result cannot pass unnoticed.
     """
     if max_trained_tokens is None:
-        return (trained.nonzero().squeeze(-1) if _checks.values_known(trained) else None), None
+        return (trained.nonzero().squeeze(-1) if _checks.runs_eagerly(trained) else None), None
     if isinstance(max_trained_tokens, bool) or not isinstance(max_trained_tokens, int):
         raise TypeError(f"max_trained_tokens must be an int, got {type(max_trained_tokens).__name__}")
     if max_trained_tokens < 0:

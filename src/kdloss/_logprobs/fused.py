@@ -141,7 +141,7 @@ def fused_linear_loss(
     inputs = [_token_input(number, x, shape, head.hidden) for number, x in enumerate(token_inputs)]
     user_loss = UserLoss(token_loss, inputs, math.prod(shape))
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head[:3])
-    if not (needs_gradient and _checks.values_known(loss_mask)):
+    if not (needs_gradient and _checks.runs_eagerly(loss_mask)):
         # without a gradient there is nothing to fuse; a compiler cannot trace the number of chunks
         return _two_steps(heads, labels, user_loss, loss_mask, normalizer, max_trained_tokens)
     columns, outside = label_columns(labels, shape, softmax.vocab_size)

@@ -52,7 +52,7 @@ class UserLoss(NamedTuple):
 
     def slopes(self, logp: Tensor, entropy: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The losses (n,), and the gradients (n,) of log-probs and entropies under `upstream` (n,); all detached."""
-        if not _checks.values_known(logp):  # a compiler traces the gradient only through torch.func
+        if not _checks.runs_eagerly(logp):  # a compiler traces the gradient only through torch.func
             found, pull = torch.func.vjp(self._losses, logp, entropy)  # type: ignore[misc]
             of_logp, of_entropy = pull(upstream.to(found.dtype))
             return found.detach(), of_logp.detach(), of_entropy.detach()
