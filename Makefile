@@ -10,11 +10,15 @@
 ## PYTHON: the interpreter that .venv is made with: make check PYTHON=python3.12
 ## ARGS: passed on to the tool behind demo, test*, bench, gpu and fuzz: make test-fast ARGS="-k kl_k3"
 ## EXAMPLES: number of examples for make fuzz, 100000 by default: make fuzz EXAMPLES=5000
+## COMPAT: environments for make compat, oldest and newest by default; PYTHON_oldest and PYTHON_newest are their interpreters
 ## TRAINERS: trainers for make test-trainers, all by default: make test-trainers TRAINERS="trl verl"
 
 PYTHON ?= python3
 ARGS ?=
 EXAMPLES ?= 100000
+COMPAT ?= oldest newest
+PYTHON_oldest ?= python3.10
+PYTHON_newest ?= python3.13
 TRAINERS ?= $(sort $(patsubst tests/trainers/%/requirements.txt,%,$(wildcard tests/trainers/*/requirements.txt)))
 
 VENV := .venv
@@ -24,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench check demo format fuzz gpu test test-fast test-trainers
+.PHONY: help bench check compat demo format fuzz gpu test test-fast test-trainers
 
 help:  ## List the targets and their variables
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +64,12 @@ test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the t
 	        tests/trainers/test_*.py tests/trainers/$$trainer $(ARGS); \
 	done
 
+# An environment of another torch takes 6 GB. ruff and mypy run in .venv alone.
+compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests on the oldest and the newest torch, Python 3.10 and 3.13
+	@set -e; for name in $(COMPAT); do echo "compat: $$name"; \
+	    .venv-$$name/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS); \
+	done
+
 bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, in benchmarks/results/; ARGS="--quick" takes a minute
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -89,6 +99,13 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
 $(VENV)/peers.stamp: benchmarks/peers.txt $(VENV)/torch.stamp
 	@echo "$(VENV): peers"
 	@$(PIP) install --constraint constraints.txt --requirement benchmarks/peers.txt
+	@touch $@
+
+.venv-%/compat.stamp: tests/compat/%.txt pyproject.toml
+	@echo ".venv-$*"
+	@$(PYTHON_$*) -m venv --clear .venv-$*
+	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement $<
+	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --editable .
 	@touch $@
 
 # requirements.txt lists every package of the environment, so nothing is resolved, except that torch, installed first and

@@ -353,6 +353,7 @@ def test_on_a_gpu_the_benchmarks_time_the_kernels(entropy):
 OBSTACLES = {
     "float64": ({}, torch.float64, "takes float32, bfloat16 and float16, got logits in torch.float64"),
     "no triton": ({"_installed": False}, torch.float32, "needs the package triton, but it is not installed"),
+    "an old triton": ({"_version": (3, 2)}, torch.float32, "needs triton 3.6, but 3.2 is installed"),
 }
 
 

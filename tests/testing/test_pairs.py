@@ -32,7 +32,7 @@ def test_a_call_with_the_arguments_of_the_other_is_refused():
     assert reference.forward_kl_grad(row, row, upstream=[1.0]).tolist() == [[0.0, 0.0]]
     with pytest.raises(TypeError, match="unexpected keyword argument 'upstream'"):
         reference.forward_kl(row, row, upstream=[1.0])
-    with pytest.raises(TypeError, match="missing a required argument: 'upstream'"):
+    with pytest.raises(TypeError, match=r"missing a required (keyword-only )?argument: 'upstream'"):
         reference.forward_kl_grad(row, row)
-    with pytest.raises(TypeError, match="missing a required argument: 'loss_mask'"):
+    with pytest.raises(TypeError, match=r"missing a required (keyword-only )?argument: 'loss_mask'"):
         reference.kdrl_loss([0.0], None, [0.0], [0.0])

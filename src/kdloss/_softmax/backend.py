@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -20,6 +22,19 @@ CHOICES = ("auto", "torch", "triton")
 
 _log = logging.getLogger("kdloss")
 _installed = importlib.util.find_spec("triton") is not None
+
+
+def _version_of_triton() -> tuple[int, int]:
+    """Major and minor version of the package, under each name that it comes by."""
+    for package in ("triton", "triton-windows", "pytorch-triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            major, minor, *_ = importlib.metadata.version(package).split(".")
+            return int(major), int(minor)
+    return _OLDEST  # a build without metadata
+
+
+_OLDEST = (3, 6)  # with 3.2, which torch 2.6 brings, tests of the kernels fail
+_version = _version_of_triton()
 # Triton's switch for its interpreter, which runs kernels on CPU tensors, for tests. Read on import, as Triton does.
 _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
@@ -54,6 +69,9 @@ def _obstacle(inputs: dict[str, Tensor]) -> str | None:
             return f"needs CUDA tensors, got {name} on {x.device}"
     if not _installed:
         return 'needs the package triton, but it is not installed: pip install "kdloss[triton]"'
+    if _version < _OLDEST:
+        oldest, came = (f"{major}.{minor}" for major, minor in (_OLDEST, _version))
+        return f"needs triton {oldest}, but {came} is installed; torch 2.10 and newer bring it"
     if torch.version.hip is not None:
         return "is for NVIDIA GPUs, but this torch is a build for ROCm"
     if torch.cuda.is_available():

@@ -274,7 +274,9 @@ def reverse_kl(
         distill_loss_weight=1.0,
         kd_reward_clip=clip,
     )
-    value = -kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=mask, clip=clip)
+    # One float32 rounding inside the bound: verl clamps to the bound, where the clamp of torch 2.14 has no gradient.
+    inside = None if clip is None else clip * (1 - 2**-23)
+    value = -kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=mask, clip=inside)
     metric = _require(module="verl.utils.metric")
     size = metric.Metric(metric.AggregationType.MEAN, kdloss.token_mean(value.abs(), loss_mask=mask))
     # an infinite loss is kept as it is, because inf - inf is NaN
