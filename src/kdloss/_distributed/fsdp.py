@@ -37,7 +37,7 @@ def gradient_divisor(root: nn.Module, parameter: Tensor) -> float | None:
     for group in _parameter_groups(root):
         for held in group.fsdp_params:
             if held.sharded_param is parameter:
-                mesh = parameter.device_mesh  # type: ignore[attr-defined]
+                mesh = parameter.device_mesh
                 ranks = held.mesh_info.mesh.size()
                 factor: float | None = group.gradient_divide_factor
                 return None if mesh.size() != ranks else ranks if factor is None else factor
@@ -46,9 +46,9 @@ def gradient_divisor(root: nn.Module, parameter: Tensor) -> float | None:
 
 def _parameter_groups(root: nn.Module) -> Iterator[Any]:
     """The groups of parameters that FSDP2 gathers and reduces together."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in root.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: then nothing is sharded
+    for module in root.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
             state: Any = module._get_fsdp_state()
             if hasattr(state, "_fsdp_param_groups"):
                 yield from state._fsdp_param_groups

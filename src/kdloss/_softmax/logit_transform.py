@@ -60,8 +60,7 @@ def logit_transform(model: nn.Module, head: nn.Module, vocab_size: int) -> Logit
     half = torch.finfo(seen[0]).eps > _TOLERANCE
     if not torch.allclose(found, expected, rtol=_TOLERANCE, atol=1e-12) or (half and scale != 1):
         raise ValueError("they are not softcap(scale * logits) for any scale and softcap")
-    near_one = abs(scale - 1) <= _TOLERANCE
-    return LogitTransform(softcap, 1.0 if near_one else float(f"{scale:.12g}"))
+    return LogitTransform(softcap, 1.0 if abs(scale - 1) <= _TOLERANCE else scale)
 
 
 def _forward(
@@ -79,8 +78,8 @@ def _forward(
         names[0]: _StandIn(head, give_logits),
         backbone: _StandIn(model.get_submodule(backbone), give_hidden),
     }
-    forward: Any = model.__dict__.get("forward", type(model).forward)
-    if hasattr(forward, "__wrapped__") and not hasattr(forward, "__func__") and "forward" in model.__dict__:
+    forward: Any = vars(model).get("_old_forward") or vars(model).get("forward") or type(model).forward
+    if "forward" in vars(model) and not isinstance(forward, MethodType):  # `_old_forward`: accelerate's, of device_map
         raise ValueError("its forward was replaced")
     ids = torch.zeros(1, len(_ROWS), dtype=torch.int64, device="cpu")
     try:

@@ -7,18 +7,20 @@ not known to be `hidden @ weight.T + bias` is compared with it on two rows, and 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdloss import _checks
 from kdloss._distributed.fsdp import gathered, gradient_divisor
 from kdloss._distributed.vocab_shard import is_dtensor
 
 from .logit_transform import LogitTransform, logit_transform
 
+# What every error of this file expects, and the way out that always works.
+_MUST = "module must make its logits as hidden @ weight.T + bias"
 _FROM_LOGITS = "take log-probs from the model's own logits with token_logprobs"
 
 
@@ -44,38 +46,36 @@ def output_head(module: nn.Module) -> OutputHead:
 
     logits = softcap(logit_scale * (hidden @ weight.T + bias))
 
-    The result is of this moment: call it again after every optimizer step, and after the model's forward.
+    Call it after the model's forward, once for every backward: `weight` and `bias` are part of that graph.
 
-    - A whole model of transformers, also one that PEFT wraps: its head, and what its `forward` does to the logits. The
-      `forward` of its class runs once, on stand-ins for its backbone and its head, and is measured. `hidden` are the last
-      hidden states of its backbone, and `weight` is the embedding's where the two are tied.
-    - A head alone: `torch.nn.Linear`, an embedding that is tied to the head, or any module with `weight` and
-      perhaps `bias`. It does not know a scale or a softcap, so they are 1 and None. A module of another class or with
-      forward hooks runs once on two rows, and is refused if it is not `hidden @ weight.T + bias`.
-    - LoRA and DoRA of PEFT, merged or not, several at a time: `weight` is that of the base and the active adapters, (V, D)
-      in the wider of their dtypes, and the gradient reaches the adapters. Likewise `modules_to_save`, and
-      `torch.nn.utils.parametrize`.
-    - FSDP2 (`fully_shard`): a sharded weight is gathered in the dtype of its shards. Backward, the gradients of the
-      ranks are reduced to the shards as FSDP2 reduces those of the forward: their mean, unless
-      `set_gradient_divide_factor` says otherwise. Every rank must call it, and run the backward. A weight that FSDP2
-      holds gathered at the moment is returned as it is, and FSDP2 reduces its gradient.
-    - `torch.compile` and DDP wrappers are looked through.
+    - A whole model of transformers, also inside PEFT, DDP or `torch.compile`: its head, and what its `forward` does to
+      the logits. That `forward` runs once, with stand-ins for backbone and head, so that scale and softcap are measured
+      and not guessed. `hidden` are the last hidden states of the backbone. A tied head is the weight of the embedding.
+    - A head alone: a `torch.nn.Linear`, an embedding that is tied to the head, or any module with a `weight` and
+      perhaps a `bias`. Scale and softcap of the model are unknown to it, so they are 1 and None. A module of another
+      class, or with forward hooks, runs once on two rows, and is refused if it is not `hidden @ weight.T + bias`.
+    - LoRA and DoRA of PEFT: the weight of the base with its active adapters, a (V, D) tensor in the wider of their
+      dtypes. The gradient reaches the adapters. `modules_to_save` and `torch.nn.utils.parametrize` work likewise.
+    - FSDP2 (`fully_shard`): a sharded weight is gathered, in the dtype of its shards, so every rank calls this and runs
+      the backward. The gradients of the ranks are reduced to the shards as FSDP2 reduces others: to their mean, unless
+      `set_gradient_divide_factor` says otherwise. A weight that is gathered already is returned as it is, and FSDP2
+      reduces its gradient.
 
     Args:
-        module: a whole model that has `get_output_embeddings`, or a head.
+        module: a whole model that has `get_output_embeddings`, or its head.
 
     Returns:
         `OutputHead`. Unpack it: `weight, bias, softcap, logit_scale = output_head(model)`.
 
     Expected gradient:
-        That of the module's own forward, for every parameter that makes `weight` and `bias`. DoRA's norm is a constant in
-        it, as in PEFT. DDP does not average it: like every parameter that is used outside its forward.
+        That of the module's own forward, for every parameter that makes `weight` and `bias`. The norm in DoRA is a
+        constant, as in PEFT.
 
     Raises:
-        TypeError: `module` is not a `torch.nn.Module`, or its weight is quantised.
-        ValueError: `module` is not expressed by a weight and a bias (LoRA dropout in training mode, other adapters, hooks or
-            a `forward` that change the logits), its parameters are flattened (FSDP1) or split by tensor parallelism,
-            or the transform of the logits cannot be found. Each error says what to do.
+        TypeError: `module` is no `torch.nn.Module`, or its weight is quantized.
+        ValueError: no weight and bias express the module (LoRA dropout in training mode, other adapters, hooks or a
+            `forward` that change the output), its parameters are flattened (FSDP1) or split by tensor parallelism, or
+            its logits are not scaled and capped. Each error says what to do.
 
     Example:
         >>> import torch, kdloss
@@ -102,9 +102,9 @@ def output_head(module: nn.Module) -> OutputHead:
             transform = logit_transform(root, module, weight.shape[0])
         except ValueError as error:
             raise ValueError(
-                f"module must make its logits from its head by a scale and a softcap, got {type(root).__name__}: {error}. "
-                "Pass its head, output_head(model.get_output_embeddings()), with the softcap and the logit_scale with which "
-                f"linear_token_logprobs equals token_logprobs of the model's own logits; or {_FROM_LOGITS}"
+                f"module must scale and cap the logits of its head, got {type(root).__name__}: {error}; pass its head, "
+                "output_head(model.get_output_embeddings()), and set the softcap and logit_scale for which "
+                f"linear_token_logprobs equals token_logprobs of the model's own logits, or {_FROM_LOGITS}"
             ) from error
     weight, bias = _whole(root, module, weight, bias)
     return OutputHead(weight, bias, *transform)
@@ -112,10 +112,9 @@ def output_head(module: nn.Module) -> OutputHead:
 
 # Wrappers that change neither the parameters nor the values of the module inside: where each class is, once its package
 # is imported, and how to get the module. Importing the packages would take seconds.
-_WRAPPERS = (
+_WRAPPERS: tuple[tuple[str, str, Callable[[Any], nn.Module]], ...] = (
     ("torch._dynamo", "OptimizedModule", lambda wrapper: wrapper._orig_mod),
     ("torch.nn.parallel", "DistributedDataParallel", lambda wrapper: wrapper.module),
-    ("torch.nn.parallel", "DataParallel", lambda wrapper: wrapper.module),
     ("peft", "PeftModel", lambda wrapper: wrapper.get_base_model()),
 )
 
@@ -162,19 +161,19 @@ def _own(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     name = type(module).__name__
     if not isinstance(weight, Tensor):
         raise ValueError(
-            f"module must be a head with a weight (V, D), or have get_output_embeddings, got {name}, which has neither: "
-            f"pass the module that makes the logits, such as output_head(model.lm_head); or {_FROM_LOGITS}"
+            f"module must have a weight (V, D), or get_output_embeddings(), got {name}: pass the module that makes the "
+            f"logits, such as output_head(model.lm_head), or {_FROM_LOGITS}"
         )
     wrapped = not is_dtensor(weight) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight)
     if wrapped or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         raise TypeError(
-            f"module must have a floating-point weight, got {name} with {type(weight).__name__} in {weight.dtype}: load its "
-            f"head without quantization; or {_FROM_LOGITS}"
+            f"module must have a floating-point weight, got {name} with {type(weight).__name__} in {weight.dtype}: "
+            f"load the head without quantization, or {_FROM_LOGITS}"
         )
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
-            f"module must have a weight (V, D), got {name} with {tuple(weight.shape)}. Where FSDP1 or DeepSpeed ZeRO-3 keeps "
-            "its parameters in parts, call the loss inside the forward of the wrapped module"
+            f"module must have a weight (V, D), got {name} with {tuple(weight.shape)}: under FSDP1 or ZeRO-3, call "
+            f"the loss inside the forward of the wrapped module, or {_FROM_LOGITS}"
         )
     return weight, bias if isinstance(bias, Tensor) else None
 
@@ -192,7 +191,7 @@ def _with_adapters(layer: Any) -> tuple[Tensor, Tensor | None]:
     weight, bias = _weight_and_bias(layer.base_layer)
     if layer.disable_adapters and layer.merged:
         raise ValueError(
-            "module must not have merged adapters that are disabled, got LoRA: its forward would unmerge them; call "
+            "module must not have disabled adapters that are merged, got LoRA, whose forward would unmerge them: call "
             "unmerge_adapter() of the PEFT model"
         )
     if layer.disable_adapters or layer.merged:  # merged adapters are in the weight of the base
@@ -204,15 +203,13 @@ def _with_adapters(layer: Any) -> tuple[Tensor, Tensor | None]:
         variant = layer.lora_variant.get(name)
         if variant is not None and type(variant).__name__ != "DoraLinearVariant":
             raise ValueError(
-                f"module must be a layer of LoRA or DoRA, got the variant {type(variant).__name__} in adapter {name!r}: "
-                f"{_FROM_LOGITS}"
+                f"{_MUST}, with LoRA or DoRA, got {type(variant).__name__} in its adapter {name!r}: {_FROM_LOGITS}"
             )
         dropout = layer.lora_dropout[name]
         if dropout.training and getattr(dropout, "p", 0.0) > 0:
             raise ValueError(
-                f"module must not drop out inputs of its adapter {name!r}, which no weight expresses, got lora_dropout="
-                f"{dropout.p} in training mode: call eval() on the head, which leaves its gradient, or set lora_dropout=0; "
-                f"or {_FROM_LOGITS}"
+                f"{_MUST}, got lora_dropout={dropout.p} of its adapter {name!r} in training mode: call eval() on "
+                f"the head, which keeps its gradient, or set lora_dropout=0, or {_FROM_LOGITS}"
             )
         delta = layer.get_delta_weight(name)
         weight = weight + delta
@@ -239,20 +236,16 @@ def _runs_as_its_class_does(module: nn.Module) -> bool:
 
 
 def _compare(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Refuse a module that is not `hidden @ weight.T + bias` on two rows, or that has trainable parameters beside them."""
-    name = type(module).__name__
-    way_out = f"pass the module that does, or {_FROM_LOGITS}"
+    """Refuse a module that is not `hidden @ weight.T + bias` on two rows, or that trains other parameters."""
+    must, way_out = f"{_MUST}, got {type(module).__name__}", f"pass the module that does, or {_FROM_LOGITS}"
     if torch.is_grad_enabled():
         makers = _leaves(weight, bias)
         others = [key for key, x in module.named_parameters() if x.requires_grad and id(x) not in makers]
         if others:
-            raise ValueError(
-                f"module must multiply with its weight and add its bias, got {name}, whose parameters {', '.join(others)} "
-                f"would get no gradient: {way_out}"
-            )
+            raise ValueError(f"{must}, whose parameters {', '.join(others)} are in neither: {way_out}")
     if is_dtensor(weight) or weight.device.type == "meta":
         raise ValueError(
-            f"module must be a torch.nn.Linear where its weight is sharded or on the device meta, got {name}: {way_out}"
+            f"{must}, which cannot be compared with that while its weight is sharded or on the device meta: {way_out}"
         )
     rows = torch.sin(torch.arange(1, 2 * weight.shape[1] + 1, dtype=torch.float32, device=weight.device))
     rows = rows.reshape(2, -1).to(weight.dtype)
@@ -263,14 +256,10 @@ def _compare(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
             off = float((found - expected).abs().max() / expected.abs().max())
         except Exception as error:
             raise ValueError(
-                f"module must multiply with its weight and add its bias, got {name}, which does not run on (2, D) hidden "
-                f"states: {type(error).__name__}: {error}; {way_out}"
+                f"{must}, which does not run on hidden states (2, D), {type(error).__name__}: {error}: {way_out}"
             ) from error
     if not off <= max(1e-5, 2 * torch.finfo(weight.dtype).eps):
-        raise ValueError(
-            f"module must multiply with its weight and add its bias, got {name}, whose output differs from that by "
-            f"{off:.2g} of the largest logit: {way_out}"
-        )
+        raise ValueError(f"{must}, whose output differs from that by {off:.2g} of the largest logit: {way_out}")
 
 
 def _leaves(*tensors: Tensor | None) -> set[int]:
@@ -293,10 +282,11 @@ def _whole(root: nn.Module, module: nn.Module, weight: Tensor, bias: Tensor | No
         return weight, bias
     divisors = {gradient_divisor(root, x) for x in module.parameters() if is_dtensor(x)}
     if len(divisors) != 1 or None in divisors:
+        placements = weight.placements  # type: ignore[attr-defined]
         raise ValueError(
-            f"module must hold the shards of fully_shard (FSDP2), got {type(module).__name__} with a DTensor weight placed "
-            f"{weight.placements}. Under FSDP2, pass the whole model, or call fully_shard on the head itself, or "  # type: ignore[attr-defined]
-            "call the loss inside the model's forward. Under tensor parallelism, call the loss with weight=head.weight and "
+            f"module must hold the shards of fully_shard, got {type(module).__name__}, whose weight is placed "
+            f"{placements}. Under FSDP2, pass the whole model, or call fully_shard on the head too, or call the loss "
+            "inside the model's forward. Under tensor parallelism, pass head.weight to the loss, with "
             "shard=VocabShard.from_dtensor(head.weight)"
         )
     (divisor,) = divisors
