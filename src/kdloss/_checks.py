@@ -48,8 +48,8 @@ def floating(**arguments: Tensor | None) -> None:
             raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}{hint}")
         if x.dtype.itemsize < 2:
             raise TypeError(
-                f"{name} must have a floating-point dtype of two bytes or more, got {x.dtype}, whose scale is a tensor of its "
-                f"own; pass {name}.bfloat16() * scale"
+                f"{name} must have a floating-point dtype of two bytes or more, got {x.dtype}, whose scale is missing; "
+                f"pass {name}.bfloat16() * scale"
             )
 
 

@@ -130,11 +130,6 @@ def scaled():
     return head
 
 
-def old_weight_norm():
-    with pytest.warns(FutureWarning, match="weight_norm"):
-        return torch.nn.utils.weight_norm(nn.Linear(D, V))
-
-
 def float8():
     head = nn.Linear(D, V, bias=False)
     head.weight = nn.Parameter(head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
@@ -171,7 +166,6 @@ REFUSED = {
         f"{MUST}Other, which does not run on hidden states (2, D), AttributeError",
     ),
     "another class on meta": (lambda: Other(plain).to("meta"), f"{MUST}Other, which cannot be compared"),
-    "the old weight_norm": (old_weight_norm, f"{MUST}Linear, whose parameters weight_g, weight_v are in neither"),
     "no weight": (lambda: nn.Sequential(nn.Linear(D, V)), "module must have a weight (V, D), or get_output_embed..."),
     "float8": (float8, "module must have a floating-point weight, got Linear with Parameter in torch.float8_e4m3fn"),
     "int8": (integers, "module must have a floating-point weight, got Linear with Parameter in torch.int8"),
