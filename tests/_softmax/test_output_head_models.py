@@ -85,14 +85,15 @@ def assert_like_its_own_logits(model):
     found, own = both(model)
     torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
     trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    if not trained:  # a disabled adapter
+        return set()
     ours, expected = (
         torch.autograd.grad(logp.square().sum(), list(trained.values()), retain_graph=True, allow_unused=True)
         for logp in (found, own)
     )
     for name, a, b in zip(trained, ours, expected, strict=True):
         assert (a is None) == (b is None), name
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert a is None or (a - b).norm() <= 1e-5 * b.norm() + 1e-6, name
     return {name for name, x in zip(trained, ours, strict=True) if x is not None and x.any()}
 
 
