@@ -85,7 +85,8 @@ def assert_like_its_own_logits(model):
     found, own = both(model)
     torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
     trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
-    if not trained:  # a disabled adapter
+    if not (trained and own.requires_grad):  # the adapters are disabled, or merged
+        assert not (trained and found.requires_grad)
         return set()
     ours, expected = (
         torch.autograd.grad(logp.square().sum(), list(trained.values()), retain_graph=True, allow_unused=True)
@@ -93,7 +94,7 @@ def assert_like_its_own_logits(model):
     )
     for name, a, b in zip(trained, ours, expected, strict=True):
         assert (a is None) == (b is None), name
-        assert a is None or (a - b).norm() <= 1e-5 * b.norm() + 1e-6, name
+        assert a is None or (a - b).norm() <= 5e-5 * b.norm() + 1e-6, name
     return {name for name, x in zip(trained, ours, strict=True) if x is not None and x.any()}
 
 
