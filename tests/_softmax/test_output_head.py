@@ -169,7 +169,10 @@ REFUSED = {
     "no weight": (lambda: nn.Sequential(nn.Linear(D, V)), "module must have a weight (V, D), or get_output_embed..."),
     "float8": (float8, "module must have a floating-point weight, got Linear with Parameter in torch.float8_e4m3fn"),
     "int8": (integers, "module must have a floating-point weight, got Linear with Parameter in torch.int8"),
-    "a flattened weight": (flattened, "module must have a weight (V, D), got Linear with (66,): under FSDP1 or ZeRO-3"),
+    "a flattened weight": (
+        flattened,
+        "module must hold a weight (V, D), got Linear with (66,), split or freed: under FSDP1",
+    ),
 }
 
 

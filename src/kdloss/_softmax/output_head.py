@@ -170,10 +170,11 @@ def _own(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"module must have a floating-point weight, got {name} with {type(weight).__name__} in {weight.dtype}: "
             f"load the head without quantization, or {_FROM_LOGITS}"
         )
-    if weight.ndim != 2 or weight.numel() == 0:
+    # FSDP1 leaves a view of storage that it has freed
+    if weight.ndim != 2 or weight.numel() == 0 or not (is_dtensor(weight) or weight.untyped_storage().size()):
         raise ValueError(
-            f"module must have a weight (V, D), got {name} with {tuple(weight.shape)}: under FSDP1 or ZeRO-3, call "
-            f"the loss inside the forward of the wrapped module, or {_FROM_LOGITS}"
+            f"module must hold a weight (V, D), got {name} with {tuple(weight.shape)}, split or freed: under FSDP1 or "
+            f"ZeRO-3, call the loss inside the forward of the wrapped module, or {_FROM_LOGITS}"
         )
     return weight, bias if isinstance(bias, Tensor) else None
 
