@@ -23,7 +23,8 @@ from contract import call, public_function
 TESTS = Path(__file__).parents[1]
 ADVICE = re.compile(
     r"(?:^|[;:,(.] |\b(?:or|there|tokens) )(?:they are per token: |under \w+, )?"
-    r"(?:pass|use|call|convert|set|unset|expand|flatten|write|load|pad|put|take|let|have|leave|divide|train|score|pip)\b",
+    r"(?:pass|use|call|convert|set|unset|expand|flatten|write|load|pad|put|take|let|have|leave it|divide|train"
+    r"|score)\b",
     re.IGNORECASE,
 )
 HERE = "every_function/test_advice.py"
@@ -52,7 +53,7 @@ FOLLOWED = {
     "pass what is sequence-level": (HERE, "test_a_coupled_loss_becomes_two_steps_or_an_input", "mean.detach()"),
     "leave it out to distill": (HERE, "test_a_direct_penalty_is_left_out", "kdloss.kdrl_loss(*inputs, **options)"),
     "under FSDP2, use kdloss.output_head": (SHARDED, "loss", "kdloss.output_head(head)"),
-    "pad them, labels with -100": ("scale_out/cases_vocabulary.py", "", "-100"),
+    "pad them, labels with -100": ("scale_out/cases_vocabulary.py", "case_dtensors_of_two_dimensions", ", -100)"),
     # output_head
     "which flattens them: call the loss": ("scale_out/cases_models.py", "case_fsdp2", "sharded(x, mesh"),
     "pass the module that makes the logits": (HERE, "test_the_module_that_makes_the_logits_is_passed", "model[1]"),
@@ -153,8 +154,16 @@ FOLLOWED = {
     "divide a sum as you need it": (TRL, "test_divergences_are_the_textbooks", '"reduction": "sum"'),
     "train on text with KDRLTrainer": (TRL, "test_what_is_logged", "_generate_and_score_completions(inputs)"),
     "pass a copy, or its path": (TRL, "test_what_is_logged", "KDRL("),
-    "pass each choice as the answer": ("integrations/test_answers.py", "", "choices"),
-    "pass the whole response": ("integrations/test_answers.py", "test_where_a_list_will_do_and_where_not", "meta_info"),
+    "pass each choice as the answer": (
+        "integrations/test_answers.py",
+        "test_each_of_several_choices_is_the_answer_of_a_sequence",
+        "read([choice]",
+    ),
+    "pass the whole response": (
+        "integrations/test_answers.py",
+        "test_where_a_list_will_do_and_where_not",
+        "_topk([whole]",
+    ),
 }
 
 
@@ -166,6 +175,7 @@ def texts() -> Iterator[str]:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        inside |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 text = "".join(x.value if isinstance(x, ast.Constant) else "{}" for x in node.values)
@@ -185,9 +195,9 @@ def test_every_advice_of_an_error_has_a_test_that_follows_it():
 
 @functools.cache
 def definitions(file: str) -> dict[str, str]:
-    """The source of every function, case and table of a test file by name; of the whole file by ""."""
+    """The source of every function, case and table of a test file, by name."""
     text = TESTS.joinpath(file).read_text(encoding="utf-8")
-    lines, found = text.splitlines(), {"": text}
+    lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
         first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))])
         source = "\n".join(lines[first - 1 : node.end_lineno])
