@@ -197,3 +197,9 @@ def test_a_model_without_a_head_is_refused():
         ValueError, match="get_output_embeddings returns NoneType: pass the module that makes its logits"
     ):
         kdloss.output_head(model)
+
+
+def test_a_whole_output_head_in_place_of_its_weight_is_told_to_unpack_it():
+    hidden, labels = hidden_and_labels()
+    with pytest.raises(TypeError, match="got OutputHead; use weight, bias, softcap, logit_scale = kdloss"):
+        kdloss.linear_token_logprobs(hidden, kdloss.output_head(nn.Linear(D, V)), labels)
