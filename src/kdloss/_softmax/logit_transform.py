@@ -53,7 +53,7 @@ def logit_transform(model: nn.Module, head: nn.Module, vocab_size: int) -> Logit
         raise ValueError(f"its head ran {len(seen)} times, and its logits have the shape {tuple(out.shape)}")
     found, known = out[0].double(), rows * columns
     scale, largest = float(found[0, 0] / known[0, 0]), float(found[-1, 0])
-    softcap = None if abs(largest - scale * _ROWS[-1]) <= _TOLERANCE * abs(largest) else largest
+    softcap = None if abs(largest - scale * _ROWS[-1]) <= _TOLERANCE * abs(largest) else abs(largest)
     expected = scale * known
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
