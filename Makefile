@@ -50,7 +50,7 @@ format: $(VENV)/test.stamp  ## Apply ruff's fixes and formatting
 # All tests of a file run in one process: the code blocks of a page share their names.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5
 
-test: $(VENV)/test.stamp $(VENV)/examples.stamp  ## All tests, and the code blocks of README.md and docs/
+test: $(VENV)/test.stamp $(VENV)/examples.stamp $(VENV)/peft.stamp  ## All tests, and the code blocks of README.md and docs/
 	$(PYTEST) $(ARGS)
 
 # `SLOW` in conftest.py lists the files that are left out.

@@ -31,6 +31,7 @@ SLOW = (
     "docs",
     "tests/_divergences/test_memory.py",
     "tests/_losses/test_compiled_tail.py",
+    "tests/_softmax/test_output_head_models.py",
     "tests/_triton",
     "tests/benchmarks",
     "tests/every_function/test_compile.py",

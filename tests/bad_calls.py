@@ -319,7 +319,7 @@ _BAD_HEAD = [
         "weight is a layer",
         {"weight": torch.nn.Linear(5, 7)},
         TypeError,
-        "weight must be a tensor, got Linear; pass its .weight",
+        "weight must be a tensor, got Linear; use weight, bias, softcap, logit_scale = kdloss.output_head(module)",
     ),
     Bad(
         "weight is elsewhere",
@@ -466,7 +466,7 @@ def bad_side(side: str, head: Tensor) -> Iterator[Bad]:
     yield Bad(f"{side}weight is transposed", {f"{side}weight": head.T}, ValueError, came)
     came = f"{side}bias must match the rows of {side}weight (7,), got (6,)"
     yield Bad(f"{side}bias is short", {f"{side}bias": BIAS[1:]}, ValueError, came)
-    came = f"{side}weight must be a tensor, got Linear; pass its .weight"
+    came = f"{side}weight must be a tensor, got Linear; use weight, bias, ... = kdloss.output_head(module)"
     yield Bad(f"{side}weight is a layer", {f"{side}weight": torch.nn.Linear(width, 7)}, TypeError, came)
     for name, x in (("weight", head), ("bias", BIAS)):
         came = f"{side}{name} must be on hidden's device cpu, got meta"

@@ -88,6 +88,7 @@ from ._packing.reductions import (
     sequence_mean as sequence_mean,
     token_mean as token_mean,
 )
+from ._softmax.output_head import OutputHead as OutputHead, output_head as output_head
 from .config import KDRLConfig as KDRLConfig
 
 __version__ = "0.1.0"
@@ -97,6 +98,7 @@ __all__ = [
     "KDRLConfig",
     "LogprobsAndEntropy",
     "LossOutput",
+    "OutputHead",
     "Surrogate",
     "VocabShard",
     "broadcast_to_tokens",
@@ -131,6 +133,7 @@ __all__ = [
     "linear_token_logprobs_and_entropy",
     "masked_importance_weights",
     "next_token_labels",
+    "output_head",
     "pack",
     "response_mask",
     "reverse_kl",

@@ -30,8 +30,11 @@ def tensors(**arguments: object) -> None:
     """Required tensors; None is an error."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
-            part = name.removeprefix("teacher_")  # a layer passed for its weight, or a model's output for its logits
-            hint = f"; pass its .{part}" if isinstance(getattr(x, part, None), Tensor) else ""
+            part, hint = name.removeprefix("teacher_"), ""
+            if part == "weight" and (isinstance(x, torch.nn.Module) or hasattr(x, "logit_scale")):  # or an OutputHead
+                hint = "; use weight, bias, softcap, logit_scale = kdloss.output_head(module)"
+            elif isinstance(getattr(x, part, None), Tensor):  # a model's output, passed for its logits
+                hint = f"; pass its .{part}"
             raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}{hint}")
 
 
@@ -44,6 +47,11 @@ def floating(**arguments: Tensor | None) -> None:
         if not x.dtype.is_floating_point:
             hint = "; convert it with rewards.float()" if name == "rewards" else ""
             raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}{hint}")
+        if x.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name} must have a floating-point dtype of two bytes or more, got {x.dtype}, whose scale is missing; "
+                f"pass {name}.bfloat16() * scale"
+            )
 
 
 def integral(**arguments: Tensor) -> None:

@@ -20,13 +20,17 @@ EXCEPTED = {
     "FusedLoss": "a result, of the function below",
     "LogprobsAndEntropy": "a result: its fields are compared wherever a function returns it",
     "LossOutput": "a result, likewise",
+    "OutputHead": "a result, of output_head below",
     "Surrogate": "a result, likewise",
     "VocabShard": "marks which slice a rank holds; tests/scale_out/ holds it",
     "config": "a module, whose one public name is KDRLConfig",
     "schedules": "a module, whose functions are walked as schedules.<name>",
 }
-# Takes a function from the caller, so it has no oracle. Its own file tests value, gradient, compilation and errors.
-HELD_ELSEWHERE = {"fused_linear_loss": "_logprobs/test_fused.py"}
+# Take a function or a module, so they have no oracle. Their own files test values, gradients and errors.
+HELD_ELSEWHERE = {
+    "fused_linear_loss": "_logprobs/test_fused.py",
+    "output_head": "_softmax/test_output_head.py",
+}
 # Keywords that need other ranks: each has a bad call, and `tests/scale_out` tests their values.
 ACROSS_RANKS = {"shard", "group", "split_group"}
 

@@ -319,6 +319,7 @@ def test_where_a_list_will_do_and_where_not():
     assert torch.equal(servers.read_sglang([bare], **stream()), servers.read_sglang([whole], **stream()))
     with pytest.raises(ScoreError, match=r"a list, which holds no input_top_logprobs: pass the whole response"):
         servers.read_sglang_topk([bare], k=K, **stream())
+    servers.read_sglang_topk([whole], k=K, **stream())
     with pytest.raises(ScoreError, match=r"entries of input_token_logprobs must be \[log-prob, id, text\], got -1.0"):
         servers.read_sglang([[None, -1.0, -3.0, -2.0]], **stream())
     with pytest.raises(ScoreError, match=r"must be the server's response, parsed, or one of its choices, got list"):
@@ -327,6 +328,15 @@ def test_where_a_list_will_do_and_where_not():
         servers.read_openai([{"choices": [{"logprobs": [None, -1.0, -3.0, -2.0]}]}], **stream())
     with pytest.raises(ScoreError, match=r"prompt_logprobs must be a list with one entry per token, got dict"):
         servers.read_vllm([{"prompt_logprobs": {"7": -1.0}}], **stream())
+
+
+@pytest.mark.parametrize("server", ["vllm", "openai"])
+def test_each_of_several_choices_is_the_answer_of_a_sequence(server):
+    _, read, _ = SERVERS[server]
+    (choice,) = answer(server)["choices"]
+    with pytest.raises(ScoreError, match=r"2 choices, expected 1: pass each choice as the answer of its sequence"):
+        read([{"choices": [choice, choice]}], **stream())
+    assert torch.equal(read([choice], **stream()), read([answer(server)], **stream()))
 
 
 def test_a_request_that_sglang_aborted():

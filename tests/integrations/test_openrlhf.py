@@ -161,6 +161,8 @@ def test_what_is_not_trained_leaves_no_trace() -> None:
 def test_settings_that_it_does_not_have(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KDRLPolicyLoss(policy_loss(**settings))
+    for advised in ({"is_correction_gating": "ratio"}, {"is_correction_level": "off"}):
+        KDRLPolicyLoss(policy_loss(**settings | advised | {"policy_loss_type": "ppo"}))
 
 
 def test_the_policy_loss_of_an_older_openrlhf_is_refused() -> None:

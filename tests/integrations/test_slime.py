@@ -170,19 +170,26 @@ def test_without_log_probs_nothing_was_updated_yet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changed", "message", "advised"),
     [
-        ({"use_opd": True, "opd_kl_coef": 1.0}, "--opd-kl-coef must be 0 with this loss, got 1.0.*count twice"),
-        ({"advantage_estimator": "gspo"}, "use grpo, or --loss-type policy_loss with --opd-kl-coef"),
-        ({"use_kl_loss": True, "kl_loss_coef": 0.01}, "use --kl-coef"),
-        ({"use_opsm": True}, "--use-opsm is not part of this loss"),
-        ({"custom_tis_function_path": "a.b"}, "--custom-tis-function-path is not part of this loss"),
+        (
+            {"use_opd": True, "opd_kl_coef": 1.0},
+            "--opd-kl-coef must be 0 .*, got 1.0.*count twice",
+            {"opd_kl_coef": 0.0},
+        ),
+        ({"advantage_estimator": "gspo"}, "use grpo, or --loss-type policy_loss", {"advantage_estimator": "grpo"}),
+        ({"use_kl_loss": True, "kl_loss_coef": 0.01}, "use --kl-coef", {"use_kl_loss": False, "kl_coef": 0.01}),
+        ({"use_opsm": True}, "--use-opsm is not part of this loss: unset it", {"use_opsm": False}),
+        ({"custom_tis_function_path": "a.b"}, "--custom-tis-function-path is", {"custom_tis_function_path": None}),
     ],
 )
-def test_options_that_would_change_the_loss_unseen(changed: dict[str, Any], message: str) -> None:
+def test_options_that_would_change_the_loss_unseen(
+    changed: dict[str, Any], message: str, advised: dict[str, Any]
+) -> None:
     args, batch, logits, mean = joint_case()
     with pytest.raises(ValueError, match=message):
         run(SimpleNamespace(**vars(args) | changed), batch, logits, mean)
+    assert run(SimpleNamespace(**vars(args) | changed | advised), batch, logits, mean)[0].isfinite()
 
 
 def test_a_batch_without_a_teacher_is_refused() -> None:

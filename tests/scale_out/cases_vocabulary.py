@@ -335,6 +335,10 @@ def case_dtensors_of_two_dimensions(ranks: Ranks) -> None:
     raises(ValueError, "hidden must be split across the ranks of its shard", refused, rows, head, few, shard=shard)
     rows = distribute_tensor(hidden[: T // 2 * 2 - 1], mesh, [Replicate(), Shard(0)])
     raises(ValueError, "hidden must hold a multiple of 2 rows", refused, rows, head, few[:-1], shard=shard)
+    rows = distribute_tensor(torch.cat([even[:-1], 0 * even[:1]]), mesh, [Replicate(), Shard(0)])  # padded
+    ignored = few.index_fill(0, torch.tensor([len(few) - 1]), -100)
+    found = kdloss.linear_token_logprobs(rows, head, ignored, shard=shard)
+    close(found.detach(), kdloss.linear_token_logprobs(even, weight, ignored), torch.float64, "padded rows")
     both = distribute_tensor(ranks.normal(T, 24), mesh, [Shard(-1), Shard(-1)])
     raises(ValueError, "split along its vocabulary axis 1 on one axis of its mesh", kdloss.token_logprobs, both, labels)
 

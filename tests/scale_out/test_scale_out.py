@@ -17,6 +17,7 @@ MODULES = [
     "scale_out.cases_kernels",
     "scale_out.cases_context",
     "scale_out.cases_models",
+    "scale_out.cases_heads",
     "scale_out.cases_trainers",
     "scale_out.cases_plan",
 ]

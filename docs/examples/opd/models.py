@@ -66,14 +66,16 @@ class Policy(nn.Module):
         with self._autocast(input_ids.device):
             output = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         hidden = output.last_hidden_state.to(self.compute_dtype)
-        head = self.lm.get_output_embeddings()
+        weight, bias, softcap, logit_scale = kdloss.output_head(self.lm)
         scores = kdloss.linear_token_logprobs_and_entropy(
             kdloss.pack(hidden, lengths=lengths.to(hidden.device), total_tokens=where.total_tokens),
-            head.weight.to(hidden.device, self.compute_dtype),
+            weight.to(hidden.device, self.compute_dtype),
             where.labels.to(hidden.device),
             loss_mask=where.loss_mask.to(hidden.device),
             temperature=self.temperature,
-            softcap=getattr(self.lm.config, "final_logit_softcapping", None),
+            bias=None if bias is None else bias.to(hidden.device, self.compute_dtype),
+            softcap=softcap,
+            logit_scale=logit_scale,
             vocab_size=self.vocab_size,
         )
         return kdloss.LogprobsAndEntropy(*(x.to(input_ids.device) for x in scores))

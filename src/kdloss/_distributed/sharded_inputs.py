@@ -43,9 +43,9 @@ def head_shard(
     """Hidden states, weight and bias as plain tensors, and the vocabulary slice that the head holds."""
     if is_dtensor(weight) and not is_dtensor(hidden) and shard is None:
         raise ValueError(
-            f"{side}weight is a DTensor beside a plain {side}hidden, got {weight.placements}; pass "  # type: ignore[attr-defined]
-            f"shard=VocabShard.from_dtensor({side}weight) if {side}hidden is the same on all its ranks (tensor "
-            f"parallel). Under FSDP2, call this inside the module's forward, or pass {side}weight.full_tensor()"
+            f"{side}weight is a DTensor beside a plain {side}hidden, got {weight.placements}; under FSDP2, use "  # type: ignore[attr-defined]
+            "kdloss.output_head(module), or call this inside the module's forward. Under tensor parallelism, pass "
+            f"shard=VocabShard.from_dtensor({side}weight) if {side}hidden is the same on all its ranks"
         )
     weight, found = vocab_shard(f"{side}weight", weight, 0, shard)
     if bias is not None and is_dtensor(bias):

@@ -17,6 +17,8 @@ from torch import Tensor
 
 import kdloss
 from kdloss import _checks
+from kdloss._distributed.fsdp import gathered
+from kdloss._distributed.vocab_shard import is_dtensor
 from kdloss._docs import documented
 
 from ._layout import row_cu_seqlens
@@ -411,20 +413,8 @@ def _count(tokens: Tensor | int) -> Tensor | float:
 
 
 def _whole(parameter: Any) -> Any:
-    """A parameter, or None, as a plain tensor.
-
-    FSDP2 passes a DTensor if the head is sharded as a module of its own. The gradient is then the mean over the ranks,
-    as FSDP2's own gradients are. `full_tensor` without this would give each shard the gradient of one rank's tokens.
-    """
-    if not hasattr(parameter, "full_tensor"):
-        return parameter
-    from torch.distributed.tensor import Partial  # importing it takes a second unless something else already has
-
-    mesh = parameter.device_mesh
-    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / mesh.size())
-    return whole
+    """A parameter, or None, as a plain tensor: FSDP2 passes a DTensor if the head is sharded as a module of its own."""
+    return gathered(parameter) if is_dtensor(parameter) else parameter
 
 
 def __getattr__(name: str) -> Any:
