@@ -24,12 +24,13 @@ TESTS = Path(__file__).parents[1]
 ADVICE = re.compile(
     r"(?:^|[;:,(.] |\b(?:or|there|tokens) )(?:they are per token: |under \w+, )?"
     r"(?:pass|use|call|convert|set|unset|expand|flatten|write|load|pad|put|take|let|have|leave it|divide|train"
-    r"|score)\b",
+    r"|score|draw|return a)\b",
     re.IGNORECASE,
 )
 HERE = "every_function/test_advice.py"
 HEADS, MODELS = "_softmax/test_output_head.py", "_softmax/test_output_head_models.py"
 SHARDED = "scale_out/cases_heads.py"
+DIFFERENTIATION, FUSED = "every_function/test_differentiation.py", "_logprobs/test_fused.py"
 AREAL, NEMO, SLIME = (f"integrations/test_{name}.py" for name in ("areal", "nemo_rl", "slime"))
 PRIME, OPENRLHF, TRL = (f"integrations/test_{name}.py" for name in ("prime_rl", "openrlhf", "trl"))
 
@@ -54,6 +55,16 @@ FOLLOWED = {
     "leave it out to distill": (HERE, "test_a_direct_penalty_is_left_out", "kdloss.kdrl_loss(*inputs, **options)"),
     "under FSDP2, use kdloss.output_head": (SHARDED, "loss", "kdloss.output_head(head)"),
     "pad them, labels with -100": ("scale_out/cases_vocabulary.py", "case_dtensors_of_two_dimensions", ", -100)"),
+    # one derivative, in reverse mode
+    "Use reverse mode": (DIFFERENTIATION, "test_the_way_out_of_these_errors", "torch.autograd.grad(kdloss.token_logp"),
+    "write this term with torch's operations": (
+        DIFFERENTIATION,
+        "test_the_way_out_of_these_errors",
+        "logits.log_softmax(-1).gather(-1, labels[..., None])",
+    ),
+    # token losses
+    "Draw random numbers before, and pass them": (FUSED, "test_the_ways_out_of_these_errors", "torch.rand(T)"),
+    "return a new tensor": (FUSED, "test_the_ways_out_of_these_errors", "2 * logp"),
     # output_head
     "which flattens them: call the loss": ("scale_out/cases_models.py", "case_fsdp2", "sharded(x, mesh"),
     "pass the module that makes the logits": (HERE, "test_the_module_that_makes_the_logits_is_passed", "model[1]"),
