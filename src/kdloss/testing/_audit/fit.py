@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdloss.testing._expected_gradient import student_gradient
+from kdloss.testing._calls import student_gradient
 from kdloss.testing._sequence_tree import SequenceTree
 
 from .known import ON_POLICY_NAME, expected_length, known_gradients

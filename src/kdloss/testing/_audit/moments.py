@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdloss.testing._expected_gradient import call_by_name, student_gradient
+from kdloss.testing._calls import call_by_name, student_gradient
 from kdloss.testing._sequence_tree import SequenceTree
 
 
