@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,11 +95,11 @@ def loss_value(
     loss: Callable[..., Any], tree: SequenceTree, under: str, batch_size: int, normalizer: float | None
 ) -> Tensor:
     """() for a scalar loss, of one batch of `batch_size` sequences; (T,) for a per-token loss, of all sequences."""
-    first = _rotated(tree, 0, batch_size, under)
+    first = _rotated(tree, 0, batch_size)
     try:
-        value = call_by_name(loss, first, normalizer)
+        value = call_by_name(loss, tree.batch(first, under=under), normalizer)
     except Exception as error:
-        larger = larger_batch(loss, tree, under, batch_size, normalizer)
+        larger = larger_batch(loss, tree, under, first, normalizer)
         if larger is None:
             raise
         raise ValueError(
@@ -118,24 +118,49 @@ def larger_batch(
     loss: Callable[..., Any],
     tree: SequenceTree,
     under: str,
-    batch_size: int,
+    batch: Sequence[int],
     normalizer: float | None,
     *,
     nonzero: bool = False,
 ) -> int | None:
-    """The smallest larger batch that gives a finite loss with a finite gradient, and not zero if `nonzero`."""
+    """The size of the smallest larger batch, of which `batch` is a part, that has a finite loss and gradient.
+
+    With `nonzero` the gradient must not be zero, either.
+    """
+    others = [i for i in range(len(tree.sequences)) if i not in batch]
     for size in _LARGER:
-        if batch_size < size <= len(tree.sequences):
+        more = size - len(batch)
+        if 0 < more <= len(others):
+            larger = tree.batch([*batch, *others[:more]], under=under)
             try:
-                batch = _rotated(tree, 0, size, under)
-                value = call_by_name(loss, batch, normalizer)
+                value = call_by_name(loss, larger, normalizer)
             except Exception:  # any error of the loss: this size is not what it needs
                 continue
-            total = value if value.ndim == 0 else value[batch.loss_mask].sum()
+            total = value if value.ndim == 0 else value[larger.loss_mask].sum()
             gradient = student_gradient(total, tree)
             if bool(total.isfinite() & gradient.isfinite().all()) and (not nonzero or float(gradient.norm()) > 1e-9):
                 return size
     return None
+
+
+def not_finite_text(
+    loss: Callable[..., Any], tree: SequenceTree, under: str, batch: Sequence[int], normalizer: float | None
+) -> str:
+    """What to say of a loss whose value is NaN, or whose gradient is not finite, on a batch."""
+    larger = larger_batch(loss, tree, under, batch, normalizer) if len(batch) == 1 else None
+    if larger is not None:
+        return (
+            "the loss or its gradient is not finite on a batch of one sequence, and finite on one of "
+            f"{larger}. If it compares the sequences of a batch (the standard deviation of a group), pass "
+            f"batch_size={larger}"
+        )
+    equal = len(batch) > 1 and bool((tree.rewards[list(batch)] == tree.rewards[batch[0]]).all())
+    return (
+        "the loss or its gradient is not finite. Either the loss reads untrained positions, which hold NaN: apply "
+        "torch.where(loss_mask, x, 0) before anything else, or audit it on a tree with garbage=0.0. Or it is "
+        "infinite at this tree's policies"
+        + (". Or it divides by the standard deviation of equal rewards, which is 0: add an epsilon" if equal else "")
+    )
 
 
 def checked_value(
@@ -156,7 +181,7 @@ def checked_value(
     size = 1 if per_token else batch_size
     once, twice = [], []
     for start in range(len(tree.sequences)):
-        batch = _rotated(tree, start, size, under)
+        batch = tree.batch(_rotated(tree, start, size), under=under)
         versions = {name: field._version for name, field in batch.named().items()}
         try:
             values = [call_by_name(loss, batch, normalizer) for _ in range(2)]
@@ -218,6 +243,6 @@ def _difference(one: Tensor, other: Tensor, tree: SequenceTree, rtol: float) -> 
     return None
 
 
-def _rotated(tree: SequenceTree, start: int, size: int, under: str) -> TokenBatch:
+def _rotated(tree: SequenceTree, start: int, size: int) -> list[int]:
     """`size` sequences from `start` on, beginning again after the last."""
-    return tree.batch([(start + i) % len(tree.sequences) for i in range(size)], under=under)
+    return [(start + i) % len(tree.sequences) for i in range(size)]

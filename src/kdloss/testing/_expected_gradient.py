@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._calls import call_by_name, checked_value, student_gradient, whole_batch
+from ._calls import call_by_name, checked_value, not_finite_text, student_gradient, whole_batch
 from ._sequence_tree import SequenceTree
 
 _RTOL = 1e-6  # two calls of a loss, and a token alone and beside other sequences, may differ by this
@@ -70,17 +70,23 @@ def expected_gradient(
     # the probability of an outcome is not part of the loss, so it carries no gradient
     probability = tree.probabilities(tree.student if under == "student" else tree.behaviour).detach()
 
-    per_token = checked_value(loss, tree, under, batch_size, normalizer, _RTOL)
-    if per_token.ndim == 1:
+    value = checked_value(loss, tree, under, batch_size, normalizer, _RTOL)
+    if value.ndim == 1:
         whole = whole_batch(tree, under)
         of_token = torch.repeat_interleave(probability, whole.cu_seqlens.diff())
         # select trained tokens instead of multiplying by 0, which would keep NaN
         trained = whole.loss_mask
-        total = (of_token[trained] * per_token[trained]).sum() * batch_size
-        return student_gradient(total / (batch_size if normalizer is None else normalizer), tree)
+        total = (of_token[trained] * value[trained]).sum() * batch_size
+        expected = student_gradient(total / (batch_size if normalizer is None else normalizer), tree)
+        if not bool(expected.isfinite().all()):
+            raise ValueError(not_finite_text(loss, tree, under, (), normalizer))
+        return expected
 
     expected = torch.zeros_like(tree.student)
     for indices in itertools.product(range(len(tree.sequences)), repeat=batch_size):
         scalar = call_by_name(loss, tree.batch(indices, under=under), normalizer)
-        expected += probability[list(indices)].prod() * student_gradient(scalar, tree)
+        gradient = student_gradient(scalar, tree)
+        if not bool(gradient.isfinite().all()):
+            raise ValueError(not_finite_text(loss, tree, under, indices, normalizer))
+        expected += probability[list(indices)].prod() * gradient
     return expected
