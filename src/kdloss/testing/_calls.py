@@ -120,13 +120,8 @@ def larger_batch(
     under: str,
     batch: Sequence[int],
     normalizer: float | None,
-    *,
-    nonzero: bool = False,
 ) -> int | None:
-    """The size of the smallest larger batch, of which `batch` is a part, that has a finite loss and gradient.
-
-    With `nonzero` the gradient must not be zero, either.
-    """
+    """The size of the smallest larger batch, of which `batch` is a part, that has a finite loss and gradient."""
     others = [i for i in range(len(tree.sequences)) if i not in batch]
     for size in _LARGER:
         more = size - len(batch)
@@ -138,7 +133,7 @@ def larger_batch(
                 continue
             total = value if value.ndim == 0 else value[larger.loss_mask].sum()
             gradient = student_gradient(total, tree)
-            if bool(total.isfinite() & gradient.isfinite().all()) and (not nonzero or float(gradient.norm()) > 1e-9):
+            if bool(total.isfinite() & gradient.isfinite().all()):
                 return size
     return None
 
@@ -203,9 +198,9 @@ def checked_value(
     difference = _difference(alone, torch.cat(twice), tree, rtol)
     if difference is not None:
         raise ValueError(
-            "the loss is stochastic, or it keeps a state: called twice with the same batch, its "
-            f"{difference.format('in the first call', 'in the second')}. So no expected gradient can be enumerated. Take "
-            f"out what is random (dropout, sampling), with module.eval() for a module. {_TOLERANCE.format(rtol)}"
+            "the loss is stochastic, keeps a state or writes to its arguments: called twice with the same batch, its "
+            f"{difference.format('in the first call', 'in the second')}. So no expected gradient can be enumerated. "
+            f"Take out what is random (dropout, sampling), with module.eval() for a module. {_TOLERANCE.format(rtol)}"
         )
     if per_token:
         together = value[whole_batch(tree, under).loss_mask]
@@ -214,6 +209,23 @@ def checked_value(
             found = f"its {difference.format('for a sequence alone', 'beside the others')}"
             raise ValueError(f"{_COUPLED.format(found)}. {_TOLERANCE.format(rtol)}")
     return value
+
+
+def couples_pairs(loss: Callable[..., Any], tree: SequenceTree, under: str, normalizer: float | None) -> bool:
+    """Whether the gradient of a scalar loss of two sequences is other than a multiple of the sum of those of each."""
+
+    def gradients(size: int) -> Tensor:
+        batches = (tree.batch(_rotated(tree, start, size), under=under) for start in range(len(tree.sequences)))
+        each = (student_gradient(call_by_name(loss, batch, normalizer), tree) for batch in batches)
+        return torch.stack([gradient.flatten() for gradient in each])
+
+    try:
+        alone, pairs = gradients(1), gradients(2)
+    except Exception:  # a loss for one sequence
+        return False
+    parts = alone + alone.roll(-1, 0)
+    factor = (parts * pairs).sum() / parts.square().sum().clamp(min=1e-30)  # 1 for a sum, 1/2 for a mean
+    return float((pairs - factor * parts).norm()) > max(1e-3 * float(pairs.norm()), 1e-9)
 
 
 def _difference(one: Tensor, other: Tensor, tree: SequenceTree, rtol: float) -> str | None:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdloss.testing._calls import larger_batch, takes
+from kdloss.testing._calls import couples_pairs, takes
 from kdloss.testing._sequence_tree import SequenceTree, replaced
 
 from .fit import fit_known, holds
 from .moments import Moments, NotFiniteError, gradient_moments
-from .report import IN_EVERY_BATCH, IN_EXPECTATION, Audit, Fit, same
+from .report import IN_EXPECTATION, Audit, Fit, same
 
 
 def audit(
@@ -126,7 +126,7 @@ def audit(
             return moments(tree, under)
 
         found = fit_known(sampled, tree, near, under, batch_size, rtol)
-        if not found.coefficients and found.why_zero != IN_EXPECTATION:
+        if not _has_result(found):
             return found
         others = far | far_behaviour if under == "behaviour" else far
         changing = (n for n, t in others.items() if not holds(found, sampled, t, under, batch_size, rtol))
@@ -157,21 +157,34 @@ def audit(
 
     here, tried = _ranges([tree]), _ranges([tree, *far.values(), *far_behaviour.values()])
     notes = [*_bounds(on, off, here)]
-    if batch_size == 1 and IN_EVERY_BATCH == on.why_zero == off.why_zero:
-        larger = larger_batch(loss, tree, "student", [0], normalizer, nonzero=True)
-        if larger is not None:
-            notes.append(f"a batch of {larger} sequences has a gradient: pass batch_size={larger}")
-    asks = {"log p - log q": takes_teacher, "ratio": True, "reward": takes_rewards}
-    found = any(fit.coefficients or fit.why_zero == IN_EXPECTATION for fit in (on, off))
-    tried = {name: span for name, span in tried.items() if found and asks[name]}
+    if (
+        batch_size == 1
+        and not moments(tree, "student").per_token
+        and couples_pairs(loss, tree, "behaviour", normalizer)
+    ):
+        notes.append(
+            "this is for batches of one sequence: the loss couples the sequences of a batch, so pass the batch_size "
+            "that you train with"
+        )
+    asks = {
+        "log p - log q": takes_teacher and _has_result(on, off),
+        "ratio": _has_result(off),
+        "reward": takes_rewards and _has_result(on, off),
+    }
+    tried = {name: span for name, span in tried.items() if asks[name]}
     return Audit(on, off, scope, teacher_in_gradient, teacher_in_value, tuple(notes), tried)
+
+
+def _has_result(*fits: Fit) -> bool:
+    """Whether there is a result that a bound could change elsewhere."""
+    return any(fit.coefficients or fit.why_zero == IN_EXPECTATION for fit in fits)
 
 
 def _bounds(on: Fit, off: Fit, here: dict[str, tuple[float, float]]) -> Iterator[str]:
     """Which results do not hold beyond the tree, as sentences."""
 
     def within(name: str) -> str:
-        return f"({name} is {here[name][0]:.2g} .. {here[name][1]:.2g} on this tree)"
+        return f"({name} is {here[name][0]:.3g} .. {here[name][1]:.3g} on this tree)"
 
     beyond = {
         "teacher": f"a teacher farther from the student {within('log p - log q')}",
@@ -179,14 +192,16 @@ def _bounds(on: Fit, off: Fit, here: dict[str, tuple[float, float]]) -> Iterator
         "student": "another student",
         "rewards": f"larger rewards {within('reward')}",
     }
-    for fit, names, where in (
-        (on, on.changes_with, "on-policy "),
-        (off, [name for name in off.changes_with if name not in on.changes_with], "off-policy "),
-    ):
+    one, other = on.changes_with, off.changes_with
+    changing = {
+        "gradient": [name for name in one if name in other],
+        "on-policy gradient": [name for name in one if name not in other],
+        "off-policy gradient": [name for name in other if name not in one],
+    }
+    for which, names in changing.items():
         if names:
-            where = "" if fit is on and set(on.changes_with) <= set(off.changes_with) else where
             what = " and with ".join(beyond[name] for name in names)
-            yield f"no bound acted on this tree, but the {where}gradient changes with {what}"
+            yield f"no bound acted on this tree, but the {which} changes with {what}"
 
 
 def _ranges(trees: list[SequenceTree]) -> dict[str, tuple[float, float]]:
@@ -212,6 +227,6 @@ def _nearby(policy: Tensor) -> Tensor:
 
 
 def _spread(policy: Tensor, nats: float) -> Tensor:
-    """Another policy on the same support: `nats` more and less at every other token, so log-probs move by twice that."""
+    """Another policy on the same support: logits go up and down by `nats` in turn, so log-probs by up to twice that."""
     prefix, token = (torch.arange(n) for n in policy.shape)
     return policy.detach() + nats * (1.0 - 2.0 * ((prefix[:, None] + token) % 2))

@@ -29,6 +29,7 @@ class Moments(NamedTuple):
     values: Tensor  # (outcomes,) of the loss
     connected: bool  # whether autograd connects the loss to the student's logits
     eps: float  # of the loss's dtype
+    per_token: bool
 
 
 class NotFiniteError(ValueError):
@@ -78,4 +79,4 @@ def gradient_moments(
     mean = torch.einsum("s,snv->nv", weight, gradient)
     variance = float((weight * (gradient - mean).square().sum((1, 2))).sum()) / copies
     scale = float((weight * gradient.square().sum((1, 2))).sum().sqrt())
-    return Moments(mean, variance, scale, each, connected, torch.finfo(value.dtype).eps)
+    return Moments(mean, variance, scale, each, connected, torch.finfo(value.dtype).eps, value.ndim == 1)

@@ -139,7 +139,9 @@ class Audit:
         if self.scope == "any behaviour policy":
             said.append(f"{right} for any behaviour policy" + (", token by token" if "token by" in str(off) else ""))
         elif on.coefficients:
-            said.append(f"{right} {self.scope.replace('this', 'on this')}" + ("" if same(on, off) else f"; {elsewhere}"))
+            said.append(
+                f"{right} {self.scope.replace('this', 'on this')}" + ("" if same(on, off) else f"; {elsewhere}")
+            )
         elif off.coefficients or on.is_zero != off.is_zero:
             said.append(elsewhere)
         if not self.teacher_in_gradient and NOT_CONNECTED not in (on.why_zero, off.why_zero):
@@ -166,7 +168,7 @@ class Audit:
         widths = [max(len(row[column]) for row in table) for column in range(4)]
         table.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        ranges = ", ".join(f"{name} {least:.2g} .. {greatest:.2g}" for name, (least, greatest) in self.tried.items())
+        ranges = ", ".join(f"{name} {least:.3g} .. {greatest:.3g}" for name, (least, greatest) in self.tried.items())
         tried = [f"tried: {ranges}"] if ranges else []
         return "\n".join([*self.verdicts, "", *(line.rstrip() for line in lines), *tried])
 
