@@ -41,6 +41,11 @@ def expected_gradient(
     sequences of a batch (a token count, a group's mean), so it is called for every batch: S ** batch_size calls, S the
     number of sequences of the tree.
 
+    Refused, because the enumeration would not be right: a per-token loss that couples the sequences of a batch, which
+    shows where its values or gradients on all sequences differ from those on single ones; a loss that is stochastic or
+    keeps a state, which shows in a second call with the same batch; a loss that writes to its arguments. Values may
+    differ by 1e-6 of the largest, gradients by 1e-6 of the norm.
+
     Args:
         loss: returns a (T,) tensor, a 0-dim tensor, or a tuple with such a field `loss`.
         tree: the language and its policies.
@@ -53,7 +58,8 @@ def expected_gradient(
 
     Raises:
         TypeError: the loss needs an argument that a batch does not have.
-        ValueError: `under` is neither policy, or the loss returns another shape.
+        ValueError: `under` is neither policy; the loss is refused (see above), fails on a batch of `batch_size` but not
+            on a larger one, returns another shape, is NaN or has a gradient that is not finite.
 
     Example:
         The policy gradient `-q (r - E[r])` of three equally likely tokens, of which the first has reward 1:
@@ -78,7 +84,7 @@ def expected_gradient(
         trained = whole.loss_mask
         total = (of_token[trained] * value[trained]).sum() * batch_size
         expected = student_gradient(total / (batch_size if normalizer is None else normalizer), tree)
-        if not bool(expected.isfinite().all()):
+        if bool(total.isnan()) or not bool(expected.isfinite().all()):
             raise ValueError(not_finite_text(loss, tree, under, (), normalizer))
         return expected
 
@@ -86,7 +92,7 @@ def expected_gradient(
     for indices in itertools.product(range(len(tree.sequences)), repeat=batch_size):
         scalar = call_by_name(loss, tree.batch(indices, under=under), normalizer)
         gradient = student_gradient(scalar, tree)
-        if not bool(gradient.isfinite().all()):
+        if bool(scalar.isnan()) or not bool(gradient.isfinite().all()):
             raise ValueError(not_finite_text(loss, tree, under, indices, normalizer))
         expected += probability[list(indices)].prod() * gradient
     return expected
