@@ -192,11 +192,12 @@ def _bounds(on: Fit, off: Fit, here: dict[str, tuple[float, float]]) -> Iterator
         "student": "another student",
         "rewards": f"larger rewards {within('reward')}",
     }
-    one, other = on.changes_with, off.changes_with
+    # a student far away is far from the teacher and from the behaviour policy, too: that is the same bound again
+    one, other = ({*f.changes_with} - {"student"} or {*f.changes_with} for f in (on, off))
     changing = {
-        "gradient": [name for name in one if name in other],
-        "on-policy gradient": [name for name in one if name not in other],
-        "off-policy gradient": [name for name in other if name not in one],
+        "gradient": [name for name in beyond if name in one and name in other],
+        "on-policy gradient": [name for name in beyond if name in one and name not in other],
+        "off-policy gradient": [name for name in beyond if name in other and name not in one],
     }
     for which, names in changing.items():
         if names:
