@@ -342,7 +342,7 @@ def test_why_a_gradient_is_zero(tree):
     assert report.verdicts[0] == "your loss has a gradient of zero in every batch, up to rounding"
     report = audit(lambda logp, teacher_logp: logp - teacher_logp, tree)
     assert report.verdicts == (
-        "your loss has an expected gradient of zero: a single batch adds noise, and on average it cancels",
+        "your loss has an expected gradient of zero: it is noise alone",
         "from another policy's samples it raises 1.00 × KL (behaviour || student)",  # noqa: RUF001
         "the teacher does not enter this gradient",
     )

@@ -57,6 +57,11 @@ COUPLED = {
     "the gradient alone, a small share": lambda logp, loss_mask: (
         logp + 1e-4 * zero_with_gradient(trained(logp, loss_mask).mean())
     ),
+    # summed over all sequences, each equally often, this is the gradient of the sum of logp
+    "the gradient alone, shared out": lambda logp, loss_mask: (
+        logp.detach() + zero_with_gradient(trained(logp, loss_mask).mean())
+    ),
+    "the value alone": lambda logp, rewards: logp + rewards.mean(),
     # the mean ratio is 1 for the student's own samples, and so is its share of the gradient
     "the mean ratio, detached": lambda logp, old_logp, advantages, loss_mask: (
         -advantages * logp * trained(logp - old_logp, loss_mask).exp().mean().detach()
@@ -165,6 +170,7 @@ def counted(state):
 STOCHASTIC = {
     "noise": lambda logp, advantages: -advantages * logp * torch.rand((), dtype=torch.float64),
     "small noise": lambda logp, advantages: -(advantages + 1e-4 * torch.randn(logp.shape)) * logp,
+    "noise in the value alone": lambda logp: logp + torch.rand((), dtype=torch.float64),
     "noise in the gradient alone": lambda logp: logp.detach() + zero_with_gradient(logp) * torch.rand(()),
     "one call in four": lambda logp: logp * (1 if random.random() < 0.75 else 2),
     "a scalar": lambda logp, loss_mask: logp[loss_mask].sum() * torch.rand(()),

@@ -14,7 +14,7 @@ from .known import LENGTHS, ON_POLICY_NAME
 # why a gradient is zero, as the rest of a sentence that begins with "your loss has"
 NOT_CONNECTED = "no gradient: it is not connected to the student's logp, logits or entropy"
 IN_EVERY_BATCH = "a gradient of zero in every batch, up to rounding"
-IN_EXPECTATION = "an expected gradient of zero: a single batch adds noise, and on average it cancels"
+IN_EXPECTATION = "an expected gradient of zero: it is noise alone"
 
 _RAISED = ("expected reward", "entropy", "expected length")  # a coefficient of +1 raises these and lowers the others
 _TIMES = "\N{MULTIPLICATION SIGN}"
