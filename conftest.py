@@ -42,6 +42,7 @@ SLOW = (
     "tests/examples",
     "tests/scale_out",
     "tests/testing/test_audit.py",
+    "tests/testing/test_calls.py",
     "tests/testing/test_strategies.py",
 )
 

@@ -327,11 +327,218 @@ def test_no_gradient_at_all(tree):
     assert "zero gradient" in str(report)
 
 
+def test_why_a_gradient_is_zero(tree):
+    """A loss cut off from the student, one whose gradient is zero in every batch, and one where it cancels."""
+    own = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for detached in (
+        lambda logp, advantages: -advantages * logp.detach(),
+        lambda logp, advantages: -advantages * logp.detach() * own,  # connected to a parameter of the loss alone
+    ):
+        report = audit(detached, tree)
+        assert report.verdicts == (
+            "your loss has no gradient: it is not connected to the student's logp, logits or entropy",
+        )
+    report = audit(lambda logp: 0 * logp, tree)
+    assert report.verdicts[0] == "your loss has a gradient of zero in every batch, up to rounding"
+    report = audit(lambda logp, teacher_logp: logp - teacher_logp, tree)
+    assert report.verdicts == (
+        "your loss has an expected gradient of zero: it is noise alone",
+        "from another policy's samples it raises 1.00 × KL (behaviour || student)",  # noqa: RUF001
+        "the teacher does not enter this gradient",
+    )
+
+
+def test_a_gradient_of_rounding_alone_is_zero(tree):
+    """A teacher that is the student up to a constant in its logits: every log-ratio is a few ulp."""
+    same = SequenceTree(max_length=3, eos=0, student=torch.randn(7, 3, generator=torch.Generator().manual_seed(1)))
+    same.teacher = same.student.detach() + 0.1
+    for loss in (kdloss.kl_k2, lambda logp, teacher_logp: (logp - teacher_logp).float() ** 2):
+        report = audit(loss, same)
+        assert 0 < report.on_policy.variance < 1e-25
+        assert (report.on_policy.is_zero, report.off_policy.is_zero) == (True, True)
+        assert report.verdicts[0] == "your loss has a gradient of zero in every batch, up to rounding"
+    # small is not rounding
+    report = audit(lambda logp, old_logp, advantages: 1e-17 * surrogate(logp, old_logp, advantages), tree)
+    assert coefficients(report.on_policy) == {"expected reward": 1e-17}
+
+
+def unknown(logp, teacher_logp):
+    """A push that is no combination of known objectives."""
+    return torch.sin(3 * teacher_logp).detach() * logp
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_small_unknown_push_gets_no_name(size, seed):
+    tree = SequenceTree(max_length=2, eos=0, seed=seed)
+    report = audit(
+        lambda logp, old_logp, advantages, teacher_logp: (
+            surrogate(logp, old_logp, advantages) + size * unknown(logp, teacher_logp)
+        ),
+        tree,
+    )
+    assert not report.on_policy.coefficients
+    assert report.on_policy.nearest.objective == "expected reward"
+    assert report.on_policy.nearest.residual == pytest.approx(size, rel=1)
+
+
+def test_a_small_known_push_gets_its_name_where_it_is_exact(tree):
+    def loss(logp, old_logp, advantages, teacher_logp):
+        return surrogate(logp, old_logp, advantages) + 1e-5 * (logp - teacher_logp) ** 2 / 2
+
+    assert coefficients(audit(loss, tree).on_policy) == {"expected reward": 1, "reverse KL (token)": 1e-5}
+
+    def rounded(logp, old_logp, advantages, teacher_logp):
+        return loss(logp.float(), old_logp.float(), advantages.float(), teacher_logp.float())
+
+    # float32 leaves 1e-7, a hundredth of the push: another objective would fit as well
+    report = audit(rounded, tree)
+    assert not report.on_policy.coefficients
+    assert report.on_policy.nearest.objective == "expected reward"
+    # a push that float32 resolves
+    report = audit(
+        lambda logp, teacher_logp, advantages: -advantages * logp + 0.01 * (logp - teacher_logp).float() ** 2 / 2, tree
+    )
+    assert report.on_policy.coefficients.keys() == {"expected reward", "reverse KL (token)"}
+
+
+def clipped_reward(bound):
+    return lambda logp, old_logp, teacher_logp: (
+        -(logp - old_logp).exp() * (teacher_logp - logp).detach().clamp(-bound, bound)
+    )
+
+
+def masked(keep):
+    def loss(logp, old_logp, teacher_logp):
+        return torch.where(keep(logp - old_logp, teacher_logp), clipped_reward(99)(logp, old_logp, teacher_logp), 0.0)
+
+    return loss
+
+
+# Bounds out of reach of the default tree, whose ratios are 0.06 .. 15, whose log p - log q is -2.3 .. 2.2 and whose
+# rewards are -1.8 .. 1.6. Per bound: the loss, whether it acts on the student's own samples, and what reaches it.
+BOUNDS = {
+    "kd_reward_clip": (partial(kdloss.distillation_loss, kd_reward_clip=5.0, normalizer=1.0), True, "teacher"),
+    "a clamp of the log-ratio": (clipped_reward(10.0), True, "teacher"),
+    "kd_max_ratio": (partial(kdloss.distillation_loss, kd_max_ratio=50.0, normalizer=1.0), False, "behaviour"),
+    "a wide clip": (partial(kdloss.grpo_loss, clip_low=0.99, clip_high=99.0, normalizer=1.0), False, "behaviour"),
+    "a truncated weight": (
+        lambda logp, old_logp, advantages: -(logp - old_logp).exp().detach().clamp(max=1e3) * advantages * logp,
+        False,
+        "behaviour",
+    ),
+    "a mask of ratios": (masked(lambda log_ratio, teacher_logp: log_ratio < 5), False, "behaviour"),
+    "clipped rewards": (
+        lambda logp, old_logp, advantages: surrogate(logp, old_logp, advantages.clamp(-5, 5)),
+        True,
+        "rewards",
+    ),
+    "a mask of teacher log-probs": (masked(lambda log_ratio, teacher_logp: teacher_logp > -9), True, "teacher"),
+    "NaN beyond it": (
+        lambda logp, old_logp, teacher_logp: (
+            torch.where(teacher_logp > -9, 1.0, math.nan) * clipped_reward(99)(logp, old_logp, teacher_logp)
+        ),
+        True,
+        "teacher",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_bound_that_never_acted_is_said_to_be_there(name):
+    loss, on_policy, what = BOUNDS[name]
+    report = audit(loss)
+    assert len(report.on_policy.coefficients) == len(report.off_policy.coefficients) == 1
+    # a student far away is far from the others, too
+    assert {*report.on_policy.changes_with} - {"student"} == ({what} if on_policy else set())
+    assert {*report.off_policy.changes_with} - {"student"} == {what}
+    assert report.scope == ("this tree only" if on_policy else "on-policy only")
+    default = SequenceTree(max_length=3, eos=0, prompt_lengths=(1, 2))
+    q, p, mu = (x.detach().log_softmax(-1) for x in (default.student, default.teacher, default.behaviour))
+    text, values = {
+        "teacher": ("a teacher farther from the student (log p - log q", p - q),
+        "behaviour": ("a behaviour policy farther from the student (ratio", (q - mu).exp()),
+        "rewards": ("larger rewards (reward", default.rewards),
+    }[what]
+    beyond = f"{text} is {values.min():.3g} .. {values.max():.3g} on this tree)"
+    gradient = "gradient" if on_policy else "off-policy gradient"
+    assert [s for s in report.verdicts if not s.startswith("the teacher")][1:] == [
+        "right on this tree only" if on_policy else "right on-policy only",
+        f"no bound acted on this tree, but the {gradient} changes with {beyond}",
+    ]
+
+
+def test_a_zero_expectation_that_a_bound_breaks(tree):
+    report = audit(lambda logp, teacher_logp: (logp - teacher_logp).clamp(-9, 9), tree)
+    assert report.on_policy.is_zero
+    assert report.on_policy.changes_with == ("teacher",)
+    assert any("gradient changes with a teacher" in sentence for sentence in report.verdicts)
+
+
+def test_a_coefficient_that_depends_on_the_student_is_said_to_change():
+    def loss(logp, advantages, logits, cu_seqlens):
+        weight = logits.detach()[cu_seqlens[:-1]].softmax(-1)[:, 0]  # of one token at the root
+        return -advantages * logp * weight.repeat_interleave(cu_seqlens.diff())
+
+    report = audit(loss, SequenceTree(max_length=2, eos=0))  # the last prompt token is the first position
+    assert report.on_policy.coefficients.keys() == {"expected reward"}
+    assert report.on_policy.changes_with == ("student",)
+    assert report.scope == "this tree only"
+    assert "no bound acted on this tree, but the on-policy gradient changes with another student" in str(report)
+
+
+def test_no_bound_means_that_a_wide_range_was_tried(tree):
+    report = audit(unclipped_kdrl, tree)
+    assert report.on_policy.changes_with == report.off_policy.changes_with == ()
+    assert report.scope == "any behaviour policy"
+    tried = report.tried
+    assert tried["ratio"][0] < 1e-3
+    assert 1e6 < tried["ratio"][1] < 1e9  # its clip acts above
+    assert tried["log p - log q"][0] < -15
+    assert tried["reward"][1] > 100
+    assert str(report).splitlines()[-1].startswith("tried: log p - log q -1")
+    # what a loss does not take is not tried
+    assert audit(kdloss.kl_k1, tree).tried.keys() == {"log p - log q", "ratio"}
+    assert audit(kdloss.kl_k2, tree).tried.keys() == {"log p - log q"}  # off-policy it is nothing that could change
+
+
+def test_equal_results_are_not_told_apart_by_rounding(tree):
+    """In float32 the coefficients on-policy and off-policy differ in the last digits."""
+    report = audit(lambda logp, old_logp, teacher_logp: clipped_reward(99)(logp, old_logp, teacher_logp).float(), tree)
+    on, off = report.on_policy.coefficients, report.off_policy.coefficients
+    assert on.keys() == off.keys() == {"reverse KL (token)"}
+    assert on != off
+    assert report.verdicts[1] == "right for any behaviour policy"
+    # where a bound acts elsewhere, the sentence does not repeat the same result
+    bounded = audit(
+        lambda logp, old_logp, teacher_logp: (
+            -(logp - old_logp).float().exp().clamp(max=100) * (teacher_logp - logp).detach()
+        )
+    )
+    assert bounded.on_policy.coefficients != bounded.off_policy.coefficients
+    assert bounded.verdicts[1] == "right on-policy only"
+
+
+def test_a_coarse_rtol_does_not_make_different_coefficients_equal(tree):
+    def half_off_policy(logp, old_logp, teacher_logp):
+        share = torch.where((logp - old_logp).abs() < 1e-9, 1.0, 0.5)
+        return -(logp - old_logp).exp() * share * (teacher_logp - logp).detach()
+
+    report = audit(half_off_policy, tree, rtol=1e-2)
+    assert coefficients(report.on_policy) == {"reverse KL (token)": 1}
+    assert coefficients(report.off_policy) == {"reverse KL (token)": 0.5}
+    assert report.scope == "on-policy only"
+    assert report.verdicts[1] == (
+        "right on-policy only; from another policy's samples it lowers 0.50 × reverse KL (token)"  # noqa: RUF001
+    )
+
+
 def test_a_person_can_read_it(tree):
     text = str(audit(unclipped_kdrl, tree))
     verdict, scope, *_ = text.splitlines()
     residual = verdict.split()[-1]
-    assert verdict == f"your loss descends 0.30 × reverse KL (token) + 1.00 × expected reward; residual {residual}"  # noqa: RUF001
+    said = "your loss raises 1.00 × expected reward, lowers 0.30 × reverse KL (token)"  # noqa: RUF001
+    assert verdict == f"{said}; residual {residual}"
     assert float(residual) < EXACT
     assert scope == "right for any behaviour policy, token by token"
     assert [" ".join(line.split()) for line in text.splitlines() if line.endswith("it")] == [
@@ -343,9 +550,10 @@ def test_a_person_can_read_it(tree):
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_a_negative_coefficient_reads_as_minus(tree):
+def test_a_negative_coefficient_reads_as_the_other_direction(tree):
     report = audit(lambda logp, old_logp, advantages: -surrogate(logp, old_logp, advantages), tree)
-    assert str(report.on_policy) == "-1.00 × expected reward"  # noqa: RUF001
+    assert coefficients(report.on_policy) == {"expected reward": -1}
+    assert str(report.on_policy) == "lowers 1.00 × expected reward"  # noqa: RUF001
     assert sum(line.endswith("lowers it") for line in str(report).splitlines()) == 2
 
 

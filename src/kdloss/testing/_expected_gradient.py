@@ -6,7 +6,6 @@ every prefix.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._sequence_tree import SequenceTree, TokenBatch
+from ._calls import call_by_name, checked_value, not_finite_text, student_gradient, whole_batch
+from ._sequence_tree import SequenceTree
+
+_RTOL = 1e-6  # two calls of a loss, and a token alone and beside other sequences, may differ by this
 
 
 def expected_gradient(
@@ -39,6 +41,11 @@ def expected_gradient(
     sequences of a batch (a token count, a group's mean), so it is called for every batch: S ** batch_size calls, S the
     number of sequences of the tree.
 
+    Refused, because the enumeration would not be right: a per-token loss that couples the sequences of a batch, which
+    shows where its values or gradients on all sequences differ from those on single ones; a loss that is stochastic or
+    keeps a state, which shows in a second call with the same batch; a loss that writes to its arguments. Values may
+    differ by 1e-6 of the largest, gradients by 1e-6 of the norm.
+
     Args:
         loss: returns a (T,) tensor, a 0-dim tensor, or a tuple with such a field `loss`.
         tree: the language and its policies.
@@ -51,7 +58,8 @@ def expected_gradient(
 
     Raises:
         TypeError: the loss needs an argument that a batch does not have.
-        ValueError: `under` is neither policy, or the loss returns another shape.
+        ValueError: `under` is neither policy; the loss is refused (see above), fails on a batch of `batch_size` but not
+            on a larger one, returns another shape, is NaN or has a gradient that is not finite.
 
     Example:
         The policy gradient `-q (r - E[r])` of three equally likely tokens, of which the first has reward 1:
@@ -68,49 +76,23 @@ def expected_gradient(
     # the probability of an outcome is not part of the loss, so it carries no gradient
     probability = tree.probabilities(tree.student if under == "student" else tree.behaviour).detach()
 
-    whole = tree.batch(range(len(tree.sequences)), under=under)
-    per_token = call_by_name(loss, whole, normalizer)
-    if per_token.shape == whole.logp.shape and per_token.ndim == 1:
+    value = checked_value(loss, tree, under, batch_size, normalizer, _RTOL)
+    if value.ndim == 1:
+        whole = whole_batch(tree, under)
         of_token = torch.repeat_interleave(probability, whole.cu_seqlens.diff())
         # select trained tokens instead of multiplying by 0, which would keep NaN
         trained = whole.loss_mask
-        total = (of_token[trained] * per_token[trained]).sum() * batch_size
-        return student_gradient(total / (batch_size if normalizer is None else normalizer), tree)
-    if per_token.ndim != 0:
-        raise ValueError(f"the loss must return (T,) = {tuple(whole.logp.shape)} or (), got {tuple(per_token.shape)}")
+        total = (of_token[trained] * value[trained]).sum() * batch_size
+        expected = student_gradient(total / (batch_size if normalizer is None else normalizer), tree)
+        if bool(total.isnan()) or not bool(expected.isfinite().all()):
+            raise ValueError(not_finite_text(loss, tree, under, (), normalizer))
+        return expected
 
     expected = torch.zeros_like(tree.student)
     for indices in itertools.product(range(len(tree.sequences)), repeat=batch_size):
         scalar = call_by_name(loss, tree.batch(indices, under=under), normalizer)
-        expected += probability[list(indices)].prod() * student_gradient(scalar, tree)
+        gradient = student_gradient(scalar, tree)
+        if bool(scalar.isnan()) or not bool(gradient.isfinite().all()):
+            raise ValueError(not_finite_text(loss, tree, under, indices, normalizer))
+        expected += probability[list(indices)].prod() * gradient
     return expected
-
-
-def call_by_name(loss: Callable[..., Any], batch: TokenBatch, normalizer: float | None) -> Tensor:
-    """Call a loss with the fields of a batch that it names; of a result with a field `loss`, return that."""
-    offered = batch.named()
-    if normalizer is not None:
-        offered["normalizer"] = normalizer
-    parameters = inspect.signature(loss).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        arguments = offered
-    else:
-        arguments = {p.name: offered[p.name] for p in parameters if p.name in offered}
-        missing = [p.name for p in parameters if p.default is p.empty and p.name not in offered]
-        if missing:
-            raise TypeError(f"the loss needs {', '.join(missing)}, which a batch does not have; it has {[*offered]}")
-    # by name, except for positional-only parameters
-    positional = [arguments.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
-    result = loss(*positional, **arguments)
-    value: Tensor = getattr(result, "loss", result)
-    return value
-
-
-def student_gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
-    """(N, V) d scalar / d student logits. The graph is kept, because several scalars may share it."""
-    if not scalar.requires_grad:  # a loss that does not depend on the student
-        return torch.zeros_like(tree.student)
-    (gradient,) = torch.autograd.grad(
-        scalar, tree.student, allow_unused=True, materialize_grads=True, retain_graph=True
-    )
-    return gradient

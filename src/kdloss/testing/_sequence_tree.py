@@ -6,6 +6,7 @@ gradient with respect to the first next-token distribution, without a model in b
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -216,3 +217,11 @@ class SequenceTree:
         """The rows of the policies for a response's prefixes, and the token that follows each."""
         prompt, tokens = sequence
         return torch.tensor([self._row[prompt, tokens[:i]] for i in range(len(tokens))]), torch.tensor(tokens)
+
+
+def replaced(tree: SequenceTree, **tensors: Tensor) -> SequenceTree:
+    """The same language with other policies or rewards."""
+    other = copy.copy(tree)
+    for name, tensor in tensors.items():
+        setattr(other, name, tensor.detach().requires_grad_(name == "student"))
+    return other

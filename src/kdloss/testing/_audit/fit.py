@@ -9,43 +9,48 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from kdloss.testing._expected_gradient import student_gradient
-from kdloss.testing._sequence_tree import SequenceTree
+from kdloss.testing._calls import student_gradient
+from kdloss.testing._sequence_tree import SequenceTree, replaced
 
-from .known import ON_POLICY_NAME, expected_length, known_gradients
-from .moments import Moments
-from .report import Fit, Nearest
+from .known import expected_length, known_gradients
+from .moments import Moments, NotFiniteError
+from .report import IN_EVERY_BATCH, IN_EXPECTATION, NOT_CONNECTED, Fit, Nearest
 
 _LARGEST_COMBINATION = 4  # terms; above this only all known objectives together are tried
 
 
 def fit_known(
-    sample: Moments,
+    moments: Callable[[SequenceTree], Moments],
     tree: SequenceTree,
-    sample_moved: Callable[[], Moments],
-    moved: SequenceTree,
+    near: SequenceTree,
     under: str,
     batch_size: int,
     rtol: float,
 ) -> Fit:
-    """The smallest combination that fits; if it has several terms, it must also fit at the moved policies."""
-    here, there = (known_gradients(t, under, batch_size) for t in (tree, moved))
+    """The smallest combination that fits; if it has several terms, it must also fit at policies nearby."""
+    sample = moments(tree)
+    here, there = (known_gradients(t, under, batch_size) for t in (tree, near))
     names = [name for name in here if name in there]
-    columns, columns_moved = (np.array([known[name] for name in names]).T for known in (here, there))
+    columns, columns_near = (np.array([known[name] for name in names]).T for known in (here, there))
     target = sample.mean.flatten().numpy()
     size = float(np.linalg.norm(target))
     drift = -float(target @ student_gradient(expected_length(tree), tree).flatten().numpy())
 
     def result(
-        coefficients: Mapping[str, float], residual: float, nearest: Nearest | None, *, is_zero: bool = False
+        coefficients: Mapping[str, float], residual: float, nearest: Nearest | None, *, why_zero: str = ""
     ) -> Fit:
-        dependent = _dependent(names, np.concatenate([columns, columns_moved])) if coefficients else ()
+        dependent = _dependent(names, np.concatenate([columns, columns_near])) if coefficients else ()
         ambiguous = dependent if any(name in dependent for name in coefficients) else ()
-        return Fit(coefficients, residual, nearest, is_zero, ambiguous, sample.variance, drift, sample.mean)
+        zero = bool(why_zero)
+        return Fit(coefficients, residual, nearest, zero, ambiguous, sample.variance, drift, sample.mean, why_zero)
 
+    if not sample.connected:
+        return result({}, 0.0, None, why_zero=NOT_CONNECTED)
     if size <= rtol * sample.scale:
-        return result({}, 0.0, None, is_zero=True)
+        return result({}, 0.0, None, why_zero=IN_EXPECTATION if sample.scale > 0 else IN_EVERY_BATCH)
     if not names:
         return result({}, 1.0, None)
 
@@ -58,21 +63,59 @@ def fit_known(
 
     # A small tree has few free logits, and several terms can fit them by chance. They can't at two students at once,
     # as long as there are fewer terms than logits.
-    both = np.concatenate([columns, columns_moved])
-    target_both = np.concatenate([target, sample_moved().mean.flatten().numpy()])
+    both = np.concatenate([columns, columns_near])
+    target_both = np.concatenate([target, moments(near).mean.flatten().numpy()])
     triangle = np.linalg.qr(np.column_stack([both, target_both])).R  # same norms, fewer rows
     logits = 2 * (tree.student.numel() - len(tree.student))
     sizes = [n for n in (*range(2, _LARGEST_COMBINATION + 1), len(names)) if n <= len(names) and n < logits]
     least = nearest.residual
     for chosen in itertools.chain.from_iterable(itertools.combinations(range(len(names)), n) for n in sizes):
         solution, residual = _least_squares(triangle[:, chosen], triangle[:, -1])
-        if residual <= rtol:
-            weights = np.abs(solution) * np.linalg.norm(both[:, chosen], axis=0) / np.linalg.norm(target_both)
-            found = {names[i]: float(c) for i, c, w in zip(chosen, solution, weights, strict=True) if w > rtol}
-            left = float(np.linalg.norm(columns[:, chosen] @ solution - target)) / size
-            return result(found, left, nearest)
         least = min(least, residual)
+        if residual > rtol:
+            continue
+        weights = np.abs(solution) * np.linalg.norm(both[:, chosen], axis=0) / np.linalg.norm(target_both)
+        kept = [(names[i], float(c), float(w)) for i, c, w in zip(chosen, solution, weights, strict=True) if w > rtol]
+        # A term of 1e-5 beside one of 1 fits whatever is left of the gradient to one part in ten: an objective that is
+        # not known would get the name of one that is. So every term must account for its own part, not for the sum's.
+        if residual <= math.sqrt(rtol) * min(weight for *_, weight in kept):
+            left = float(np.linalg.norm(columns[:, chosen] @ solution - target)) / size
+            return result({name: coefficient for name, coefficient, _ in kept}, left, nearest)
+    if _is_rounding(moments, tree, sample):
+        return result({}, 0.0, None, why_zero=IN_EVERY_BATCH)
     return result({}, least, nearest)
+
+
+def holds(
+    fit: Fit, moments: Callable[[SequenceTree], Moments], tree: SequenceTree, under: str, batch_size: int, rtol: float
+) -> bool:
+    """Whether the coefficients of a fit give the gradient at other policies or rewards, too.
+
+    Up to sqrt(rtol): the policies are far apart, and rounding grows with the ratios. A bound that acts changes more.
+    """
+    try:
+        sample = moments(tree)
+    except NotFiniteError:
+        return False
+    known = known_gradients(tree, under, batch_size)
+    expected = torch.zeros_like(sample.mean).flatten()
+    for name, coefficient in fit.coefficients.items():
+        if name in known:  # not known where its gradient is zero
+            expected += coefficient * torch.from_numpy(known[name])
+    size = float(expected.norm()) if fit.coefficients else sample.scale
+    return float((sample.mean.flatten() - expected).norm()) <= math.sqrt(rtol) * size
+
+
+def _is_rounding(moments: Callable[[SequenceTree], Moments], tree: SequenceTree, sample: Moments) -> bool:
+    """Whether a gradient is rounding alone: changes of a few ulp in the policies and rewards make it another one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudged(x: Tensor) -> Tensor:
+        return x.detach() + 8 * sample.eps * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    names = ("student", "teacher", "behaviour", "rewards")
+    other = moments(replaced(tree, **{name: nudged(getattr(tree, name)) for name in names}))
+    return float((other.mean - sample.mean).norm()) > 0.5 * float(sample.mean.norm())
 
 
 def _least_squares(columns: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> tuple[Any, float]:
@@ -90,14 +133,3 @@ def _dependent(names: list[str], columns: npt.NDArray[np.float64]) -> tuple[str,
         return ()
     without = (np.linalg.matrix_rank(np.delete(columns, i, axis=1), tol=1e-8) for i in range(columns.shape[1]))
     return tuple(name for name, smaller in zip(names, without, strict=True) if smaller == rank)
-
-
-def same(on_policy: Fit, off_policy: Fit, rtol: float) -> bool:
-    """Whether both fits have the same coefficients for the same objectives, by their on-policy names."""
-    off = {ON_POLICY_NAME.get(name, name): c for name, c in off_policy.coefficients.items()}
-    return _close(on_policy.coefficients, off, rtol)
-
-
-def _close(a: Mapping[str, float], b: Mapping[str, float], rtol: float) -> bool:
-    # where objectives nearly coincide on a tree, the residual of a fit is magnified in the coefficients
-    return a.keys() == b.keys() and all(math.isclose(a[name], b[name], rel_tol=1e3 * rtol) for name in a)

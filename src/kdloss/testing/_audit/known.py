@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdloss.testing._expected_gradient import student_gradient
+from kdloss.testing._calls import student_gradient
 from kdloss.testing._sequence_tree import SequenceTree
 
 LENGTHS = ("expected length", "expected 1/length", "expected 1/tokens of the batch")

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdloss.testing._expected_gradient import call_by_name, student_gradient
+from kdloss.testing._calls import (
+    call_by_name,
+    checked_value,
+    connected_gradient,
+    loss_value,
+    not_finite_text,
+    whole_batch,
+)
 from kdloss.testing._sequence_tree import SequenceTree
 
 
@@ -20,42 +27,56 @@ class Moments(NamedTuple):
     variance: float  # trace of the covariance of g
     scale: float  # root mean square of g; rounding errors are judged relative to it
     values: Tensor  # (outcomes,) of the loss
+    connected: bool  # whether autograd connects the loss to the student's logits
+    eps: float  # of the loss's dtype
+    per_token: bool
+
+
+class NotFiniteError(ValueError):
+    """The loss or its gradient is NaN or infinite."""
 
 
 def gradient_moments(
-    loss: Callable[..., Any], tree: SequenceTree, under: str, batch_size: int, normalizer: float | None
+    loss: Callable[..., Any],
+    tree: SequenceTree,
+    under: str,
+    batch_size: int,
+    normalizer: float | None,
+    rtol: float | None = None,
 ) -> Moments:
+    """Enumerate the batches; with `rtol`, refuse losses for which that is not right."""
     probability = tree.probabilities(tree.student if under == "student" else tree.behaviour).detach()
-    whole = tree.batch(range(len(tree.sequences)), under=under)
-    value = call_by_name(loss, whole, normalizer)
-    scalars: Iterator[Tensor]
-    if value.ndim == 1 and value.shape == whole.logp.shape:
+    if rtol is None:
+        value = loss_value(loss, tree, under, batch_size, normalizer)
+    else:
+        value = checked_value(loss, tree, under, batch_size, normalizer, rtol)
+    batches: list[tuple[int, ...]]
+    scalars: Iterable[Tensor]
+    if value.ndim == 1:
         # linear in the sequences: single sequences suffice, and a batch is `copies` independent ones
         copies, factor = batch_size, 1 if normalizer is None else batch_size / normalizer
-        weights = list(probability)
+        batches = [(i,) for i in range(len(tree.sequences))]
+        whole = whole_batch(tree, under)
         bounds = itertools.pairwise(whole.cu_seqlens.tolist())
         # select trained tokens instead of multiplying by 0, which would keep NaN
         scalars = (factor * value[start:stop][whole.loss_mask[start:stop]].sum() for start, stop in bounds)
-    elif value.ndim == 0:
+    else:
         copies = 1
         batches = list(itertools.product(range(len(tree.sequences)), repeat=batch_size))
-        weights = [probability[list(batch)].prod() for batch in batches]
         scalars = (call_by_name(loss, tree.batch(batch, under=under), normalizer) for batch in batches)
-    else:
-        raise ValueError(f"the loss must return (T,) = {tuple(whole.logp.shape)} or (), got {tuple(value.shape)}")
 
-    values, gradients = [], []
-    for scalar in scalars:
+    values, gradients, connected = [], [], False
+    for batch, scalar in zip(batches, scalars, strict=True):
+        gradient = connected_gradient(scalar, tree)
+        connected |= gradient is not None
+        gradient = torch.zeros_like(tree.student) if gradient is None else gradient
+        if bool(scalar.isnan()) or not bool(gradient.isfinite().all()):
+            raise NotFiniteError(not_finite_text(loss, tree, under, batch, normalizer))
         values.append(scalar.detach())
-        gradients.append(student_gradient(scalar, tree))
-    weight, gradient, value = torch.stack(weights), torch.stack(gradients), torch.stack(values)
-    if not bool(gradient.isfinite().all() & ~value.isnan().any()):
-        raise ValueError(
-            "the loss or its gradient is not finite. Either the loss reads untrained positions, which hold NaN: apply "
-            "torch.where(loss_mask, x, 0) before anything else, or audit it on a tree with garbage=0.0. Or it is "
-            "infinite at this tree's policies"
-        )
+        gradients.append(gradient)
+    weight = torch.stack([probability[list(batch)].prod() for batch in batches])
+    gradient, each = torch.stack(gradients), torch.stack(values)
     mean = torch.einsum("s,snv->nv", weight, gradient)
     variance = float((weight * (gradient - mean).square().sum((1, 2))).sum()) / copies
     scale = float((weight * gradient.square().sum((1, 2))).sum().sqrt())
-    return Moments(mean, variance, scale, value)
+    return Moments(mean, variance, scale, each, connected, torch.finfo(value.dtype).eps, value.ndim == 1)

@@ -9,7 +9,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .known import LENGTHS
+from .known import LENGTHS, ON_POLICY_NAME
+
+# why a gradient is zero, as the rest of a sentence that begins with "your loss has"
+NOT_CONNECTED = "no gradient: it is not connected to the student's logp, logits or entropy"
+IN_EVERY_BATCH = "a gradient of zero in every batch, up to rounding"
+IN_EXPECTATION = "an expected gradient of zero: it is noise alone"
 
 _RAISED = ("expected reward", "entropy", "expected length")  # a coefficient of +1 raises these and lowers the others
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -31,16 +36,22 @@ class Fit:
         coefficients: known objective -> coefficient. +1 lowers divergences and 1/length, and raises rewards, entropies
             and lengths: a loss that ascends the reward has +1. Empty if nothing fits or the gradient is zero.
         residual: norm of the part of the gradient that the coefficients leave, relative to the gradient. If nothing
-            fits, the least that any combination leaves, here and at other policies. 0 for a zero gradient.
+            fits, the least that any combination leaves, here and at policies nearby. 0 for a zero gradient.
         nearest: the single known objective that fits best, as (objective, coefficient, residual). None for a zero
             gradient, and on a tree where every known gradient is zero.
-        is_zero: whether the expected gradient is zero up to rounding, compared with the gradients of single batches.
+        is_zero: whether the expected gradient is zero: at most `rtol` of the root mean square of the gradients of
+            single batches, or rounding alone.
         ambiguous: objectives that are linearly dependent on this tree, if the fit has one of them; other combinations
             then fit as well. A tree with an `eos`, more lengths and more prompts tells them apart.
         variance: trace of the covariance of the gradient of one batch.
         length_drift: change of the expected length when the expected gradient is descended, tokens per unit of step
             size.
         gradient: (N, V) float64, the expected gradient with respect to the student's logits.
+        why_zero: why the gradient is zero, in words: no gradient arrives at the student, it is zero in every batch, or
+            it is zero in expectation only. Empty if it is not zero.
+        changes_with: those of "teacher", "behaviour", "student" and "rewards" that change the result when they go far
+            beyond the tree's: a bound (a clip, a mask) acts there, or a coefficient depends on them. Empty if nothing
+            fits.
 
     Example:
         >>> import kdloss
@@ -48,6 +59,8 @@ class Fit:
         >>> fit = audit(kdloss.kl_k1).on_policy
         >>> fit.is_zero, fit.coefficients, fit.variance > 0
         (True, {}, True)
+        >>> str(audit(kdloss.kl_k2).on_policy).replace(chr(215), "x")
+        'lowers 1.00 x reverse KL (token)'
     """
 
     coefficients: Mapping[str, float]
@@ -58,38 +71,45 @@ class Fit:
     variance: float
     length_drift: float
     gradient: Tensor = field(repr=False, compare=False)
+    why_zero: str = ""
+    changes_with: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.is_zero:
-            return "nothing: its expected gradient is zero"
+            return f"has {self.why_zero}"
         if not self.coefficients:
             if self.nearest is None:
-                return "none of the known objectives"
+                return "follows none of the known objectives"
             name, coefficient, residual = self.nearest
             return (
-                f"none of the known objectives; the nearest, {number_text(coefficient)} {_TIMES} {name}, "
+                f"follows none of the known objectives; the nearest, {number_text(coefficient)} {_TIMES} {name}, "
                 f"leaves a residual of {residual_text(residual)}, all together {residual_text(self.residual)}"
             )
-        text = ""
+        terms: dict[str, list[str]] = {"raises": [], "lowers": []}
         for name, coefficient in self.coefficients.items():
-            sign = "-" if coefficient < 0 else "+"
-            text += (f" {sign} " if text else sign.strip("+")) + f"{number_text(abs(coefficient))} {_TIMES} {name}"
-        return text
+            terms[verb(name, coefficient)].append(f"{number_text(abs(coefficient))} {_TIMES} {name}")
+        return ", ".join(f"{word} {' and '.join(named)}" for word, named in terms.items() if named)
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What a loss descends: a verdict and a table when printed, the same facts as fields for a test.
+    """What descending a loss does: a verdict and a table when printed, the same facts as fields for a test.
 
     Attributes:
         on_policy: the fit for tokens and prefixes from the student.
         off_policy: the fit for tokens and prefixes from the tree's behaviour policy.
         scope: "any behaviour policy": the same known objectives with the same coefficients for every sampling policy.
             "on-policy only": known objectives from the student's own samples, others or none from another policy's.
-            "off-policy only": known objectives from another policy's samples alone. "none": no known objective in
-            either case. The behaviour policies tried are the tree's and one more, far from it.
+            "this tree only": the same from the student's own samples, until a bound acts at a teacher, a student or
+            rewards beyond the tree's. "off-policy only": known objectives from another policy's samples alone. "none":
+            no known objective in either case. The behaviour policies tried are the tree's and one far from it, see
+            `tried`.
         teacher_in_gradient: whether another teacher changes the expected gradient, on-policy or off-policy.
         teacher_in_value: whether another teacher changes the value of the loss.
+        notes: the findings on bounds and on `batch_size`, as sentences; part of `verdicts`.
+        tried: the ranges for which the result holds or `notes` say that it does not, as name -> (least, greatest):
+            "log p - log q" (nats, teacher against student), "ratio" (student against behaviour policy), "reward".
+            Those that the loss takes. A bound beyond them cannot be seen.
 
     Example:
         >>> import kdloss
@@ -106,23 +126,27 @@ class Audit:
     scope: str
     teacher_in_gradient: bool
     teacher_in_value: bool
+    notes: tuple[str, ...] = ()
+    tried: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def verdicts(self) -> tuple[str, ...]:
         """The findings, as sentences."""
         on, off = self.on_policy, self.off_policy
-        said = [f"your loss descends {on}" + (f"; residual {residual_text(on.residual)}" if on.coefficients else "")]
+        said = [f"your loss {on}" + (f"; residual {residual_text(on.residual)}" if on.coefficients else "")]
+        elsewhere = f"from another policy's samples it {off}"
         right = "this holds" if set(on.coefficients) <= set(LENGTHS) else "right"  # nobody asks for a length
         if self.scope == "any behaviour policy":
             said.append(f"{right} for any behaviour policy" + (", token by token" if "token by" in str(off) else ""))
-        elif self.scope == "on-policy only":
-            # if the tree's behaviour policy is near the student, only the second policy shows the difference
-            same = "" if on.coefficients == off.coefficients else f"; from another policy's samples it descends {off}"
-            said.append(f"{right} on-policy only{same}")
-        elif self.scope == "off-policy only":
-            said.append(f"from another policy's samples it descends {off}")
-        if not self.teacher_in_gradient:
+        elif on.coefficients:
+            said.append(
+                f"{right} {self.scope.replace('this', 'on this')}" + ("" if same(on, off) else f"; {elsewhere}")
+            )
+        elif off.coefficients or on.is_zero != off.is_zero:
+            said.append(elsewhere)
+        if not self.teacher_in_gradient and NOT_CONNECTED not in (on.why_zero, off.why_zero):
             said.append("the teacher does not enter this " + ("gradient" if self.teacher_in_value else "loss"))
+        said += self.notes
         for fit, where in ((on, "on-policy"), (off, "off-policy")):
             if any(name in LENGTHS for name in fit.coefficients):
                 said.append(f"{where} it pushes for {'longer' if fit.length_drift > 0 else 'shorter'} responses")
@@ -137,15 +161,29 @@ class Audit:
         for source, fit in (("the student", self.on_policy), ("another policy", self.off_policy)):
             rows = []
             for name, coefficient in fit.coefficients.items():
-                raised = name.startswith(_RAISED) == (coefficient > 0)
-                rows.append((f"{number_text(coefficient):>11}", name, "raises it" if raised else "lowers it"))
+                rows.append((f"{number_text(coefficient):>11}", name, f"{verb(name, coefficient)} it"))
             rows = rows or [("", "zero gradient" if fit.is_zero else "none of the known", "")]
             rows.append(("", f"residual {residual_text(fit.residual)}, variance {fit.variance:.3g}", ""))
             table += [(source if row is rows[0] else "", *row) for row in rows]
         widths = [max(len(row[column]) for row in table) for column in range(4)]
         table.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        return "\n".join([*self.verdicts, "", *(line.rstrip() for line in lines)])
+        ranges = ", ".join(f"{name} {least:.3g} .. {greatest:.3g}" for name, (least, greatest) in self.tried.items())
+        tried = [f"tried: {ranges}"] if ranges else []
+        return "\n".join([*self.verdicts, "", *(line.rstrip() for line in lines), *tried])
+
+
+def verb(name: str, coefficient: float) -> str:
+    """What descending a loss with this coefficient does to the objective."""
+    return "raises" if name.startswith(_RAISED) == (coefficient > 0) else "lowers"
+
+
+def same(on_policy: Fit, off_policy: Fit, tolerance: float = 1e-3) -> bool:
+    """Whether both fits have the same coefficients for the same objectives, by their on-policy names."""
+    # where objectives nearly coincide on a tree, the residual of a fit is magnified in the coefficients
+    on = on_policy.coefficients
+    off = {ON_POLICY_NAME.get(name, name): c for name, c in off_policy.coefficients.items()}
+    return on.keys() == off.keys() and all(math.isclose(on[name], off[name], rel_tol=tolerance) for name in on)
 
 
 def residual_text(x: float) -> str:
