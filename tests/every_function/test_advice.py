@@ -30,6 +30,7 @@ ADVICE = re.compile(
 HERE = "every_function/test_advice.py"
 HEADS, MODELS = "_softmax/test_output_head.py", "_softmax/test_output_head_models.py"
 SHARDED = "scale_out/cases_heads.py"
+CALLS = "testing/test_calls.py"
 DIFFERENTIATION, FUSED = "every_function/test_differentiation.py", "_logprobs/test_fused.py"
 AREAL, NEMO, SLIME = (f"integrations/test_{name}.py" for name in ("areal", "nemo_rl", "slime"))
 PRIME, OPENRLHF, TRL = (f"integrations/test_{name}.py" for name in ("prime_rl", "openrlhf", "trl"))
@@ -65,6 +66,19 @@ FOLLOWED = {
     # token losses
     "Draw random numbers before, and pass them": (FUSED, "test_the_ways_out_of_these_errors", "torch.rand(T)"),
     "return a new tensor": (FUSED, "test_the_ways_out_of_these_errors", "2 * logp"),
+    # the auditor
+    "(the standard deviation of a group), pass batch_size": (
+        CALLS,
+        "test_a_group_that_lacks_sequences_is_told_to_pass_batch_size",
+        "batch_size=2",
+    ),
+    "return a scalar and pass batch_size": (
+        CALLS,
+        "test_the_scalar_form_of_a_coupled_loss_is_enumerated",
+        "audit(centred, tree, batch_size=2)",
+    ),
+    "Take out what is random": (CALLS, "test_a_module_is_called_by_the_names_of_its_forward", "Dropout(0.5).eval()"),
+    "write to a copy": (CALLS, "test_a_loss_that_writes_to_a_copy_is_taken", ".clone().masked_fill_("),
     # output_head
     "which flattens them: call the loss": ("scale_out/cases_models.py", "case_fsdp2", "sharded(x, mesh"),
     "pass the module that makes the logits": (HERE, "test_the_module_that_makes_the_logits_is_passed", "model[1]"),

@@ -239,6 +239,13 @@ def test_a_loss_that_writes_to_its_arguments_is_refused(tree, loss, match):
     both(loss, tree, match)
 
 
+def test_a_loss_that_writes_to_a_copy_is_taken(tree):
+    def loss(logp, advantages, loss_mask):
+        return (-advantages * logp).clone().masked_fill_(~loss_mask, 0.0)
+
+    assert audit(loss, tree).on_policy.coefficients == {"expected reward": pytest.approx(1)}
+
+
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
