@@ -577,6 +577,7 @@ PROOFS = {
         f"{SURROGATES}.test_fold_kd_reward_with_a_weight_per_token",
     ),
     "fused_linear_loss": (f"{HERE}.test_the_fused_loss_has_the_gradient_of_the_loss_that_it_is_given",),
+    "output_head": ("_softmax.test_output_head_models.test_a_model_gives_the_log_probs_of_its_own_logits",),
     "token_mean": (MATRIX,),
     "sequence_mean": (MATRIX,),
     "reverse_kl_reward": (f"{SURROGATES}.test_what_importance_sampling_makes_of_the_reverse_kl_reward",),
