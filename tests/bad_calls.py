@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cases import CU, LENGTHS, MASK, TABLE, Arguments, T
+from cases import CU, LEFT, LENGTHS, MASK, OF_CU, OF_MASK, TABLE, Arguments, T
 
 
 class Bad(NamedTuple):
@@ -215,6 +215,17 @@ for _name in ("to_prediction_positions", "to_token_positions"):
         Bad("elsewhere", {"x": ELSEWHERE}, ValueError, "x must be on cu_seqlens's device cpu, got meta"),
     ]
 
+
+def bad_layout(first: str) -> Iterator[Bad]:
+    """Of `lengths`, `mask` and `cu_seqlens`, which name the tokens of padded rows; the base call passes `first`."""
+    one = "exactly one of lengths, mask and cu_seqlens must be given, got"
+    both = "lengths and mask" if first == "lengths" else "mask and cu_seqlens"
+    yield Bad("no tokens named", {first: None}, ValueError, f"{one} none")
+    yield Bad("tokens named twice", {"mask": LEFT}, ValueError, f"{one} {both}")
+    came = "mask must be torch.bool, got torch.int64; convert it with mask.bool()"
+    yield Bad("mask is integer", {first: None, "mask": LEFT.long()}, TypeError, came)
+
+
 BAD["pack"] = [
     Bad("float", {"lengths": LENGTHS.double()}, TypeError, "lengths must be int32 or int64, got torch.float64"),
     Bad("one axis", {"padded": SHORT}, ValueError, "padded must be (B, L, ...), got (16,)"),
@@ -228,6 +239,46 @@ BAD["pack"] = [
     Bad("negative", {"lengths": LENGTHS - 1}, ValueError, "lengths must be >= 0, got [4, -1, 0, 3, 6]"),
     Bad("another sum", {"total_tokens": 18}, ValueError, "lengths must sum to total_tokens = 18, got 17"),
     Bad("elsewhere", {"lengths": LENGTHS.to("meta")}, ValueError, "lengths must be on padded's device cpu, got meta"),
+    *bad_layout("lengths"),
+    Bad(
+        "mask short", OF_MASK | {"mask": LEFT[1:]}, ValueError, "mask must match the rows of padded (5, 7), got (4, 7)"
+    ),
+    Bad(
+        "mask elsewhere",
+        OF_MASK | {"mask": LEFT.to("meta")},
+        ValueError,
+        "mask must be on padded's device cpu, got meta",
+    ),
+    Bad(
+        "another number of tokens",
+        OF_MASK | {"total_tokens": 18},
+        ValueError,
+        "mask must sum to total_tokens = 18, got 17",
+    ),
+    Bad(
+        "another end",
+        OF_CU | {"total_tokens": 18},
+        ValueError,
+        "cu_seqlens must end at the number of tokens 18, got 17",
+    ),
+    Bad(
+        "cu_seqlens of other rows",
+        OF_CU | {"cu_seqlens": torch.tensor([0, 10, 17])},
+        ValueError,
+        "cu_seqlens must have one sequence per row (6,), got (3,)",
+    ),
+    Bad(
+        "cu_seqlens too long",
+        OF_CU | {"padded": torch.zeros(5, 6)},
+        ValueError,
+        "lengths must not exceed the padded length 6, got [5, 0, 1, 4, 7]",
+    ),
+    Bad(
+        "cu_seqlens elsewhere",
+        OF_CU | {"cu_seqlens": CU.to("meta")},
+        ValueError,
+        "cu_seqlens must be on padded's device cpu, got meta",
+    ),
 ]
 
 BAD["unpack"] = [
@@ -235,6 +286,39 @@ BAD["unpack"] = [
     Bad("0-dim", {"packed": torch.tensor(1.0)}, ValueError, "packed must be (T, ...), got ()"),
     Bad("too short", {"length": 6}, ValueError, "length must hold the longest sequence 7, got 6"),
     Bad("elsewhere", {"packed": ELSEWHERE}, ValueError, "packed must be on cu_seqlens's device cpu, got meta"),
+    *bad_layout("cu_seqlens"),
+    Bad("length", {"length": None}, ValueError, "length must be given without mask, got None"),
+    Bad(
+        "length beside mask",
+        OF_MASK | {"cu_seqlens": None, "length": 8},
+        ValueError,
+        "length must be left out with mask, whose rows have 7 entries, got 8",
+    ),
+    Bad("mask is flat", {"cu_seqlens": None, "mask": LEFT[0]}, ValueError, "mask must be (B, L), got (7,)"),
+    Bad(
+        "mask of other tokens",
+        {"cu_seqlens": None, "mask": LEFT | True},
+        ValueError,
+        "mask must sum to the 17 tokens of packed, got 35",
+    ),
+    Bad(
+        "mask elsewhere",
+        {"cu_seqlens": None, "mask": LEFT.to("meta")},
+        ValueError,
+        "mask must be on packed's device cpu, got meta",
+    ),
+    Bad(
+        "lengths of other tokens",
+        {"cu_seqlens": None, "lengths": LENGTHS + 1},
+        ValueError,
+        "lengths must sum to the 17 tokens of packed, got 22",
+    ),
+    Bad(
+        "lengths elsewhere",
+        {"cu_seqlens": None, "lengths": LENGTHS.to("meta")},
+        ValueError,
+        "lengths must be on packed's device cpu, got meta",
+    ),
 ]
 
 

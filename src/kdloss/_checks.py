@@ -110,21 +110,45 @@ def packed_stream(name: str, x: Tensor, cu_seqlens: Tensor) -> None:
     same_device(name, x, cu_seqlens=cu_seqlens)
 
 
-def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int) -> None:
-    """`cu_seqlens` is (B + 1,), starts at 0, never decreases and ends at `total_tokens`."""
+def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int | None) -> int:
+    """`cu_seqlens` is (B + 1,), starts at 0, never decreases and ends at `total_tokens`, which is returned."""
     integral(cu_seqlens=cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be (B + 1,) with B >= 0, got {tuple(cu_seqlens.shape)}")
+    if total_tokens is None:
+        total_tokens = token_count(cu_seqlens)
     if cu_seqlens.shape[0] == 1 and total_tokens > 0:
         raise ValueError(f"cu_seqlens has no sequence, but there are {total_tokens} tokens")
     if not value_checks_allowed(cu_seqlens):
-        return
+        return total_tokens
     if cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
     if cu_seqlens[-1] != total_tokens:
         raise ValueError(f"cu_seqlens must end at the number of tokens {total_tokens}, got {int(cu_seqlens[-1])}")
     if (cu_seqlens[1:] < cu_seqlens[:-1]).any():  # compared, because an int32 difference may wrap around
         raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
+    return total_tokens
+
+
+def token_count(cu_seqlens: Tensor) -> int:
+    """T, read from the last entry of (B + 1,) `cu_seqlens`, where that causes no device sync and no graph break."""
+    if not value_checks_allowed(cu_seqlens):
+        where = "under torch.compile" if torch.compiler.is_compiling() else f"for tensors on {cu_seqlens.device}"
+        raise ValueError(
+            f"total_tokens must be given {where}, got None; it is read on the CPU only, outside compilation and vmap: "
+            "pass the number of tokens, such as input_ids.shape[0] of a packed stream"
+        )
+    return int(cu_seqlens[-1])
+
+
+def exactly_one(**arguments: object) -> None:
+    """One argument is given, the others are None."""
+    given = [name for name, x in arguments.items() if x is not None]
+    if len(given) != 1:
+        *names, last = arguments
+        raise ValueError(
+            f"exactly one of {', '.join(names)} and {last} must be given, got {' and '.join(given) or 'none'}"
+        )
 
 
 def positive(**numbers: float | None) -> None:
@@ -258,7 +282,12 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: fl
 
 def value_checks_allowed(x: Tensor) -> bool:
     """Whether reading the values of `x` causes no device sync and no graph break."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not isinstance(x, FakeTensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # vmap has no single value to read
+    )
 
 
 def warn(message: str) -> None:

@@ -239,12 +239,12 @@ def _forked(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks
     from opd.ranks import leave  # not at the top: pytest's process imports this file without docs/examples on its path
 
     pid = os.fork()
-    if pid:
-        return pid
-    output = os.open(folder / f"{rank}.out", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    leave(lambda: _rank(rank, folder, found))
+    if pid == 0:
+        output = os.open(folder / f"{rank}.out", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        leave(lambda: _rank(rank, folder, found))
+    return pid
 
 
 def _rank(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks], None]]]) -> None:

@@ -29,8 +29,8 @@ def leave(main: Callable[[], int | None]) -> NoReturn:
 
     The interpreter is not finalized. Meshes and sharded modules keep the group alive after `destroy_process_group`, and
     with it the worker threads of gloo. When such a thread releases the last collective's tensors, which are Python
-    objects, it asks for the interpreter's lock. If the interpreter is being finalized, the thread is made to exit inside
-    a destructor, and the whole process aborts: "terminate called without an active exception", about once in 30 runs.
+    objects, it asks for the interpreter's lock. If the interpreter is being finalized, the thread has to exit within a
+    destructor, and the process aborts: "terminate called without an active exception", about once in 30 runs.
 
     Output is flushed; exit handlers do not run, and what a `multiprocessing.Queue` still holds is lost.
     """
