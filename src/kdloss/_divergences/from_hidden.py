@@ -40,8 +40,7 @@ LINEAR_ARGS = HEAD_ARGS | {
         ranks. The gradient is then always computed in the backward. DTensor heads beside DTensor hidden states need no
         `shard`.""",
     "ValueError": """shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where
-    the
-        kernels cannot run.""",
+        the kernels cannot run.""",
 }
 
 
@@ -414,9 +413,7 @@ def linear_skewed_reverse_kl(
     check_share("alpha", alpha, linear_reverse_kl.__name__, None)
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
-    return _linear(
-        Form(SKEWED_REVERSE_KL, 1 - alpha), student, teacher, loss_mask, temperature, vocab_size, shard, impl
-    )
+    return _linear(Form(SKEWED_REVERSE_KL, alpha), student, teacher, loss_mask, temperature, vocab_size, shard, impl)
 
 
 def _linear(

@@ -34,8 +34,7 @@ DIVERGENCE_ARGS = LOGITS_ARGS | {
     "shard": """the slice of the vocabulary that these logits and the teacher's are, where each rank holds one
         (`VocabShard`). Logits that are DTensors placed `Shard(-1)` need no `shard`.""",
     "ValueError": """shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where
-    the
-        kernels cannot run.""",
+        the kernels cannot run.""",
 }
 
 
@@ -269,7 +268,7 @@ def skewed_reverse_kl(
         DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, reverse_kl.__name__, None)
-    return _of_logits(Form(SKEWED_REVERSE_KL, 1 - alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
+    return _of_logits(Form(SKEWED_REVERSE_KL, alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
 def _of_logits(

@@ -237,7 +237,7 @@ def _topk(
     """Any divergence with any tail; the public functions differ only in `form`."""
     _checks.one_of("tail", tail, TAILS)
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
-    vocab_size, (kind, omega) = softmax.vocab_size, form
+    vocab_size, kind = softmax.vocab_size, form.kind
     ids, order, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size)
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
     valid = (ids >= 0) & (ids < vocab_size)
@@ -260,7 +260,7 @@ def _topk(
         # NaN even if the incoming gradient is 0
         nothing = ~student.detach().amax(-1, keepdim=True).isfinite()
         log_q = torch.where(nothing, 0, student).log_softmax(-1)[..., :-1]
-        value = _truncated(kind, omega, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
+        value = _truncated(form, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
         value = torch.where(empty.squeeze(-1), 0, value)
     else:  # softmax(student) is the distribution over K + 1 outcomes, or over K
         kernels = softmax.kernels and dtype == torch.float32
@@ -276,9 +276,9 @@ def _log_tail(log_p: Tensor, ids: Tensor, vocab_size: int, kind: str) -> Tensor:
     return torch.where(((ids >= 0) & (ids < vocab_size)).sum(-1) == vocab_size, -math.inf, log_tail)
 
 
-def _truncated(kind: str, omega: float, log_q: Tensor, log_p: Tensor) -> Tensor:
+def _truncated(form: Form, log_q: Tensor, log_p: Tensor) -> Tensor:
     """The full form's terms, summed over S. Every -inf is replaced before it can make the gradient NaN."""
-    p, q = log_p.exp(), log_q.exp()
+    p, q, kind = log_p.exp(), log_q.exp(), form.kind
     if kind == FORWARD_KL:
         return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
     if kind == REVERSE_KL:
@@ -286,11 +286,11 @@ def _truncated(kind: str, omega: float, log_q: Tensor, log_p: Tensor) -> Tensor:
     both = (p > 0) & (q > 0)
     one_sided = _SATURATED * ((p > 0).to(q.dtype) - (q > 0).to(q.dtype))
     t = torch.where(both, torch.where(both, log_p, 0) - torch.where(both, log_q, 0), one_sided)
-    t = t + (math.log(omega) - math.log1p(-omega))
-    zero = torch.zeros_like(t)
-    a = -math.log1p(-omega) - torch.logaddexp(t, zero)
-    b = -math.log(omega) - torch.logaddexp(-t, zero)
-    return (omega * p * b + (1 - omega) * q * a).sum(-1)
+    shares, zero = form.shares, torch.zeros_like(t)
+    t = t + (shares.log_teacher - shares.log_student)
+    a = -shares.log_student - torch.logaddexp(t, zero)
+    b = -shares.log_teacher - torch.logaddexp(-t, zero)
+    return (shares.teacher * p * b + shares.student * q * a).sum(-1)
 
 
 def _check_topk(logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
