@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cases import CU, LEFT, LENGTHS, MASK, OF_CU, OF_MASK, TABLE, Arguments, T
+from cases import CU, LEFT, LENGTHS, MASK, OF_CU, OF_MASK, TABLE, Arguments, T, put
 
 
 class Bad(NamedTuple):
@@ -132,13 +132,36 @@ def bad_normalizer() -> list[Bad]:
         *non_negative("normalizer")[:1],
         *finite("normalizer"),
         Bad("normalizer has an axis", {"normalizer": torch.ones(1)}, ValueError, came),
+        *(
+            Bad(
+                f"normalizer is a tensor of {x}",
+                {"normalizer": torch.tensor(x)},
+                ValueError,
+                f"normalizer must be {what}",
+            )
+            for x, what in (
+                (-3.0, ">= 0, got -3.0"),
+                (-3, ">= 0, got -3"),
+                (math.inf, "finite, got inf"),
+            )
+        ),
     ]
+
+
+def bad_temperatures() -> Iterator[Bad]:
+    for x in (-1.0, 0.0, math.nan, math.inf):
+        came = f"temperature must be > 0 and finite, got {x}"
+        one, each = torch.tensor(x), put(torch.ones(T), 2, x)
+        yield Bad(f"temperature is a tensor of {x}", {"temperature": one}, ValueError, came)
+        yield Bad(f"a temperature is {x}", {"temperature": each}, ValueError, came)
 
 
 def bad_distill_weights(first: str) -> Iterator[Bad]:
     name = "distill_loss_weight"
     came = f"{name} must have a floating-point dtype, got torch.int64"
     yield Bad("weights are integers", {name: INTEGERS}, TypeError, came)
+    for x in (math.nan, math.inf):
+        yield Bad(f"a tensor of {x}", {name: torch.tensor(x)}, ValueError, f"{name} must be finite, got {x}")
     yield Bad("weights are short", {name: SHORT}, ValueError, f"{name} must match {first} (17,), got (16,)")
     came = f"{name} must be on {first}'s device cpu, got meta"
     yield Bad("weights are elsewhere", {name: ELSEWHERE}, ValueError, came)
@@ -356,6 +379,7 @@ def bad_head(head: str) -> list[Bad]:
         ),
         *positive("temperature"),
         Bad("temperature is inf", {"temperature": math.inf}, ValueError, "temperature must be finite, got inf"),
+        *bad_temperatures(),
         Bad(
             "temperatures are short",
             {"temperature": SHORT},
@@ -375,6 +399,12 @@ def bad_head(head: str) -> list[Bad]:
             "temperature must be on ...'s device cpu, got meta",
         ),
         *positive("softcap"),
+        Bad(
+            "softcap is inf",
+            {"softcap": math.inf},
+            ValueError,
+            "softcap must be finite, got inf; pass None for no softcap",
+        ),
         Bad("vocab_size is 0", {"vocab_size": 0}, ValueError, "vocab_size must be in 1 .. 7, ..., got 0"),
         Bad("vocab_size is 8", {"vocab_size": 8}, ValueError, "vocab_size must be in 1 .. 7, ..., got 8"),
         Bad("vocab_size is float", {"vocab_size": 5.0}, TypeError, "vocab_size must be an int, got float"),
@@ -452,6 +482,7 @@ def bad_divergence(head: str) -> list[Bad]:
     return [
         *positive("temperature"),
         Bad("temperature is inf", {"temperature": math.inf}, ValueError, "temperature must be finite, got inf"),
+        *bad_temperatures(),
         Bad("temperatures are short", {"temperature": SHORT}, ValueError, short),
         Bad("temperatures are integers", {"temperature": INTEGERS}, TypeError, integers),
         Bad("temperatures are elsewhere", {"temperature": ELSEWHERE}, ValueError, elsewhere),
@@ -556,6 +587,8 @@ def bad_side(side: str, head: Tensor) -> Iterator[Bad]:
         came = f"{side}{name} must be on hidden's device cpu, got meta"
         yield Bad(f"{side}{name} is elsewhere", {f"{side}{name}": x.to("meta")}, ValueError, came)
     yield from positive(f"{side}softcap")
+    came = f"{side}softcap must be finite, got inf; pass None for no softcap"
+    yield Bad(f"{side}softcap is inf", {f"{side}softcap": math.inf}, ValueError, came)
     yield from finite(f"{side}logit_scale")
 
 
@@ -681,7 +714,17 @@ BAD["importance_sampled_surrogate"] = [*_BAD_PG, *positive("max_ratio")]
 BAD["clipped_surrogate"] = [*_BAD_PG, *_BAD_CLIPS, *_BAD_DUAL_CLIP]
 BAD["sequence_clipped_surrogate"] = [*_BAD_PG, *bad_stream("logp", of="sequence_clipped_surrogate"), *_BAD_CLIPS, GROUP]
 BAD["cispo_surrogate"] = [*_BAD_PG, *_BAD_CLIPS]
-BAD["sapo_surrogate"] = [*_BAD_PG, *positive("tau_positive"), *positive("tau_negative")]
+BAD["sapo_surrogate"] = [
+    *_BAD_PG,
+    *(
+        bad
+        for name in ("tau_positive", "tau_negative")
+        for bad in (
+            *positive(name),
+            Bad(f"{name} is inf", {name: math.inf}, ValueError, f"{name} must be finite, got inf"),
+        )
+    ),
+]
 BAD["token_mean"] = [*bad_per_token("x"), *bad_normalizer()]
 BAD["sequence_mean"] = [*bad_per_token("x"), *bad_stream("x", of="sequence_mean"), *bad_normalizer(), GROUP]
 

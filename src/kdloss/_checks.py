@@ -179,6 +179,14 @@ def finite(**numbers: float) -> None:
             raise ValueError(f"{name} must be finite, got {x}")
 
 
+def softcap(**caps: float | None) -> None:
+    """Positive finite Python numbers; None passes."""
+    positive(**caps)
+    for name, x in caps.items():
+        if x == math.inf:
+            raise ValueError(f"{name} must be finite, got inf; pass None for no softcap")
+
+
 def unit_interval(**numbers: float) -> None:
     """Python numbers in 0 .. 1."""
     non_negative(**numbers)
@@ -203,7 +211,7 @@ def flag(**switches: object) -> None:
 
 
 def weight(reference_name: str, reference: Tensor, **weights: float | Tensor) -> None:
-    """Loss weights: finite Python numbers, or floating tensors, 0-dim or of the shape of `reference`."""
+    """Loss weights: finite Python numbers, or floating tensors, 0-dim and finite or of the shape of `reference`."""
     for name, x in weights.items():
         if not isinstance(x, Tensor):
             finite(**{name: x})
@@ -211,6 +219,8 @@ def weight(reference_name: str, reference: Tensor, **weights: float | Tensor) ->
         floating(**{name: x})
         if x.ndim > 0:
             same_shape(reference_name, reference, **{name: x})
+        elif value_checks_allowed(x):
+            finite(**{name: float(x.detach())})
 
 
 def interval(minimum: tuple[str, float], maximum: tuple[str, float]) -> None:
@@ -228,13 +238,20 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def normalizer(value: float | Tensor | None) -> None:
-    """A denominator: None, a finite Python number >= 0, or a tensor without dimensions."""
+    """A denominator: None, or a finite number >= 0, which may be a tensor without dimensions.
+
+    A tensor of NaN passes: counts are NaN where `cu_seqlens` does not fit, and the loss must show it.
+    """
     if value is None:
         return
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(f"normalizer must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
-        return
+        if not value_checks_allowed(value):
+            return
+        value = value.detach().item()
+        if value != value:
+            return
     finite(normalizer=value)
     non_negative(normalizer=value)
 
@@ -251,7 +268,10 @@ def no_reward_options(kd_discount: float, kd_reward_clip: float | None, kd_max_r
 
 
 def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -> float | Tensor:
-    """A number, or a tensor expanded to one value per row of `reference`, which the error calls `name`."""
+    """A number, or a tensor expanded to one value per row of `reference`, which the error calls `name`.
+
+    `row_temperatures` checks the values, once it is known which rows count. Where it may not, bad ones become NaN.
+    """
     if not isinstance(temperature, Tensor):
         positive(temperature=temperature)
         finite(temperature=temperature)
@@ -261,7 +281,20 @@ def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -
     if temperature.ndim > 0 and temperature.shape != rows:
         raise ValueError(f"temperature must be a number, 0-dim or {tuple(rows)}, got {tuple(temperature.shape)}")
     same_device(name, reference, temperature=temperature)
+    if not value_checks_allowed(temperature):
+        temperature = torch.where((temperature > 0) & (temperature < math.inf), temperature, math.nan)
     return temperature.expand(rows)
+
+
+def row_temperatures(temperature: Tensor | None, counts: Tensor | None = None) -> None:
+    """The temperature of each row is > 0 and finite where `counts`, by default everywhere; None passes."""
+    if temperature is None or not value_checks_allowed(temperature):
+        return
+    bad = ~((temperature > 0) & (temperature < math.inf))
+    if counts is not None:
+        bad &= counts
+    if bad.any():
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature[bad][0].item()}")
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: float, side: str = "") -> None:

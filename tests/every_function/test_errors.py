@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 import kdloss
 from bad_calls import BAD
 from cases import TABLE
-from contract import call, public_function
+from contract import call, fields, public_function
 
 
 def raises(name, arguments, error, message):
@@ -58,6 +59,35 @@ def test_anything_but_a_tensor_is_a_type_error_that_names_the_argument(name, arg
     # in the first variant that sets the argument: one that is not read is not checked
     used = next(v for v in TABLE[name].variants.values() if isinstance(v.get(argument), Tensor))
     raises(name, used | {argument: value}, TypeError, f"{argument} must be a ...tensor, got {kind}")
+
+
+def infinite():
+    """(function, keyword, variant) for every keyword that takes a number, in every variant."""
+    for name, entry in TABLE.items():
+        for parameter in inspect.signature(public_function(name)).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY and "float" in str(parameter.annotation).split(" | "):
+                for variant, arguments in entry.variants.items():
+                    floats = [x for x in arguments.values() if isinstance(x, Tensor) and x.dtype.is_floating_point]
+                    if floats:  # a variant that moves integers cannot be filled with infinity
+                        case = f"{name}-{parameter.name}-{variant}"
+                        yield pytest.param(name, parameter.name, variant, id=case)
+
+
+@pytest.mark.filterwarnings("ignore:direct_penalty")
+@pytest.mark.parametrize(("name", "keyword", "variant"), list(infinite()))
+def test_an_infinite_number_is_refused_or_a_bound_that_never_acts(name, keyword, variant):
+    """It never turns into NaN: where a bound may be infinite, no product of 0 and infinity is left."""
+    arguments = TABLE[name].variants[variant]
+    for value in (math.inf, -math.inf):
+        try:
+            result = fields(call(public_function(name), arguments | {keyword: value}))
+        except ValueError as error:
+            assert re.search(rf"\b{keyword}\b", str(error))  # noqa: PT017
+            continue
+        before = fields(call(public_function(name), arguments))
+        for part, x in result.items():
+            if isinstance(x, Tensor) and x.dtype.is_floating_point:
+                assert (x.isnan() <= before[part].isnan()).all(), part
 
 
 def test_advantages_of_padded_sequences_are_told_how_to_become_per_token():

@@ -436,5 +436,6 @@ def _linear(
         shard=shard,
         impl=impl,
     )
+    _checks.row_temperatures(heads.softmax.row_temperature, loss_mask)
     compute = linear_divergence if heads.softmax.shard is None else sharded_linear_divergence
     return compute(heads, loss_mask.flatten(), form).reshape(heads.shape)

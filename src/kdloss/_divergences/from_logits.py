@@ -284,6 +284,7 @@ def _of_logits(
     student, teacher, softmax = prepare_logits(
         logits, teacher_logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl
     )
+    _checks.row_temperatures(softmax.row_temperature)
     assert teacher is not None
     return divergence(student, teacher, form, softmax)
 

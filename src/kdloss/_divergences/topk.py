@@ -242,6 +242,7 @@ def _topk(
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
     valid = (ids >= 0) & (ids < vocab_size)
     empty = ~valid.any(-1, keepdim=True)
+    _checks.row_temperatures(softmax.row_temperature, ~empty.squeeze(-1))
     log_p = torch.where(valid, teacher_topk_logp.detach().gather(-1, order).to(dtype), -math.inf)
 
     if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed

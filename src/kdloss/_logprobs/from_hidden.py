@@ -19,7 +19,7 @@ from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
 from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_heads
-from kdloss._softmax.vocabulary import IGNORE_INDEX, check_labels, label_columns
+from kdloss._softmax.vocabulary import IGNORE_INDEX, check_labels, label_columns, labelled
 
 from .from_logits import LogprobsAndEntropy
 from .hidden_op import linear_logprobs
@@ -208,6 +208,9 @@ def check_head_labels(heads: Heads, labels: Tensor, loss_mask: Tensor | None) ->
     _checks.tensors(labels=labels)
     _checks.same_device("hidden", heads.student.hidden, labels=labels)
     check_labels(labels, heads.shape, heads.softmax.vocab_size, loss_mask=loss_mask)
+    if (taus := heads.softmax.row_temperature) is not None:
+        counts = labelled(labels, heads.shape)
+        _checks.row_temperatures(taus, counts if loss_mask is None else counts & loss_mask)
 
 
 def select_rows(

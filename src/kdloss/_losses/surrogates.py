@@ -338,6 +338,7 @@ def sapo_surrogate(
         SAPO (arXiv 2511.20347).
     """
     _checks.positive(tau_positive=tau_positive, tau_negative=tau_negative)
+    _checks.finite(tau_positive=tau_positive, tau_negative=tau_negative)
     log_ratio, ratio, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
     tau = _either(advantages > 0, tau_positive, tau_negative, ratio)
     # past the bound the sigmoid is exactly 1 and its slope 0: the clamp keeps 0 * inf out of the gradient

@@ -7,6 +7,7 @@ averages), so that the parts sum to the whole exactly.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -174,6 +175,8 @@ def _divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
     if not isinstance(normalizer, Tensor):
         return total / normalizer if normalizer > 0 else torch.where(torch.zeros_like(total).bool(), total, 0)
     normalizer = normalizer.detach().to(total)
+    # a denominator that is refused on the CPU is NaN elsewhere
+    normalizer = torch.where((normalizer >= 0) & (normalizer < math.inf), normalizer, math.nan)
     # == 0 and not > 0, which is False for NaN: a NaN normalizer must give NaN
     empty = normalizer == 0
     return torch.where(empty, 0, total / torch.where(empty, 1, normalizer))

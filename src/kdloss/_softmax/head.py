@@ -98,7 +98,7 @@ def prepare_heads(
         sides["teacher_"] = teacher
     for side, head in sides.items():
         _checks.head(*head[:3], logit_scale=head.logit_scale, side=side)
-        _checks.positive(**{f"{side}softcap": head.softcap})
+        _checks.softcap(**{f"{side}softcap": head.softcap})
     rows = student.hidden.shape[:-1]
     _checks.boolean(loss_mask=loss_mask)
     if loss_mask is not None and loss_mask.shape != rows:

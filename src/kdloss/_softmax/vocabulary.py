@@ -150,6 +150,11 @@ def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask
             )
 
 
+def labelled(labels: Tensor, rows: torch.Size) -> Tensor:
+    """(*rows,) bool: whether a row has a label that is not ignored."""
+    return (as_columns(labels, rows) != IGNORE_INDEX).any(-1).reshape(rows)
+
+
 def _checked_vocab_size(vocab_size: int | None, width: int) -> int:
     """`vocab_size`, which must be in 1 .. width; None: the width of the vocabulary axis, padding included."""
     if vocab_size is None:
