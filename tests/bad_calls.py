@@ -357,12 +357,20 @@ def bad_head(head: str) -> list[Bad]:
     below = LABELS.clone()
     below[2] = -1
     return [
-        Bad("labels are int32", {"labels": LABELS.int()}, TypeError, "labels must be torch.int64, got torch.int32"),
-        Bad("labels are float", {"labels": LABELS.double()}, TypeError, "labels must be ...int64, got torch.float64"),
-        Bad("labels are short", {"labels": LABELS[1:]}, ValueError, "labels must be (17,) or (17, 'K'), got (16,)"),
         Bad(
-            "labels are (1, T)", {"labels": LABELS[None]}, ValueError, "labels must be (17,) or (17, 'K'), got (1, 17)"
+            "labels are int32",
+            {"labels": LABELS.int()},
+            TypeError,
+            "labels must be torch.int64, got torch.int32; convert them with labels.long()",
         ),
+        Bad(
+            "labels are float",
+            {"labels": LABELS.double()},
+            TypeError,
+            "labels must be torch.int64, got torch.float64; convert them with labels.long()",
+        ),
+        Bad("labels are short", {"labels": LABELS[1:]}, ValueError, "labels must be (17,) or (17, K), got (16,)"),
+        Bad("labels are (1, T)", {"labels": LABELS[None]}, ValueError, "labels must be (17,) or (17, K), got (1, 17)"),
         Bad(
             "labels are elsewhere",
             {"labels": LABELS.to("meta")},
@@ -543,9 +551,7 @@ _BAD_TOPK = [
     Bad("no vocabulary", {"logits": WIDE[:, :0]}, ValueError, "logits must be (..., V) with V >= 1, got (17, 0)"),
     Bad("tail is wrong", {"tail": "drop"}, ValueError, "tail must be one of 'bucket', ..., got 'drop'"),
     Bad("integers", {"teacher_topk_logp": IDS_OF_K}, TypeError, "teacher_topk_logp must ...got torch.int64"),
-    Bad(
-        "one row", {"teacher_topk_logp": LOGP_OF_K[0]}, ValueError, "teacher_topk_logp must be (17, 'K') ..., got (4,)"
-    ),
+    Bad("one row", {"teacher_topk_logp": LOGP_OF_K[0]}, ValueError, "teacher_topk_logp must be (17, K) ..., got (4,)"),
     Bad("K is 0", {"teacher_topk_logp": WIDE[:, :0]}, ValueError, "teacher_topk_logp must ...K >= 1, got (17, 0)"),
     Bad("float ids", {"teacher_topk_ids": WIDE}, TypeError, "teacher_topk_ids must be int32 or int64, got ...float64"),
     Bad("few ids", {"teacher_topk_ids": IDS_OF_K[:, 1:]}, ValueError, "teacher_topk_ids must match ..., got (17, 3)"),

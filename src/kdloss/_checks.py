@@ -231,6 +231,11 @@ def interval(minimum: tuple[str, float], maximum: tuple[str, float]) -> None:
         raise ValueError(f"{minimum[0]} must not exceed {maximum[0]} = {maximum[1]}, got {minimum[1]}")
 
 
+def axes(*sizes: int | str) -> str:
+    """A shape as errors write it: (2, 6, K) for 2, 6 and "K"."""
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """`value` is one of `choices`."""
     if value not in choices:

@@ -19,6 +19,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
+from kdloss._softmax.backend import Impl
 from kdloss._softmax.head import HEAD_ARGS, Head, prepare_heads
 
 from .from_logits import check_share
@@ -61,7 +62,7 @@ def linear_forward_kl(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Forward KL from the teacher, from hidden states and output heads, for the trained tokens only.
 
@@ -133,7 +134,7 @@ def linear_reverse_kl(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Reverse KL to the teacher, from hidden states and output heads, for the trained tokens only.
 
@@ -206,7 +207,7 @@ def linear_generalized_jsd(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Generalised Jensen-Shannon divergence, from hidden states and output heads, for the trained tokens only.
 
@@ -283,7 +284,7 @@ def linear_skewed_forward_kl(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Skewed forward KL, from hidden states and output heads, for the trained tokens only.
 
@@ -359,7 +360,7 @@ def linear_skewed_reverse_kl(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Skewed reverse KL, from hidden states and output heads, for the trained tokens only.
 
@@ -424,7 +425,7 @@ def _linear(
     temperature: float | Tensor,
     vocab_size: int | None,
     shard: VocabShard | None,
-    impl: str,
+    impl: Impl,
 ) -> Tensor:
     _checks.tensors(loss_mask=loss_mask)
     heads = prepare_heads(

@@ -21,6 +21,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
+from kdloss._softmax.backend import Impl
 from kdloss._softmax.vocabulary import LOGITS_ARGS, prepare_logits
 
 from .logits_op import divergence
@@ -46,7 +47,7 @@ def forward_kl(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Forward KL from the teacher: KL(p || q) = sum_v p_v (log p_v - log q_v). Mass-covering.
 
@@ -91,7 +92,7 @@ def reverse_kl(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Reverse KL to the teacher: KL(q || p) = sum_v q_v (log q_v - log p_v). Mode-seeking.
 
@@ -137,7 +138,7 @@ def generalized_jsd(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Generalised Jensen-Shannon divergence: β KL(p || m) + (1-β) KL(q || m), m = β p + (1-β) q.
 
@@ -185,7 +186,7 @@ def skewed_forward_kl(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Skewed forward KL: KL(p || m), m = α p + (1-α) q. The forward KL with bounded ratios.
 
@@ -232,7 +233,7 @@ def skewed_reverse_kl(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Skewed reverse KL: KL(q || m), m = (1-α) p + α q. The reverse KL with bounded ratios.
 
@@ -278,7 +279,7 @@ def _of_logits(
     temperature: float | Tensor,
     vocab_size: int | None,
     shard: VocabShard | None,
-    impl: str,
+    impl: Impl,
 ) -> Tensor:
     _checks.tensors(teacher_logits=teacher_logits)
     student, teacher, softmax = prepare_logits(

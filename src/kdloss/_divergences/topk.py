@@ -23,6 +23,7 @@ infinite. Keep the log-probs in float32: rounded to bf16 they are off by 1 %, an
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
+from kdloss._softmax.backend import Impl
 from kdloss._softmax.vocabulary import LOGITS_ARGS, Softmax, prepare_logits
 
 from .from_logits import check_share
@@ -38,7 +40,7 @@ from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, Form
 from .topk_op import kept_and_rest
 
 PADDING = -1
-TAILS = ("bucket", "renormalize", "truncate")
+Tail = Literal["bucket", "renormalize", "truncate"]
 # beyond ± this, the sigmoid of a log-ratio is 0 or 1
 _SATURATED = 1e4
 
@@ -60,11 +62,11 @@ def topk_forward_kl(
     teacher_topk_logp: Tensor,  # (..., K)
     teacher_topk_ids: Tensor,  # (..., K) int
     *,
-    tail: str,
+    tail: Tail,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Forward KL from a teacher's K log-probs: sum_S p (log p - log q), and a tail.
 
@@ -111,11 +113,11 @@ def topk_reverse_kl(
     teacher_topk_logp: Tensor,  # (..., K)
     teacher_topk_ids: Tensor,  # (..., K) int
     *,
-    tail: str,
+    tail: Tail,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Reverse KL to a teacher's K log-probs: sum_S q (log q - log p), and a tail.
 
@@ -165,12 +167,12 @@ def topk_generalized_jsd(
     teacher_topk_logp: Tensor,  # (..., K)
     teacher_topk_ids: Tensor,  # (..., K) int
     *,
-    tail: str,
+    tail: Tail,
     beta: float,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Generalised JSD from a teacher's K log-probs: sum_S β p log p/m + (1-β) q log q/m, and a tail; m = β p + (1-β) q.
 
@@ -228,14 +230,14 @@ def _topk(
     logits: Tensor,
     teacher_topk_logp: Tensor,
     teacher_topk_ids: Tensor,
-    tail: str,
+    tail: Tail,
     temperature: float | Tensor,
     vocab_size: int | None,
     shard: VocabShard | None,
-    impl: str,
+    impl: Impl,
 ) -> Tensor:  # (...,)
     """Any divergence with any tail; the public functions differ only in `form`."""
-    _checks.one_of("tail", tail, TAILS)
+    _checks.one_of("tail", tail, get_args(Tail))
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
     vocab_size, kind = softmax.vocab_size, form.kind
     ids, order, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size)
@@ -301,7 +303,7 @@ def _check_topk(logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int) -> t
     _checks.integral(teacher_topk_ids=ids)
     rows = logits.shape[:-1]
     if logp.ndim != logits.ndim or logp.shape[:-1] != rows or logp.shape[-1] < 1:
-        raise ValueError(f"teacher_topk_logp must be {(*rows, 'K')} with K >= 1, got {tuple(logp.shape)}")
+        raise ValueError(f"teacher_topk_logp must be {_checks.axes(*rows, 'K')} with K >= 1, got {tuple(logp.shape)}")
     _checks.same_shape("teacher_topk_logp", logp, teacher_topk_ids=ids)
     _checks.same_device("logits", logits, teacher_topk_logp=logp)
     ordered, order = ids.long().sort(-1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
+from kdloss._softmax.backend import Impl
 from kdloss._softmax.vocabulary import (
     LOGITS_ARGS,
     Softmax,
@@ -55,7 +56,7 @@ def token_logprobs(
     softcap: float | None = None,
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,) or (..., K)
     """Log-prob of each label under its row of logits: log softmax(z)[label], z = softcap(logits) / temperature.
 
@@ -100,7 +101,7 @@ def token_logprobs_and_entropy(
     softcap: float | None = None,
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> LogprobsAndEntropy:
     """Log-prob of each label and entropy of each row, from one read of the logits.
 

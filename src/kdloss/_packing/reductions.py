@@ -8,7 +8,7 @@ averages), so that the parts sum to the whole exactly.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from .texts import PACKING_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Reduction = Literal["token_mean", "sequence_mean"]
 
 
 def token_mean(

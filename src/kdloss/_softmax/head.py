@@ -16,7 +16,7 @@ from kdloss import _checks
 from kdloss._distributed.sharded_inputs import head_shard
 from kdloss._distributed.vocab_shard import VocabShard
 
-from .backend import takes_triton
+from .backend import Impl, takes_triton
 from .vocabulary import Softmax, true_vocab_size
 
 # Entries of a half-precision head that are widened at a time: 16 MiB of float32.
@@ -84,7 +84,7 @@ def prepare_heads(
     temperature: float | Tensor,
     vocab_size: int | None,
     shard: VocabShard | None,
-    impl: str,
+    impl: Impl,
 ) -> Heads:
     """Check the arguments that all functions of hidden states share, and return what they compute from.
 
@@ -105,7 +105,7 @@ def prepare_heads(
         raise ValueError(f"loss_mask must match the rows of hidden {tuple(rows)}, got {tuple(loss_mask.shape)}")
     if teacher is not None and teacher.hidden.shape[:-1] != rows:
         came = tuple(teacher.hidden.shape)
-        raise ValueError(f"teacher_hidden must match the rows of hidden {(*rows, 'D')}, got {came}")
+        raise ValueError(f"teacher_hidden must match the rows of hidden {_checks.axes(*rows, 'D')}, got {came}")
     _checks.same_device("hidden", student.hidden, **_tensors(sides), loss_mask=loss_mask)
     widths = [head.weight.shape[0] for head in sides.values()]
     size = true_vocab_size(vocab_size, widths, shard, teacher_name="teacher_weight")

@@ -18,6 +18,7 @@ from torch import Tensor
 import kdloss
 from kdloss import _checks
 from kdloss._docs import documented
+from kdloss._packing.reductions import Reduction
 
 from ._layout import row_cu_seqlens
 from ._lazy import require
@@ -184,7 +185,7 @@ class KDRLMixin:
             **self._kd_options,
         ).loss
 
-    def _denominator(self, mask: Tensor, inputs: dict[str, Any]) -> tuple[str, float | Tensor]:
+    def _denominator(self, mask: Tensor, inputs: dict[str, Any]) -> tuple[Reduction, float | Tensor]:
         """TRL's reduction of `loss_type` as (reduction, normalizer), so micro-batches add up as TRL's do."""
         this: Any = self
         training = this.model.training
