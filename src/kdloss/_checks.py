@@ -34,6 +34,22 @@ def tensors(**arguments: object) -> None:
             raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}{hint}")
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether `x` is a DTensor."""
+    # by the name of its class: importing DTensor takes a second, which most users do not need
+    return type(x).__module__.startswith("torch.distributed.tensor") and type(x).__name__ == "DTensor"
+
+
+def savable(x: Tensor) -> Tensor:
+    """`x`, or a copy if it was made under `torch.inference_mode`: autograd saves no such tensor for the backward pass.
+
+    Under `torch.compile` the two cannot be told apart, and `x` is returned.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
+
+
 def floating(**arguments: Tensor | None) -> None:
     """Floating-point tensors; None passes."""
     for name, x in arguments.items():
@@ -68,6 +84,7 @@ def same_shape(name: str, reference: Tensor, **others: Tensor | None) -> None:
     for other, x in others.items():
         if x is None:
             continue
+        same_kind(name, reference, **{other: x})
         if x.shape != reference.shape:
             hint = _spread(reference, x) if other == "advantages" else ""
             raise ValueError(f"{other} must match {name} {tuple(reference.shape)}, got {tuple(x.shape)}{hint}")
@@ -84,8 +101,20 @@ def _spread(reference: Tensor, advantages: Tensor) -> str:
     return f"; they are per token: expand one value per sequence with {how}"
 
 
+def same_kind(name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """`others` are DTensors if and only if `reference` is, which the error calls `name`; None passes."""
+    for other, x in others.items():
+        if x is not None and is_dtensor(x) != is_dtensor(reference):
+            odd, plain = (other, name) if is_dtensor(x) else (name, other)
+            raise TypeError(
+                f"{odd} must be a plain tensor beside a plain {plain}, got a DTensor; pass {odd}.full_tensor(), or "
+                f"{odd}.to_local() where every rank passes its own part"
+            )
+
+
 def same_device(name: str, reference: Tensor, **others: Tensor | None) -> None:
     """`others` are on the device of `reference`, which the error calls `name`; None passes."""
+    same_kind(name, reference, **others)
     for other, x in others.items():
         if x is not None and x.device != reference.device:
             raise ValueError(f"{other} must be on {name}'s device {reference.device}, got {x.device}")
@@ -288,7 +317,7 @@ def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -
     same_device(name, reference, temperature=temperature)
     if not value_checks_allowed(temperature):
         temperature = torch.where((temperature > 0) & (temperature < math.inf), temperature, math.nan)
-    return temperature.expand(rows)
+    return savable(temperature).expand(rows)
 
 
 def row_temperatures(temperature: Tensor | None, counts: Tensor | None = None) -> None:

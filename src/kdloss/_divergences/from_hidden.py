@@ -439,4 +439,4 @@ def _linear(
     )
     _checks.row_temperatures(heads.softmax.row_temperature, loss_mask)
     compute = linear_divergence if heads.softmax.shard is None else sharded_linear_divergence
-    return compute(heads, loss_mask.flatten(), form).reshape(heads.shape)
+    return compute(heads, _checks.savable(loss_mask).flatten(), form).reshape(heads.shape)

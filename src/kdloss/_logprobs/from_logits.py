@@ -152,6 +152,7 @@ def _logprobs_from_logits(
     _checks.same_device("logits", logits, labels=labels)
     if softmax.row_temperature is not None:
         _checks.row_temperatures(softmax.row_temperature, labelled(labels, shape))
+    labels = _checks.savable(labels)
     if softmax.kernels and softmax.shard is None:
         # the kernels give NaN for labels outside the vocabulary
         columns, outside = as_columns(labels, shape), None

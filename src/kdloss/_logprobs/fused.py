@@ -187,6 +187,7 @@ def _token_input(number: int, x: Tensor | None, shape: torch.Size, hidden: Tenso
     name = f"token_inputs[{number}]"
     _checks.tensors(**{name: x})
     _checks.same_device("hidden", hidden, **{name: x})
+    x = _checks.savable(x)
     if x.ndim == 0:
         return x.detach()
     if x.shape[: len(shape)] != shape:

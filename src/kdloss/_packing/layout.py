@@ -519,6 +519,7 @@ def unpack(
         _checks.same_device("packed", packed, mask=mask)
         number = _numbers(mask)
         _sums_to(f"the {total} tokens of packed", total, number, "mask")
+        mask = _checks.savable(mask)
         return _rows(packed, number.reshape(mask.shape) - 1, mask, fill, number[-1:].sum() == total)
     if length is None:
         raise ValueError("length must be given without mask, got None")
@@ -597,7 +598,7 @@ def _sum_of_part(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: Proces
         _checks.packed_stream("x", x, cu_seqlens)
         layout = _layout(cu_seqlens, x.shape[0])
         agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1})
-    kept = torch.where(loss_mask, x, 0).to(_checks.accumulator_dtype(x))
+    kept = torch.where(_checks.savable(loss_mask), x, 0).to(_checks.accumulator_dtype(x))
     sums = kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, layout.ids, kept)
     return _poison(sums, layout.fits)
 

@@ -62,7 +62,7 @@ def token_mean(
     """
     _checks.per_token("x", x, loss_mask=loss_mask)
     _checks.normalizer(normalizer)
-    total = torch.where(loss_mask, x.to(_checks.promoted_dtype(x)), 0).sum()
+    total = torch.where(_checks.savable(loss_mask), x.to(_checks.promoted_dtype(x)), 0).sum()
     return _divide(total, loss_mask.sum() if normalizer is None else normalizer)
 
 

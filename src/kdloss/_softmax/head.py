@@ -133,6 +133,7 @@ def _flat_and_cast(head: Head) -> Head:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def cast(x: Tensor) -> Tensor:
+        x = _checks.savable(x)
         return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
     bias = None if head.bias is None else cast(head.bias)

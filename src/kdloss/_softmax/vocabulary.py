@@ -99,7 +99,8 @@ def prepare_logits(
     size = true_vocab_size(vocab_size, widths, shard, teacher_name="teacher_logits")
     tau = _checks.row_temperature("logits", logits, temperature)
     kernels = takes_triton(impl, logits=logits, teacher_logits=teacher_logits)
-    return Logits(logits, teacher_logits, Softmax.of(size, tau, shard, kernels=kernels))
+    teacher_logits = None if teacher_logits is None else _checks.savable(teacher_logits)
+    return Logits(_checks.savable(logits), teacher_logits, Softmax.of(size, tau, shard, kernels=kernels))
 
 
 def true_vocab_size(
