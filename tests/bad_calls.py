@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cases import CU, LENGTHS, MASK, TABLE, Arguments, T
+from cases import CU, LEFT, LENGTHS, MASK, OF_CU, OF_MASK, TABLE, Arguments, T, put
 
 
 class Bad(NamedTuple):
@@ -132,13 +132,36 @@ def bad_normalizer() -> list[Bad]:
         *non_negative("normalizer")[:1],
         *finite("normalizer"),
         Bad("normalizer has an axis", {"normalizer": torch.ones(1)}, ValueError, came),
+        *(
+            Bad(
+                f"normalizer is a tensor of {x}",
+                {"normalizer": torch.tensor(x)},
+                ValueError,
+                f"normalizer must be {what}",
+            )
+            for x, what in (
+                (-3.0, ">= 0, got -3.0"),
+                (-3, ">= 0, got -3"),
+                (math.inf, "finite, got inf"),
+            )
+        ),
     ]
+
+
+def bad_temperatures() -> Iterator[Bad]:
+    for x in (-1.0, 0.0, math.nan, math.inf):
+        came = f"temperature must be > 0 and finite, got {x}"
+        one, each = torch.tensor(x), put(torch.ones(T), 2, x)
+        yield Bad(f"temperature is a tensor of {x}", {"temperature": one}, ValueError, came)
+        yield Bad(f"a temperature is {x}", {"temperature": each}, ValueError, came)
 
 
 def bad_distill_weights(first: str) -> Iterator[Bad]:
     name = "distill_loss_weight"
     came = f"{name} must have a floating-point dtype, got torch.int64"
     yield Bad("weights are integers", {name: INTEGERS}, TypeError, came)
+    for x in (math.nan, math.inf):
+        yield Bad(f"a tensor of {x}", {name: torch.tensor(x)}, ValueError, f"{name} must be finite, got {x}")
     yield Bad("weights are short", {name: SHORT}, ValueError, f"{name} must match {first} (17,), got (16,)")
     came = f"{name} must be on {first}'s device cpu, got meta"
     yield Bad("weights are elsewhere", {name: ELSEWHERE}, ValueError, came)
@@ -215,6 +238,17 @@ for _name in ("to_prediction_positions", "to_token_positions"):
         Bad("elsewhere", {"x": ELSEWHERE}, ValueError, "x must be on cu_seqlens's device cpu, got meta"),
     ]
 
+
+def bad_layout(first: str) -> Iterator[Bad]:
+    """Of `lengths`, `mask` and `cu_seqlens`, which name the tokens of padded rows; the base call passes `first`."""
+    one = "exactly one of lengths, mask and cu_seqlens must be given, got"
+    both = "lengths and mask" if first == "lengths" else "mask and cu_seqlens"
+    yield Bad("no tokens named", {first: None}, ValueError, f"{one} none")
+    yield Bad("tokens named twice", {"mask": LEFT}, ValueError, f"{one} {both}")
+    came = "mask must be torch.bool, got torch.int64; convert it with mask.bool()"
+    yield Bad("mask is integer", {first: None, "mask": LEFT.long()}, TypeError, came)
+
+
 BAD["pack"] = [
     Bad("float", {"lengths": LENGTHS.double()}, TypeError, "lengths must be int32 or int64, got torch.float64"),
     Bad("one axis", {"padded": SHORT}, ValueError, "padded must be (B, L, ...), got (16,)"),
@@ -228,6 +262,46 @@ BAD["pack"] = [
     Bad("negative", {"lengths": LENGTHS - 1}, ValueError, "lengths must be >= 0, got [4, -1, 0, 3, 6]"),
     Bad("another sum", {"total_tokens": 18}, ValueError, "lengths must sum to total_tokens = 18, got 17"),
     Bad("elsewhere", {"lengths": LENGTHS.to("meta")}, ValueError, "lengths must be on padded's device cpu, got meta"),
+    *bad_layout("lengths"),
+    Bad(
+        "mask short", OF_MASK | {"mask": LEFT[1:]}, ValueError, "mask must match the rows of padded (5, 7), got (4, 7)"
+    ),
+    Bad(
+        "mask elsewhere",
+        OF_MASK | {"mask": LEFT.to("meta")},
+        ValueError,
+        "mask must be on padded's device cpu, got meta",
+    ),
+    Bad(
+        "another number of tokens",
+        OF_MASK | {"total_tokens": 18},
+        ValueError,
+        "mask must sum to total_tokens = 18, got 17",
+    ),
+    Bad(
+        "another end",
+        OF_CU | {"total_tokens": 18},
+        ValueError,
+        "cu_seqlens must end at the number of tokens 18, got 17",
+    ),
+    Bad(
+        "cu_seqlens of other rows",
+        OF_CU | {"cu_seqlens": torch.tensor([0, 10, 17])},
+        ValueError,
+        "cu_seqlens must have one sequence per row (6,), got (3,)",
+    ),
+    Bad(
+        "cu_seqlens too long",
+        OF_CU | {"padded": torch.zeros(5, 6)},
+        ValueError,
+        "lengths must not exceed the padded length 6, got [5, 0, 1, 4, 7]",
+    ),
+    Bad(
+        "cu_seqlens elsewhere",
+        OF_CU | {"cu_seqlens": CU.to("meta")},
+        ValueError,
+        "cu_seqlens must be on padded's device cpu, got meta",
+    ),
 ]
 
 BAD["unpack"] = [
@@ -235,6 +309,39 @@ BAD["unpack"] = [
     Bad("0-dim", {"packed": torch.tensor(1.0)}, ValueError, "packed must be (T, ...), got ()"),
     Bad("too short", {"length": 6}, ValueError, "length must hold the longest sequence 7, got 6"),
     Bad("elsewhere", {"packed": ELSEWHERE}, ValueError, "packed must be on cu_seqlens's device cpu, got meta"),
+    *bad_layout("cu_seqlens"),
+    Bad("length", {"length": None}, ValueError, "length must be given without mask, got None"),
+    Bad(
+        "length beside mask",
+        OF_MASK | {"cu_seqlens": None, "length": 8},
+        ValueError,
+        "length must be left out with mask, whose rows have 7 entries, got 8",
+    ),
+    Bad("mask is flat", {"cu_seqlens": None, "mask": LEFT[0]}, ValueError, "mask must be (B, L), got (7,)"),
+    Bad(
+        "mask of other tokens",
+        {"cu_seqlens": None, "mask": LEFT | True},
+        ValueError,
+        "mask must sum to the 17 tokens of packed, got 35",
+    ),
+    Bad(
+        "mask elsewhere",
+        {"cu_seqlens": None, "mask": LEFT.to("meta")},
+        ValueError,
+        "mask must be on packed's device cpu, got meta",
+    ),
+    Bad(
+        "lengths of other tokens",
+        {"cu_seqlens": None, "lengths": LENGTHS + 1},
+        ValueError,
+        "lengths must sum to the 17 tokens of packed, got 22",
+    ),
+    Bad(
+        "lengths elsewhere",
+        {"cu_seqlens": None, "lengths": LENGTHS.to("meta")},
+        ValueError,
+        "lengths must be on packed's device cpu, got meta",
+    ),
 ]
 
 
@@ -250,12 +357,20 @@ def bad_head(head: str) -> list[Bad]:
     below = LABELS.clone()
     below[2] = -1
     return [
-        Bad("labels are int32", {"labels": LABELS.int()}, TypeError, "labels must be torch.int64, got torch.int32"),
-        Bad("labels are float", {"labels": LABELS.double()}, TypeError, "labels must be ...int64, got torch.float64"),
-        Bad("labels are short", {"labels": LABELS[1:]}, ValueError, "labels must be (17,) or (17, 'K'), got (16,)"),
         Bad(
-            "labels are (1, T)", {"labels": LABELS[None]}, ValueError, "labels must be (17,) or (17, 'K'), got (1, 17)"
+            "labels are int32",
+            {"labels": LABELS.int()},
+            TypeError,
+            "labels must be torch.int64, got torch.int32; convert them with labels.long()",
         ),
+        Bad(
+            "labels are float",
+            {"labels": LABELS.double()},
+            TypeError,
+            "labels must be torch.int64, got torch.float64; convert them with labels.long()",
+        ),
+        Bad("labels are short", {"labels": LABELS[1:]}, ValueError, "labels must be (17,) or (17, K), got (16,)"),
+        Bad("labels are (1, T)", {"labels": LABELS[None]}, ValueError, "labels must be (17,) or (17, K), got (1, 17)"),
         Bad(
             "labels are elsewhere",
             {"labels": LABELS.to("meta")},
@@ -272,6 +387,7 @@ def bad_head(head: str) -> list[Bad]:
         ),
         *positive("temperature"),
         Bad("temperature is inf", {"temperature": math.inf}, ValueError, "temperature must be finite, got inf"),
+        *bad_temperatures(),
         Bad(
             "temperatures are short",
             {"temperature": SHORT},
@@ -291,6 +407,12 @@ def bad_head(head: str) -> list[Bad]:
             "temperature must be on ...'s device cpu, got meta",
         ),
         *positive("softcap"),
+        Bad(
+            "softcap is inf",
+            {"softcap": math.inf},
+            ValueError,
+            "softcap must be finite, got inf; pass None for no softcap",
+        ),
         Bad("vocab_size is 0", {"vocab_size": 0}, ValueError, "vocab_size must be in 1 .. 7, ..., got 0"),
         Bad("vocab_size is 8", {"vocab_size": 8}, ValueError, "vocab_size must be in 1 .. 7, ..., got 8"),
         Bad("vocab_size is float", {"vocab_size": 5.0}, TypeError, "vocab_size must be an int, got float"),
@@ -368,6 +490,7 @@ def bad_divergence(head: str) -> list[Bad]:
     return [
         *positive("temperature"),
         Bad("temperature is inf", {"temperature": math.inf}, ValueError, "temperature must be finite, got inf"),
+        *bad_temperatures(),
         Bad("temperatures are short", {"temperature": SHORT}, ValueError, short),
         Bad("temperatures are integers", {"temperature": INTEGERS}, TypeError, integers),
         Bad("temperatures are elsewhere", {"temperature": ELSEWHERE}, ValueError, elsewhere),
@@ -428,9 +551,7 @@ _BAD_TOPK = [
     Bad("no vocabulary", {"logits": WIDE[:, :0]}, ValueError, "logits must be (..., V) with V >= 1, got (17, 0)"),
     Bad("tail is wrong", {"tail": "drop"}, ValueError, "tail must be one of 'bucket', ..., got 'drop'"),
     Bad("integers", {"teacher_topk_logp": IDS_OF_K}, TypeError, "teacher_topk_logp must ...got torch.int64"),
-    Bad(
-        "one row", {"teacher_topk_logp": LOGP_OF_K[0]}, ValueError, "teacher_topk_logp must be (17, 'K') ..., got (4,)"
-    ),
+    Bad("one row", {"teacher_topk_logp": LOGP_OF_K[0]}, ValueError, "teacher_topk_logp must be (17, K) ..., got (4,)"),
     Bad("K is 0", {"teacher_topk_logp": WIDE[:, :0]}, ValueError, "teacher_topk_logp must ...K >= 1, got (17, 0)"),
     Bad("float ids", {"teacher_topk_ids": WIDE}, TypeError, "teacher_topk_ids must be int32 or int64, got ...float64"),
     Bad("few ids", {"teacher_topk_ids": IDS_OF_K[:, 1:]}, ValueError, "teacher_topk_ids must match ..., got (17, 3)"),
@@ -472,6 +593,8 @@ def bad_side(side: str, head: Tensor) -> Iterator[Bad]:
         came = f"{side}{name} must be on hidden's device cpu, got meta"
         yield Bad(f"{side}{name} is elsewhere", {f"{side}{name}": x.to("meta")}, ValueError, came)
     yield from positive(f"{side}softcap")
+    came = f"{side}softcap must be finite, got inf; pass None for no softcap"
+    yield Bad(f"{side}softcap is inf", {f"{side}softcap": math.inf}, ValueError, came)
     yield from finite(f"{side}logit_scale")
 
 
@@ -597,7 +720,17 @@ BAD["importance_sampled_surrogate"] = [*_BAD_PG, *positive("max_ratio")]
 BAD["clipped_surrogate"] = [*_BAD_PG, *_BAD_CLIPS, *_BAD_DUAL_CLIP]
 BAD["sequence_clipped_surrogate"] = [*_BAD_PG, *bad_stream("logp", of="sequence_clipped_surrogate"), *_BAD_CLIPS, GROUP]
 BAD["cispo_surrogate"] = [*_BAD_PG, *_BAD_CLIPS]
-BAD["sapo_surrogate"] = [*_BAD_PG, *positive("tau_positive"), *positive("tau_negative")]
+BAD["sapo_surrogate"] = [
+    *_BAD_PG,
+    *(
+        bad
+        for name in ("tau_positive", "tau_negative")
+        for bad in (
+            *positive(name),
+            Bad(f"{name} is inf", {name: math.inf}, ValueError, f"{name} must be finite, got inf"),
+        )
+    ),
+]
 BAD["token_mean"] = [*bad_per_token("x"), *bad_normalizer()]
 BAD["sequence_mean"] = [*bad_per_token("x"), *bad_stream("x", of="sequence_mean"), *bad_normalizer(), GROUP]
 

@@ -114,6 +114,7 @@ TABLE["segment_ids"] = Entry(
     variants=variants(
         {"cu_seqlens": CU, "total_tokens": T},
         int32={"cu_seqlens": CU32},
+        read={"total_tokens": None},
         empty={"cu_seqlens": CU[:1], "total_tokens": 0},
         only_empty_sequences={"cu_seqlens": CU[:1].repeat(3), "total_tokens": 0},
     ),
@@ -137,6 +138,7 @@ TABLE["broadcast_to_tokens"] = Entry(
     variants=variants(
         _PER_SEQUENCE,
         int32={"cu_seqlens": CU32},
+        read={"total_tokens": None},
         of_bool={"x": torch.tensor([True, False, True, False, False])},
         of_integers={"x": torch.arange(5)},
     ),
@@ -160,6 +162,7 @@ TABLE["response_mask"] = Entry(
     variants=variants(
         {"prompt_lengths": PROMPTS, "cu_seqlens": CU, "total_tokens": T},
         int32={"prompt_lengths": PROMPTS.int(), "cu_seqlens": CU32},
+        read={"total_tokens": None},
         too_long={"prompt_lengths": PROMPTS + 9},
     ),
     compiled=("base",),
@@ -180,6 +183,12 @@ for _name in ("to_prediction_positions", "to_token_positions"):
         compiled=("base", "of_integers"),
     )
 
+# Tokens of the same lengths on the right, on the left, and anywhere in their rows.
+LEFT = torch.arange(7) >= 7 - LENGTHS[:, None]
+HOLES = torch.tensor([[x == "1" for x in row] for row in ["1011011", "0000000", "0001000", "1011010", "1111111"]])
+OF_MASK: Arguments = {"lengths": None, "mask": LEFT}
+OF_CU: Arguments = {"lengths": None, "cu_seqlens": CU}
+
 TABLE["pack"] = Entry(
     gradient="attached",
     differentiable=("padded",),
@@ -194,8 +203,13 @@ TABLE["pack"] = Entry(
         trailing_axis={"padded": uniform(-1, 1, B, 8, 2)},
         of_integers={"padded": torch.arange(35).reshape(5, 7)},
         empty={"padded": uniform(0, 1, 0, 7), "lengths": LENGTHS[:0], "total_tokens": 0},
+        read={"total_tokens": None},
+        cu_seqlens=OF_CU | {"total_tokens": None},
+        left={"padded": garbage(uniform(-1, 1, B, 7), LEFT)} | OF_MASK,
+        holes=OF_MASK | {"padded": garbage(uniform(-1, 1, B, 7, 2), HOLES), "mask": HOLES, "total_tokens": None},
+        empty_mask=OF_MASK | {"padded": uniform(0, 1, 3, 0), "mask": MASK[:0].reshape(3, 0), "total_tokens": None},
     ),
-    compiled=("base", "of_integers"),
+    compiled=("base", "of_integers", "left"),
 )
 
 TABLE["unpack"] = Entry(
@@ -210,8 +224,12 @@ TABLE["unpack"] = Entry(
         of_integers={"packed": INPUT_IDS, "fill": -100},
         of_bool={"packed": MASK},
         empty={"packed": uniform(0, 1, 0), "cu_seqlens": CU[:1].repeat(3), "fill": 2.0},
+        lengths={"cu_seqlens": None, "lengths": LENGTHS},
+        left={"cu_seqlens": None, "mask": LEFT, "length": None},
+        holes={"cu_seqlens": None, "mask": HOLES, "fill": -1.0, "packed": uniform(-1, 1, T, 2)},
+        nothing={"cu_seqlens": None, "mask": ~LEFT & LEFT, "packed": uniform(0, 1, 0)},
     ),
-    compiled=("fill", "of_bool"),
+    compiled=("fill", "of_bool", "left"),
 )
 
 # --- log-probs -------------------------------------------------------------------------------------------------------

@@ -45,9 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     if ranks.rank() == 0:
         experiment = config.run_dir.parent
         print(f"\n{table(experiment)}\n\n{os.path.relpath(draw(experiment))}")
-    ranks.stop()
     return 0
 
 
 if __name__ == "__main__":
+    if ranks.launched():
+        ranks.leave(main)
     sys.exit(main())

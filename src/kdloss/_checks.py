@@ -38,6 +38,22 @@ def tensors(**arguments: object) -> None:
             raise TypeError(f"{name} must be a tensor, got {'None' if x is None else type(x).__name__}{hint}")
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether `x` is a DTensor."""
+    # by the name of its class: importing DTensor takes a second, which most users do not need
+    return type(x).__module__.startswith("torch.distributed.tensor") and type(x).__name__ == "DTensor"
+
+
+def savable(x: Tensor) -> Tensor:
+    """`x`, or a copy if it was made under `torch.inference_mode`: autograd saves no such tensor for the backward pass.
+
+    Under `torch.compile` the two cannot be told apart, and `x` is returned.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
+
+
 def floating(**arguments: Tensor | None) -> None:
     """Floating-point tensors; None passes."""
     for name, x in arguments.items():
@@ -77,6 +93,7 @@ def same_shape(name: str, reference: Tensor, **others: Tensor | None) -> None:
     for other, x in others.items():
         if x is None:
             continue
+        same_kind(name, reference, **{other: x})
         if x.shape != reference.shape:
             hint = _spread(reference, x) if other == "advantages" else ""
             raise ValueError(f"{other} must match {name} {tuple(reference.shape)}, got {tuple(x.shape)}{hint}")
@@ -93,8 +110,20 @@ def _spread(reference: Tensor, advantages: Tensor) -> str:
     return f"; they are per token: expand one value per sequence with {how}"
 
 
+def same_kind(name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """`others` are DTensors if and only if `reference` is, which the error calls `name`; None passes."""
+    for other, x in others.items():
+        if x is not None and is_dtensor(x) != is_dtensor(reference):
+            odd, plain = (other, name) if is_dtensor(x) else (name, other)
+            raise TypeError(
+                f"{odd} must be a plain tensor beside a plain {plain}, got a DTensor; pass {odd}.full_tensor(), or "
+                f"{odd}.to_local() where every rank passes its own part"
+            )
+
+
 def same_device(name: str, reference: Tensor, **others: Tensor | None) -> None:
     """`others` are on the device of `reference`, which the error calls `name`; None passes."""
+    same_kind(name, reference, **others)
     for other, x in others.items():
         if x is not None and x.device != reference.device:
             raise ValueError(f"{other} must be on {name}'s device {reference.device}, got {x.device}")
@@ -119,21 +148,45 @@ def packed_stream(name: str, x: Tensor, cu_seqlens: Tensor) -> None:
     same_device(name, x, cu_seqlens=cu_seqlens)
 
 
-def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int) -> None:
-    """`cu_seqlens` is (B + 1,), starts at 0, never decreases and ends at `total_tokens`."""
+def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int | None) -> int:
+    """`cu_seqlens` is (B + 1,), starts at 0, never decreases and ends at `total_tokens`, which is returned."""
     integral(cu_seqlens=cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be (B + 1,) with B >= 0, got {tuple(cu_seqlens.shape)}")
+    if total_tokens is None:
+        total_tokens = token_count(cu_seqlens)
     if cu_seqlens.shape[0] == 1 and total_tokens > 0:
         raise ValueError(f"cu_seqlens has no sequence, but there are {total_tokens} tokens")
     if not value_checks_allowed(cu_seqlens):
-        return
+        return total_tokens
     if cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
     if cu_seqlens[-1] != total_tokens:
         raise ValueError(f"cu_seqlens must end at the number of tokens {total_tokens}, got {int(cu_seqlens[-1])}")
     if (cu_seqlens[1:] < cu_seqlens[:-1]).any():  # compared, because an int32 difference may wrap around
         raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
+    return total_tokens
+
+
+def token_count(cu_seqlens: Tensor) -> int:
+    """T, read from the last entry of (B + 1,) `cu_seqlens`, where that causes no device sync and no graph break."""
+    if not value_checks_allowed(cu_seqlens):
+        where = "under torch.compile" if torch.compiler.is_compiling() else f"for tensors on {cu_seqlens.device}"
+        raise ValueError(
+            f"total_tokens must be given {where}, got None; it is read on the CPU only, outside compilation and vmap: "
+            "pass the number of tokens, such as input_ids.shape[0] of a packed stream"
+        )
+    return int(cu_seqlens[-1])
+
+
+def exactly_one(**arguments: object) -> None:
+    """One argument is given, the others are None."""
+    given = [name for name, x in arguments.items() if x is not None]
+    if len(given) != 1:
+        *names, last = arguments
+        raise ValueError(
+            f"exactly one of {', '.join(names)} and {last} must be given, got {' and '.join(given) or 'none'}"
+        )
 
 
 def positive(**numbers: float | None) -> None:
@@ -164,6 +217,14 @@ def finite(**numbers: float) -> None:
             raise ValueError(f"{name} must be finite, got {x}")
 
 
+def softcap(**caps: float | None) -> None:
+    """Positive finite Python numbers; None passes."""
+    positive(**caps)
+    for name, x in caps.items():
+        if x == math.inf:
+            raise ValueError(f"{name} must be finite, got inf; pass None for no softcap")
+
+
 def unit_interval(**numbers: float) -> None:
     """Python numbers in 0 .. 1."""
     non_negative(**numbers)
@@ -188,7 +249,7 @@ def flag(**switches: object) -> None:
 
 
 def weight(reference_name: str, reference: Tensor, **weights: float | Tensor) -> None:
-    """Loss weights: finite Python numbers, or floating tensors, 0-dim or of the shape of `reference`."""
+    """Loss weights: finite Python numbers, or floating tensors, 0-dim and finite or of the shape of `reference`."""
     for name, x in weights.items():
         if not isinstance(x, Tensor):
             finite(**{name: x})
@@ -196,6 +257,8 @@ def weight(reference_name: str, reference: Tensor, **weights: float | Tensor) ->
         floating(**{name: x})
         if x.ndim > 0:
             same_shape(reference_name, reference, **{name: x})
+        elif value_checks_allowed(x):
+            finite(**{name: float(x.detach())})
 
 
 def interval(minimum: tuple[str, float], maximum: tuple[str, float]) -> None:
@@ -206,6 +269,11 @@ def interval(minimum: tuple[str, float], maximum: tuple[str, float]) -> None:
         raise ValueError(f"{minimum[0]} must not exceed {maximum[0]} = {maximum[1]}, got {minimum[1]}")
 
 
+def axes(*sizes: int | str) -> str:
+    """A shape as errors write it: (2, 6, K) for 2, 6 and "K"."""
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """`value` is one of `choices`."""
     if value not in choices:
@@ -213,13 +281,20 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def normalizer(value: float | Tensor | None) -> None:
-    """A denominator: None, a finite Python number >= 0, or a tensor without dimensions."""
+    """A denominator: None, or a finite number >= 0, which may be a tensor without dimensions.
+
+    A tensor of NaN passes: counts are NaN where `cu_seqlens` does not fit, and the loss must show it.
+    """
     if value is None:
         return
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(f"normalizer must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
-        return
+        if not value_checks_allowed(value):
+            return
+        value = value.detach().item()
+        if value != value:
+            return
     finite(normalizer=value)
     non_negative(normalizer=value)
 
@@ -236,7 +311,10 @@ def no_reward_options(kd_discount: float, kd_reward_clip: float | None, kd_max_r
 
 
 def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -> float | Tensor:
-    """A number, or a tensor expanded to one value per row of `reference`, which the error calls `name`."""
+    """A number, or a tensor expanded to one value per row of `reference`, which the error calls `name`.
+
+    `row_temperatures` checks the values, once it is known which rows count. Where it may not, bad ones become NaN.
+    """
     if not isinstance(temperature, Tensor):
         positive(temperature=temperature)
         finite(temperature=temperature)
@@ -246,7 +324,20 @@ def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -
     if temperature.ndim > 0 and temperature.shape != rows:
         raise ValueError(f"temperature must be a number, 0-dim or {tuple(rows)}, got {tuple(temperature.shape)}")
     same_device(name, reference, temperature=temperature)
-    return temperature.expand(rows)
+    if not value_checks_allowed(temperature):
+        temperature = torch.where((temperature > 0) & (temperature < math.inf), temperature, math.nan)
+    return savable(temperature).expand(rows)
+
+
+def row_temperatures(temperature: Tensor | None, counts: Tensor | None = None) -> None:
+    """The temperature of each row is > 0 and finite where `counts`, by default everywhere; None passes."""
+    if temperature is None or not value_checks_allowed(temperature):
+        return
+    bad = ~((temperature > 0) & (temperature < math.inf))
+    if counts is not None:
+        bad &= counts
+    if bad.any():
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature[bad][0].item()}")
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: float, side: str = "") -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from . import _checks
+from ._packing.reductions import Reduction
 
 # Other keys of a `teacher:` block: settings of the engine that serves the teacher, under AReaL's names.
 _ENGINE_KEYS = frozenset(
@@ -93,7 +94,7 @@ class KDRLConfig:
     kd_discount: float = 0.0
     kd_reward_clip: float | None = None
     kd_max_ratio: float | None = None
-    reduction: str = "token_mean"
+    reduction: Reduction = "token_mean"
     direct_penalty: bool = False
     ignored: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
 
@@ -102,7 +103,7 @@ class KDRLConfig:
         _checks.ppo_clips(self.clip_low, self.clip_high, self.dual_clip)
         _checks.positive(kd_reward_clip=self.kd_reward_clip, kd_max_ratio=self.kd_max_ratio)
         _checks.unit_interval(kd_discount=self.kd_discount)
-        _checks.one_of("reduction", self.reduction, ("token_mean", "sequence_mean"))
+        _checks.one_of("reduction", self.reduction, get_args(Reduction))
         _checks.flag(direct_penalty=self.direct_penalty)
         if self.direct_penalty:
             _checks.no_reward_options(self.kd_discount, self.kd_reward_clip, self.kd_max_ratio)

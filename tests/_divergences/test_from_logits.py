@@ -7,6 +7,7 @@ Tolerances: gradcheck's own (central differences in float64); otherwise multiple
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 import kdloss
+from decimals import MIXTURES, SHARES, assert_mixture
 from kdloss.testing import reference
 from kdloss.testing._oracles.divergences import distribution
 
@@ -186,6 +188,41 @@ def test_skewed_forms_tend_to_the_kl(skewed, limit):
     torch.testing.assert_close(gradient(value, logits), gradient(expected, logits), rtol=0, atol=1e-7)
     # and to 0 at the other end
     assert getattr(kdloss, skewed)(logits, teacher, alpha=1 - 1e-9).max() < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [
+        *itertools.product(MIXTURES, ("logits", "linear")),
+        *itertools.product(MIXTURES[:1], ("topk bucket", "topk renormalize", "topk truncate")),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("share", SHARES)
+def test_a_mixture_of_any_share_keeps_its_digits(name, share, dtype, route):
+    logits, teacher = normal(4, V, dtype=dtype, scale=2).requires_grad_(), normal(4, V, seed=1, dtype=dtype, scale=2)
+    options = {next(iter(FORMS[name])): share}
+    if route == "logits":
+        value = getattr(kdloss, name)(logits, teacher, **options)
+    elif route == "linear":
+        head = torch.eye(V, dtype=dtype)
+        value = getattr(kdloss, f"linear_{name}")(
+            logits, head, teacher, head, loss_mask=torch.ones(4, dtype=torch.bool), **options
+        )
+    else:
+        ids = torch.arange(V).expand(4, V)
+        value = kdloss.topk_generalized_jsd(
+            logits, teacher.log_softmax(-1), ids, tail=route.removeprefix("topk "), **options
+        )
+    assert_mixture(name, share, logits, teacher, value)
+
+
+def test_a_share_without_digits_below_1_is_the_kl():
+    """1 - 1e-17 is 1 in float64, and its log1p is undefined."""
+    logits, teacher = normal(6, 20).requires_grad_(), normal(6, 20, seed=1)
+    value, expected = kdloss.skewed_reverse_kl(logits, teacher, alpha=1e-17), kdloss.reverse_kl(logits, teacher)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient(value, logits), gradient(expected, logits), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("beta", [0.001, 0.1, 0.5, 0.8])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -180,6 +182,70 @@ def test_pack_and_unpack_of_wider_entries_integers_and_masks():
         assert torch.equal(packed, x)
 
 
+def test_left_padded_rows_and_rows_with_holes_pack_the_tokens_of_the_mask():
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]]).bool()
+    padded = torch.tensor([[NAN, 1, 2, 3], [NAN] * 4, [4, NAN, 5, 6]], requires_grad=True)
+    packed = kdloss.pack(padded, mask=mask)
+    assert packed.tolist() == [1, 2, 3, 4, 5, 6]
+    assert kdloss.cu_seqlens_from_lengths(mask.sum(1)).tolist() == [0, 3, 3, 6]
+    (gradient,) = torch.autograd.grad(packed, padded, torch.arange(1.0, 7))
+    assert gradient.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0], [4, 0, 5, 6]]
+
+    rows = kdloss.unpack(packed.detach().requires_grad_(), mask=mask, fill=-1)
+    assert rows.tolist() == [[-1, 1, 2, 3], [-1] * 4, [4, -1, 5, 6]]
+
+
+@pytest.mark.parametrize("named", ["lengths", "mask", "cu_seqlens"])
+def test_gradients_of_pack_and_unpack_agree_with_differences(named):
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()
+    lengths = mask.sum(1)
+    tokens = {named: {"lengths": lengths, "mask": mask, "cu_seqlens": kdloss.cu_seqlens_from_lengths(lengths)}[named]}
+    width = {} if named == "mask" else {"length": 3}
+    padded = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    packed = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: kdloss.pack(x, **tokens), padded)
+    assert torch.autograd.gradcheck(lambda x: kdloss.unpack(x, **tokens, **width), packed)
+
+
+def total_tokens_of(cu_seqlens: Tensor) -> dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]]:
+    """Every function that takes `total_tokens`, and its other arguments."""
+    lengths = cu_seqlens.diff()
+    padded = torch.arange(12, device=cu_seqlens.device).reshape(3, 4)
+    return {
+        "segment_ids": (kdloss.segment_ids, {"cu_seqlens": cu_seqlens}),
+        "broadcast_to_tokens": (kdloss.broadcast_to_tokens, {"x": lengths, "cu_seqlens": cu_seqlens}),
+        "response_mask": (kdloss.response_mask, {"prompt_lengths": lengths, "cu_seqlens": cu_seqlens}),
+        "pack, lengths": (kdloss.pack, {"padded": padded, "lengths": lengths}),
+        "pack, cu_seqlens": (kdloss.pack, {"padded": padded, "cu_seqlens": cu_seqlens}),
+        "pack, mask": (
+            kdloss.pack,
+            {"padded": padded, "mask": torch.arange(4, device=cu_seqlens.device) < lengths[:, None]},
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", total_tokens_of(CU_SEQLENS))
+def test_the_number_of_tokens_is_read_on_the_cpu_and_asked_for_elsewhere(name):
+    function, arguments = total_tokens_of(CU_SEQLENS)[name]
+    assert torch.equal(function(**arguments), function(**arguments, total_tokens=7))
+
+    function, elsewhere = total_tokens_of(CU_SEQLENS.to("meta"))[name]
+    with pytest.raises(ValueError, match=r"^total_tokens must be given for tensors on meta, got None; .* pass"):
+        function(**elsewhere)
+    assert function(**elsewhere, total_tokens=7).shape == (7,)
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"total_tokens must be given under torch\.compile, got None"):
+        compiled(**arguments)
+    assert torch.equal(compiled(**arguments, total_tokens=7), function(**arguments))
+
+
+def test_every_function_that_takes_total_tokens_is_asked():
+    walked = {name for name in kdloss.__all__ if inspect.isfunction(getattr(kdloss, name))}
+    takes = {name for name in walked if "total_tokens" in inspect.signature(getattr(kdloss, name)).parameters}
+    assert takes == {name.split(",")[0] for name in total_tokens_of(CU_SEQLENS)}
+
+
 def test_a_padded_batch_is_the_packed_layout():
     padded = torch.arange(6.0).reshape(2, 3)
     cu_seqlens = torch.arange(0, 2 * 3 + 1, 3)
@@ -225,6 +291,8 @@ def test_there_and_back(batch: PackedBatch, more: int):
         assert same(rows[b, : len(positions)], x[positions.start : positions.stop])
         assert (rows[b, len(positions) :] == 3).all()
     assert same(kdloss.pack(rows, lengths=batch.cu_seqlens.diff(), total_tokens=total), x)
+    assert same(kdloss.pack(rows, **fits), x)
+    assert same(kdloss.unpack(x, lengths=batch.cu_seqlens.diff(), length=length, fill=3.0), rows)
 
     # to token positions and back loses one entry per sequence
     there = kdloss.to_token_positions(x, **fits, fill=3.0)
@@ -237,6 +305,20 @@ def test_there_and_back(batch: PackedBatch, more: int):
             assert same(back[positions.start : positions.stop - 1], x[positions.start : positions.stop - 1])
 
 
+@given(batch=packed_batches(), more=st.integers(0, 2), data=st.data())
+def test_where_the_padding_is_does_not_matter(batch: PackedBatch, more: int, data: st.DataObject):
+    """Left-padded rows with their mask, and rows with holes, pack to what right-padded rows do with their lengths."""
+    length = max([*batch.lengths, 0]) + more
+    right = kdloss.unpack(batch.logp, cu_seqlens=batch.cu_seqlens, length=length, fill=3.0)
+    rows = [data.draw(st.permutations([i < n for i in range(length)])) for n in batch.lengths]
+    for chosen in ([[i >= length - n for i in range(length)] for n in batch.lengths], rows):
+        mask = torch.tensor(chosen, dtype=torch.bool).reshape(batch.size, length)
+        there = kdloss.unpack(batch.logp, mask=mask, fill=3.0)
+        assert (there[~mask] == 3).all()
+        assert same(kdloss.pack(there, mask=mask), kdloss.pack(right, lengths=batch.cu_seqlens.diff()))
+        assert torch.equal(kdloss.cu_seqlens_from_lengths(mask.sum(1)), batch.cu_seqlens.long())
+
+
 @given(batch=packed_batches())
 def test_means_of_broadcast_values_are_the_values(batch: PackedBatch):
     tokens = kdloss.broadcast_to_tokens(batch.rewards, cu_seqlens=batch.cu_seqlens, total_tokens=len(batch.logp))
@@ -246,4 +328,4 @@ def test_means_of_broadcast_values_are_the_values(batch: PackedBatch):
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdloss
+from decimals import MIXTURES, SHARES, assert_mixture
 from kdloss._divergences import hidden_op, logits_op
 from kdloss._triton import _launch
 from kdloss._triton._divergences import Pair
@@ -90,6 +91,20 @@ def test_from_logits(name, vocab, dtype, options):
     torch.testing.assert_close(gradient.double(), truth, rtol=2 * unit(dtype) + ROUNDING, atol=4 * ROUNDING)
     assert not gradient[1].any()
     assert not gradient[:, vocab:].any()
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_of_any_share_keeps_its_digits(name, share):
+    logits, teacher = normal(ROWS, 7, scale=2).requires_grad_(), normal(ROWS, 7, seed=1, scale=2)
+    options = {next(iter(FORMS[name])): share}
+    with poisoned():
+        value = getattr(kdloss, name)(logits, teacher, impl="triton", **options)
+        head = torch.eye(7, device=DEVICE)
+        options |= {"loss_mask": torch.ones(ROWS, dtype=torch.bool, device=DEVICE)}
+        of_hidden = getattr(kdloss, f"linear_{name}")(logits, head, teacher, head, impl="triton", **options)
+        assert_mixture(name, share, logits, teacher, value)
+        assert_mixture(name, share, logits, teacher, of_hidden)
 
 
 @every_form

@@ -6,6 +6,7 @@ Tested elsewhere: error texts (`test_errors.py`), garbage under the mask in all 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 import kdloss
+from cases import TABLE, T, put
+from contract import call, fields as parts_of, public_function
 from invariant_cases import CASES, Case, Field, Options, Outcome, case_name, evaluate
 from kdloss import _checks
 from kdloss.testing.strategies import PackedBatch
@@ -641,6 +644,32 @@ def test_more_trained_tokens_than_the_bound(bound, monkeypatch):
     # no trained row passes for a result, and the untrained one stays 0
     assert call(max_trained_tokens=bound).isnan().tolist() == [True, True, False, True]
     assert torch.equal(call(max_trained_tokens=3), call())
+
+
+def that_take(keyword: str) -> list[str]:
+    return [name for name in TABLE if keyword in inspect.signature(public_function(name)).parameters]
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 0.0, math.inf])
+@pytest.mark.parametrize("name", that_take("temperature"))
+def test_a_temperature_that_is_not_positive_makes_its_row_nan_where_it_cannot_be_checked(
+    name, temperature, monkeypatch
+):
+    monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)
+    arguments, one = TABLE[name].variants["base"], torch.ones(T, dtype=torch.float64)
+    expected = call(public_function(name), arguments | {"temperature": one})
+    found = call(public_function(name), arguments | {"temperature": put(one, 2, temperature)})
+    for x, y in zip(parts_of(found).values(), parts_of(expected).values(), strict=True):
+        assert x[2].isnan()
+        torch.testing.assert_close(put(x, 2, 0), put(y, 2, 0), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("normalizer", [-3.0, math.inf])
+@pytest.mark.parametrize("name", that_take("normalizer"))
+def test_a_normalizer_that_is_none_makes_the_loss_nan_where_it_cannot_be_checked(name, normalizer, monkeypatch):
+    monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)
+    arguments = TABLE[name].variants["base"] | {"normalizer": torch.tensor(normalizer)}
+    assert next(iter(parts_of(call(public_function(name), arguments)).values())).isnan()
 
 
 def test_a_nan_normalizer_gives_nan():

@@ -46,12 +46,17 @@ def prompt_lengths(batch: PackedBatch) -> Tensor:
     return (batch.rewards.double().abs() * 3).long()
 
 
-def padded(x: Tensor, lengths: list[int]) -> Tensor:
-    """(B, ROW) by a loop, NaN past the end."""
+def padded(x: Tensor, lengths: list[int], *, left: bool = False) -> Tensor:
+    """(B, ROW) by a loop, NaN past the end, or before the start."""
     rows = x.new_full((len(lengths), ROW), math.nan) + x[:0].sum()  # attached even without rows
     for b, part in enumerate(x.split(lengths)):
-        rows[b, : len(part)] = part
+        rows[b, ROW - len(part) if left else 0 :][: len(part)] = part
     return rows
+
+
+def left_mask(batch: PackedBatch) -> Tensor:
+    """(B, ROW), True at the last tokens of every row."""
+    return torch.arange(ROW) >= ROW - torch.tensor(batch.lengths, dtype=torch.int64)[:, None]
 
 
 def fold(batch: PackedBatch, x: Tensor, *, weight: float | str) -> Tensor:
@@ -95,6 +100,7 @@ CASES = {
             padded(x, b.lengths), lengths=torch.tensor(b.lengths, dtype=torch.int64), total_tokens=tokens(b)
         )
     ),
+    "pack, left-padded": Case(lambda b, x: kdloss.pack(padded(x, b.lengths, left=True), mask=left_mask(b))),
     "unpack": Case(
         lambda b, x: kdloss.unpack(x, cu_seqlens=b.cu_seqlens, length=ROW, fill=-7.0).flatten(1), output="sequence"
     ),

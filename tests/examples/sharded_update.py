@@ -38,8 +38,7 @@ def main(folder: Path) -> None:
     batch = Batch(**torch.load(folder / "batch.pt"))
     result = one_step(student, batch.split(ranks.world_size())[ranks.rank()])
     torch.save(result, folder / f"{ranks.rank()}.pt")
-    ranks.stop()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    ranks.leave(lambda: main(Path(sys.argv[1])))

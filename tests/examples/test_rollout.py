@@ -1,14 +1,20 @@
 """Holds sampling and scoring: scoring gives the log-probs recorded at sampling, at prediction positions."""
 
+import json
+import shutil
+from pathlib import Path
+
+import opd
 import pytest
 import torch
-from opd.models import BehaviourLogprobs, BoundVocabulary, layout
+from opd.models import BehaviourLogprobs, BoundVocabulary, layout, load_policy
 from opd.rollout import Batch, sample, score, shift_left
 from opd.task import WordProblems, reward
 from torch.testing import assert_close
 
 PROBLEMS = [WordProblems(seed=5, held_out=False)[i] for i in range(6)]
 CPU = torch.device("cpu")
+EXAMPLES = Path(opd.__file__).parents[1]
 
 
 def draw(policy, tokenizer, *, n_samples=3, max_new_tokens=24, top_p=1.0, problems=PROBLEMS) -> Batch:
@@ -83,6 +89,39 @@ def test_rows_hold_prompt_and_response_and_the_reward_is_the_verifiers(load, tok
         assert response[-1] == tokenizer.eos_token_id or len(response) == 24
         assert batch.rewards[b] == reward(tokenizer.decode(response, skip_special_tokens=True), problem)
         assert (batch.input_ids[b, batch.lengths[b] :] == tokenizer.pad_token_id).all()
+
+
+def test_every_token_that_the_model_ends_a_sequence_with_ends_a_response(tokenizer, tmp_path):
+    """Several models have a list of them, the tokenizer has one. A policy that is saved keeps its list."""
+    path = tmp_path / "model"
+    shutil.copytree(EXAMPLES / "tiny" / "student", path)
+    config = json.loads((path / "generation_config.json").read_text())
+    second = tokenizer.convert_tokens_to_ids("=")
+    (path / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [second, 7]}))
+    keywords = {"vocab_size": len(tokenizer), "temperature": 1.0, "dtype": "float32", "trained": True}
+    student = load_policy(str(path), **keywords)
+    ends = student.end_ids(tokenizer)
+    assert ends == sorted([second, 7, tokenizer.eos_token_id])
+    batch = draw(student, tokenizer)
+    last = []
+    for row, n, prompt in zip(batch.input_ids.tolist(), batch.lengths, batch.prompt_lengths, strict=True):
+        response = row[prompt:n]
+        assert not {*ends} & {*response[:-1]}
+        assert response[-1] in ends or len(response) == 24
+        last.append(response[-1])
+    assert second in last, "the case must end by the second token"
+    with torch.no_grad():
+        assert_close(batch.old_logp, unpadded_logp(student, batch, temperature=1.0), atol=1e-4, rtol=1e-4)
+    student.save_pretrained(tmp_path / "saved", tokenizer)
+    assert load_policy(str(tmp_path / "saved"), **keywords).end_ids(tokenizer) == ends
+
+
+def test_without_a_list_the_tokenizer_ends_a_response(load, tokenizer):
+    student = load("student")
+    student.lm.generation_config.eos_token_id = None
+    assert student.end_ids(tokenizer) == [tokenizer.eos_token_id]
+    student.lm.generation_config.eos_token_id = 5
+    assert student.end_ids(tokenizer) == sorted([5, tokenizer.eos_token_id])
 
 
 def test_a_response_cut_by_the_limit_is_kept_whole(load, tokenizer):

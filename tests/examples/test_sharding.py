@@ -1,10 +1,11 @@
-"""Holds FSDP2 on two gloo processes: the update of one process, a whole run under torchrun, its resumption."""
+"""Holds FSDP2 on two gloo processes: the update of one process, a whole run under torchrun, its resumption, its end."""
 
 import importlib.util
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +24,31 @@ SCRIPT = EXAMPLES / "on_policy_distillation.py"
 SHARDED_UPDATE = Path(__file__).with_name("sharded_update.py")
 
 
+# Every Python process imports this first. It records in $ENDS how a rank of torchrun ends; an exit handler runs as the
+# first step of finalization.
+SITE = """
+import atexit, os, pathlib
+if "RANK" in os.environ and "ENDS" in os.environ:
+    record = pathlib.Path(os.environ["ENDS"], os.environ["RANK"])
+    record.write_text("started")
+    atexit.register(record.write_text, "finalized")
+"""
+
+
 def torchrun(script: Path, *arguments: str) -> None:
-    """Runs `script` in two fresh processes, as a user starts them."""
+    """Runs `script` in two fresh processes, as a user starts them; neither of them may finalize its interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "sitecustomize.py").write_text(SITE)
+        _torchrun(script, *arguments, path=[folder], ENDS=folder)
+        assert [Path(folder, rank).read_text() for rank in "01"] == ["started", "started"]
+
+
+def _torchrun(script: Path, *arguments: str, path: list[str], **environment: str) -> None:
     launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    path = os.pathsep.join([str(ROOT / "src"), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([*path, str(ROOT / "src"), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", *launch, str(script), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -79,6 +98,41 @@ def test_a_run_under_torchrun_and_its_resumption(small, tmp_path):
     torchrun(SCRIPT, *arguments)
     assert (folder / "metrics.jsonl").read_bytes() == metrics
     assert (folder / "student" / "model.safetensors").exists()
+
+
+LEAVING = """
+import atexit, torch.distributed as dist
+from opd import ranks
+def main():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    print("output", end="")  # in the buffer
+    {end}
+atexit.register(print, "finalized", flush=True)
+ranks.leave(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "error"),
+    [
+        ("pass", 0, ""),
+        ("return 3", 3, ""),
+        ("raise SystemExit(2)", 2, ""),
+        ("raise ValueError('of this rank')", 1, "ValueError: of this rank\n"),
+    ],
+)
+def test_a_rank_ends_with_its_code_and_output_and_without_finalization(end, code, error):
+    command = [sys.executable, "-c", LEAVING.replace("{end}", end)]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (code, "output")
+    assert done.stderr.endswith(error)
+    assert ("Traceback" in done.stderr) == bool(error)
+
+
+def test_a_failing_rank_of_torchrun_fails_the_run_with_its_traceback(tmp_path):
+    with pytest.raises(AssertionError, match=r"No such file or directory: .*batch\.pt"):
+        torchrun(SHARDED_UPDATE, str(tmp_path))
 
 
 def test_loading_arguments_reach_transformers(load, monkeypatch, tokenizer):

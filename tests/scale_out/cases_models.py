@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, init_device_mesh
+from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import kdloss
+from cases import TABLE
+from contract import call, public_function
 from scale_out.ranks import Ranks, on
 from scale_out.tiny_qwen3 import VOCABULARY, Tiny
 
@@ -280,3 +282,27 @@ def case_two_dimensions(ranks: Ranks) -> None:
         )
         same_way(found, expected, begin)
         ranks.same_bits(*found[0])
+
+
+@on(4)  # the whole world, which counts are summed over
+def case_a_dtensor_among_plain_tensors_is_named(ranks: Ranks) -> None:
+    """In every function, for every tensor but those of a head, which may be DTensors. The advice works."""
+    mesh = DeviceMesh.from_group(ranks.group, "cpu")
+    heads = {f"{side}{name}" for side in ("", "teacher_") for name in ("logits", "hidden", "weight", "bias")}
+    for name, entry in TABLE.items():
+        arguments = entry.variants["base"]
+        tensors = [key for key, x in arguments.items() if isinstance(x, Tensor)]
+        for key in tensors:
+            if key in heads or len(tensors) == 1:
+                continue
+            distributed = distribute_tensor(arguments[key], mesh, [Replicate()])
+            try:
+                call(public_function(name), arguments | {key: distributed})
+            except TypeError as error:
+                text = str(error)
+                assert text.startswith(f"{key} must be a plain tensor beside a plain "), f"{name}({key}=): {text}"
+                assert f"pass {key}.full_tensor(), or {key}.to_local()" in text, text
+            else:
+                raise AssertionError(f"{name} took {key} as a DTensor")
+            for plain in (distributed.full_tensor(), distributed.to_local()):
+                call(public_function(name), arguments | {key: plain})

@@ -35,6 +35,7 @@ from torch import Tensor
 WORLD = 4
 POLL, INTERFACE = 0.1, "lo"  # seconds; the loopback interface
 TESTS = Path(__file__).parents[1]
+EXAMPLES = TESTS.parent / "docs" / "examples"
 
 
 @dataclass
@@ -191,7 +192,7 @@ def run(
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "CASE_PROCESSOR_SECONDS": str(case_processor_seconds),
         "PYTHONPATH": os.pathsep.join(
-            [*map(str, (TESTS, TESTS.parent, TESTS.parent / "src")), os.environ.get("PYTHONPATH", "")]
+            [*map(str, (TESTS, TESTS.parent, TESTS.parent / "src", EXAMPLES)), os.environ.get("PYTHONPATH", "")]
         ),
     }
     sizes = {name: size for module in modules for name, size, _ in cases(importlib.import_module(module))}
@@ -235,20 +236,15 @@ def _main(modules: list[str]) -> None:
 
 
 def _forked(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks], None]]]) -> int:
+    from opd.ranks import leave  # not at the top: pytest's process imports this file without docs/examples on its path
+
     pid = os.fork()
-    if pid:
-        return pid
-    output = os.open(folder / f"{rank}.out", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    try:
-        _rank(rank, folder, found)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    if pid == 0:
+        output = os.open(folder / f"{rank}.out", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        leave(lambda: _rank(rank, folder, found))
+    return pid
 
 
 def _rank(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks], None]]]) -> None:
@@ -276,7 +272,6 @@ def _rank(rank: int, folder: Path, found: list[tuple[str, int, Callable[[Ranks],
             print(f"{time.monotonic() - start:6.2f} s  {name}", flush=True)
         signal.setitimer(signal.ITIMER_PROF, 0)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -55,8 +55,10 @@ class Policy(nn.Module):
     def __init__(self, lm: PreTrainedModel, *, vocab_size: int, temperature: float, compute_dtype: torch.dtype):
         super().__init__()
         self.lm, self.vocab_size, self.temperature, self.compute_dtype = lm, vocab_size, temperature, compute_dtype
-        # A model's own sampling defaults (Qwen3: top-k 20, top-p 0.95) would make another behaviour policy.
-        lm.generation_config = GenerationConfig()
+        # A model's own sampling defaults (Qwen3: top-k 20, top-p 0.95) would make another behaviour policy. The tokens
+        # that end a turn stay: several models have more of them than the tokenizer's one.
+        ends = getattr(lm.generation_config, "eos_token_id", None)
+        lm.generation_config = GenerationConfig(eos_token_id=ends)
 
     def forward(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> kdloss.LogprobsAndEntropy:
         """Log-probs and entropies (T,) of response tokens: the model runs padded, the head on trained tokens only."""
@@ -80,6 +82,12 @@ class Policy(nn.Module):
         )
         return kdloss.LogprobsAndEntropy(*(x.to(input_ids.device) for x in scores))
 
+    def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The tokens that end a sequence: the model's, which may be one or a list, and the tokenizer's."""
+        ends = self.lm.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return sorted({x for x in (*ends, tokenizer.eos_token_id) if x is not None})
+
     @torch.no_grad()
     def generate(
         self,
@@ -88,7 +96,7 @@ class Policy(nn.Module):
         *,
         max_new_tokens: int,
         top_p: float,
-        eos_token_id: int,
+        eos_token_id: list[int],
         pad_token_id: int,
     ) -> tuple[Tensor, Tensor]:
         """Sampled tokens (B, R), padded after the end of sequence, and their log-probs under the sampling policy."""

@@ -58,15 +58,16 @@ def sample(
     """`n_samples` responses to each problem, one after the other in the batch, with their exact rewards."""
     texts = [prompt_text(tokenizer, p.prompt, instruction) for p in problems for _ in range(n_samples)]
     prompts = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
+    ends = policy.end_ids(tokenizer)
     responses, response_logp = policy.generate(
         prompts.input_ids,
         prompts.attention_mask,
         max_new_tokens=max_new_tokens,
         top_p=top_p,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
-    ended = responses == tokenizer.eos_token_id
+    ended = torch.isin(responses, torch.tensor(ends, device=responses.device))
     keep = ended.cumsum(1) - ended.long() == 0  # up to and with the first end of sequence
     prompt_lengths, response_lengths = prompts.attention_mask.sum(1), keep.sum(1)
     mask = torch.cat([prompts.attention_mask.bool(), keep], 1)

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kdloss._checks import is_dtensor as is_dtensor
+
 from .agreement import gather_objects, same
 
 
@@ -234,11 +236,6 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.shard.sum_gradients(gradient), None
-
-
-def is_dtensor(x: object) -> bool:
-    # by the name of its class: importing DTensor takes a second, which most users do not need
-    return type(x).__module__.startswith("torch.distributed.tensor") and type(x).__name__ == "DTensor"
 
 
 def of_dtensor(name: str, x: Tensor, axis: int | None = None) -> VocabShard | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
+from kdloss._softmax.backend import Impl
 from kdloss._softmax.head import HEAD_ARGS, Head, prepare_heads
 
 from .from_logits import check_share
@@ -40,8 +41,7 @@ LINEAR_ARGS = HEAD_ARGS | {
         ranks. The gradient is then always computed in the backward. DTensor heads beside DTensor hidden states need no
         `shard`.""",
     "ValueError": """shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where
-    the
-        kernels cannot run.""",
+        the kernels cannot run.""",
 }
 
 
@@ -62,7 +62,7 @@ def linear_forward_kl(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Forward KL from the teacher, from hidden states and output heads, for the trained tokens only.
 
@@ -134,7 +134,7 @@ def linear_reverse_kl(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Reverse KL to the teacher, from hidden states and output heads, for the trained tokens only.
 
@@ -207,7 +207,7 @@ def linear_generalized_jsd(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Generalised Jensen-Shannon divergence, from hidden states and output heads, for the trained tokens only.
 
@@ -284,7 +284,7 @@ def linear_skewed_forward_kl(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Skewed forward KL, from hidden states and output heads, for the trained tokens only.
 
@@ -360,7 +360,7 @@ def linear_skewed_reverse_kl(
     temperature: float | Tensor = 1.0,  # or (T,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,)
     """Skewed reverse KL, from hidden states and output heads, for the trained tokens only.
 
@@ -414,9 +414,7 @@ def linear_skewed_reverse_kl(
     check_share("alpha", alpha, linear_reverse_kl.__name__, None)
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
-    return _linear(
-        Form(SKEWED_REVERSE_KL, 1 - alpha), student, teacher, loss_mask, temperature, vocab_size, shard, impl
-    )
+    return _linear(Form(SKEWED_REVERSE_KL, alpha), student, teacher, loss_mask, temperature, vocab_size, shard, impl)
 
 
 def _linear(
@@ -427,7 +425,7 @@ def _linear(
     temperature: float | Tensor,
     vocab_size: int | None,
     shard: VocabShard | None,
-    impl: str,
+    impl: Impl,
 ) -> Tensor:
     _checks.tensors(loss_mask=loss_mask)
     heads = prepare_heads(
@@ -439,5 +437,6 @@ def _linear(
         shard=shard,
         impl=impl,
     )
+    _checks.row_temperatures(heads.softmax.row_temperature, loss_mask)
     compute = linear_divergence if heads.softmax.shard is None else sharded_linear_divergence
-    return compute(heads, loss_mask.flatten(), form).reshape(heads.shape)
+    return compute(heads, _checks.savable(loss_mask).flatten(), form).reshape(heads.shape)

@@ -21,6 +21,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
+from kdloss._softmax.backend import Impl
 from kdloss._softmax.vocabulary import LOGITS_ARGS, prepare_logits
 
 from .logits_op import divergence
@@ -34,8 +35,7 @@ DIVERGENCE_ARGS = LOGITS_ARGS | {
     "shard": """the slice of the vocabulary that these logits and the teacher's are, where each rank holds one
         (`VocabShard`). Logits that are DTensors placed `Shard(-1)` need no `shard`.""",
     "ValueError": """shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where
-    the
-        kernels cannot run.""",
+        the kernels cannot run.""",
 }
 
 
@@ -47,7 +47,7 @@ def forward_kl(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Forward KL from the teacher: KL(p || q) = sum_v p_v (log p_v - log q_v). Mass-covering.
 
@@ -92,7 +92,7 @@ def reverse_kl(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Reverse KL to the teacher: KL(q || p) = sum_v q_v (log q_v - log p_v). Mode-seeking.
 
@@ -138,7 +138,7 @@ def generalized_jsd(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Generalised Jensen-Shannon divergence: β KL(p || m) + (1-β) KL(q || m), m = β p + (1-β) q.
 
@@ -186,7 +186,7 @@ def skewed_forward_kl(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Skewed forward KL: KL(p || m), m = α p + (1-α) q. The forward KL with bounded ratios.
 
@@ -233,7 +233,7 @@ def skewed_reverse_kl(
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Skewed reverse KL: KL(q || m), m = (1-α) p + α q. The reverse KL with bounded ratios.
 
@@ -269,7 +269,7 @@ def skewed_reverse_kl(
         DistiLLM, arXiv 2402.03898, section 3.1.
     """
     check_share("alpha", alpha, reverse_kl.__name__, None)
-    return _of_logits(Form(SKEWED_REVERSE_KL, 1 - alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
+    return _of_logits(Form(SKEWED_REVERSE_KL, alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
 def _of_logits(
@@ -279,12 +279,13 @@ def _of_logits(
     temperature: float | Tensor,
     vocab_size: int | None,
     shard: VocabShard | None,
-    impl: str,
+    impl: Impl,
 ) -> Tensor:
     _checks.tensors(teacher_logits=teacher_logits)
     student, teacher, softmax = prepare_logits(
         logits, teacher_logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl
     )
+    _checks.row_temperatures(softmax.row_temperature)
     assert teacher is not None
     return divergence(student, teacher, form, softmax)
 

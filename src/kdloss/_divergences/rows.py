@@ -11,7 +11,8 @@
 | skewed_forward_kl | sum p b | -p w |
 | skewed_reverse_kl | sum q a | q (a - w) |
 
-with m = ω p + (1-ω) q, a = log q/m, b = log p/m, w = (1-ω) q/m; ω is β, α and 1-α in turn. With t = d + log ω/(1-ω),
+with m = ω p + (1-ω) q, a = log q/m, b = log p/m, w = (1-ω) q/m; ω is β, α and 1-α in turn. The share that the caller
+names is kept, α and not 1-α, because 1-α has no digits of a small α. With t = d + log ω/(1-ω),
 
     a = -log(1-ω) - relu(t) - s,   b = -log ω - relu(-t) - s,   w = sigmoid(-t),   s = log1p(exp(-|t|))
 
@@ -50,10 +51,30 @@ _BUFFERS = 5
 
 
 class Form(NamedTuple):
-    """Which divergence, and of which mixture."""
+    """Which divergence, and of which mixture m = ω p + (1-ω) q."""
 
     kind: str
-    omega: float = 0.5  # the teacher's share of the mixture m = omega p + (1 - omega) q; unused by the two KLs
+    share: float = (
+        0.5  # 1-ω, the student's, for the skewed reverse KL; ω, the teacher's, for the others; no KL reads it
+    )
+
+    @property
+    def shares(self) -> Shares:
+        """ω and 1-ω with their logs, each to one rounding of itself."""
+        known, rest = (self.share, math.log(self.share)), (1 - self.share, math.log1p(-self.share))
+        (teacher, log_teacher), (student, log_student) = (
+            (rest, known) if self.kind == SKEWED_REVERSE_KL else (known, rest)
+        )
+        return Shares(teacher, student, log_teacher, log_student)
+
+
+class Shares(NamedTuple):
+    """The shares of the two sides in a mixture."""
+
+    teacher: float  # ω
+    student: float  # 1-ω
+    log_teacher: float
+    log_student: float
 
 
 class BlockResult(NamedTuple):
@@ -209,42 +230,43 @@ def _terms(
 
     G is undefined for the forward KL, and for the others unless `gradient` is set.
     """
-    kind, omega = form
+    kind = form.kind
     if kind == FORWARD_KL:
         return _clean_(torch.sub(log_p, log_q, out=room).mul_(p)).sum(-1), room
     if kind == REVERSE_KL:
         return _clean_(torch.sub(log_q, log_p, out=room).mul_(q)).sum(-1), room
-    t = log_p.sub_(log_q).add_(math.log(omega) - math.log1p(-omega)).nan_to_num_(0.0, _SATURATED, -_SATURATED)
+    shares = form.shares
+    t = log_p.sub_(log_q).add_(shares.log_teacher - shares.log_student).nan_to_num_(0.0, _SATURATED, -_SATURATED)
     s = torch.abs(t, out=room).neg_().exp_().log1p_()
-    return _MIXTURES[kind](omega, t, s, q, p, log_q, gradient)
+    return _MIXTURES[kind](shares, t, s, q, p, log_q, gradient)
 
 
 def _jsd(
-    omega: float, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
+    shares: Shares, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    weighted = _log_ratio(t, s, math.log1p(-omega), out=room).mul_(q).mul_(1 - omega)
-    of_teacher = _log_ratio(t.neg_(), s, math.log(omega), out=t).mul_(p).sum(-1)
-    return weighted.sum(-1).add_(of_teacher, alpha=omega), weighted
+    weighted = _log_ratio(t, s, shares.log_student, out=room).mul_(q).mul_(shares.student)
+    of_teacher = _log_ratio(t.neg_(), s, shares.log_teacher, out=t).mul_(p).sum(-1)
+    return weighted.sum(-1).add_(of_teacher, alpha=shares.teacher), weighted
 
 
 def _skewed_forward(
-    omega: float, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
+    shares: Shares, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     weighted = torch.neg(t, out=room)
     if gradient:
         weighted.sigmoid_().mul_(p).neg_()
-    return _log_ratio(t.neg_(), s, math.log(omega), out=t).mul_(p).sum(-1), weighted
+    return _log_ratio(t.neg_(), s, shares.log_teacher, out=t).mul_(p).sum(-1), weighted
 
 
 def _skewed_reverse(
-    omega: float, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
+    shares: Shares, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    a = _log_ratio(t, s, math.log1p(-omega), out=room)
+    a = _log_ratio(t, s, shares.log_student, out=room)
     total = torch.mul(a, q, out=s).sum(-1)
     return total, a.sub_(t.neg_().sigmoid_()).mul_(q) if gradient else a
 
 
-# (ω, t, s, q, p, room, gradient) -> (value, G); all buffers except q and p are overwritten
+# (shares, t, s, q, p, room, gradient) -> (value, G); all buffers except q and p are overwritten
 _MIXTURES = {
     GENERALIZED_JSD: _jsd,
     SKEWED_FORWARD_KL: _skewed_forward,

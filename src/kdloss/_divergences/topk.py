@@ -23,6 +23,7 @@ infinite. Keep the log-probs in float32: rounded to bf16 they are off by 1 %, an
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
+from kdloss._softmax.backend import Impl
 from kdloss._softmax.vocabulary import LOGITS_ARGS, Softmax, prepare_logits
 
 from .from_logits import check_share
@@ -38,7 +40,7 @@ from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, Form
 from .topk_op import kept_and_rest
 
 PADDING = -1
-TAILS = ("bucket", "renormalize", "truncate")
+Tail = Literal["bucket", "renormalize", "truncate"]
 # beyond ± this, the sigmoid of a log-ratio is 0 or 1
 _SATURATED = 1e4
 
@@ -60,11 +62,11 @@ def topk_forward_kl(
     teacher_topk_logp: Tensor,  # (..., K)
     teacher_topk_ids: Tensor,  # (..., K) int
     *,
-    tail: str,
+    tail: Tail,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Forward KL from a teacher's K log-probs: sum_S p (log p - log q), and a tail.
 
@@ -111,11 +113,11 @@ def topk_reverse_kl(
     teacher_topk_logp: Tensor,  # (..., K)
     teacher_topk_ids: Tensor,  # (..., K) int
     *,
-    tail: str,
+    tail: Tail,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Reverse KL to a teacher's K log-probs: sum_S q (log q - log p), and a tail.
 
@@ -165,12 +167,12 @@ def topk_generalized_jsd(
     teacher_topk_logp: Tensor,  # (..., K)
     teacher_topk_ids: Tensor,  # (..., K) int
     *,
-    tail: str,
+    tail: Tail,
     beta: float,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,)
     """Generalised JSD from a teacher's K log-probs: sum_S β p log p/m + (1-β) q log q/m, and a tail; m = β p + (1-β) q.
 
@@ -228,20 +230,21 @@ def _topk(
     logits: Tensor,
     teacher_topk_logp: Tensor,
     teacher_topk_ids: Tensor,
-    tail: str,
+    tail: Tail,
     temperature: float | Tensor,
     vocab_size: int | None,
     shard: VocabShard | None,
-    impl: str,
+    impl: Impl,
 ) -> Tensor:  # (...,)
     """Any divergence with any tail; the public functions differ only in `form`."""
-    _checks.one_of("tail", tail, TAILS)
+    _checks.one_of("tail", tail, get_args(Tail))
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
-    vocab_size, (kind, omega) = softmax.vocab_size, form
+    vocab_size, kind = softmax.vocab_size, form.kind
     ids, order, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size)
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
     valid = (ids >= 0) & (ids < vocab_size)
     empty = ~valid.any(-1, keepdim=True)
+    _checks.row_temperatures(softmax.row_temperature, ~empty.squeeze(-1))
     log_p = torch.where(valid, teacher_topk_logp.detach().gather(-1, order).to(dtype), -math.inf)
 
     if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed
@@ -260,7 +263,7 @@ def _topk(
         # NaN even if the incoming gradient is 0
         nothing = ~student.detach().amax(-1, keepdim=True).isfinite()
         log_q = torch.where(nothing, 0, student).log_softmax(-1)[..., :-1]
-        value = _truncated(kind, omega, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
+        value = _truncated(form, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
         value = torch.where(empty.squeeze(-1), 0, value)
     else:  # softmax(student) is the distribution over K + 1 outcomes, or over K
         kernels = softmax.kernels and dtype == torch.float32
@@ -276,9 +279,9 @@ def _log_tail(log_p: Tensor, ids: Tensor, vocab_size: int, kind: str) -> Tensor:
     return torch.where(((ids >= 0) & (ids < vocab_size)).sum(-1) == vocab_size, -math.inf, log_tail)
 
 
-def _truncated(kind: str, omega: float, log_q: Tensor, log_p: Tensor) -> Tensor:
+def _truncated(form: Form, log_q: Tensor, log_p: Tensor) -> Tensor:
     """The full form's terms, summed over S. Every -inf is replaced before it can make the gradient NaN."""
-    p, q = log_p.exp(), log_q.exp()
+    p, q, kind = log_p.exp(), log_q.exp(), form.kind
     if kind == FORWARD_KL:
         return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
     if kind == REVERSE_KL:
@@ -286,11 +289,11 @@ def _truncated(kind: str, omega: float, log_q: Tensor, log_p: Tensor) -> Tensor:
     both = (p > 0) & (q > 0)
     one_sided = _SATURATED * ((p > 0).to(q.dtype) - (q > 0).to(q.dtype))
     t = torch.where(both, torch.where(both, log_p, 0) - torch.where(both, log_q, 0), one_sided)
-    t = t + (math.log(omega) - math.log1p(-omega))
-    zero = torch.zeros_like(t)
-    a = -math.log1p(-omega) - torch.logaddexp(t, zero)
-    b = -math.log(omega) - torch.logaddexp(-t, zero)
-    return (omega * p * b + (1 - omega) * q * a).sum(-1)
+    shares, zero = form.shares, torch.zeros_like(t)
+    t = t + (shares.log_teacher - shares.log_student)
+    a = -shares.log_student - torch.logaddexp(t, zero)
+    b = -shares.log_teacher - torch.logaddexp(-t, zero)
+    return (shares.teacher * p * b + shares.student * q * a).sum(-1)
 
 
 def _check_topk(logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -300,7 +303,7 @@ def _check_topk(logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int) -> t
     _checks.integral(teacher_topk_ids=ids)
     rows = logits.shape[:-1]
     if logp.ndim != logits.ndim or logp.shape[:-1] != rows or logp.shape[-1] < 1:
-        raise ValueError(f"teacher_topk_logp must be {(*rows, 'K')} with K >= 1, got {tuple(logp.shape)}")
+        raise ValueError(f"teacher_topk_logp must be {_checks.axes(*rows, 'K')} with K >= 1, got {tuple(logp.shape)}")
     _checks.same_shape("teacher_topk_logp", logp, teacher_topk_ids=ids)
     _checks.same_device("logits", logits, teacher_topk_logp=logp)
     ordered, order = ids.long().sort(-1)

@@ -18,8 +18,9 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
+from kdloss._softmax.backend import Impl
 from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_heads
-from kdloss._softmax.vocabulary import IGNORE_INDEX, check_labels, label_columns
+from kdloss._softmax.vocabulary import IGNORE_INDEX, check_labels, label_columns, labelled
 
 from .from_logits import LogprobsAndEntropy
 from .hidden_op import linear_logprobs
@@ -44,7 +45,7 @@ def linear_token_logprobs(
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
     max_trained_tokens: int | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (T,) or (T, K)
     """Log-probs of labels from hidden states and the output head, for the trained tokens only.
 
@@ -106,7 +107,7 @@ def linear_token_logprobs_and_entropy(
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
     max_trained_tokens: int | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> LogprobsAndEntropy:
     """Log-probs of labels and entropies from hidden states and the output head, for the trained tokens only.
 
@@ -208,6 +209,9 @@ def check_head_labels(heads: Heads, labels: Tensor, loss_mask: Tensor | None) ->
     _checks.tensors(labels=labels)
     _checks.same_device("hidden", heads.student.hidden, labels=labels)
     check_labels(labels, heads.shape, heads.softmax.vocab_size, loss_mask=loss_mask)
+    if (taus := heads.softmax.row_temperature) is not None:
+        counts = labelled(labels, heads.shape)
+        _checks.row_temperatures(taus, counts if loss_mask is None else counts & loss_mask)
 
 
 def select_rows(

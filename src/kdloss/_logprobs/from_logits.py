@@ -19,7 +19,16 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
-from kdloss._softmax.vocabulary import LOGITS_ARGS, Softmax, as_columns, check_labels, label_columns, prepare_logits
+from kdloss._softmax.backend import Impl
+from kdloss._softmax.vocabulary import (
+    LOGITS_ARGS,
+    Softmax,
+    as_columns,
+    check_labels,
+    label_columns,
+    labelled,
+    prepare_logits,
+)
 
 from .compiled import compiled_logprobs
 from .logits_op import logprobs
@@ -47,7 +56,7 @@ def token_logprobs(
     softcap: float | None = None,
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # (...,) or (..., K)
     """Log-prob of each label under its row of logits: log softmax(z)[label], z = softcap(logits) / temperature.
 
@@ -92,7 +101,7 @@ def token_logprobs_and_entropy(
     softcap: float | None = None,
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> LogprobsAndEntropy:
     """Log-prob of each label and entropy of each row, from one read of the logits.
 
@@ -137,10 +146,13 @@ def _logprobs_from_logits(
     logits: Tensor, labels: Tensor, softcap: float | None, softmax: Softmax, *, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy) in the shapes of the labels and of the rows; the entropy is empty if it is not asked for."""
-    _checks.positive(softcap=softcap)
+    _checks.softcap(softcap=softcap)
     shape = logits.shape[:-1]
     check_labels(labels, shape, softmax.vocab_size)
     _checks.same_device("logits", logits, labels=labels)
+    if softmax.row_temperature is not None:
+        _checks.row_temperatures(softmax.row_temperature, labelled(labels, shape))
+    labels = _checks.savable(labels)
     if softmax.kernels and softmax.shard is None:
         # the kernels give NaN for labels outside the vocabulary
         columns, outside = as_columns(labels, shape), None

@@ -30,6 +30,7 @@ from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
 from kdloss._packing.reductions import token_mean
+from kdloss._softmax.backend import Impl
 from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_heads
 from kdloss._softmax.operator import refuse_second_derivative
 from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, label_columns
@@ -72,7 +73,7 @@ def fused_linear_loss(
     vocab_size: int | None = None,
     shard: VocabShard | None = None,
     max_trained_tokens: int | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> FusedLoss:
     """The token mean of a per-token loss of your own, and its gradients, in one pass over the head.
 
@@ -192,10 +193,11 @@ def _token_input(number: int, x: Tensor | None, shape: torch.Size, hidden: Tenso
     name = f"token_inputs[{number}]"
     _checks.tensors(**{name: x})
     _checks.same_device("hidden", hidden, **{name: x})
+    x = _checks.savable(x)
     if x.ndim == 0:
         return x.detach()
     if x.shape[: len(shape)] != shape:
-        raise ValueError(f"{name} must be {tuple(shape)} or {(*shape, '...')}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must be {tuple(shape)} or {_checks.axes(*shape, '...')}, got {tuple(x.shape)}")
     return x.detach().reshape(math.prod(shape), *x.shape[len(shape) :])
 
 

@@ -313,4 +313,4 @@ def masked_log_ratio(
     (reference,) = other.values()
     reference = logp if reference is None else reference
     dtype = _checks.promoted_dtype(logp, reference)
-    return torch.where(loss_mask, logp.to(dtype) - reference.detach().to(dtype), 0)
+    return torch.where(_checks.savable(loss_mask), logp.to(dtype) - reference.detach().to(dtype), 0)

@@ -9,7 +9,7 @@ ignores the teacher. It exists for parity, as `direct_penalty=True`, and warns.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from kdloss._distributed.agreement import in_step
 from kdloss._distributed.collectives import global_sum
 from kdloss._docs import documented
 from kdloss._packing.layout import SEQUENCES, segment_sum
-from kdloss._packing.reductions import mean_of_sequences, token_mean
+from kdloss._packing.reductions import Reduction, mean_of_sequences, token_mean
 
 from .estimators import discounted_returns, kl_k1, reverse_kl_reward
 from .surrogates import Surrogate, clipped_surrogate, importance_sampled_surrogate
@@ -109,7 +109,7 @@ def grpo_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     weights: Tensor | None = None,  # (T,)
-    reduction: str = "token_mean",
+    reduction: Reduction = "token_mean",
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: float | Tensor | None = None,
     group: ProcessGroup | None = None,
@@ -177,7 +177,7 @@ def distillation_loss(
     kd_discount: float = 0.0,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
-    reduction: str = "token_mean",
+    reduction: Reduction = "token_mean",
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: float | Tensor | None = None,
     group: ProcessGroup | None = None,
@@ -253,7 +253,7 @@ def kdrl_loss(
     kd_discount: float = 0.0,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
-    reduction: str = "token_mean",
+    reduction: Reduction = "token_mean",
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: float | Tensor | None = None,
     direct_penalty: bool = False,
@@ -454,7 +454,7 @@ class _Reduction:
 
     def __init__(
         self,
-        form: str,
+        form: Reduction,
         loss_mask: Tensor,
         cu_seqlens: Tensor | None,
         normalizer: float | Tensor | None,
@@ -466,7 +466,7 @@ class _Reduction:
 
     def check(self, logp: Tensor) -> None:
         _checks.per_token("logp", logp, loss_mask=self.loss_mask)
-        _checks.one_of("reduction", self.form, ("token_mean", "sequence_mean"))
+        _checks.one_of("reduction", self.form, get_args(Reduction))
         _checks.normalizer(self.normalizer)
         if self.form == "sequence_mean":
             if self.cu_seqlens is None:

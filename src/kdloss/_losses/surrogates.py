@@ -228,7 +228,7 @@ def sequence_clipped_surrogate(
         log_ratio, _, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
     mean = segment_mean(log_ratio.detach(), loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
     mean = broadcast_to_tokens(mean, cu_seqlens=cu_seqlens, total_tokens=logp.shape[0])
-    ratio = torch.where(loss_mask, mean, 0).exp()
+    ratio = torch.where(_checks.savable(loss_mask), mean, 0).exp()
     clipped, bound = _clip(ratio, advantages, clip_low, clip_high)
     live = (weighted != 0) & ~clipped
     # log q_t - sg(log q_t) is 0 and carries the gradient; left out where it is inf - inf, as s_b is 0 or inf there
@@ -338,6 +338,7 @@ def sapo_surrogate(
         SAPO (arXiv 2511.20347).
     """
     _checks.positive(tau_positive=tau_positive, tau_negative=tau_negative)
+    _checks.finite(tau_positive=tau_positive, tau_negative=tau_negative)
     log_ratio, ratio, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
     tau = _either(advantages > 0, tau_positive, tau_negative, ratio)
     # past the bound the sigmoid is exactly 1 and its slope 0: the clamp keeps 0 * inf out of the gradient

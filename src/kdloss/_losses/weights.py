@@ -11,7 +11,7 @@ sequence still counts in the denominator.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from .texts import WEIGHT_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Aggregate = Literal["sum", "mean"]
+Action = Literal["truncate", "mask"]
 
 
 @documented(WEIGHT_ARGS)
@@ -122,8 +125,8 @@ def sequence_importance_weights(
     *,
     loss_mask: Tensor,  # (T,) bool
     cu_seqlens: Tensor,  # (B + 1,)
-    aggregate: str,
-    action: str,
+    aggregate: Aggregate,
+    action: Action,
     min_weight: float = 0.0,
     max_weight: float,
     group: ProcessGroup | None = None,
@@ -171,8 +174,8 @@ def sequence_importance_weights(
         Liu et al., "When Speed Kills Stability" (2025), sequence-level TIS and MIS; GSPO (arXiv 2507.18071) for "mean".
     """
     with in_step(group, prox_logp) as agreed:
-        _checks.one_of("aggregate", aggregate, ("sum", "mean"))
-        _checks.one_of("action", action, ("truncate", "mask"))
+        _checks.one_of("aggregate", aggregate, get_args(Aggregate))
+        _checks.one_of("action", action, get_args(Action))
         _checks.interval(("min_weight", min_weight), ("max_weight", max_weight))
         _checks.packed_stream("prox_logp", prox_logp, cu_seqlens)
         log_ratio = _detached_log_ratio(prox_logp, old_logp, loss_mask)

@@ -70,7 +70,7 @@ def cu_seqlens_from_lengths(
 def segment_ids(
     cu_seqlens: Tensor,  # (B + 1,)
     *,
-    total_tokens: int,
+    total_tokens: int | None = None,
 ) -> Tensor:  # (T,) int64
     """Index in 0 .. B - 1 of the sequence that owns each token.
 
@@ -83,7 +83,8 @@ def segment_ids(
 
     Raises:
         TypeError: `cu_seqlens` is not int32 or int64.
-        ValueError: `cu_seqlens` has a wrong shape or (on the CPU) does not run from 0 to `total_tokens`.
+        ValueError: `cu_seqlens` has a wrong shape or (on the CPU) does not run from 0 to `total_tokens`, or
+            `total_tokens` is None where it cannot be read.
 
     Example:
         >>> import torch, kdloss
@@ -191,7 +192,7 @@ def broadcast_to_tokens(
     x: Tensor,  # (B,)
     *,
     cu_seqlens: Tensor,  # (B + 1,)
-    total_tokens: int,
+    total_tokens: int | None = None,
 ) -> Tensor:  # (T,)
     """Each token gets the entry of its sequence: out_t = x[segment_ids_t].
 
@@ -205,7 +206,7 @@ def broadcast_to_tokens(
 
     Raises:
         TypeError: `x` is not a tensor, or `cu_seqlens` is not int32 or int64.
-        ValueError: `x` is not (B,), or `cu_seqlens` does not fit.
+        ValueError: `x` is not (B,), `cu_seqlens` does not fit, or `total_tokens` is None where it cannot be read.
 
     Example:
         >>> import torch, kdloss
@@ -276,7 +277,7 @@ def response_mask(
     prompt_lengths: Tensor,  # (B,)
     *,
     cu_seqlens: Tensor,  # (B + 1,)
-    total_tokens: int,
+    total_tokens: int | None = None,
 ) -> Tensor:  # (T,) bool
     """True where labels[t] is a response token: offset_t + 1 >= prompt_length and a next token exists.
 
@@ -294,7 +295,8 @@ def response_mask(
 
     Raises:
         TypeError: `prompt_lengths` is not int32 or int64.
-        ValueError: `prompt_lengths` is not (B,), (on the CPU) is negative, or `cu_seqlens` does not fit.
+        ValueError: `prompt_lengths` is not (B,), (on the CPU) is negative, `cu_seqlens` does not fit, or `total_tokens`
+            is None where it cannot be read.
 
     Example:
         >>> import torch, kdloss
@@ -388,95 +390,197 @@ def to_token_positions(
 def pack(
     padded: Tensor,  # (B, L, ...)
     *,
-    lengths: Tensor,  # (B,)
-    total_tokens: int,
+    lengths: Tensor | None = None,  # (B,)
+    mask: Tensor | None = None,  # (B, L) bool
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+    total_tokens: int | None = None,
 ) -> Tensor:  # (T, ...)
-    """Right-padded rows to one packed stream: the first lengths[b] entries of every row, one after the other.
+    """Padded rows to one packed stream: the tokens of every row, one row after the other.
+
+    Exactly one of `lengths`, `mask` and `cu_seqlens` says which entries are tokens. `lengths` and `cu_seqlens` are for
+    rows padded on the right; `mask` is for any rows, and the only right one for rows padded on the left, as models
+    generate. The packed stream of a mask has `cu_seqlens = cu_seqlens_from_lengths(mask.sum(1))`.
 
     Args:
         padded: (B, L, ...) of any dtype.
-        lengths: (B,) int32 or int64, each 0 .. L.
+        {lengths}
+            The tokens are the first lengths[b] entries of row b.
+        mask: (B, L) bool, True at tokens, such as `attention_mask.bool()`. Padding may be anywhere in a row: the tokens
+            keep their order.
+        {cu_seqlens}
+            They are the first entries of row b.
         {total_tokens}
-            It is the sum of `lengths`.
 
     Returns:
         (T, ...), differentiable in `padded`.
 
     Raises:
-        TypeError: `lengths` is not int32 or int64.
-        ValueError: shapes disagree, or (on the CPU) a length exceeds L or the lengths do not sum to T.
+        TypeError: a dtype is wrong.
+        ValueError: not exactly one of `lengths`, `mask` and `cu_seqlens` is given, shapes disagree, `total_tokens` is
+            None where it cannot be read, or (on the CPU) a length exceeds L or there are not T tokens.
 
     Example:
         >>> import torch, kdloss
-        >>> padded = torch.tensor([[1, 2, 0], [3, 4, 5]])
-        >>> kdloss.pack(padded, lengths=torch.tensor([2, 3]), total_tokens=5).tolist()
+        >>> right, left = torch.tensor([[1, 2, 0], [3, 4, 5]]), torch.tensor([[0, 1, 2], [3, 4, 5]])
+        >>> kdloss.pack(right, lengths=torch.tensor([2, 3])).tolist()
+        [1, 2, 3, 4, 5]
+        >>> kdloss.pack(left, mask=left > 0).tolist()
         [1, 2, 3, 4, 5]
     """
     _checks.tensors(padded=padded)
-    _checks.integral(lengths=lengths)
+    _checks.exactly_one(lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
     if padded.ndim < 2:
         raise ValueError(f"padded must be (B, L, ...), got {tuple(padded.shape)}")
-    if lengths.shape != padded.shape[:1]:
-        raise ValueError(f"lengths must match the rows of padded ({padded.shape[0]},), got {tuple(lengths.shape)}")
-    _checks.same_device("padded", padded, lengths=lengths)
-    length = padded.shape[1]
-    if _checks.value_checks_allowed(lengths) and (lengths > length).any():
-        raise ValueError(f"lengths must not exceed the padded length {length}, got {lengths.tolist()}")
-    cu_seqlens = cu_seqlens_from_lengths(lengths)
-    if _checks.value_checks_allowed(cu_seqlens) and cu_seqlens[-1] != total_tokens:
-        raise ValueError(f"lengths must sum to total_tokens = {total_tokens}, got {int(cu_seqlens[-1])}")
+    size, length = padded.shape[:2]
+    if mask is not None:
+        _checks.boolean(mask=mask)
+        if mask.shape != padded.shape[:2]:
+            raise ValueError(f"mask must match the rows of padded {(size, length)}, got {tuple(mask.shape)}")
+        _checks.same_device("padded", padded, mask=mask)
+        number = _numbers(mask)
+        total = _total("mask", number, total_tokens)
+        token = torch.arange(1, total + 1, device=padded.device)
+        # left: the first entry with that many tokens up to and with it, which is the token itself
+        index = torch.searchsorted(number, token).clamp(max=max(number.shape[0] - 1, 0))
+        return _selected(padded, index, number[-1:].sum() == total)
+    if lengths is not None:
+        _checks.integral(lengths=lengths)
+        if lengths.shape != (size,):
+            raise ValueError(f"lengths must match the rows of padded ({size},), got {tuple(lengths.shape)}")
+        _checks.same_device("padded", padded, lengths=lengths)
+        _no_longer(lengths, length)
+        cu_seqlens = cu_seqlens_from_lengths(lengths)
+        total_tokens = _total("lengths", cu_seqlens, total_tokens)
+    assert cu_seqlens is not None
+    _checks.tensors(cu_seqlens=cu_seqlens)
+    _checks.same_device("padded", padded, cu_seqlens=cu_seqlens)
     layout = _layout(cu_seqlens, total_tokens)
+    if cu_seqlens.shape != (size + 1,):
+        raise ValueError(f"cu_seqlens must have one sequence per row ({size + 1},), got {tuple(cu_seqlens.shape)}")
+    lengths = cu_seqlens.diff()
+    _no_longer(lengths, length)
     fits = layout.fits & (lengths <= length).all()
-    index = layout.ids * length + layout.offset.clamp(0, max(length - 1, 0))
-    stream = rearrange(padded, "b l ... -> (b l) ...")
-    if stream.shape[0] == 0:  # nothing to select from; the sum of an empty tensor is an attached 0
-        nothing = stream.sum(0, dtype=padded.dtype)
-        return _poison(padded.new_zeros(total_tokens, *padded.shape[2:]) + nothing, fits)
-    return _poison(stream.index_select(0, index), fits)
+    return _selected(padded, layout.ids * length + layout.offset.clamp(0, max(length - 1, 0)), fits)
 
 
 @documented(PACKING_ARGS)
 def unpack(
     packed: Tensor,  # (T, ...)
     *,
-    cu_seqlens: Tensor,  # (B + 1,)
-    length: int,
+    lengths: Tensor | None = None,  # (B,)
+    mask: Tensor | None = None,  # (B, L) bool
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+    length: int | None = None,
     fill: float = 0,
 ) -> Tensor:  # (B, L, ...)
-    """A packed stream to right-padded rows: out[b, l] = packed[cu_seqlens[b] + l], `fill` past the end of sequence b.
+    """A packed stream to padded rows: out[b, l] = packed[cu_seqlens[b] + l], `fill` past the end of sequence b.
+
+    The inverse of `pack` with the same `lengths`, `mask` or `cu_seqlens`, of which exactly one is given. With `mask`
+    the tokens of a sequence fill the True entries of its row: at the end, where padding is on the left.
 
     Args:
         packed: (T, ...) of any dtype.
+        {lengths}
+        mask: (B, L) bool, True at tokens. `fill` is everywhere else.
         {cu_seqlens}
-        length: L, at least the longest sequence.
+        length: L, at least the longest sequence. With `mask` it is left out.
         fill: the padding value.
 
     Returns:
         (B, L, ...), differentiable in `packed`.
 
     Raises:
-        TypeError: `packed` is not a tensor, or `cu_seqlens` is not int32 or int64.
-        ValueError: `cu_seqlens` does not fit, or (on the CPU) a sequence is longer than `length`: nothing is cut off.
+        TypeError: a dtype is wrong, or `packed` is not a tensor.
+        ValueError: not exactly one of `lengths`, `mask` and `cu_seqlens` is given, it does not fit, `length` is None
+            without `mask`, or (on the CPU) a sequence is longer than `length`: nothing is cut off.
 
     Example:
         >>> import torch, kdloss
         >>> packed, cu_seqlens = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 2, 5])
         >>> kdloss.unpack(packed, cu_seqlens=cu_seqlens, length=3).tolist()
         [[1, 2, 0], [3, 4, 5]]
+        >>> left = torch.tensor([[False, True, True], [True, True, True]])
+        >>> kdloss.unpack(packed, mask=left).tolist()
+        [[0, 1, 2], [3, 4, 5]]
     """
+    _checks.tensors(packed=packed)
+    _checks.exactly_one(lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
+    if packed.ndim < 1:
+        raise ValueError(f"packed must be (T, ...), got {tuple(packed.shape)}")
+    total = packed.shape[0]
+    if mask is not None:
+        _checks.boolean(mask=mask)
+        if mask.ndim != 2:
+            raise ValueError(f"mask must be (B, L), got {tuple(mask.shape)}")
+        if length is not None and length != mask.shape[1]:
+            raise ValueError(
+                f"length must be left out with mask, whose rows have {mask.shape[1]} entries, got {length}"
+            )
+        _checks.same_device("packed", packed, mask=mask)
+        number = _numbers(mask)
+        _sums_to(f"the {total} tokens of packed", total, number, "mask")
+        mask = _checks.savable(mask)
+        return _rows(packed, number.reshape(mask.shape) - 1, mask, fill, number[-1:].sum() == total)
+    if length is None:
+        raise ValueError("length must be given without mask, got None")
+    if lengths is not None:
+        cu_seqlens = cu_seqlens_from_lengths(lengths)
+        _checks.same_device("packed", packed, lengths=lengths)
+        _sums_to(f"the {total} tokens of packed", total, cu_seqlens, "lengths")
+    assert cu_seqlens is not None
     layout = _layout_of("packed", packed, cu_seqlens)
     lengths = cu_seqlens.diff()
     if _checks.value_checks_allowed(lengths) and (lengths > length).any():
         raise ValueError(f"length must hold the longest sequence {int(lengths.max())}, got {length}")
-    if packed.shape[0] == 0:
-        empty = packed.new_full((lengths.shape[0], length, *packed.shape[1:]), fill)
-        return empty + packed.sum(0, dtype=packed.dtype)  # the sum of an empty tensor is an attached 0
     column = torch.arange(length, device=packed.device)
-    index = (cu_seqlens[:-1, None] + column).clamp(0, packed.shape[0] - 1)
-    rows = packed.index_select(0, rearrange(index, "b l -> (b l)"))
-    rows = rearrange(rows, "(b l) ... -> b l ...", b=index.shape[0], l=length)
-    rows = torch.where(_like(column < lengths[:, None], rows), rows, rows.new_full((), fill))
-    return _poison(rows, layout.fits & (lengths <= length).all())
+    fits = layout.fits & (lengths <= length).all()
+    return _rows(packed, cu_seqlens[:-1, None] + column, column < lengths[:, None], fill, fits)
+
+
+def _numbers(mask: Tensor) -> Tensor:
+    """(B*L,) int64: the number of tokens up to and with each entry of the flattened mask."""
+    return mask.reshape(-1).cumsum(0)
+
+
+def _total(name: str, ends: Tensor, total_tokens: int | None) -> int:
+    """T: `total_tokens`, else the last of `ends`, the cumulative sums of the argument `name`."""
+    if total_tokens is None:
+        return _checks.token_count(ends) if ends.shape[0] else 0
+    _sums_to(f"total_tokens = {total_tokens}", total_tokens, ends, name)
+    return total_tokens
+
+
+def _sums_to(what: str, total: int, ends: Tensor, name: str) -> None:
+    """The last of `ends`, the cumulative sums of the argument `name`, is `total`, which the error calls `what`."""
+    if _checks.value_checks_allowed(ends) and (found := int(ends[-1:].sum())) != total:
+        raise ValueError(f"{name} must sum to {what}, got {found}")
+
+
+def _no_longer(lengths: Tensor, length: int) -> None:
+    """No sequence is longer than its row of `length` entries."""
+    if _checks.value_checks_allowed(lengths) and (lengths > length).any():
+        raise ValueError(f"lengths must not exceed the padded length {length}, got {lengths.tolist()}")
+
+
+def _selected(padded: Tensor, index: Tensor, fits: Tensor) -> Tensor:
+    """(T, ...) entries of `padded` (B, L, ...) at (T,) `index` of its flattened rows; NaN if `fits` is False."""
+    stream = rearrange(padded, "b l ... -> (b l) ...")
+    if stream.shape[0] == 0:  # nothing to select from; the sum of an empty tensor is an attached 0
+        nothing = stream.sum(0, dtype=padded.dtype)
+        return _poison(padded.new_zeros(index.shape[0], *padded.shape[2:]) + nothing, fits)
+    return _poison(stream.index_select(0, index), fits)
+
+
+def _rows(packed: Tensor, index: Tensor, is_token: Tensor, fill: float, fits: Tensor) -> Tensor:
+    """(B, L, ...) entries of `packed` at (B, L) `index` where `is_token`, `fill` elsewhere; NaN if `fits` is False."""
+    size, length = index.shape
+    if packed.shape[0] == 0:
+        empty = packed.new_full((size, length, *packed.shape[1:]), fill)
+        return _poison(empty + packed.sum(0, dtype=packed.dtype), fits)  # the sum of an empty tensor is an attached 0
+    rows = packed.index_select(0, rearrange(index.clamp(0, packed.shape[0] - 1), "b l -> (b l)"))
+    rows = rearrange(rows, "(b l) ... -> b l ...", b=size, l=length)
+    rows = torch.where(_like(is_token, rows), rows, rows.new_full((), fill))
+    return _poison(rows, fits)
 
 
 def at_starts(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -494,7 +598,7 @@ def _sum_of_part(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: Proces
         _checks.packed_stream("x", x, cu_seqlens)
         layout = _layout(cu_seqlens, x.shape[0])
         agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1})
-    kept = torch.where(loss_mask, x, 0).to(_checks.accumulator_dtype(x))
+    kept = torch.where(_checks.savable(loss_mask), x, 0).to(_checks.accumulator_dtype(x))
     sums = kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, layout.ids, kept)
     return _poison(sums, layout.fits)
 
@@ -506,8 +610,8 @@ class _Layout(NamedTuple):
     fits: Tensor  # () bool: cu_seqlens describes exactly T tokens
 
 
-def _layout(cu_seqlens: Tensor, total_tokens: int) -> _Layout:
-    _checks.cumulative_lengths(cu_seqlens, total_tokens=total_tokens)
+def _layout(cu_seqlens: Tensor, total_tokens: int | None) -> _Layout:
+    total_tokens = _checks.cumulative_lengths(cu_seqlens, total_tokens=total_tokens)
     position = torch.arange(total_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     # right=True: the last sequence that starts at or before the token, which skips empty sequences
     ids = torch.searchsorted(cu_seqlens.contiguous(), position, right=True) - 1

@@ -7,7 +7,8 @@ averages), so that the parts sum to the whole exactly.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from .texts import PACKING_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Reduction = Literal["token_mean", "sequence_mean"]
 
 
 def token_mean(
@@ -59,7 +62,7 @@ def token_mean(
     """
     _checks.per_token("x", x, loss_mask=loss_mask)
     _checks.normalizer(normalizer)
-    total = torch.where(loss_mask, x.to(_checks.promoted_dtype(x)), 0).sum()
+    total = torch.where(_checks.savable(loss_mask), x.to(_checks.promoted_dtype(x)), 0).sum()
     return _divide(total, loss_mask.sum() if normalizer is None else normalizer)
 
 
@@ -174,6 +177,8 @@ def _divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
     if not isinstance(normalizer, Tensor):
         return total / normalizer if normalizer > 0 else torch.where(torch.zeros_like(total).bool(), total, 0)
     normalizer = normalizer.detach().to(total)
+    # a denominator that is refused on the CPU is NaN elsewhere
+    normalizer = torch.where((normalizer >= 0) & (normalizer < math.inf), normalizer, math.nan)
     # == 0 and not > 0, which is False for NaN: a NaN normalizer must give NaN
     empty = normalizer == 0
     return torch.where(empty, 0, total / torch.where(empty, 1, normalizer))

@@ -12,13 +12,14 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kdloss import _checks
 
-CHOICES = ("auto", "torch", "triton")
+Impl = Literal["auto", "torch", "triton"]
 
 _log = logging.getLogger("kdloss")
 _installed = importlib.util.find_spec("triton") is not None
@@ -39,13 +40,13 @@ _version = _version_of_triton()
 _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def takes_triton(impl: str, **inputs: Tensor | None) -> bool:
+def takes_triton(impl: Impl, **inputs: Tensor | None) -> bool:
     """Whether the Triton kernels compute a function of `inputs`, keyed by argument name; None is skipped.
 
     Ranks that share a vocabulary must agree, because the kernels keep row maxima in a unit of their own. They agree if
     `impl`, dtypes, device types and installed packages are the same on all of them.
     """
-    _checks.one_of("impl", impl, CHOICES)
+    _checks.one_of("impl", impl, get_args(Impl))
     given = {name: x for name, x in inputs.items() if x is not None}
     if impl == "torch" or (impl == "auto" and not any(x.device.type == "cuda" for x in given.values())):
         return False

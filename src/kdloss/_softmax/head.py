@@ -16,7 +16,7 @@ from kdloss import _checks
 from kdloss._distributed.sharded_inputs import head_shard
 from kdloss._distributed.vocab_shard import VocabShard
 
-from .backend import takes_triton
+from .backend import Impl, takes_triton
 from .operator import refuse_transforms
 from .vocabulary import Softmax, true_vocab_size
 
@@ -85,7 +85,7 @@ def prepare_heads(
     temperature: float | Tensor,
     vocab_size: int | None,
     shard: VocabShard | None,
-    impl: str,
+    impl: Impl,
 ) -> Heads:
     """Check the arguments that all functions of hidden states share, and return what they compute from.
 
@@ -99,14 +99,14 @@ def prepare_heads(
         sides["teacher_"] = teacher
     for side, head in sides.items():
         _checks.head(*head[:3], logit_scale=head.logit_scale, side=side)
-        _checks.positive(**{f"{side}softcap": head.softcap})
+        _checks.softcap(**{f"{side}softcap": head.softcap})
     rows = student.hidden.shape[:-1]
     _checks.boolean(loss_mask=loss_mask)
     if loss_mask is not None and loss_mask.shape != rows:
         raise ValueError(f"loss_mask must match the rows of hidden {tuple(rows)}, got {tuple(loss_mask.shape)}")
     if teacher is not None and teacher.hidden.shape[:-1] != rows:
         came = tuple(teacher.hidden.shape)
-        raise ValueError(f"teacher_hidden must match the rows of hidden {(*rows, 'D')}, got {came}")
+        raise ValueError(f"teacher_hidden must match the rows of hidden {_checks.axes(*rows, 'D')}, got {came}")
     _checks.same_device("hidden", student.hidden, **_tensors(sides), loss_mask=loss_mask)
     widths = [head.weight.shape[0] for head in sides.values()]
     size = true_vocab_size(vocab_size, widths, shard, teacher_name="teacher_weight")
@@ -137,6 +137,7 @@ def _flat_and_cast(head: Head) -> Head:
     dtype = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
     def cast(x: Tensor) -> Tensor:
+        x = _checks.savable(x)
         return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
     bias = None if head.bias is None else cast(head.bias)

@@ -16,7 +16,7 @@ from kdloss import _checks
 from kdloss._distributed.sharded_inputs import vocab_shard
 from kdloss._distributed.vocab_shard import VocabShard
 
-from .backend import takes_triton
+from .backend import Impl, takes_triton
 from .operator import refuse_transforms
 
 IGNORE_INDEX = -100
@@ -83,7 +83,7 @@ def prepare_logits(
     temperature: float | Tensor,  # or (...,)
     vocab_size: int | None,
     shard: VocabShard | None,
-    impl: str,
+    impl: Impl,
 ) -> Logits:
     """Check the arguments that all functions of logits share, and return what they compute from."""
     _checks.floating(logits=logits, teacher_logits=teacher_logits)
@@ -94,7 +94,7 @@ def prepare_logits(
         teacher_logits, _ = vocab_shard("teacher_logits", teacher_logits, -1, shard)
         _check_axis("teacher_logits", teacher_logits)
         if teacher_logits.shape[:-1] != logits.shape[:-1]:
-            rows = (*logits.shape[:-1], "V")
+            rows = _checks.axes(*logits.shape[:-1], "V")
             raise ValueError(f"teacher_logits must match logits {rows}, got {tuple(teacher_logits.shape)}")
         _checks.same_device("logits", logits, teacher_logits=teacher_logits)
         widths.append(teacher_logits.shape[-1])
@@ -103,7 +103,8 @@ def prepare_logits(
     kernels = takes_triton(impl, logits=logits, teacher_logits=teacher_logits)
     if not torch.compiler.is_compiling():
         refuse_transforms("a loss of logits", logits)
-    return Logits(logits, teacher_logits, Softmax.of(size, tau, shard, kernels=kernels))
+    teacher_logits = None if teacher_logits is None else _checks.savable(teacher_logits)
+    return Logits(_checks.savable(logits), teacher_logits, Softmax.of(size, tau, shard, kernels=kernels))
 
 
 def true_vocab_size(
@@ -139,11 +140,13 @@ def label_columns(labels: Tensor, rows: torch.Size, vocab_size: int) -> tuple[Te
 
 def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask: Tensor | None = None) -> None:
     """Raise unless labels are int64 (*rows,) or (*rows, K), and -100 or inside the vocabulary where trained on."""
-    _checks.integral(labels=labels)
+    _checks.tensors(labels=labels)
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
+        raise TypeError(f"labels must be torch.int64, got {labels.dtype}; convert them with labels.long()")
     if labels.shape != rows and (labels.ndim != len(rows) + 1 or labels.shape[:-1] != rows):
-        raise ValueError(f"labels must be {tuple(rows)} or {(*rows, 'K')}, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must be {_checks.axes(*rows)} or {_checks.axes(*rows, 'K')}, got {tuple(labels.shape)}"
+        )
     if _checks.value_checks_allowed(labels):
         bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
         if loss_mask is not None:
@@ -152,6 +155,11 @@ def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask
             raise ValueError(
                 f"labels must be {IGNORE_INDEX} (ignored) or in 0 .. {vocab_size - 1}, got {int(labels[bad][0])}"
             )
+
+
+def labelled(labels: Tensor, rows: torch.Size) -> Tensor:
+    """(*rows,) bool: whether a row has a label that is not ignored."""
+    return (as_columns(labels, rows) != IGNORE_INDEX).any(-1).reshape(rows)
 
 
 def _checked_vocab_size(vocab_size: int | None, width: int) -> int:

@@ -32,7 +32,7 @@ class Pair(NamedTuple):
     """Two sets of logits, and how they are compared."""
 
     kind: str
-    omega: float  # the weight of the teacher in the mixture
+    share: float  # in the mixture: the student's for the skewed reverse KL, the teacher's for the others
     x: Tensor  # (R, V) of the student, with unit column stride; V is the vocabulary or more
     y: Tensor  # of the teacher, likewise
     student: LogitTransform
@@ -56,7 +56,9 @@ class Pair(NamedTuple):
 
     @property
     def _shares(self) -> tuple[float, float, float]:
-        return self.omega, math.log(self.omega), math.log1p(-self.omega)
+        """The teacher's share, its log, and the log of the student's."""
+        log, log_rest = math.log(self.share), math.log1p(-self.share)
+        return (1 - self.share, log_rest, log) if self.kind == "skewed_reverse_kl" else (self.share, log, log_rest)
 
     def value_(self, out: Tensor, known: Tensor) -> None:
         """Write the divergence to `out` (R,), and the five values per row that the gradient needs to `known` (5, R)."""

@@ -20,6 +20,7 @@ from kdloss import _checks
 from kdloss._distributed.fsdp import gathered
 from kdloss._distributed.vocab_shard import is_dtensor
 from kdloss._docs import documented
+from kdloss._packing.reductions import Reduction
 
 from ._layout import row_cu_seqlens
 from ._lazy import require
@@ -186,7 +187,7 @@ class KDRLMixin:
             **self._kd_options,
         ).loss
 
-    def _denominator(self, mask: Tensor, inputs: dict[str, Any]) -> tuple[str, float | Tensor]:
+    def _denominator(self, mask: Tensor, inputs: dict[str, Any]) -> tuple[Reduction, float | Tensor]:
         """TRL's reduction of `loss_type` as (reduction, normalizer), so micro-batches add up as TRL's do."""
         this: Any = self
         training = this.model.training

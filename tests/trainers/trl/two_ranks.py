@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[3] / "docs" / "examples"))
 import tiny
 import torch
+from opd import ranks
 from trl import GRPOTrainer
 
 from kdloss.integrations.trl import KDRLTrainer
@@ -41,9 +43,12 @@ def run(folder: Path, loss_type: str, kind: str) -> None:
     torch.save(result, folder / f"{loss_type}-{kind}-{trainer.accelerator.process_index}.pt")
 
 
-torch.set_num_threads(1)
-for loss_type in sys.argv[2:]:
-    for kind in WEIGHTS:
-        run(Path(sys.argv[1]), loss_type, kind)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+def main(folder: str, *loss_types: str) -> None:
+    torch.set_num_threads(1)
+    for loss_type in loss_types:
+        for kind in WEIGHTS:
+            run(Path(folder), loss_type, kind)
+    torch.distributed.barrier()
+
+
+ranks.leave(lambda: main(*sys.argv[1:]))

@@ -20,13 +20,14 @@ def cu_seqlens_from_lengths(lengths: ArrayLike) -> IntArray:
     return np.array(cu, dtype=np.int64)
 
 
-def segment_ids(cu_seqlens: ArrayLike, *, total_tokens: int) -> IntArray:
+def segment_ids(cu_seqlens: ArrayLike, *, total_tokens: int | None = None) -> IntArray:
     """`id_t = b` where `cu_b <= t < cu_{b+1}`.
 
     cu_seqlens: (B+1,) int. Returns (T,) int64.
     """
-    ids = np.zeros(total_tokens, dtype=np.int64)
-    for b, tokens in enumerate(segments(cu_seqlens, total_tokens)):
+    sequences = segments(cu_seqlens, total_tokens)
+    ids = np.zeros(sum(map(len, sequences)), dtype=np.int64)
+    for b, tokens in enumerate(sequences):
         for t in tokens:
             ids[t] = b
     return ids
@@ -94,7 +95,7 @@ def segment_mean_grad(x: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLi
     return grad
 
 
-def broadcast_to_tokens(x: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int) -> AnyArray:
+def broadcast_to_tokens(x: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int | None = None) -> AnyArray:
     """`y_t = x_b` for every token t of sequence b.
 
     x: (B,) float, int or bool. cu_seqlens: (B+1,) int. Returns (T,) float64, int64 or bool, by x's kind.
@@ -103,7 +104,7 @@ def broadcast_to_tokens(x: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: in
     sequences = segments(cu_seqlens, total_tokens)
     if x.shape != (len(sequences),):
         raise ValueError(f"x must have shape {(len(sequences),)}, got {x.shape}")
-    y = np.zeros(total_tokens, dtype=x.dtype)
+    y = np.zeros(sum(map(len, sequences)), dtype=x.dtype)
     for b, tokens in enumerate(sequences):
         for t in tokens:
             y[t] = x[b]
@@ -111,14 +112,15 @@ def broadcast_to_tokens(x: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: in
 
 
 def broadcast_to_tokens_grad(
-    x: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int, upstream: ArrayLike
+    x: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int | None = None, upstream: ArrayLike
 ) -> FloatArray:
     """`dx_b = sum of u_t over every token t of sequence b`.
 
     x: (B,). cu_seqlens: (B+1,). upstream: (T,). Returns (B,). Source: derived from `broadcast_to_tokens`.
     """
-    u = as_float("upstream", upstream, shape=(total_tokens,))
-    grad = [sum(float(u[t]) for t in tokens) for tokens in segments(cu_seqlens, total_tokens)]
+    sequences = segments(cu_seqlens, total_tokens)
+    u = as_float("upstream", upstream, shape=(sum(map(len, sequences)),))
+    grad = [sum(float(u[t]) for t in tokens) for tokens in sequences]
     return np.array(grad, np.float64).reshape(np.shape(x))
 
 
@@ -136,14 +138,14 @@ def next_token_labels(input_ids: ArrayLike, *, cu_seqlens: ArrayLike, ignore_ind
     return labels
 
 
-def response_mask(prompt_lengths: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int) -> BoolArray:
+def response_mask(prompt_lengths: ArrayLike, *, cu_seqlens: ArrayLike, total_tokens: int | None = None) -> BoolArray:
     """`m_t = (o + 1 >= prompt_b) and (o + 1 < n_b)`, o the offset of t in b: whether labels[t] is a response token.
 
     prompt_lengths: (B,) int, tokens. cu_seqlens: (B+1,) int. Returns (T,) bool.
     """
     sequences = segments(cu_seqlens, total_tokens)
     prompts = as_int("prompt_lengths", prompt_lengths, shape=(len(sequences),))
-    mask = np.zeros(total_tokens, dtype=np.bool_)
+    mask = np.zeros(sum(map(len, sequences)), dtype=np.bool_)
     for b, tokens in enumerate(sequences):
         for offset, t in enumerate(tokens):
             mask[t] = prompts[b] <= offset + 1 < len(tokens)
@@ -195,59 +197,108 @@ def to_token_positions_grad(x: ArrayLike, *, cu_seqlens: ArrayLike, fill: float,
     return _shift(as_float("upstream", upstream, shape=np.shape(x)), cu_seqlens, 1, 0.0)
 
 
-def pack(padded: ArrayLike, *, lengths: ArrayLike, total_tokens: int) -> AnyArray:
-    """`y = concatenation over b of padded_{b, :n_b}`, `total_tokens` = the sum of the n_b.
+def pack(
+    padded: ArrayLike,
+    *,
+    lengths: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    total_tokens: int | None = None,
+) -> AnyArray:
+    """`y = concatenation over b of padded_{b, i} for the tokens i of row b`, as many as `total_tokens` says.
 
-    padded: (B, L, ...) any kind, right-padded. lengths: (B,) int. Returns (T, ...).
+    The tokens are i < n_b with lengths n_b, i < cu_{b+1} - cu_b, or where mask_{b, i}.
+    padded: (B, L, ...) any kind. lengths: (B,) int. mask: (B, L) bool. cu_seqlens: (B+1,) int. Returns (T, ...).
     """
     padded = as_wide(padded)
-    sizes = as_int("lengths", lengths, shape=padded.shape[:1])
-    if sizes.sum() != total_tokens:
-        raise ValueError(f"total_tokens must be the sum of lengths {sizes.sum()}, got {total_tokens}")
-    packed = np.zeros((total_tokens, *padded.shape[2:]), dtype=padded.dtype)
-    t = 0
-    for row, n in zip(padded, sizes, strict=True):
-        if not 0 <= n <= len(row):
-            raise ValueError(f"lengths must be in [0, {len(row)}], got {n}")
-        for value in row[:n]:
-            packed[t] = value
-            t += 1
+    tokens = _tokens(padded.shape[1], lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
+    if len(tokens) != len(padded):
+        raise ValueError(f"padded must have {len(tokens)} rows, got {len(padded)}")
+    values = [padded[b, i] for b, row in enumerate(tokens) for i in row]
+    if total_tokens not in (None, len(values)):
+        raise ValueError(f"total_tokens must be the number of tokens {len(values)}, got {total_tokens}")
+    packed = np.zeros((len(values), *padded.shape[2:]), dtype=padded.dtype)
+    for t, value in enumerate(values):
+        packed[t] = value
     return packed
 
 
-def pack_grad(padded: ArrayLike, *, lengths: ArrayLike, total_tokens: int, upstream: ArrayLike) -> FloatArray:
-    """`dpadded_{b, i} = u_{cu_b + i}` for i < n_b, 0 in the padding: pack copies.
+def pack_grad(
+    padded: ArrayLike,
+    *,
+    lengths: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    total_tokens: int | None = None,
+    upstream: ArrayLike,
+) -> FloatArray:
+    """`dpadded_{b, i} = u_t` where token t of the stream came from entry i of row b, 0 in the padding: pack copies.
 
-    padded: (B, L, ...). lengths: (B,). upstream: (T, ...). Returns (B, L, ...). Source: derived from `pack`.
+    padded: (B, L, ...). upstream: (T, ...). Returns (B, L, ...). Source: derived from `pack`.
     """
-    u = as_float("upstream", upstream, shape=(total_tokens, *np.shape(padded)[2:]))
-    return unpack(u, cu_seqlens=cu_seqlens_from_lengths(lengths), length=np.shape(padded)[1])
+    u = as_float("upstream", upstream)
+    return unpack(u, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens, length=np.shape(padded)[1])
 
 
-def unpack(packed: ArrayLike, *, cu_seqlens: ArrayLike, length: int, fill: float = 0) -> AnyArray:
-    """`y_{b, i} = packed_{cu_b + i}` for i < n_b, else `fill`.
+def unpack(
+    packed: ArrayLike,
+    *,
+    lengths: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    length: int | None = None,
+    fill: float = 0,
+) -> AnyArray:
+    """`y_{b, i} = packed_t` for token t of the stream, which is entry i of row b, else `fill`.
 
-    packed: (T, ...) any kind. cu_seqlens: (B+1,) int. Returns (B, length, ...), right-padded.
+    packed: (T, ...) any kind. Tokens are those of `pack`. Returns (B, length, ...), or the shape of the mask.
     """
     packed = as_wide(packed)
-    sequences = segments(cu_seqlens, packed.shape[0])
-    padded = np.full((len(sequences), length, *packed.shape[1:]), fill, dtype=packed.dtype)
-    for b, tokens in enumerate(sequences):
-        if len(tokens) > length:
-            raise ValueError(f"length must hold the longest sequence, {len(tokens)} tokens, got {length}")
-        for i, t in enumerate(tokens):
-            padded[b, i] = packed[t]
+    length = np.shape(mask)[1] if length is None and mask is not None else length
+    if length is None:
+        raise ValueError("length must be given without mask, got None")
+    tokens = _tokens(length, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
+    if sum(map(len, tokens)) != len(packed):
+        raise ValueError(f"packed must have {sum(map(len, tokens))} tokens, got {len(packed)}")
+    padded = np.full((len(tokens), length, *packed.shape[1:]), fill, dtype=packed.dtype)
+    values = iter(packed)
+    for b, row in enumerate(tokens):
+        for i in row:
+            padded[b, i] = next(values)
     return padded
 
 
 def unpack_grad(
-    packed: ArrayLike, *, cu_seqlens: ArrayLike, length: int, fill: float = 0, upstream: ArrayLike
+    packed: ArrayLike,
+    *,
+    lengths: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    length: int | None = None,
+    fill: float = 0,
+    upstream: ArrayLike,
 ) -> FloatArray:
-    """`dpacked_{cu_b + i} = u_{b, i}` for i < n_b: unpack copies, and the padding does not depend on `packed`.
+    """`dpacked_t = u_{b, i}` where token t is entry i of row b: unpack copies, and the padding is not from `packed`.
 
-    packed: (T, ...). cu_seqlens: (B+1,). upstream: (B, length, ...). Returns (T, ...). Source: derived from `unpack`.
+    packed: (T, ...). upstream: (B, length, ...). Returns (T, ...). Source: derived from `unpack`.
     """
-    total_tokens = np.shape(packed)[0]
-    sequences = segments(cu_seqlens, total_tokens)
-    u = as_float("upstream", upstream, shape=(len(sequences), length, *np.shape(packed)[1:]))
-    return pack(u, lengths=[len(tokens) for tokens in sequences], total_tokens=total_tokens)
+    u = as_float("upstream", upstream)
+    return pack(u, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens, total_tokens=np.shape(packed)[0])
+
+
+def _tokens(
+    length: int, *, lengths: ArrayLike | None, mask: ArrayLike | None, cu_seqlens: ArrayLike | None
+) -> list[list[int]]:
+    """The entries of each row that are tokens; exactly one of the arguments says it."""
+    if sum(x is not None for x in (lengths, mask, cu_seqlens)) != 1:
+        raise ValueError("exactly one of lengths, mask and cu_seqlens must be given")
+    if mask is not None:
+        rows = as_mask("mask", mask, shape=(len(np.asarray(mask)), length))
+        return [[i for i, is_token in enumerate(row) if is_token] for row in rows]
+    if lengths is not None:
+        sizes = [int(n) for n in as_int("lengths", lengths)]
+    else:
+        sizes = [len(tokens) for tokens in segments(np.asarray(cu_seqlens))]
+    if any(not 0 <= n <= length for n in sizes):
+        raise ValueError(f"lengths must be in [0, {length}], got {sizes}")
+    return [list(range(n)) for n in sizes]

@@ -99,9 +99,10 @@ def trained(mask: BoolArray) -> Iterator[Index]:
     return (index for index in np.ndindex(mask.shape) if mask[index])
 
 
-def segments(cu_seqlens: ArrayLike, total_tokens: int) -> list[range]:
-    """The positions of each sequence; `cu_seqlens` must start at 0, not decrease, and end at `total_tokens`."""
+def segments(cu_seqlens: ArrayLike, total_tokens: int | None = None) -> list[range]:
+    """The positions of each sequence; `cu_seqlens` must start at 0, not decrease, and end at `total_tokens` or None."""
     bounds = [int(c) for c in as_int("cu_seqlens", cu_seqlens)]
+    total_tokens = bounds[-1] if total_tokens is None and bounds else total_tokens
     fits = bounds and bounds[0] == 0 and bounds[-1] == total_tokens and all(a <= b for a, b in pairwise(bounds))
     if not fits:
         raise ValueError(f"cu_seqlens must rise from 0 to {total_tokens}, got {bounds}")
