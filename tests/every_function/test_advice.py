@@ -56,6 +56,22 @@ FOLLOWED = {
     "leave it out to distill": (HERE, "test_a_direct_penalty_is_left_out", "kdloss.kdrl_loss(*inputs, **options)"),
     "under FSDP2, use kdloss.output_head": (SHARDED, "loss", "kdloss.output_head(head)"),
     "pad them, labels with -100": ("scale_out/cases_vocabulary.py", "case_dtensors_of_two_dimensions", ", -100)"),
+    "pass the number of tokens, such as": (
+        "_packing/test_layout.py",
+        "test_the_number_of_tokens_is_read_on_the_cpu_and_asked_for_elsewhere",
+        "function(**elsewhere, total_tokens=7)",
+    ),
+    "pass {}.full_tensor(), or {}.to_local()": (
+        "scale_out/cases_models.py",
+        "case_a_dtensor_among_plain_tensors_is_named",
+        "(distributed.full_tensor(), distributed.to_local())",
+    ),
+    "pass None for no softcap": (HERE, "test_no_softcap_is_none", "softcap=None"),
+    "convert them with labels.long()": (
+        "every_function/test_errors.py",
+        "test_one_rule_says_which_integers_an_argument_takes",
+        "narrow[argument].long()",
+    ),
     # one derivative, in reverse mode
     "Use reverse mode": (DIFFERENTIATION, "test_the_way_out_of_these_errors", "torch.autograd.grad(kdloss.token_logp"),
     "write this term with torch's operations": (
@@ -342,6 +358,14 @@ def test_heads_that_differ_in_padding_take_the_true_vocab_size():
         kdloss.reverse_kl(logits, teacher_logits)
     found = kdloss.reverse_kl(logits, teacher_logits, vocab_size=7)
     torch.testing.assert_close(found, kdloss.reverse_kl(logits, teacher_logits[:, :7]))
+
+
+def test_no_softcap_is_none():
+    logits, labels = torch.randn(3, 7), torch.arange(3)
+    with pytest.raises(ValueError, match="pass None for no softcap"):
+        kdloss.token_logprobs(logits, labels, softcap=float("inf"))
+    found = kdloss.token_logprobs(logits, labels, softcap=None)
+    torch.testing.assert_close(found, logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1))
 
 
 def test_a_coupled_loss_becomes_two_steps_or_an_input():
