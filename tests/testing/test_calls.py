@@ -227,11 +227,21 @@ def test_a_function_without_a_signature_is_refused_by_name(tree):
         audit(torch.neg, tree)
 
 
+def used_up(logp, advantages):
+    """Fails in a second call with the same batch."""
+    if not advantages.any():
+        raise ValueError("no advantages")
+    value = logp * advantages.clone()
+    advantages.zero_()
+    return value
+
+
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
         (lambda logp, advantages: logp * advantages.sub_(advantages.mean()), "changes advantages in place"),
         (lambda logp, loss_mask: logp.masked_fill_(~loss_mask, 0.0), "changes logp in place"),
+        (used_up, "changes advantages in place"),
         (lambda logp, advantages: logp * advantages.data.add_(1), "writes to its arguments: called twice"),
     ],
 )
