@@ -19,7 +19,7 @@ from ._sequence_tree import SequenceTree, TokenBatch
 _LARGER = (2, 3, 4, 8)  # sequences of the batches that are tried if `batch_size` seems too small
 _COUPLED = (
     "the per-token loss couples the sequences of a batch: {}. Its expected gradient then depends on the batch. Return "
-    "the scalar that is trained, summed and divided in the loss, and pass batch_size="
+    "the scalar that is trained, summed and divided in the loss, and pass its batch_size"
 )
 _TOLERANCE = "Differences below {:.0e} of the largest value or of the gradient count as rounding"
 
