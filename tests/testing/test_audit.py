@@ -468,6 +468,20 @@ def test_a_bound_that_never_acted_is_said_to_be_there(name):
     ]
 
 
+def test_a_loss_that_checks_its_arguments_is_bounded():
+    def checked(logp, old_logp, teacher_logp, advantages, loss_mask):
+        if advantages.abs().max() > 10 or teacher_logp[loss_mask].min() < -9:
+            raise ValueError("out of range")
+        return surrogate(logp, old_logp, advantages) + 0.3 * (logp - teacher_logp)
+
+    report = audit(checked)
+    assert coefficients(report.on_policy) == {"expected reward": 1}
+    assert {*report.on_policy.changes_with} == {"teacher", "rewards"}
+    # the teacher that it takes says whether the teacher is in the gradient
+    assert report.teacher_in_value
+    assert not report.teacher_in_gradient
+
+
 def test_a_zero_expectation_that_a_bound_breaks(tree):
     report = audit(lambda logp, teacher_logp: (logp - teacher_logp).clamp(-9, 9), tree)
     assert report.on_policy.is_zero

@@ -61,7 +61,7 @@ COUPLED = {
     "the gradient alone, shared out": lambda logp, loss_mask: (
         logp.detach() + zero_with_gradient(trained(logp, loss_mask).mean())
     ),
-    "the value alone": lambda logp, rewards: logp + rewards.mean(),
+    "the value alone, a small share": lambda logp, rewards: logp + 1e-4 * rewards.mean(),
     # the mean ratio is 1 for the student's own samples, and so is its share of the gradient
     "the mean ratio, detached": lambda logp, old_logp, advantages, loss_mask: (
         -advantages * logp * trained(logp - old_logp, loss_mask).exp().mean().detach()
@@ -227,11 +227,21 @@ def test_a_function_without_a_signature_is_refused_by_name(tree):
         audit(torch.neg, tree)
 
 
+def used_up(logp, advantages):
+    """Fails in a second call with the same batch."""
+    if not advantages.any():
+        raise ValueError("no advantages")
+    value = logp * advantages.clone()
+    advantages.zero_()
+    return value
+
+
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
         (lambda logp, advantages: logp * advantages.sub_(advantages.mean()), "changes advantages in place"),
         (lambda logp, loss_mask: logp.masked_fill_(~loss_mask, 0.0), "changes logp in place"),
+        (used_up, "changes advantages in place"),
         (lambda logp, advantages: logp * advantages.data.add_(1), "writes to its arguments: called twice"),
     ],
 )
@@ -284,7 +294,11 @@ def test_a_loss_that_is_infinite_for_one_sequence_is_not_told_to_pass_batch_size
     tree = SequenceTree(max_length=2, eos=0)
     tree.teacher[0, 1] = -torch.inf
     both(kdloss.kl_k2, tree, "infinite at this tree's policies")
-    both(lambda logp, teacher_logp: ((logp - teacher_logp)[:-1] ** 2).sum(), tree, "infinite at this tree's policies")
+
+    def scalar(logp, teacher_logp, loss_mask):
+        return ((logp - teacher_logp)[loss_mask] ** 2).sum()
+
+    both(scalar, tree, "infinite at this tree's policies")
 
 
 def test_the_expected_gradient_is_never_nan(tree):

@@ -19,7 +19,7 @@ from ._sequence_tree import SequenceTree, TokenBatch
 _LARGER = (2, 3, 4, 8)  # sequences of the batches that are tried if `batch_size` seems too small
 _COUPLED = (
     "the per-token loss couples the sequences of a batch: {}. Its expected gradient then depends on the batch. Return "
-    "the scalar that is trained, summed and divided in the loss, and pass batch_size="
+    "the scalar that is trained, summed and divided in the loss, and pass its batch_size"
 )
 _TOLERANCE = "Differences below {:.0e} of the largest value or of the gradient count as rounding"
 
@@ -178,18 +178,20 @@ def checked_value(
     for start in range(len(tree.sequences)):
         batch = tree.batch(_rotated(tree, start, size), under=under)
         versions = {name: field._version for name, field in batch.named().items()}
-        try:
-            values = [call_by_name(loss, batch, normalizer) for _ in range(2)]
-        except Exception as error:
-            if not per_token:
-                raise
-            raise ValueError(_COUPLED.format(f"it fails on a sequence alone: {error}")) from error
-        changed = [name for name, field in batch.named().items() if field._version != versions[name]]
-        if changed:
-            raise ValueError(
-                f"the loss changes {', '.join(changed)} in place, so another call with the same batch gives another "
-                "loss, and so may another loss of the same batch: write to a copy"
-            )
+        values = []
+        for _ in range(2):
+            try:
+                values.append(call_by_name(loss, batch, normalizer))
+            except Exception as error:
+                if not per_token:
+                    raise
+                raise ValueError(_COUPLED.format(f"it fails on a sequence alone: {error}")) from error
+            changed = [name for name, field in batch.named().items() if field._version != versions[name]]
+            if changed:
+                raise ValueError(
+                    f"the loss changes {', '.join(changed)} in place, so another call with the same batch gives "
+                    "another loss, and so may another loss of the same batch: write to a copy"
+                )
         one, other = (v[batch.loss_mask] if per_token else v.reshape(1) for v in values)
         once.append(one)
         twice.append(other)

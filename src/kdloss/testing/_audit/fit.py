@@ -16,7 +16,7 @@ from kdloss.testing._calls import student_gradient
 from kdloss.testing._sequence_tree import SequenceTree, replaced
 
 from .known import expected_length, known_gradients
-from .moments import Moments, NotFiniteError
+from .moments import Moments
 from .report import IN_EVERY_BATCH, IN_EXPECTATION, NOT_CONNECTED, Fit, Nearest
 
 _LARGEST_COMBINATION = 4  # terms; above this only all known objectives together are tried
@@ -95,7 +95,7 @@ def holds(
     """
     try:
         sample = moments(tree)
-    except NotFiniteError:
+    except Exception:  # not finite there, or the loss checks its arguments: that is a bound, too
         return False
     known = known_gradients(tree, under, batch_size)
     expected = torch.zeros_like(sample.mean).flatten()

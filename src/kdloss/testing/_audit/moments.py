@@ -32,10 +32,6 @@ class Moments(NamedTuple):
     per_token: bool
 
 
-class NotFiniteError(ValueError):
-    """The loss or its gradient is NaN or infinite."""
-
-
 def gradient_moments(
     loss: Callable[..., Any],
     tree: SequenceTree,
@@ -71,7 +67,7 @@ def gradient_moments(
         connected |= gradient is not None
         gradient = torch.zeros_like(tree.student) if gradient is None else gradient
         if bool(scalar.isnan()) or not bool(gradient.isfinite().all()):
-            raise NotFiniteError(not_finite_text(loss, tree, under, batch, normalizer))
+            raise ValueError(not_finite_text(loss, tree, under, batch, normalizer))
         values.append(scalar.detach())
         gradients.append(gradient)
     weight = torch.stack([probability[list(batch)].prod() for batch in batches])
