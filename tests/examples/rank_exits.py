@@ -3,7 +3,7 @@
     python tests/examples/rank_exits.py [--exits 300] [--finalize]
 
 Each rank makes one step with a tiny sharded model, gathers its weights and ends as the example's ranks do. With
-`--finalize` it ends as an ordinary script does, and some ranks abort. Not a test: it counts a rare event.
+`--finalize` it ends as an ordinary script does, and a rank may abort. Not a test: it counts a rare event.
 """
 
 from __future__ import annotations
