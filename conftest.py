@@ -35,6 +35,7 @@ SLOW = (
     "tests/_triton",
     "tests/benchmarks",
     "tests/every_function/test_compile.py",
+    "tests/every_function/test_differentiation.py",
     "tests/every_function/test_gradient_table.py",
     "tests/every_function/test_invariants.py",
     "tests/every_function/test_invariants_distributions.py",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,9 @@ def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int | None) -> int:
 def token_count(cu_seqlens: Tensor) -> int:
     """T, read from the last entry of (B + 1,) `cu_seqlens`, where that causes no device sync and no graph break."""
     if not value_checks_allowed(cu_seqlens):
-        where = "under torch.compile" if torch.compiler.is_compiling() else f"for tensors on {cu_seqlens.device}"
+        where = f"for tensors on {cu_seqlens.device}"
+        if torch.compiler.is_compiling() or inside_torch_func():
+            where = "under torch.compile" if torch.compiler.is_compiling() else "inside torch.func"
         raise ValueError(
             f"total_tokens must be given {where}, got None; it is read on the CPU only, outside compilation and vmap: "
             "pass the number of tokens, such as input_ids.shape[0] of a packed stream"
@@ -369,6 +372,36 @@ def inside_torch_func() -> bool:
 def value_checks_allowed(x: Tensor) -> bool:
     """Whether reading the values of `x` causes no device sync and no graph break."""
     return x.device.type == "cpu" and runs_eagerly(x) and not isinstance(x, FakeTensor)
+
+
+BY_HAND = "write this term with torch's operations, such as logits.log_softmax(-1).gather(-1, labels[..., None])"
+
+
+def no_second_derivative(name: str) -> str:
+    """Why a gradient of a gradient raises."""
+    return (
+        f"{name} has no second derivative: losses of kdloss are differentiated once, and a gradient of their gradient "
+        f"(a gradient penalty, a Hessian) is not defined. For one, {BY_HAND}"
+    )
+
+
+def refuse_second_derivative(name: str, gradient: Tensor, *given: Tensor | None) -> Tensor:
+    """The gradient as it is. A gradient through it to one of the tensors that it was computed from raises.
+
+    Without it, a gradient that was computed outside the graph would be a constant for `create_graph=True`.
+    """
+    return _RefusesGradient.apply(name, gradient, *given)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RefusesGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *given: Tensor | None) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(no_second_derivative(ctx.name))
 
 
 def warn(message: str) -> None:

@@ -196,6 +196,10 @@ def dropout(logp, entropy):
     return torch.nn.functional.dropout(logp, 0.5)
 
 
+def rare_dropout(logp, entropy):
+    return torch.nn.functional.dropout(logp, 1e-3)
+
+
 def in_place(logp, entropy):
     return logp.mul_(2)
 
@@ -214,6 +218,9 @@ def in_place_input(logp, entropy, old_logp):
         (lambda logp, entropy: logp / len(logp), ValueError, "moved with the number or the gradient of others"),
         (lambda logp, entropy: logp + logp.mean() - logp.mean().detach(), ValueError, "must be elementwise"),
         (lambda logp, entropy: -logp * (logp == logp.max()), ValueError, "must be elementwise"),
+        (lambda logp, entropy: -logp * (torch.arange(len(logp)) < 1), ValueError, "must be elementwise"),
+        (lambda logp, entropy: logp.flip(0) - logp.flip(0).detach() - logp, ValueError, "must be elementwise"),
+        (rare_dropout, ValueError, "must be deterministic"),
         (lambda logp, entropy: logp.sum(), ValueError, r"token_loss must return the loss of each.*got \(\)"),
         (lambda logp, entropy: 0.5, TypeError, "token_loss must return a tensor, got float"),
         (lambda logp, entropy: (logp > -1).long(), TypeError, "floating-point dtype, got torch.int64"),

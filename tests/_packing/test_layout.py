@@ -240,6 +240,20 @@ def test_the_number_of_tokens_is_read_on_the_cpu_and_asked_for_elsewhere(name):
     assert torch.equal(compiled(**arguments, total_tokens=7), function(**arguments))
 
 
+@pytest.mark.slow
+def test_the_number_of_tokens_may_be_dynamic_under_compile():
+    """The text of an error is made where it is raised: a compiler cannot format a dynamic number."""
+
+    def packed(padded, lengths, total_tokens):
+        return kdloss.pack(padded, lengths=lengths, total_tokens=total_tokens)
+
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend="eager")
+    padded = torch.arange(6.0).reshape(2, 3)
+    for lengths in ([1, 2], [3, 1]):
+        found = compiled(padded, torch.tensor(lengths), sum(lengths))
+        assert torch.equal(found, kdloss.pack(padded, lengths=torch.tensor(lengths)))
+
+
 def test_every_function_that_takes_total_tokens_is_asked():
     walked = {name for name in kdloss.__all__ if inspect.isfunction(getattr(kdloss, name))}
     takes = {name for name in walked if "total_tokens" in inspect.signature(getattr(kdloss, name)).parameters}

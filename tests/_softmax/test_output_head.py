@@ -103,7 +103,7 @@ def test_a_hook_that_changes_nothing_is_allowed():
     head, seen = nn.Linear(D, V), []
     head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     assert kdloss.output_head(head).weight is head.weight
-    assert seen == [(2, V)]  # the two rows of the comparison
+    assert seen == [(3, V)]  # the rows of the comparison
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -153,7 +153,7 @@ FROM_LOGITS = "or take log-probs from the model's own logits with token_logprobs
 REFUSED = {
     "parameters beside its weight": (
         adapted,
-        f"{MUST}Linear, whose parameters base_layer.weight, ..., extra.weight are",
+        f"{MUST}Linear, whose parameters extra.weight are",
     ),
     "a hook that scales": (scaled, f"{MUST}Linear, whose output differs from that by 0.01 of the largest logit"),
     "a forward that caps": (lambda: Other(lambda self, x: plain(self, x).tanh()), f"{MUST}Other, whose output differs"),
@@ -163,7 +163,7 @@ REFUSED = {
     ),
     "a forward that raises": (
         lambda: Other(lambda self, x: self.missing),
-        f"{MUST}Other, which does not run on hidden states (2, D), AttributeError",
+        f"{MUST}Other, which does not run on hidden states (3, D), AttributeError",
     ),
     "another class on meta": (lambda: Other(plain).to("meta"), f"{MUST}Other, which cannot be compared"),
     "no weight": (lambda: nn.Sequential(nn.Linear(D, V)), "module must have a weight (V, D), or get_output_embed..."),
@@ -203,3 +203,66 @@ def test_a_whole_output_head_in_place_of_its_weight_is_told_to_unpack_it():
     hidden, labels = hidden_and_labels()
     with pytest.raises(TypeError, match="got OutputHead; use weight, bias, softcap, logit_scale = kdloss"):
         kdloss.linear_token_logprobs(hidden, kdloss.output_head(nn.Linear(D, V)), labels)
+
+
+class Capped(torch.nn.Linear):
+    """A softcap inside the head's own forward."""
+
+    cap = 30.0
+
+    def forward(self, hidden):
+        return self.cap * torch.tanh(super().forward(hidden) / self.cap)
+
+
+class Clamped(Capped):
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, self.weight, self.bias).clamp(-100, 100)
+
+
+@pytest.mark.parametrize("head", [Capped, Clamped])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_head_that_bounds_its_logits_is_refused(head, dtype):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"differs from that by .* of the largest logit"):
+        kdloss.output_head(head(2048, 100, bias=False).to(dtype))
+
+
+def test_a_head_of_another_class_may_start_at_zero_and_a_weight_that_is_not_finite_is_named():
+    class Own(torch.nn.Linear):
+        def forward(self, hidden):
+            return hidden @ self.weight.T + self.bias
+
+    head = Own(3, 5)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    assert kdloss.output_head(head).weight is head.weight
+    torch.nn.init.constant_(head.weight, float("nan"))
+    with pytest.raises(ValueError, match="whose weight or bias is not finite"):
+        kdloss.output_head(head)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weight_norm_works_every_time():
+    head = torch.nn.utils.weight_norm(torch.nn.Linear(3, 5))
+    for _ in range(3):
+        head(torch.randn(2, 3))
+        kdloss.output_head(head).weight.sum().backward()
+    assert head.weight_g.grad.abs().sum() > 0
+
+
+def test_parameters_that_are_in_neither_weight_nor_bias_are_named_though_they_are_frozen():
+    class Own(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(3, 5)
+            self.small = torch.nn.Parameter(torch.full((5,), 1e-9), requires_grad=False)
+
+        def forward(self, hidden):
+            return super().forward(hidden) + self.small
+
+    with torch.no_grad(), pytest.raises(ValueError, match="whose parameters small are in neither"):
+        kdloss.output_head(Own())
+
+
+def test_a_convolution_is_no_head():
+    with pytest.raises(ValueError, match=r"with a weight \(V, D\), got Conv1d with \(30, 8, 1\)"):
+        kdloss.output_head(torch.nn.Conv1d(8, 30, 1))

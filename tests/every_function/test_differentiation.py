@@ -150,6 +150,41 @@ def test_a_second_derivative_is_refused(name, way):
             (loss + torch.where(x.isfinite(), x, 0).square().sum()).backward(retain_graph=True)
 
 
+@pytest.mark.parametrize("name", REFUSES)
+def test_what_follows_the_graph_to_the_inputs_meets_the_refusal(name):
+    """torch prunes the graph to what leads to the inputs, so each input must be reached through the refusal."""
+    scalar, leaves, directions = objective(name)
+    one, direction = leaves[0], directions[0]
+    others = leaves[1:]
+
+    def of_one(x):
+        return scalar(x, *others)
+
+    for tool in (torch.autograd.functional.hvp, torch.autograd.functional.jvp):
+        with pytest.raises(NotImplementedError, match="differentiated once"):
+            tool(of_one, one, direction)
+    leaf = one.clone().requires_grad_()
+    loss = of_one(leaf)
+    (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    penalty = torch.where(first.isfinite(), first, 0).square().sum()
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        (loss + penalty).backward(inputs=[leaf], retain_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        torch.autograd.grad(penalty, leaf, allow_unused=True)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", CALLS)
+def test_the_gradient_through_vmap_is_that_of_a_loop(name):
+    scalar, leaves, directions = objective(name)
+    found = []
+    for each in (torch.func.vmap(scalar), lambda *xs: torch.stack([scalar(*(x[i] for x in xs)) for i in range(2)])):
+        stacked = [torch.stack([x, x + v]).requires_grad_() for x, v in zip(leaves, directions, strict=True)]
+        found.append(torch.autograd.grad(each(*stacked).sum(), stacked, materialize_grads=True))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
 def test_the_way_out_of_these_errors():
     """log_softmax and gather have a tangent, a gradient in torch.func, and a Hessian."""
     logits, labels, direction = torch.randn(4, 5), torch.tensor([0, 2, 4, 1]), torch.randn(4, 5)

@@ -99,6 +99,7 @@ def choices():
                 yield pytest.param(name, parameter.name, typing.get_args(kind), id=f"{name}-{parameter.name}")
 
 
+@pytest.mark.slow  # interprets kernels
 @pytest.mark.parametrize(("name", "keyword", "values"), list(choices()))
 def test_a_type_checker_knows_the_words_that_a_keyword_takes(name, keyword, values):
     """The values of the `Literal` are those that the call accepts, and the error names the same ones."""

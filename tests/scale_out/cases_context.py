@@ -507,3 +507,30 @@ def counted(call: Callable[[], Any]) -> tuple[Any, int]:
     with CommDebugMode() as seen:
         result = call()
     return result, sum(n for op, n in seen.get_comm_counts().items() if "c10d_functional" in str(op))
+
+
+@on(2)
+def case_second_derivatives_across_ranks(ranks: Ranks) -> None:
+    """Twice differentiable, as in one process: a penalty on the gradient of a square."""
+    x = ranks.normal(8, dtype=torch.float64)
+    mask, bounds = torch.ones(8, dtype=torch.bool), torch.tensor([0, 5, 8])
+
+    def penalised(x: Tensor, bounds: Tensor, **group: object) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        sums = kdloss.segment_sum(leaf, loss_mask=mask[: len(x)], cu_seqlens=bounds, **group)
+        (first,) = torch.autograd.grad(sums.square().sum() / ranks.size, leaf, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    mine = slice(4 * ranks.rank, 4 * ranks.rank + 4)
+    parts = (bounds - 4 * ranks.rank).clamp(0, 4)
+    whole = penalised(x, bounds)
+    found = penalised(x[mine], parts, group=ranks.group)
+    # every rank's loss is the whole one divided by the ranks, so that gradients add up to one process's; the penalty
+    # takes the squares of these gradients on each rank
+    assert found.abs().sum() > 0
+    reference = x.clone().requires_grad_()
+    sums = torch.stack([reference[:5].sum(), reference[5:].sum()])
+    (first,) = torch.autograd.grad(sums.square().sum(), reference, create_graph=True)
+    (expected,) = torch.autograd.grad(first.square().sum(), reference)
+    torch.testing.assert_close(found, expected[mine])
+    torch.testing.assert_close(whole * ranks.size**2, expected)

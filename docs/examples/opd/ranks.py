@@ -1,5 +1,6 @@
 """One process or many under `torchrun`: the few questions and sums that the rest of the example asks of them."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -38,14 +39,17 @@ def leave(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
         if dist.is_initialized():
             dist.destroy_process_group()
-    except SystemExit as error:  # of argparse
+    except SystemExit as error:  # of argparse, or with a text
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         # The group stays: other ranks may wait in a collective, and leaving it could wait for them.
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a reader that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

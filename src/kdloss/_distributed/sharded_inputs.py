@@ -95,4 +95,7 @@ class _GatherSequence(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         ops = torch.ops._c10d_functional
         scattered = ops.reduce_scatter_tensor(gradient.contiguous(), "sum", ctx.size, ctx.group_name)
-        return ops.wait_tensor(scattered), None, None
+        found: Tensor = ops.wait_tensor(scattered)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            found = _checks.refuse_second_derivative("a vocabulary-sharded head", found.detach(), gradient)
+        return found, None, None

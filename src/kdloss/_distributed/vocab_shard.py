@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kdloss import _checks
 from kdloss._checks import is_dtensor as is_dtensor
 
 from .agreement import gather_objects, same
@@ -235,7 +236,10 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.shard.sum_gradients(gradient), None
+        summed: Tensor = ctx.shard.sum_gradients(gradient)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            summed = _checks.refuse_second_derivative("a vocabulary-sharded head", summed.detach(), gradient)
+        return summed, None
 
 
 def of_dtensor(name: str, x: Tensor, axis: int | None = None) -> VocabShard | None:

@@ -187,7 +187,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.in_forward = inputs[-1]
     ctx.hidden_dtype = inputs[0].dtype
     *_, loss_mask, _ = tensors = inputs[:_TENSORS]
-    ctx.save_for_backward(*((output[1], loss_mask) if ctx.in_forward else tensors))
+    # hidden states only show a second derivative where they came from
+    ctx.save_for_backward(*((output[1], loss_mask, inputs[0]) if ctx.in_forward else tensors))
     ctx.set_materialize_grads(False)  # None for the second output is cheaper than zeros (T, D)
 
 
@@ -195,7 +196,7 @@ def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tens
     if upstream is None:
         return ()
     if ctx.in_forward:
-        d_hidden, loss_mask = ctx.saved_tensors
+        d_hidden, loss_mask, _ = ctx.saved_tensors
         # masked, because an incoming NaN or inf at an untrained token, times 0, is NaN
         factor = torch.where(loss_mask, upstream, 0).unsqueeze(-1)
         return (torch.where(factor == 0, 0, d_hidden * factor).to(ctx.hidden_dtype),)

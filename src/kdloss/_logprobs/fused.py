@@ -21,6 +21,7 @@ in the backward.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,6 @@ from kdloss._docs import documented
 from kdloss._packing.reductions import token_mean
 from kdloss._softmax.backend import Impl
 from kdloss._softmax.head import HEAD_ARGS, Head, Heads, prepare_heads
-from kdloss._softmax.operator import refuse_second_derivative
 from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, label_columns
 
 from .from_hidden import check_head_labels, logprobs_from_hidden, select_rows
@@ -257,7 +257,8 @@ class _Fused(torch.autograd.Function):
                 gradient.add_to_weight_(dweight[:vocab_size])
             if dbias is not None:
                 gradient.add_to_bias_(dbias[:vocab_size])
-        ctx.save_for_backward(rows, dhidden, dweight, dbias)
+        # the inputs only show a second derivative where they came from
+        ctx.save_for_backward(rows, dhidden, dweight, dbias, hidden, weight, bias)
         ctx.kernels = softmax.kernels
         ctx.like = [(x.shape, x.dtype) if x is not None else None for x in (hidden, weight, bias)]
         ctx.shard = shard
@@ -266,7 +267,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _logp: Tensor, _entropy: Tensor, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        rows, dhidden, dweight, dbias = ctx.saved_tensors
+        rows, dhidden, dweight, dbias, *inputs = ctx.saved_tensors
         shape, dtype = ctx.like[0]
         found: list[Tensor | None] = [None, None, None]
         with torch.no_grad():
@@ -279,4 +280,7 @@ class _Fused(torch.autograd.Function):
             for place, x in ((1, dweight), (2, dbias)):
                 if x is not None:
                     found[place] = torch.mul(x, incoming, out=x.new_empty(x.shape, dtype=ctx.like[place][1]))
-        return *(None if x is None else refuse_second_derivative("fused_linear_loss", x) for x in found), *(None,) * 9
+        if torch.is_grad_enabled():  # create_graph=True
+            refuse = partial(_checks.refuse_second_derivative, "fused_linear_loss")
+            found = [None if x is None else refuse(x, incoming, *inputs) for x in found]
+        return *found, *(None,) * 9

@@ -19,13 +19,13 @@ TokenLoss = Callable[..., Tensor]
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # new in torch 2.7; bool() is False
 
 _COUPLED = (
-    "token_loss must be elementwise, but the loss of one token moved with {others} ({{}} became {{}}). A loss on whole "
-    "sequences (a sequence-level ratio, a discount, a mean) needs linear_token_logprobs first, then the loss; or pass "
-    "what is sequence-level as a detached token input"
+    "token_loss must be elementwise, but the loss of one token, or its gradient, moved with {others} ({{}} became "
+    "{{}}). A loss on whole sequences (a sequence-level ratio, a discount, a mean) needs linear_token_logprobs first, "
+    "then the loss; or pass what is sequence-level as a detached token input"
 )
 _STOCHASTIC = (
-    "token_loss must be deterministic, but of two calls with the same inputs one gave {} and the other {}. Draw random "
-    "numbers before, and pass them as a token input"
+    "token_loss must be deterministic, but of two calls with the same inputs one gives {} and the other {}. Draw "
+    "random numbers before, and pass them as a token input"
 )
 
 
@@ -42,7 +42,8 @@ class UserLoss(NamedTuple):
 
     def attached(self, logp: Tensor, entropy: Tensor) -> Tensor:
         """The losses (n,) as part of the graph of `logp` and `entropy`, where these have one."""
-        if not logp.requires_grad:
+        # inside vmap a tensor does not tell whether it requires a gradient
+        if not (logp.requires_grad or (_checks.inside_torch_func() and torch.is_grad_enabled())):
             with torch.no_grad():
                 return self._losses(logp, entropy)
         if _is_exporting():  # an exported program records no gradient, so it has no part of the loss that is detached
@@ -70,20 +71,24 @@ class UserLoss(NamedTuple):
     def check_elementwise(self, logp: Tensor, entropy: Tensor) -> None:
         """Raise unless two calls agree, and the loss of each token depends on that token alone.
 
-        Every second token is computed without the others: its loss and its slopes must stay. Then all tokens but one
-        are moved, below and above all others: whatever depends on a mean or a rank moves too.
+        Each half of the tokens, and all but the last, are computed without the others: losses and slopes must stay.
+        Then all tokens but one are moved, below and above all others: what depends on a mean or a rank moves too.
         """
         if len(logp) == 0:
             return
+        random = torch.get_rng_state()
         losses = self._losses(logp, entropy)
-        weights = torch.ones_like(logp)
-        weights[1::2] = 2  # else a gradient that is spread evenly over all tokens would not show
+        # irregular, and larger in one half: a gradient that is spread over all tokens, or given to another one, shows
+        place = torch.arange(len(logp), device=logp.device)
+        weights = 1 + place % 2 + place.to(logp.dtype).mul(0.618).frac()
         whole = self.slopes(logp, entropy, weights)
         _check_same(losses, whole[0], _STOCHASTIC)
-        half = slice(None, None, 2)
-        alone = self.at(half).slopes(logp[half], entropy[half], weights[half])
-        for expected, found in zip(whole, alone, strict=True):
-            _check_same(expected[half], found, _COUPLED.format(others="the number or the gradient of others"))
+        if not torch.equal(torch.get_rng_state(), random):
+            raise ValueError(_STOCHASTIC.format("a loss", "may give another"))
+        for some in (slice(None, None, 2), slice(1, None, 2), slice(None, -1)):
+            alone = self.at(some).slopes(logp[some], entropy[some], weights[some])
+            for expected, found in zip(whole, alone, strict=True):
+                _check_same(expected[some], found, _COUPLED.format(others="the number or the gradient of others"))
         for row in (0, -1):
             for low in (True, False):
                 moved = [torch.full_like(x, _beyond(x, low)) for x in (logp, entropy)]

@@ -518,7 +518,7 @@ def unpack(
             )
         _checks.same_device("packed", packed, mask=mask)
         number = _numbers(mask)
-        _sums_to(f"the {total} tokens of packed", total, number, "mask")
+        _sums_to("the {} tokens of packed", total, number, "mask")
         mask = _checks.savable(mask)
         return _rows(packed, number.reshape(mask.shape) - 1, mask, fill, number[-1:].sum() == total)
     if length is None:
@@ -526,7 +526,7 @@ def unpack(
     if lengths is not None:
         cu_seqlens = cu_seqlens_from_lengths(lengths)
         _checks.same_device("packed", packed, lengths=lengths)
-        _sums_to(f"the {total} tokens of packed", total, cu_seqlens, "lengths")
+        _sums_to("the {} tokens of packed", total, cu_seqlens, "lengths")
     assert cu_seqlens is not None
     layout = _layout_of("packed", packed, cu_seqlens)
     lengths = cu_seqlens.diff()
@@ -546,14 +546,14 @@ def _total(name: str, ends: Tensor, total_tokens: int | None) -> int:
     """T: `total_tokens`, else the last of `ends`, the cumulative sums of the argument `name`."""
     if total_tokens is None:
         return _checks.token_count(ends) if ends.shape[0] else 0
-    _sums_to(f"total_tokens = {total_tokens}", total_tokens, ends, name)
+    _sums_to("total_tokens = {}", total_tokens, ends, name)
     return total_tokens
 
 
 def _sums_to(what: str, total: int, ends: Tensor, name: str) -> None:
     """The last of `ends`, the cumulative sums of the argument `name`, is `total`, which the error calls `what`."""
     if _checks.value_checks_allowed(ends) and (found := int(ends[-1:].sum())) != total:
-        raise ValueError(f"{name} must sum to {what}, got {found}")
+        raise ValueError(f"{name} must sum to {what.format(total)}, got {found}")
 
 
 def _no_longer(lengths: Tensor, length: int) -> None:

@@ -32,7 +32,8 @@ class _SumOfParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ordered_sum(gradient, ctx.group), None
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
+        return (sum_of_parts if recorded else ordered_sum)(gradient, ctx.group), None
 
 
 def returns_of_later_parts(head: Tensor, decay: Tensor, group: ProcessGroup) -> Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from kdloss import _checks
+
 _REVERSE = "Use reverse mode: loss.backward() or torch.autograd.grad"
-_BY_HAND = "write this term with torch's operations, such as logits.log_softmax(-1).gather(-1, labels[..., None])"
 
 # An operator lives as long as its library. A module that is loaded again, as in a notebook, defines its operators anew.
 _LIBRARIES: dict[str, torch.library.Library] = {}
@@ -83,24 +84,22 @@ class Operator:
 def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
     """Raise if forward mode or `torch.func` differentiates one of the tensors: nothing would arrive."""
     given, transform = [x for x in tensors if x is not None], _transform()
-    if (forward_ad._current_level >= 0 or transform == TransformType.Jvp) and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in given
-    ):
+    if (forward_ad._current_level >= 0 or transform == TransformType.Jvp) and any(map(_has_tangent, given)):
         raise NotImplementedError(
-            f"{name} has no tangent in forward mode (torch.func.jvp, jacfwd, dual numbers). {_REVERSE}, or {_BY_HAND}"
+            f"{name} has no tangent in forward mode (torch.func.jvp, jacfwd, dual numbers). "
+            f"{_REVERSE}, or {_checks.BY_HAND}"
         )
     if transform == TransformType.Grad and torch.is_grad_enabled() and any(x.requires_grad for x in given):
         raise NotImplementedError(
-            f"{name} has no gradient inside torch.func (grad, vjp, jacrev, hessian). {_REVERSE}, or {_BY_HAND}"
+            f"{name} has no gradient inside torch.func (grad, vjp, jacrev, hessian). {_REVERSE}, or {_checks.BY_HAND}"
         )
 
 
-def refuse_second_derivative(name: str, gradient: Tensor) -> Tensor:
-    """The gradient itself; where a graph of it is recorded (`create_graph=True`), a gradient through it raises."""
-    if not torch.is_grad_enabled():
-        return gradient
-    anchor = torch.empty((), device=gradient.device, requires_grad=True)
-    return _RefusesGradient.apply(name, gradient, anchor)  # type: ignore[no-any-return, no-untyped-call]
+def _has_tangent(x: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # inside vmap torch cannot tell
+        return True
 
 
 def _transform() -> TransformType | None:
@@ -110,25 +109,9 @@ def _transform() -> TransformType | None:
 
 def _undifferentiable(name: str) -> Backward:
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            f"{name} has no derivative: losses of kdloss are differentiated once, and a gradient of their gradient "
-            f"(a gradient penalty, a Hessian) is not defined. For a second derivative, {_BY_HAND}"
-        )
+        raise NotImplementedError(_checks.no_second_derivative(name))
 
     return backward
-
-
-class _RefusesGradient(torch.autograd.Function):
-    """The second argument as it is; its gradient raises."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, gradient: Tensor, anchor: Tensor) -> Tensor:
-        ctx.name = name
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return _undifferentiable(ctx.name)(ctx, upstream)
 
 
 def _once(name: str, backward: Backward, save: Save | None) -> type[torch.autograd.Function]:
@@ -146,7 +129,9 @@ def _once(name: str, backward: Backward, save: Save | None) -> type[torch.autogr
         @staticmethod
         def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             found = backward(ctx, *upstream)
-            found = tuple(None if x is None else refuse_second_derivative(name, x) for x in found)
+            if torch.is_grad_enabled():  # create_graph=True
+                given = (*upstream, *ctx.saved_tensors)
+                found = tuple(None if x is None else _checks.refuse_second_derivative(name, x, *given) for x in found)
             return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
     Differentiable.__name__ = Differentiable.__qualname__ = name

@@ -1,7 +1,7 @@
 """The head of a module, as the functions of hidden states take it: plain tensors that carry the gradient.
 
 A head is more than its weight: adapters add to it, FSDP2 splits it, models scale and cap its logits. A module that is
-not known to be `hidden @ weight.T + bias` is compared with it on two rows, and refused where it differs.
+not known to be `hidden @ weight.T + bias` is compared with it on three rows, and refused where it differs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def output_head(module: nn.Module) -> OutputHead:
       and not guessed. `hidden` are the last hidden states of the backbone. A tied head is the weight of the embedding.
     - A head alone: a `torch.nn.Linear`, an embedding that is tied to the head, or any module with a `weight` and
       perhaps a `bias`. Scale and softcap of the model are unknown to it, so they are 1 and None. A module of another
-      class, or with forward hooks, runs once on two rows, and is refused if it is not `hidden @ weight.T + bias`.
+      class, or with forward hooks, runs once on three rows, and is refused if it is not `hidden @ weight.T + bias`.
     - LoRA and DoRA of PEFT: the weight of the base with its active adapters, a (V, D) tensor in the wider of their
       dtypes. The gradient reaches the adapters. `modules_to_save` and `torch.nn.utils.parametrize` work likewise.
     - FSDP2 (`fully_shard`): a sharded weight is gathered, in the dtype of its shards, so every rank calls this and runs
@@ -99,6 +99,8 @@ def output_head(module: nn.Module) -> OutputHead:
     weight, bias = _weight_and_bias(module)
     if module is not root:
         try:
+            if _has_hooks(root):
+                raise ValueError("its forward hooks may change them")
             transform = logit_transform(root, module, weight.shape[0])
         except ValueError as error:
             raise ValueError(
@@ -170,11 +172,17 @@ def _own(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"module must have a floating-point weight, got {name} with {type(weight).__name__} in {weight.dtype}: "
             f"load the head without quantization, or {_FROM_LOGITS}"
         )
-    # FSDP1 leaves a view of storage that it has freed
-    if weight.ndim != 2 or weight.numel() == 0 or not (is_dtensor(weight) or weight.untyped_storage().size()):
+    # FSDP1 leaves a view of storage that it has freed, or flat; ZeRO-3 an empty tensor
+    freed = weight.numel() == 0 or not (is_dtensor(weight) or weight.untyped_storage().size())
+    if freed or weight.ndim < 2:
         raise ValueError(
             f"module must hold a weight (V, D), got {name} with {tuple(weight.shape)}, split or freed: under FSDP1 or "
             f"ZeRO-3, call the loss inside the forward of the wrapped module, or {_FROM_LOGITS}"
+        )
+    if weight.ndim > 2:
+        raise ValueError(
+            f"{_MUST}, with a weight (V, D), got {name} with {tuple(weight.shape)}: pass the module that does, or "
+            f"{_FROM_LOGITS}"
         )
     return weight, bias if isinstance(bias, Tensor) else None
 
@@ -229,38 +237,48 @@ def _with_adapters(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _runs_as_its_class_does(module: nn.Module) -> bool:
-    """Whether nothing may change the output of its forward: hooks, except those of FSDP2 and DTensor, or a patch."""
+    """Whether nothing may change the output of its forward: a hook, or a patch."""
+    return "forward" not in vars(module) and not _has_hooks(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run beside its forward, except those of FSDP2 and DTensor, which change no value."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return "forward" not in vars(module) and all(
-        (getattr(hook, "__module__", None) or "").startswith("torch.distributed.") for hook in hooks
-    )
+    return not all((getattr(hook, "__module__", None) or "").startswith("torch.distributed.") for hook in hooks)
 
 
 def _compare(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Refuse a module that is not `hidden @ weight.T + bias` on two rows, or that trains other parameters."""
+    """Refuse a module that is not `hidden @ weight.T + bias` on rows of three sizes, or that has other parameters."""
     must, way_out = f"{_MUST}, got {type(module).__name__}", f"pass the module that does, or {_FROM_LOGITS}"
-    if torch.is_grad_enabled():
-        makers = _leaves(weight, bias)
-        others = [key for key, x in module.named_parameters() if x.requires_grad and id(x) not in makers]
-        if others:
-            raise ValueError(f"{must}, whose parameters {', '.join(others)} are in neither: {way_out}")
+    makers = _leaves(weight, bias)
+    # what a weight without a graph is made of is known by name alone
+    of_weight = ("parametrizations.weight.", "parametrizations.bias.", "base_layer.")
+    others = [key for key, x in module.named_parameters() if id(x) not in makers and not key.startswith(of_weight)]
+    if others:
+        raise ValueError(f"{must}, whose parameters {', '.join(others)} are in neither: {way_out}")
     if is_dtensor(weight) or weight.device.type == "meta":
         raise ValueError(
             f"{must}, which cannot be compared with that while its weight is sharded or on the device meta: {way_out}"
         )
-    rows = torch.sin(torch.arange(1, 2 * weight.shape[1] + 1, dtype=torch.float32, device=weight.device))
-    rows = rows.reshape(2, -1).to(weight.dtype)
+    rows = torch.sin(torch.arange(1, 3 * weight.shape[1] + 1, dtype=torch.float32, device=weight.device))
+    # small rows show what is added to the logits, large ones what bounds them
+    rows = rows.reshape(3, -1) * torch.tensor([[2.0**-10], [1.0], [2.0**10]], device=weight.device)
+    rows = rows.to(weight.dtype)
     with torch.no_grad():
         expected = F.linear(rows, weight, None if bias is None else bias.to(weight.dtype))
-        try:
-            found = module(rows)
-            off = float((found - expected).abs().max() / expected.abs().max())
-        except Exception as error:
-            raise ValueError(
-                f"{must}, which does not run on hidden states (2, D), {type(error).__name__}: {error}: {way_out}"
-            ) from error
-    if not off <= max(1e-5, 2 * torch.finfo(weight.dtype).eps):
-        raise ValueError(f"{must}, whose output differs from that by {off:.2g} of the largest logit: {way_out}")
+    try:
+        found = module(rows).detach()  # with a graph, because hooks such as weight_norm's set the weight as they run
+        off = (found - expected).abs().amax(-1) / expected.abs().amax(-1).clamp(min=torch.finfo(expected.dtype).tiny)
+    except Exception as error:
+        raise ValueError(
+            f"{must}, which does not run on hidden states (3, D), {type(error).__name__}: {error}: {way_out}"
+        ) from error
+    if not expected.isfinite().all():
+        raise ValueError(f"{must}, whose weight or bias is not finite: {way_out}")
+    if not off.max() <= max(1e-5, 2 * torch.finfo(weight.dtype).eps):
+        raise ValueError(
+            f"{must}, whose output differs from that by {float(off.max()):.2g} of the largest logit: {way_out}"
+        )
 
 
 def _leaves(*tensors: Tensor | None) -> set[int]:
