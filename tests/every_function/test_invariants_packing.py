@@ -219,6 +219,7 @@ OWN = {
 
 def test_no_public_function_without_invariants():
     functions = {name for name in kdloss.__all__ if inspect.isfunction(getattr(kdloss, name))}
+    functions -= {"output_head"}  # of a module: it sees no tokens
     on_batches = {case.name for case in invariant_cases.CASES}
     assert functions - on_batches - {name.split(",")[0] for name in CASES} - OWN.keys() == set()
     assert on_batches <= functions
