@@ -34,7 +34,7 @@ def assert_mixture(name: str, share: float, logits: Tensor, teacher_logits: Tens
 
 def in_decimals(name: str, share: float, logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """(value, gradient) of each row from the definition of each mixture, in decimals of 80 digits."""
-    with decimal.localcontext(prec=80):
+    with decimal.localcontext(decimal.Context(prec=80)):
         rows = [
             _row(name, Decimal(share), [list(map(Decimal, x)) for x in pair])
             for pair in zip(logits.tolist(), teacher_logits.tolist(), strict=True)

@@ -50,7 +50,8 @@ def output_head(module: nn.Module) -> OutputHead:
 
     - A whole model of transformers, also inside PEFT, DDP or `torch.compile`: its head, and what its `forward` does to
       the logits. That `forward` runs once, with stand-ins for backbone and head, so that scale and softcap are measured
-      and not guessed. `hidden` are the last hidden states of the backbone. A tied head is the weight of the embedding.
+      and not guessed. Forward hooks of the whole model do not run then, so what they do to its logits is not seen.
+      `hidden` are the last hidden states of the backbone. A tied head is the weight of the embedding.
     - A head alone: a `torch.nn.Linear`, an embedding that is tied to the head, or any module with a `weight` and
       perhaps a `bias`. Scale and softcap of the model are unknown to it, so they are 1 and None. A module of another
       class, or with forward hooks, runs once on three rows, and is refused if it is not `hidden @ weight.T + bias`.
@@ -99,8 +100,6 @@ def output_head(module: nn.Module) -> OutputHead:
     weight, bias = _weight_and_bias(module)
     if module is not root:
         try:
-            if _has_hooks(root):
-                raise ValueError("its forward hooks may change them")
             transform = logit_transform(root, module, weight.shape[0])
         except ValueError as error:
             raise ValueError(
