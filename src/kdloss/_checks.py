@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 
 def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -374,14 +375,36 @@ def value_checks_allowed(x: Tensor) -> bool:
     return x.device.type == "cpu" and runs_eagerly(x) and not isinstance(x, FakeTensor)
 
 
-BY_HAND = "write this term with torch's operations, such as logits.log_softmax(-1).gather(-1, labels[..., None])"
+def refuse_transforms(name: str, *tensors: object) -> None:
+    """Raise if forward mode or `torch.func` differentiates one of the tensors: nothing would arrive."""
+    top: Any = peek_interpreter_stack()
+    transform, given = None if top is None else top.key(), [x for x in tensors if isinstance(x, Tensor)]
+    if (forward_ad._current_level >= 0 or transform == TransformType.Jvp) and any(map(_has_tangent, given)):
+        raise NotImplementedError(
+            f"{name} has no tangent in forward mode (torch.func.jvp, jacfwd, dual numbers). {_REVERSE}, or {_BY_HAND}"
+        )
+    if transform == TransformType.Grad and torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise NotImplementedError(
+            f"{name} has no gradient inside torch.func (grad, vjp, jacrev, hessian). {_REVERSE}, or {_BY_HAND}"
+        )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # inside vmap torch cannot tell
+        return True
+
+
+_REVERSE = "Use reverse mode: loss.backward() or torch.autograd.grad"
+_BY_HAND = "write this term with torch's operations, such as logits.log_softmax(-1).gather(-1, labels[..., None])"
 
 
 def no_second_derivative(name: str) -> str:
     """Why a gradient of a gradient raises."""
     return (
         f"{name} has no second derivative: losses of kdloss are differentiated once, and a gradient of their gradient "
-        f"(a gradient penalty, a Hessian) is not defined. For one, {BY_HAND}"
+        f"(a gradient penalty, a Hessian) is not defined. For one, {_BY_HAND}"
     )
 
 

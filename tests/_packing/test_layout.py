@@ -235,6 +235,7 @@ def test_the_number_of_tokens_is_read_on_the_cpu_and_asked_for_elsewhere(name):
     assert function(**elsewhere, total_tokens=7).shape == (7,)
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
+    # torch 2.6 says only that it observed an exception
     with pytest.raises(Exception, match=r"given under torch\.compile, got None|Observed exception"):
         compiled(**arguments)
     assert torch.equal(compiled(**arguments, total_tokens=7), function(**arguments))

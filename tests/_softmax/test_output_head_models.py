@@ -310,3 +310,20 @@ def test_a_whole_layer_of_peft_is_taken_like_its_model():
     layer.register_forward_hook(lambda module, args, out: 2 * out)
     with pytest.raises(ValueError, match="differs from that by"):
         kdloss.output_head(layer)
+
+
+def test_a_model_with_forward_hooks_is_refused_and_its_head_is_taken():
+    model = tiny("Llama")
+
+    def sharpen(module, inputs, outputs):
+        outputs.logits = outputs.logits / 0.5
+        return outputs
+
+    model.register_forward_hook(sharpen)
+    with pytest.raises(ValueError, match=r"its forward hooks may change them; pass its head, output_head\("):
+        kdloss.output_head(model)
+    weight, bias, *_ = kdloss.output_head(model.get_output_embeddings())
+    ids = torch.tensor([[1, 2, 3]])
+    hidden = model.model(ids).last_hidden_state
+    found = kdloss.linear_token_logprobs(hidden, weight, ids, bias=bias, logit_scale=2.0)
+    torch.testing.assert_close(found, kdloss.token_logprobs(model(ids).logits, ids))

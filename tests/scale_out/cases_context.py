@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -521,6 +522,13 @@ def case_second_derivatives_across_ranks(ranks: Ranks) -> None:
         (first,) = torch.autograd.grad(sums.square().sum() / ranks.size, leaf, create_graph=True)
         return torch.autograd.grad(first.square().sum(), leaf)[0]
 
+    def summed(x: Tensor) -> Tensor:
+        return kdloss.segment_sum(x, loss_mask=mask, cu_seqlens=bounds, group=ranks.group).sum()
+
+    with pytest.raises(NotImplementedError, match="a sum over ranks has no tangent in forward mode"):
+        torch.func.jvp(summed, (x,), (x,))
+    with pytest.raises(NotImplementedError, match=r"a sum over ranks has no gradient inside torch\.func"):
+        torch.func.grad(summed)(x)
     mine = slice(4 * ranks.rank, 4 * ranks.rank + 4)
     parts = (bounds - 4 * ranks.rank).clamp(0, 4)
     whole = penalised(x, bounds)

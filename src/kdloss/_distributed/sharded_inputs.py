@@ -14,14 +14,14 @@ from torch import Tensor
 from kdloss import _checks
 
 from .agreement import check_backend
-from .vocab_shard import VocabShard, is_dtensor, of_dtensor
+from .vocab_shard import VocabShard, of_dtensor
 
 
 def vocab_shard(name: str, x: Tensor, axis: int, shard: object) -> tuple[Tensor, VocabShard | None]:
     """`x` as a plain tensor, and the slice that its vocabulary axis holds; None for the whole vocabulary."""
     if shard is not None and not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}")
-    if is_dtensor(x):
+    if _checks.is_dtensor(x):
         found = of_dtensor(name, x, axis)
         if shard is not None and (found is None or (found.start, found.stop) != (shard.start, shard.stop)):
             raise ValueError(f"shard must match the placement of {name}, {found}, got {shard}")
@@ -41,16 +41,16 @@ def head_shard(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: object, side: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShard | None]:
     """Hidden states, weight and bias as plain tensors, and the vocabulary slice that the head holds."""
-    if is_dtensor(weight) and not is_dtensor(hidden) and shard is None:
+    if _checks.is_dtensor(weight) and not _checks.is_dtensor(hidden) and shard is None:
         raise ValueError(
             f"{side}weight is a DTensor beside a plain {side}hidden, got {weight.placements}; under FSDP2, use "  # type: ignore[attr-defined]
             "kdloss.output_head(module), or call this inside the module's forward. Under tensor parallelism, pass "
             f"shard=VocabShard.from_dtensor({side}weight) if {side}hidden is the same on all its ranks"
         )
     weight, found = vocab_shard(f"{side}weight", weight, 0, shard)
-    if bias is not None and is_dtensor(bias):
+    if bias is not None and _checks.is_dtensor(bias):
         bias, _ = vocab_shard(f"{side}bias", bias, 0, found)
-    if is_dtensor(hidden):
+    if _checks.is_dtensor(hidden):
         hidden = _local_hidden(f"{side}hidden", hidden, found)
     if found is not None and found.sequence_parallel and not found.gathered:
         _checks.tensors(**{f"{side}hidden": hidden})

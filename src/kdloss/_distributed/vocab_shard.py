@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kdloss import _checks
-from kdloss._checks import is_dtensor as is_dtensor
 
 from .agreement import gather_objects, same
 
@@ -244,7 +243,7 @@ class _SumGradients(torch.autograd.Function):
 
 def of_dtensor(name: str, x: Tensor, axis: int | None = None) -> VocabShard | None:
     """This rank's slice of a DTensor along `axis` (None: the first or the last one); None if `x` is replicated."""
-    if not is_dtensor(x):
+    if not _checks.is_dtensor(x):
         raise TypeError(f"{name} must be a DTensor, got {type(x).__name__}")
     placements, mesh = x.placements, x.device_mesh  # type: ignore[attr-defined]
     split = [(at, placement) for at, placement in enumerate(placements) if not placement.is_replicate()]

@@ -88,7 +88,7 @@ def _linear_divergence(
     logit_scale: float,
     teacher_logit_scale: float,
     kind: str,
-    omega: float,
+    omega: float,  # `share` of `Form`
     temperature: float,
     vocab_size: int,
     kernels: bool,

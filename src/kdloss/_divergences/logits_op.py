@@ -50,7 +50,7 @@ def _divergence(
     teacher_logits: Tensor,
     row_temperature: Tensor | None,
     kind: str,
-    omega: float,
+    omega: float,  # `share` of `Form`
     temperature: float,
     vocab_size: int,
     kernels: bool,

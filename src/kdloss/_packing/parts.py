@@ -16,12 +16,17 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kdloss import _checks
 from kdloss._distributed.collectives import gather, ordered_sum
 
 
 def sum_of_parts(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The sum over the ranks, the same to the bit on each. Its gradient is the sum of all ranks' incoming gradients."""
-    return x if group is None else _SumOfParts.apply(x, group)  # type: ignore[no-untyped-call]
+    if group is None:
+        return x
+    if not torch.compiler.is_compiling():
+        _checks.refuse_transforms("a sum over ranks", x)
+    return _SumOfParts.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SumOfParts(torch.autograd.Function):

@@ -22,6 +22,7 @@ from kdloss import _checks
 Impl = Literal["auto", "torch", "triton"]
 
 _log = logging.getLogger("kdloss")
+_OLDEST = (3, 6)  # with triton 3.2, which torch 2.6 brings, tests of the kernels fail
 _installed = importlib.util.find_spec("triton") is not None
 
 
@@ -34,7 +35,6 @@ def _version_of_triton() -> tuple[int, int]:
     return _OLDEST  # a build without metadata
 
 
-_OLDEST = (3, 6)  # with 3.2, which torch 2.6 brings, tests of the kernels fail
 _version = _version_of_triton()
 # Triton's switch for its interpreter, which runs kernels on CPU tensors, for tests. Read on import, as Triton does.
 _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

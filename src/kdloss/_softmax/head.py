@@ -17,7 +17,6 @@ from kdloss._distributed.sharded_inputs import head_shard
 from kdloss._distributed.vocab_shard import VocabShard
 
 from .backend import Impl, takes_triton
-from .operator import refuse_transforms
 from .vocabulary import Softmax, true_vocab_size
 
 # Entries of a half-precision head that are widened at a time: 16 MiB of float32.
@@ -92,6 +91,8 @@ def prepare_heads(
     Inside `torch.autocast`, hidden states, weights and biases are cast as a linear layer casts them. The logits are
     still float32.
     """
+    if not torch.compiler.is_compiling():
+        _checks.refuse_transforms("a loss of hidden states", *student[:3])
     student, shard = _local_head(student, shard, "")
     sides = {"": student}
     if teacher is not None:
@@ -113,8 +114,6 @@ def prepare_heads(
     tau = _checks.row_temperature("hidden", student.hidden, temperature)
     sides = {side: _flat_and_cast(head) for side, head in sides.items()}
     softmax = Softmax.of(size, tau, shard, kernels=takes_triton(impl, **_tensors(sides)))
-    if not torch.compiler.is_compiling():
-        refuse_transforms("a loss of hidden states", *student[:3])
     return Heads(sides[""], sides.get("teacher_"), softmax, rows)
 
 

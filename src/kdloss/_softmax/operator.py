@@ -18,12 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, peek_interpreter_stack
-from torch.autograd import forward_ad
 
 from kdloss import _checks
-
-_REVERSE = "Use reverse mode: loss.backward() or torch.autograd.grad"
 
 # An operator lives as long as its library. A module that is loaded again, as in a notebook, defines its operators anew.
 _LIBRARIES: dict[str, torch.library.Library] = {}
@@ -44,7 +40,7 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.__doc__, self._name = function.__doc__, f"kdloss::{name}"
-        self._parameters = [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+        self._defaults = [p.default for p in inspect.signature(function).parameters.values()]
         self._differentiable = _once(self._name, _undifferentiable(self._name), None)
         if name in _LIBRARIES:
             _LIBRARIES.pop(name)._destroy()
@@ -68,9 +64,9 @@ class Operator:
 
     def _autograd(self, keyset: torch._C.DispatchKeySet, *given: Any) -> Any:
         # the dispatcher leaves out trailing arguments that equal their defaults
-        inputs = (*given, *(default for _, default in self._parameters[len(given) :]))
+        inputs = (*given, *self._defaults[len(given) :])
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        refuse_transforms(self._name, *tensors)
+        _checks.refuse_transforms(self._name, *tensors)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return self._below_autograd(keyset, *inputs)
         compute = partial(self._below_autograd, keyset)
@@ -79,32 +75,6 @@ class Operator:
     def _below_autograd(self, keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-
-
-def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
-    """Raise if forward mode or `torch.func` differentiates one of the tensors: nothing would arrive."""
-    given, transform = [x for x in tensors if x is not None], _transform()
-    if (forward_ad._current_level >= 0 or transform == TransformType.Jvp) and any(map(_has_tangent, given)):
-        raise NotImplementedError(
-            f"{name} has no tangent in forward mode (torch.func.jvp, jacfwd, dual numbers). "
-            f"{_REVERSE}, or {_checks.BY_HAND}"
-        )
-    if transform == TransformType.Grad and torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        raise NotImplementedError(
-            f"{name} has no gradient inside torch.func (grad, vjp, jacrev, hessian). {_REVERSE}, or {_checks.BY_HAND}"
-        )
-
-
-def _has_tangent(x: Tensor) -> bool:
-    try:
-        return forward_ad.unpack_dual(x).tangent is not None
-    except RuntimeError:  # inside vmap torch cannot tell
-        return True
-
-
-def _transform() -> TransformType | None:
-    top: Any = peek_interpreter_stack()
-    return None if top is None else top.key()
 
 
 def _undifferentiable(name: str) -> Backward:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdloss import _checks
 from kdloss._distributed.fsdp import gathered, gradient_divisor
-from kdloss._distributed.vocab_shard import is_dtensor
 
 from .logit_transform import LogitTransform, logit_transform
 
@@ -50,8 +50,8 @@ def output_head(module: nn.Module) -> OutputHead:
 
     - A whole model of transformers, also inside PEFT, DDP or `torch.compile`: its head, and what its `forward` does to
       the logits. That `forward` runs once, with stand-ins for backbone and head, so that scale and softcap are measured
-      and not guessed. Forward hooks of the whole model do not run then, so what they do to its logits is not seen.
-      `hidden` are the last hidden states of the backbone. A tied head is the weight of the embedding.
+      and not guessed. A model with forward hooks is refused, because they may change its logits. `hidden` are the last
+      hidden states of the backbone. A tied head is the weight of the embedding.
     - A head alone: a `torch.nn.Linear`, an embedding that is tied to the head, or any module with a `weight` and
       perhaps a `bias`. Scale and softcap of the model are unknown to it, so they are 1 and None. A module of another
       class, or with forward hooks, runs once on three rows, and is refused if it is not `hidden @ weight.T + bias`.
@@ -100,6 +100,8 @@ def output_head(module: nn.Module) -> OutputHead:
     weight, bias = _weight_and_bias(module)
     if module is not root:
         try:
+            if _has_hooks(root):
+                raise ValueError("its forward hooks may change them")
             transform = logit_transform(root, module, weight.shape[0])
         except ValueError as error:
             raise ValueError(
@@ -165,14 +167,14 @@ def _own(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"module must have a weight (V, D), or get_output_embeddings(), got {name}: pass the module that makes the "
             f"logits, such as output_head(model.lm_head), or {_FROM_LOGITS}"
         )
-    wrapped = not is_dtensor(weight) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight)
+    wrapped = not _checks.is_dtensor(weight) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight)
     if wrapped or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         raise TypeError(
             f"module must have a floating-point weight, got {name} with {type(weight).__name__} in {weight.dtype}: "
             f"load the head without quantization, or {_FROM_LOGITS}"
         )
     # FSDP1 leaves a view of storage that it has freed, or flat; ZeRO-3 an empty tensor
-    freed = weight.numel() == 0 or not (is_dtensor(weight) or weight.untyped_storage().size())
+    freed = weight.numel() == 0 or not (_checks.is_dtensor(weight) or weight.untyped_storage().size())
     if freed or weight.ndim < 2:
         raise ValueError(
             f"module must hold a weight (V, D), got {name} with {tuple(weight.shape)}, split or freed: under FSDP1 or "
@@ -255,7 +257,7 @@ def _compare(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     others = [key for key, x in module.named_parameters() if id(x) not in makers and not key.startswith(of_weight)]
     if others:
         raise ValueError(f"{must}, whose parameters {', '.join(others)} are in neither: {way_out}")
-    if is_dtensor(weight) or weight.device.type == "meta":
+    if _checks.is_dtensor(weight) or weight.device.type == "meta":
         raise ValueError(
             f"{must}, which cannot be compared with that while its weight is sharded or on the device meta: {way_out}"
         )
@@ -296,9 +298,9 @@ def _leaves(*tensors: Tensor | None) -> set[int]:
 
 def _whole(root: nn.Module, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The weight and bias as plain tensors, gathered where FSDP2 has them sharded."""
-    if not is_dtensor(weight):
+    if not _checks.is_dtensor(weight):
         return weight, bias
-    divisors = {gradient_divisor(root, x) for x in module.parameters() if is_dtensor(x)}
+    divisors = {gradient_divisor(root, x) for x in module.parameters() if _checks.is_dtensor(x)}
     if len(divisors) != 1 or None in divisors:
         placements = weight.placements  # type: ignore[attr-defined]
         raise ValueError(

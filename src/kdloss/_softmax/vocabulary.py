@@ -17,7 +17,6 @@ from kdloss._distributed.sharded_inputs import vocab_shard
 from kdloss._distributed.vocab_shard import VocabShard
 
 from .backend import Impl, takes_triton
-from .operator import refuse_transforms
 
 IGNORE_INDEX = -100
 
@@ -86,6 +85,8 @@ def prepare_logits(
     impl: Impl,
 ) -> Logits:
     """Check the arguments that all functions of logits share, and return what they compute from."""
+    if not torch.compiler.is_compiling():
+        _checks.refuse_transforms("a loss of logits", logits)
     _checks.floating(logits=logits, teacher_logits=teacher_logits)
     logits, shard = vocab_shard("logits", logits, -1, shard)
     _check_axis("logits", logits)
@@ -101,8 +102,6 @@ def prepare_logits(
     size = true_vocab_size(vocab_size, widths, shard, teacher_name="teacher_logits")
     tau = _checks.row_temperature("logits", logits, temperature)
     kernels = takes_triton(impl, logits=logits, teacher_logits=teacher_logits)
-    if not torch.compiler.is_compiling():
-        refuse_transforms("a loss of logits", logits)
     teacher_logits = None if teacher_logits is None else _checks.savable(teacher_logits)
     return Logits(_checks.savable(logits), teacher_logits, Softmax.of(size, tau, shard, kernels=kernels))
 

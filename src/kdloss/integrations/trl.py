@@ -18,7 +18,6 @@ from torch import Tensor
 import kdloss
 from kdloss import _checks
 from kdloss._distributed.fsdp import gathered
-from kdloss._distributed.vocab_shard import is_dtensor
 from kdloss._docs import documented
 from kdloss._packing.reductions import Reduction
 
@@ -415,7 +414,7 @@ def _count(tokens: Tensor | int) -> Tensor | float:
 
 def _whole(parameter: Any) -> Any:
     """A parameter, or None, as a plain tensor: FSDP2 passes a DTensor if the head is sharded as a module of its own."""
-    return gathered(parameter) if is_dtensor(parameter) else parameter
+    return gathered(parameter) if _checks.is_dtensor(parameter) else parameter
 
 
 def __getattr__(name: str) -> Any:
