@@ -41,6 +41,7 @@ from ._losses.advantages import (
     group_relative_advantages as group_relative_advantages,
     leave_one_out_advantages as leave_one_out_advantages,
 )
+from ._losses.alignment import Alignment as Alignment, check_alignment as check_alignment
 from ._losses.diagnostics import diagnostics as diagnostics
 from ._losses.estimators import (
     discounted_returns as discounted_returns,
@@ -94,6 +95,7 @@ from .config import KDRLConfig as KDRLConfig
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "FusedLoss",
     "KDRLConfig",
     "LogprobsAndEntropy",
@@ -102,6 +104,7 @@ __all__ = [
     "Surrogate",
     "VocabShard",
     "broadcast_to_tokens",
+    "check_alignment",
     "cispo_surrogate",
     "clipped_surrogate",
     "config",

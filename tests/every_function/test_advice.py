@@ -129,9 +129,19 @@ FOLLOWED = {
     ),
     # adapters of trainers and servers
     "use to_prediction_positions": (
-        "integrations/test_alignment.py",
+        "_losses/test_alignment.py",
         "test_a_server_that_was_not_shifted",
         "kdloss.to_prediction_positions(own",
+    ),
+    "take more tokens of varied text": (
+        "_losses/test_alignment.py",
+        "test_why_nothing_was_found_has_its_own_answer",
+        "logp, logp",
+    ),
+    "trained tokens are too few; take": (
+        "_losses/test_alignment.py",
+        "test_seventy_tokens_are_enough_for_a_correlation_of_seven_tenths",
+        "torch.ones(tokens)",
     ),
     "have the server send ids": (
         "integrations/test_servers.py",
@@ -153,6 +163,11 @@ FOLLOWED = {
         AREAL,
         "test_a_teacher_behind_a_rollout_engine_is_shifted",
         'teacher_alignment="token"',
+    ),
+    "use teacher_alignment='prediction'": (
+        AREAL,
+        "test_scores_that_are_in_place_are_not_shifted_again",
+        "run(batch, logp), reference",
     ),
     "use a teacher that is not behind": (AREAL, "test_padded_is_packed", "run("),
     "set it to 0, or use_kl_in_reward": (

@@ -16,6 +16,8 @@ from kdloss.testing import reference
 
 # Public names that are not functions.
 EXCEPTED = {
+    "Alignment": "a result, of check_alignment below",
+    "BatchReport": "a result, of check_batch below",
     "KDRLConfig": "a dataclass; test_config.py holds it",
     "FusedLoss": "a result, of the function below",
     "LogprobsAndEntropy": "a result: its fields are compared wherever a function returns it",
@@ -26,8 +28,11 @@ EXCEPTED = {
     "config": "a module, whose one public name is KDRLConfig",
     "schedules": "a module, whose functions are walked as schedules.<name>",
 }
-# Take a function or a module, so they have no oracle. Their own files test values, gradients and errors.
+# Take a function or a module, or read the values of a batch for a person, so they have no oracle. Their own files test
+# values, gradients and errors.
 HELD_ELSEWHERE = {
+    "check_alignment": "_losses/test_alignment.py",
+    "check_batch": "_losses/test_check_batch.py",
     "fused_linear_loss": "_logprobs/test_fused.py",
     "output_head": "_softmax/test_output_head.py",
 }

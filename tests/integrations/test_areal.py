@@ -309,19 +309,48 @@ def test_m2po_drops_the_largest_until_the_mean_is_below_the_threshold() -> None:
             assert torch.cat([left, dropped.min().view(1)]).mean() >= threshold
 
 
+def late(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The teacher's scores of a padded batch as a rollout engine writes them: at response tokens, 0 elsewhere."""
+    own = torch.roll(batch["loss_mask"], 1, -1).bool()
+    return torch.where(own, torch.roll(batch["teacher_logp"], 1, -1), 0)
+
+
 def test_a_teacher_behind_a_rollout_engine_is_shifted() -> None:
     padded = rollout()
-    own = torch.roll(padded["loss_mask"], 1, -1).bool()
-    late = torch.where(own, torch.roll(padded["teacher_logp"], 1, -1), 0)  # scores at response tokens, 0 elsewhere
     logp = student(padded)
     right = run(padded, logp)
-    torch.testing.assert_close(run(padded | {"teacher_logp": late}, logp, teacher_alignment="token"), right)
+    torch.testing.assert_close(run(padded | {"teacher_logp": late(padded)}, logp, teacher_alignment="token"), right)
     for batch, x in (
-        (padded | {"teacher_logp": late}, logp),
-        (pack(padded | {"teacher_logp": late}), student(pack(padded))),
+        (padded | {"teacher_logp": late(padded)}, logp),
+        (pack(padded | {"teacher_logp": late(padded)}), student(pack(padded))),
     ):
         with pytest.raises(ValueError, match=r"own positions and nowhere else.*teacher_alignment='token'"):
             run(batch, x)
+
+
+@pytest.mark.parametrize("layout", [pack, dict])
+def test_scores_that_are_in_place_are_not_shifted_again(layout: Any) -> None:
+    """A teacher that is a train engine scores every position; one that AReaL has shifted scores the trained ones."""
+    padded = rollout()
+    for teacher_logp in (padded["teacher_logp"], padded["teacher_logp"] * padded["loss_mask"]):
+        batch = layout(padded | {"teacher_logp": teacher_logp})
+        logp = student(batch)
+        with pytest.raises(ValueError, match=r"prediction positions already.*use teacher_alignment='prediction'"):
+            run(batch, logp, teacher_alignment="token")
+        torch.testing.assert_close(run(batch, logp), reference(batch, logp))
+
+
+@pytest.mark.parametrize("layout", [pack, dict])
+def test_a_late_teacher_that_is_certain_is_still_shifted(layout: Any) -> None:
+    """Scores of exactly 0, at the last token and everywhere, say nothing about where the others are."""
+    padded = rollout()
+    mask = padded["loss_mask"].bool()
+    for certain in (mask & ~torch.roll(mask, -1, -1), mask):
+        teacher_logp = torch.where(certain, 0, padded["teacher_logp"])
+        batch = layout(padded | {"teacher_logp": late(padded | {"teacher_logp": teacher_logp})})
+        right = layout(padded | {"teacher_logp": teacher_logp})
+        logp = student(batch)
+        torch.testing.assert_close(run(batch, logp, teacher_alignment="token"), run(right, logp))
 
 
 def test_a_teacher_that_is_certain_is_not_taken_for_a_late_one() -> None:
@@ -450,6 +479,7 @@ def test_without_areal_the_error_says_what_to_install(monkeypatch) -> None:
 @pytest.mark.parametrize("layout", [pack, dict])
 def test_a_rollout_teacher_of_several_turns_is_refused(layout: Any) -> None:
     batch = rollout()
+    batch["teacher_logp"] = late(batch)
     run(layout(batch), student(layout(batch)), teacher_alignment="token")
     batch["loss_mask"][1, 3] = 0  # between two turns
     with pytest.raises(ValueError, match=r"one run up to its end.*several turns are wrong"):

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 import kdloss
-from kdloss.integrations import _alignment, servers
+from kdloss.integrations import servers
 from kdloss.integrations.servers import ScoreError
 
 RECORDED = Path(__file__).parents[1] / "examples" / "data"
@@ -334,8 +334,7 @@ def test_arguments_are_checked():
         servers.read_vllm(spoiled, batch.input_ids, **batch.layout())
 
 
-@pytest.mark.parametrize("module", [servers, _alignment], ids=lambda module: module.__name__)
-def test_the_examples_run(module):
-    found = doctest.testmod(module)
+def test_the_examples_run():
+    found = doctest.testmod(servers)
     assert found.attempted
     assert not found.failed

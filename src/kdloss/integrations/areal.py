@@ -119,8 +119,8 @@ def grpo_loss_fn(
 
     Raises:
         ValueError: options exclude each other; the layout does not support a level or an alignment; `teacher_logp` is
-            visibly shifted; under "token" the trained tokens are not the end of each sequence; or `prox_logp` is
-            missing and cannot be derived.
+            visibly at the other alignment; under "token" the trained tokens are not the end of each sequence; or
+            `prox_logp` is missing and cannot be derived.
         ImportError: AReaL is missing, or has a version that the adapter was not tested with.
     """
     _check_modes(
@@ -229,6 +229,7 @@ class _Batch:
             # a rollout engine writes its scores at the tokens' own positions, one position late, and 0 elsewhere
             scored, own = self.data["teacher_logp"].flatten() != 0, self.loss_mask.roll(1)
             asked["late"] = (own & ~self.loss_mask & scored).any() & ~(scored & ~own).any()
+            asked["in_place"] = (self.loss_mask & ~own & scored).any()
         read = torch.stack([x.to(self.logp.device, torch.int64) for x in asked.values()]).tolist() if asked else []
         return dict(zip(asked, read, strict=True))
 
@@ -262,6 +263,12 @@ class _Batch:
         teacher_logp: Tensor = self.data["teacher_logp"].detach().flatten()
         if alignment == "token":
             self._check_runs()
+            if self._read["in_place"]:
+                raise ValueError(
+                    "teacher_logp has scores at positions where a rollout teacher leaves 0: they are at prediction "
+                    "positions already, as from a train engine or a version of AReaL that shifts them; "
+                    "use teacher_alignment='prediction'"
+                )
             return kdloss.to_prediction_positions(teacher_logp, cu_seqlens=self.cu_seqlens, fill=0)
         if alignment != "prediction":
             raise ValueError(f"teacher_alignment must be 'prediction' or 'token', got {alignment!r}")

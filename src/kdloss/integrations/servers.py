@@ -20,9 +20,9 @@ from torch import Tensor
 import kdloss
 from kdloss import _checks
 from kdloss._docs import documented
+from kdloss._losses.alignment import Alignment as Alignment, check_alignment as check_alignment
 
 from . import _answers
-from ._alignment import Alignment as Alignment, check_alignment as check_alignment
 from ._answers import ScoreError as ScoreError
 
 if TYPE_CHECKING:
