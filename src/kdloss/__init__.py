@@ -42,6 +42,7 @@ from ._losses.advantages import (
     leave_one_out_advantages as leave_one_out_advantages,
 )
 from ._losses.alignment import Alignment as Alignment, check_alignment as check_alignment
+from ._losses.check_batch import BatchReport as BatchReport, check_batch as check_batch
 from ._losses.diagnostics import diagnostics as diagnostics
 from ._losses.estimators import (
     discounted_returns as discounted_returns,
@@ -96,6 +97,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Alignment",
+    "BatchReport",
     "FusedLoss",
     "KDRLConfig",
     "LogprobsAndEntropy",
@@ -105,6 +107,7 @@ __all__ = [
     "VocabShard",
     "broadcast_to_tokens",
     "check_alignment",
+    "check_batch",
     "cispo_surrogate",
     "clipped_surrogate",
     "config",

@@ -134,3 +134,37 @@ def test_one_update_lowers_the_reverse_kl(load, batch):
     disliked = (teacher < -5) & teacher.isfinite()
     assert disliked.any()
     assert (score(student, batch) - score(before, batch))[disliked].mean() < 0
+
+
+def test_the_examples_batches_are_found_sound(load, batch):
+    """By check_batch, packed and padded, as they are sampled and after updates that make them stale."""
+    student = load("student")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    for steps in range(9):
+        where = layout(batch.input_ids, batch.lengths, batch.prompt_lengths)
+        with torch.no_grad():
+            logp = student(batch.input_ids, batch.lengths, batch.prompt_lengths).logp
+        stream = batch.map(where.pack)
+        given = {
+            "loss_mask": where.loss_mask,
+            "labels": kdloss.next_token_labels(stream.input_ids, cu_seqlens=where.cu_seqlens),
+            "advantages": kdloss.broadcast_to_tokens(
+                batch.advantages, cu_seqlens=where.cu_seqlens, total_tokens=where.total_tokens
+            ),
+        }
+        of_sequences = {"rewards": batch.rewards, "group_size": 4}
+        tensors = (logp, stream.old_logp, stream.teacher_logp)
+        report = kdloss.check_batch(*tensors, **given, **of_sequences, cu_seqlens=where.cu_seqlens)
+        assert report.ok, report
+        assert {finding.verdict for finding in report.findings} == {"ok"}
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            return kdloss.unpack(x, cu_seqlens=where.cu_seqlens, length=batch.input_ids.shape[1])  # noqa: B023
+
+        padded = kdloss.check_batch(*map(rows, tensors), **{name: rows(x) for name, x in given.items()}, **of_sequences)
+        assert padded.ok, padded
+        late = kdloss.to_token_positions(stream.teacher_logp, cu_seqlens=where.cu_seqlens, fill=0.0)
+        report = kdloss.check_batch(logp, stream.old_logp, late, **given, cu_seqlens=where.cu_seqlens)
+        assert [found.check for found in report.findings if found.verdict == "wrong"] == ["teacher alignment"], steps
+        update(student, optimizer, batch, loss_kwargs=KDRL, max_weight=2.0)
+    assert (logp - stream.old_logp)[where.loss_mask].abs().mean() > 0.03  # stale indeed

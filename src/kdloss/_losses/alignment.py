@@ -93,6 +93,9 @@ def check_alignment(
         one by five standard errors of the difference; a few hundred trained tokens are enough for models with anything
         in common. `aligned` is True only if shift 0 is found. Log-probs below -10 count as -10.
 
+    Expected gradient:
+        None: for looking at a batch.
+
     Raises:
         TypeError: a per-token tensor is not floating-point, `loss_mask` is not bool, or `max_shift` is not an int.
         ValueError: shapes differ, `cu_seqlens` does not fit, or `max_shift` is not > 0.

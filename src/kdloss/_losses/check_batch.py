@@ -1,0 +1,380 @@
+"""Looks at a batch once, for a person: what is wrong with it, and what cannot be told."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdloss import _checks
+
+from .alignment import check_alignment
+
+Verdict = Literal["ok", "wrong", "cannot tell", "not given"]
+
+# What counts as wrong. In nats where nothing else is said.
+_ROUNDING = 1e-3  # above 0; a float32 log-softmax exceeds 0 by a few 1e-6 at most
+_SENTINEL = -9999.0  # what vLLM writes for "not scored" and for "excluded"
+_CERTAIN = 0.25  # share of the tokens below -1 for the student that a real teacher finds certain (exactly 0)
+_STALE = 0.5  # mean |log ratio|; sixteen updates of the example move it to 0.13
+_SAME = 0.02  # mean |log ratio| below which the tokens count as on-policy
+_FAR = 5.0  # mean log q - log p; two models of one tokenizer are seldom 2 apart
+_EVIDENCE = 5.0  # standard errors of a mean
+
+
+class Finding(NamedTuple):
+    """One line of a `BatchReport`.
+
+    Attributes:
+        check: what was looked at, such as "loss_mask" or "teacher alignment".
+        verdict: "ok"; "wrong"; "cannot tell", where what was passed does not suffice; or "not given", where what the
+            check needs was not passed, so it cannot be told either.
+        text: what was found, and what to do about it.
+    """
+
+    check: str
+    verdict: Verdict
+    text: str
+
+
+class BatchReport(NamedTuple):
+    """The result of `check_batch`; `str(report)` is a table with one line per finding.
+
+    Attributes:
+        findings: one `Finding` per check, in the order of the table.
+    """
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if everything that was passed could be judged, and nothing is wrong."""
+        return all(finding.verdict in ("ok", "not given") for finding in self.findings)
+
+    def __str__(self) -> str:
+        """The table."""
+        count = {
+            v: sum(finding.verdict == v for finding in self.findings) for v in ("wrong", "cannot tell", "not given")
+        }
+        said = [f"{count['wrong']} wrong" if count["wrong"] else "nothing is wrong"]
+        said += [f"{n} cannot be told" for n in [count["cannot tell"]] if n]
+        said += [f"{n} not given" for n in [count["not given"]] if n]
+        lines = [f"check_batch: {', '.join(said)}"]
+        width = max(len(finding.check) for finding in self.findings)
+        for check, verdict, text in self.findings:
+            start = f"  {verdict.upper() if verdict == 'wrong' else verdict:11}  {check:{width}}  "
+            lines.append(textwrap.fill(text, 120, initial_indent=start, subsequent_indent=" " * len(start)))
+        return "\n".join(lines)
+
+
+def check_batch(
+    logp: Tensor,  # (T,) or (B, L)
+    old_logp: Tensor | None = None,  # as logp
+    teacher_logp: Tensor | None = None,  # as logp
+    *,
+    loss_mask: Tensor,  # as logp, bool
+    labels: Tensor | None = None,  # as logp, int64
+    advantages: Tensor | None = None,  # as logp
+    rewards: Tensor | None = None,  # (B,)
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,  # (B,) int64
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+) -> BatchReport:
+    """Check the first batch of a run for mistakes that raise no error: shifts, swaps, wrong scores, empty signals.
+
+        report = kdloss.check_batch(logp, old_logp, teacher_logp, loss_mask=loss_mask, labels=labels)
+        assert report.ok, report
+
+    Only trained tokens are read. What counts as wrong:
+
+    | check | wrong |
+    |---|---|
+    | `loss_mask` | no token is trained; a trained token has label -100 |
+    | log-probs | NaN; more than 1e-3 above 0 (probabilities, negated log-probs); -inf under the student |
+    | `teacher_logp` | -inf or -9999; exactly 0 at a quarter of the tokens that the student gives less than -1 |
+    | alignment | `check_alignment` finds a shift, a constant or nothing in common |
+    | ratio | mean of abs(logp - old_logp) above 0.5, or 1.5 times that of `teacher_logp`: are the two swapped? |
+    | distance | mean of logp - teacher_logp above 5 nats; or on-policy below 0 by five standard errors |
+    | `advantages` | one per sequence; NaN; 0 at every trained token |
+    | `rewards` | not finite; no group with two different rewards; groups of one; groups without a trained token |
+
+    Args:
+        logp: (T,) or (B, L) log-probs under the student, nats: a packed stream with `cu_seqlens`, or padded rows
+            without.
+        old_logp: log-probs under the policy that sampled. None: not given, which the losses take for on-policy.
+        teacher_logp: log-probs under the teacher. None: no teacher.
+        loss_mask: bool, True where a token is trained on.
+        labels: the token after each position, -100 where there is none. None: the mask cannot be compared with it.
+        advantages: per token. None: not given.
+        rewards: (B,) one per sequence. None: not given.
+        group_size: number of consecutive sequences of one prompt. None: not given.
+        group_ids: (B,) integers, equal within a group. None: not given. Give at most one of the two.
+        cu_seqlens: (B + 1,) cumulative lengths of a packed stream. None: each row is a sequence.
+
+    Returns:
+        `BatchReport`, on the host: this waits for the device and is meant for a person, once a run. `ok` is True if
+        everything that was passed could be judged, and nothing is wrong.
+
+    Expected gradient:
+        None: for looking at a batch.
+
+    Raises:
+        TypeError: a tensor has another dtype than above.
+        ValueError: shapes other than that of `advantages` differ, or `cu_seqlens` does not fit.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp = -torch.rand(400, generator=torch.Generator().manual_seed(0))
+        >>> mask = torch.ones(400, dtype=torch.bool)
+        >>> report = kdloss.check_batch(logp, None, logp.roll(1) - 0.1, loss_mask=mask)
+        >>> report.ok, [finding.check for finding in report.findings if finding.verdict == "wrong"]
+        (False, ['teacher alignment'])
+    """
+    _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, teacher_logp=teacher_logp)
+    _checks.floating(advantages=advantages, rewards=rewards)
+    if labels is not None:
+        _checks.integral(labels=labels)
+        _checks.same_shape("logp", logp, labels=labels)
+    if group_ids is not None:
+        _checks.integral(group_ids=group_ids)
+    if group_size is not None and group_ids is not None:
+        raise ValueError("group_size and group_ids exclude each other; pass one of them")
+    _checks.positive(group_size=group_size)
+    if cu_seqlens is None:
+        length = max(1, logp.shape[-1] if logp.ndim > 0 else 1)
+        bounds = list(range(0, logp.numel() + 1, length))
+    else:
+        _checks.packed_stream("logp", logp, cu_seqlens)
+        _checks.cumulative_lengths(cu_seqlens.cpu(), total_tokens=logp.shape[0])
+        bounds = cu_seqlens.tolist()
+    old, teacher = (None if x is None else x.detach().cpu().flatten() for x in (old_logp, teacher_logp))
+    batch = _Batch(logp.detach().cpu().flatten(), old, teacher, loss_mask.cpu().flatten(), bounds)
+    return BatchReport(
+        (
+            _mask(batch, None if labels is None else labels.cpu().flatten()),
+            _range("logp", batch.trained(batch.logp)),
+            *_behaviour(batch),
+            *_teacher(batch),
+            _advantages(batch, advantages, logp.shape),
+            _rewards(batch, rewards, group_size, group_ids),
+        )
+    )
+
+
+class _Batch(NamedTuple):
+    logp: Tensor  # (T,)
+    old_logp: Tensor | None
+    teacher_logp: Tensor | None
+    mask: Tensor
+    bounds: list[int]  # of the sequences
+
+    def trained(self, x: Tensor) -> Tensor:
+        return x[self.mask].double()
+
+    def trained_per_sequence(self) -> list[int]:
+        return [int(self.mask[start:stop].sum()) for start, stop in pairwise(self.bounds)]
+
+    def alignment(self, name: str, x: Tensor) -> Finding:
+        """Whether `x` is of the student's tokens: by its values if they are close to `logp`, else by correlation."""
+        check = f"{name.removesuffix('_logp')} alignment"
+        logp, other = self.trained(self.logp), self.trained(x)
+        spread = (logp - logp.mean()).abs().mean()
+        if (other - logp).abs().mean() < 0.1 * spread and bool((other != other[0]).any()):
+            return Finding(check, "ok", "aligned: the values are close to those of logp")
+        found = check_alignment(self.logp, x, loss_mask=self.mask, cu_seqlens=torch.tensor(self.bounds))
+        verdict: Verdict = "ok" if found.aligned else "wrong"
+        if found.verdict in ("too few tokens", "several shifts"):
+            verdict = "cannot tell"
+        return Finding(check, verdict, str(found).removeprefix("cannot tell: ").replace("teacher_logp", name))
+
+
+def _mask(batch: _Batch, labels: Tensor | None) -> Finding:
+    tokens, per_sequence = int(batch.mask.sum()), batch.trained_per_sequence()
+    sequences = f"{sum(map(bool, per_sequence))} of {len(per_sequence)} sequences"
+    found = f"{tokens} of {len(batch.mask)} tokens are trained, in {sequences}"
+    if tokens == 0:
+        return Finding("loss_mask", "wrong", f"{found}: nothing is learned")
+    if labels is None:
+        return Finding("loss_mask", "not given", f"{found}; pass labels= to see whether their labels are -100")
+    ignored = int((batch.mask & (labels == -100)).sum())
+    if ignored:
+        reason = (
+            f"{found}; {ignored} of them have label -100: is the mask at the tokens' own positions? Make it with "
+            "kdloss.response_mask, or pass loss_mask & (labels != -100)"
+        )
+        return Finding("loss_mask", "wrong", reason)
+    return Finding("loss_mask", "ok", found)
+
+
+def _range(name: str, x: Tensor) -> Finding:
+    """Whether values are log-probs of sampled tokens."""
+    missing, above = int(x.isnan().sum()), int((x > _ROUNDING).sum())
+    if missing:
+        return Finding(name, "wrong", f"NaN at {missing} trained tokens: leave them out of loss_mask, or score them")
+    if above and bool((x >= 0).all()):
+        what, remedy = ("probabilities", f"{name}.log()") if bool((x <= 1).all()) else ("negated log-probs", f"-{name}")
+        return Finding(name, "wrong", f"no value is below 0: these are {what}; pass {remedy}")
+    if above:
+        return Finding(name, "wrong", f"{above} values are above 0, up to {float(x.max()):.3g}: these are no log-probs")
+    excluded = int((x == -math.inf).sum())
+    if excluded and name != "teacher_logp":
+        return Finding(
+            name, "wrong", f"-inf at {excluded} trained tokens: a policy that excludes them never sampled them"
+        )
+    finite = x[x > _SENTINEL]
+    return Finding(name, "ok", f"mean {float(finite.mean()):.3f} nats" if len(finite) else "no finite value")
+
+
+def _behaviour(batch: _Batch) -> Iterator[Finding]:
+    if batch.old_logp is None:
+        text = (
+            "cannot be told whether the tokens are on-policy: old_logp=None says that the student sampled them as it is"
+        )
+        yield Finding("old_logp", "not given", text)
+        return
+    old = batch.trained(batch.old_logp)
+    yield (found := _range("old_logp", old))
+    if found.verdict != "ok" or not _usable(batch):
+        return
+    aligned = batch.alignment("old_logp", batch.old_logp)
+    yield aligned
+    logp = batch.trained(batch.logp)
+    moved = float((logp - old).abs().mean())
+    text = f"mean |logp - old_logp| is {moved:.3f} nats"
+    other = math.inf if batch.teacher_logp is None else float((logp - batch.trained(batch.teacher_logp)).abs().mean())
+    if aligned.verdict != "wrong" and moved > 0.05 and other < min(_STALE, moved / 1.5):
+        yield Finding(
+            "ratio", "wrong", f"{text}, and teacher_logp is closer to logp ({other:.3f}): are the two swapped?"
+        )
+    elif moved > _STALE:
+        reason = (
+            f"{text}: the ratio of the first step is far from 1. Score logp and old_logp for the same tokens, at the "
+            "sampling temperature, and with the same weights"
+        )
+        yield Finding("ratio", "wrong", reason)
+    else:
+        yield Finding("ratio", "ok", text)
+
+
+def _teacher(batch: _Batch) -> Iterator[Finding]:
+    if batch.teacher_logp is None:
+        yield Finding("teacher_logp", "not given", "no teacher: nothing can be told of a distillation term")
+        return
+    teacher = batch.trained(batch.teacher_logp)
+    found = _range("teacher_logp", teacher)
+    if found.verdict != "ok" or not _usable(batch):
+        yield found
+        return
+    logp = batch.trained(batch.logp)
+    sentinels = int((teacher <= _SENTINEL).sum())
+    unlikely = logp < -1
+    certain = int((unlikely & (teacher == 0)).sum())
+    if sentinels == len(teacher):
+        yield Finding("teacher_logp", "wrong", f"{float(teacher[0]):g} at every trained token: nothing was scored")
+        return
+    if sentinels:
+        reason = (
+            f"{sentinels} values are -inf or -9999, which servers write for a token that is excluded or not scored: "
+            "leave these tokens out of loss_mask, or bound their reward by kd_reward_clip"
+        )
+        yield Finding("teacher_logp", "wrong", reason)
+    elif certain >= 5 and certain >= _CERTAIN * int(unlikely.sum()):
+        reason = (
+            f"exactly 0 at {certain} of {int(unlikely.sum())} tokens that the student gives less than -1: were missing "
+            "scores filled with 0, a probability of 1? Fill them with NaN, and leave them out of loss_mask"
+        )
+        yield Finding("teacher_logp", "wrong", reason)
+    else:
+        yield found
+    yield batch.alignment("teacher_logp", batch.teacher_logp)
+    yield _distance(batch, logp, teacher)
+
+
+def _distance(batch: _Batch, logp: Tensor, teacher: Tensor) -> Finding:
+    scored = teacher > _SENTINEL
+    gap = (logp - teacher)[scored]
+    mean, error = float(gap.mean()), float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else math.inf
+    text = f"mean logp - teacher_logp is {mean:.3f} ± {error:.3f} nats"
+    if mean > _FAR:
+        reason = (
+            f"{text}: the teacher finds the tokens impossible. Has it another tokenizer, or did it score other tokens?"
+        )
+        return Finding("distance", "wrong", reason)
+    on_policy = batch.old_logp is None or float((logp - batch.trained(batch.old_logp)).abs().mean()) < _SAME
+    if on_policy and mean < -0.05 and mean < -_EVIDENCE * error:
+        reason = (
+            f"{text}: tokens that the student sampled cannot be likelier under the teacher on average. Were they "
+            "sampled at another temperature, or with top-p (pass old_logp), or written by the teacher (use sft_loss)?"
+        )
+        return Finding("distance", "wrong", reason)
+    return Finding("distance", "ok", text)
+
+
+def _usable(batch: _Batch) -> bool:
+    """Whether the student's log-probs can be compared with others."""
+    return bool(batch.mask.any()) and _range("logp", batch.trained(batch.logp)).verdict == "ok"
+
+
+def _advantages(batch: _Batch, advantages: Tensor | None, shape: torch.Size) -> Finding:
+    if advantages is None:
+        return Finding("advantages", "not given", "nothing can be told of an RL term")
+    if advantages.shape != shape:
+        hint = ""
+        if advantages.shape == (len(batch.bounds) - 1,):
+            hint = ", one per sequence: pass kdloss.broadcast_to_tokens(advantages, cu_seqlens=..., total_tokens=...)"
+        return Finding(
+            "advantages", "wrong", f"shape {tuple(advantages.shape)} is not that of logp, {tuple(shape)}{hint}"
+        )
+    trained = batch.trained(advantages.detach().cpu().flatten())
+    unusable = int((~trained.isfinite()).sum())
+    if unusable:
+        return Finding("advantages", "wrong", f"NaN or infinite at {unusable} trained tokens")
+    zero = int((trained == 0).sum())
+    if zero == len(trained):
+        reason = "0 at every trained token: the RL term teaches nothing. Do the rewards differ within any group?"
+        return Finding("advantages", "wrong", reason)
+    return Finding(
+        "advantages", "ok", f"root mean square {float(trained.square().mean().sqrt()):.3f}; 0 at {zero} tokens"
+    )
+
+
+def _rewards(batch: _Batch, rewards: Tensor | None, group_size: int | None, group_ids: Tensor | None) -> Finding:
+    if rewards is None:
+        return Finding("rewards", "not given", "nothing can be told of groups without a spread")
+    counts = torch.tensor(batch.trained_per_sequence())
+    values = rewards.detach().cpu()
+    if values.shape != counts.shape:
+        shape = tuple(values.shape)
+        reason = f"shape {shape} is not one per sequence, ({len(counts)},); pass cu_seqlens for a packed stream"
+        return Finding("rewards", "wrong", reason)
+    if not bool(values.isfinite().all()):
+        return Finding("rewards", "wrong", f"{int((~values.isfinite()).sum())} are NaN or infinite")
+    text = f"mean {float(values.double().mean()):.3f}" if len(values) else "no sequence"
+    if group_size is None and group_ids is None:
+        return Finding(
+            "rewards", "not given", f"{text}; pass group_size= or group_ids= to see whether they differ in groups"
+        )
+    if group_size is not None and len(values) % group_size:
+        return Finding("rewards", "wrong", f"{len(values)} sequences are not a multiple of group_size {group_size}")
+    if group_ids is not None and group_ids.shape != values.shape:
+        shape = tuple(group_ids.shape)
+        return Finding("rewards", "wrong", f"group_ids of shape {shape} are not one per sequence, ({len(values)},)")
+    ids = torch.arange(len(values)) // (group_size or 1) if group_ids is None else group_ids.cpu()
+    groups = [ids == i for i in ids.unique()]
+    empty = sum(not counts[group].any() for group in groups)
+    single = sum(int(group.sum()) == 1 for group in groups)
+    spread = sum(bool((values[group] != values[group][0]).any()) for group in groups)
+    text += f"; {spread} of {len(groups)} groups have different rewards"
+    if empty:
+        return Finding("rewards", "wrong", f"{text}; {empty} groups have no trained token: are the responses empty?")
+    if single:
+        reason = f"{text}; {single} groups have one response, whose group-relative advantage is always 0"
+        return Finding("rewards", "wrong", reason)
+    if not spread:
+        return Finding("rewards", "wrong", f"{text}: every group-relative advantage is 0")
+    return Finding("rewards", "ok", text)
