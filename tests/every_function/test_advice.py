@@ -31,6 +31,7 @@ HERE = "every_function/test_advice.py"
 HEADS, MODELS = "_softmax/test_output_head.py", "_softmax/test_output_head_models.py"
 SHARDED = "scale_out/cases_heads.py"
 CALLS = "testing/test_calls.py"
+BATCH = "_losses/test_check_batch.py"
 DIFFERENTIATION, FUSED = "every_function/test_differentiation.py", "_logprobs/test_fused.py"
 AREAL, NEMO, SLIME = (f"integrations/test_{name}.py" for name in ("areal", "nemo_rl", "slime"))
 PRIME, OPENRLHF, TRL = (f"integrations/test_{name}.py" for name in ("prime_rl", "openrlhf", "trl"))
@@ -127,6 +128,24 @@ FOLLOWED = {
         "test_other_adapters_are_refused_with_the_way_out",
         "logits",
     ),
+    # check_batch
+    "or pass loss_mask & (labels != -100)": (
+        BATCH,
+        "test_the_ways_out_lead_to_a_sound_batch",
+        "loss_mask=late & (labels != -100)",
+    ),
+    "is not one per sequence, ({},); pass cu_seqlens": (BATCH, "check", "batch | changes"),
+    "group_size and group_ids exclude each other; pass": (
+        BATCH,
+        "test_sound_batches_are_ok",
+        "group_size=None, group_ids=",
+    ),
+    "; pass labels= to see": (BATCH, "rollout", '"labels": labels'),
+    "leave them out of loss_mask, or score": (BATCH, "test_the_ways_out_lead_to_a_sound_batch", "~missing.isnan()"),
+    "no value is below 0: these are": (BATCH, "test_the_ways_out_lead_to_a_sound_batch", "logp.exp().log()"),
+    "Score logp and old_logp for the same tokens": (BATCH, "test_sound_batches_are_ok", "rollout(seed"),
+    "one per sequence: pass kdloss.broadcast": (BATCH, "test_the_ways_out_lead_to_a_sound_batch", "advantages=spread"),
+    "; pass group_size= or group_ids=": (BATCH, "rollout", '"group_size": 4'),
     # adapters of trainers and servers
     "use to_prediction_positions": (
         "_losses/test_alignment.py",
