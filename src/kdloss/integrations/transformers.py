@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kdloss import _checks
 
-# The bound is a share of the distance from each sequence alone to all of them run as one sequence. Rounding moved log-probs
-# of SmolLM2-135M (30 layers, 101 tokens, V = 49152) by 3e-6 of that distance in float32, by 0.004 in float16 (whose
-# mantissa TF32 has) and by 0.04 in bfloat16. In a random Mixtral in float16 it sent tokens to other experts: 0.09.
-# The smallest leak seen, through the convolutions of a random LFM2, was 1.7e-4.
+# The bound is a share of the distance from each sequence alone to all of them run as one sequence. Rounding moved
+# log-probs of SmolLM2-135M (30 layers, 101 tokens, V = 49152) by 3e-6 of that distance in float32, by 0.004 in float16
+# (whose mantissa TF32 has) and by 0.04 in bfloat16. In a random Mixtral in float16 it reached 0.09: tokens went to
+# other experts. The smallest leak seen, through the convolutions of a random LFM2, was 1.7e-4.
 _SHARE, _SHARE_16_BIT = 1 / 20000, 1 / 8
 _RESOLVED = 1e-4  # nats
 
@@ -37,8 +37,8 @@ def check_packed(model: torch.nn.Module, *, lengths: Iterable[int] = (5, 7)) -> 
     - joined: the row as one sequence, `model(input_ids=(1, T), use_cache=False)`. Its largest difference from alone is
       how far log-probs move when sequences see each other. The bound is a share of that, so it fits models of any size.
 
-    The model runs in eval mode without gradients, and afterwards every module has its mode back. The global random state
-    is not used. Every rank of a sharded model must call this.
+    The model runs in eval mode without gradients, and afterwards every module has its mode back. The global random
+    state is not used. Every rank of a sharded model must call this.
 
     Args:
         model: a causal language model of transformers, or another module that is called as above and returns logits
@@ -53,11 +53,11 @@ def check_packed(model: torch.nn.Module, *, lengths: Iterable[int] = (5, 7)) -> 
 
     Raises:
         TypeError: `model` is not a module or returns no logits, or `lengths` are not ints.
-        ValueError: the difference is above the bound. In float32 the bound is 1/20000 of the joined difference; rounding
-            reached 1/300000. It is 1/8 where parameters or logits have 16 bits, and under autocast or TF32; rounding
-            reached 1/25 in bfloat16, and 1/11 where it sent tokens to other experts. No `position_ids`, a cache and a
-            mask of ones reach about 1. Convolutions and recurrent states that run on into the next sequence may stay
-            below 1/8, so check a hybrid model in float32.
+        ValueError: the difference is above the bound. In float32 the bound is 1/20000 of the joined difference;
+            rounding reached 1/300000. It is 1/8 where parameters or logits have 16 bits, and under autocast or TF32;
+            rounding reached 1/25 in bfloat16, and 1/11 where it sent tokens to other experts. Without `position_ids`,
+            with a cache or with a mask of ones, the difference is about as large as the joined one. It may be below 1/8
+            where only convolutions or recurrent states run on into the next sequence: check a hybrid model in float32.
         ValueError: log-probs are NaN, or the joined difference is below 1e-4 nats, as with a head of zeros. The check
             then cannot tell.
         ValueError: `lengths` has fewer than two entries or one < 1, or logits have the wrong shape.
@@ -87,17 +87,17 @@ def check_packed(model: torch.nn.Module, *, lengths: Iterable[int] = (5, 7)) -> 
         raise ValueError("log-probs of the model are NaN")
     if far < _RESOLVED:
         raise ValueError(
-            "cannot tell whether the sequences of a packed row see each other: where the row is run as one sequence, its "
-            f"log-probs are within {far:.1e} nats of those of each sequence alone. A head of zeros does that; pass a model "
-            "with random or trained weights"
+            "cannot tell whether the sequences of a packed row see each other: where the row is run as one sequence, "
+            f"its log-probs are within {far:.1e} nats of those of each sequence alone. A head of zeros does that; pass "
+            "a model with random or trained weights"
         )
     share = _SHARE if is_float32 else _SHARE_16_BIT
     if not off <= share * far < float("inf"):
         raise ValueError(
             f"log-probs of a packed row are up to {off:.3g} nats from those of each sequence alone. The bound is "
-            f"{share * far:.3g}, 1/{1 / share:.0f} of the {far:.3g} nats where the row is run as one sequence. A packed "
-            "row needs position_ids that restart at every sequence, use_cache=False and no attention_mask. If the model "
-            "got these, load it with another attn_implementation, or run padded rows and use kdloss.pack"
+            f"{share * far:.3g}, 1/{1 / share:.0f} of the {far:.3g} nats where the row is run as one sequence. A "
+            "packed row needs position_ids that restart at every sequence, use_cache=False and no attention_mask. If "
+            "the model got these, load it with another attn_implementation, or run padded rows and use kdloss.pack"
         )
     return off
 
@@ -133,7 +133,7 @@ def _three_ways(model: torch.nn.Module, sizes: list[int]) -> tuple[Tensor, Tenso
 
 
 def _multiplies_in_float32(device: torch.device) -> bool:
-    """False under autocast or TF32, which round 1 + 2**-12 to 1. How torch is asked for either depends on its version."""
+    """False under autocast or TF32, which round 1 + 2**-12 to 1. How to ask torch for either depends on its version."""
     x = torch.full((256, 256), 1 + 2**-12, device=device)
     return bool((x @ torch.eye(256, device=device) == x).all())
 
