@@ -34,14 +34,30 @@ GEMMA = {
     "attn_logit_softcapping": 5.0,
 }
 SPARSE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-SEPARATE = {"Llama": {}, "Qwen3": {}, "Gemma2": GEMMA, "Gemma3": GEMMA, "Qwen3Moe": SPARSE}
+SEPARATE = {
+    "Llama": {},
+    "Qwen3": {},
+    "Gemma2": GEMMA,
+    "Gemma3": GEMMA,
+    "Qwen3Moe": SPARSE,
+    "Mixtral": {"num_local_experts": 4},
+}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4}
+LINEAR = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 16,
+}
 # What lets sequences see each other with position_ids that restart: no mask made from them, a convolution, a state.
 MIX = {
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 32},
     "Lfm2": {"layer_types": ["conv", "full_attention"]},
     "FalconH1": MAMBA,
     "Mamba": {},
+    "Qwen3Next": SPARSE | LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
 }
 FAR = "log-probs of a packed row are up to .* nats from those of each sequence alone"
 
