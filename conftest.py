@@ -41,6 +41,7 @@ SLOW = (
     "tests/every_function/test_invariants_distributions.py",
     "tests/every_function/test_invariants_packing.py",
     "tests/examples",
+    "tests/integrations/test_transformers.py",
     "tests/scale_out",
     "tests/testing/test_audit.py",
     "tests/testing/test_calls.py",

@@ -35,6 +35,7 @@ BATCH = "_losses/test_check_batch.py"
 DIFFERENTIATION, FUSED = "every_function/test_differentiation.py", "_logprobs/test_fused.py"
 AREAL, NEMO, SLIME = (f"integrations/test_{name}.py" for name in ("areal", "nemo_rl", "slime"))
 PRIME, OPENRLHF, TRL = (f"integrations/test_{name}.py" for name in ("prime_rl", "openrlhf", "trl"))
+MODEL = "integrations/test_transformers.py"
 
 # A part of the text: the file and the test that follow its advice, and code of that test that does.
 FOLLOWED = {
@@ -229,6 +230,21 @@ FOLLOWED = {
     "divide a sum as you need it": (TRL, "test_divergences_are_the_textbooks", '"reduction": "sum"'),
     "train on text with KDRLTrainer": (TRL, "test_what_is_logged", "_generate_and_score_completions(inputs)"),
     "pass a copy, or its path": (TRL, "test_what_is_logged", "KDRL("),
+    "pass a model with random or trained weights": (
+        MODEL,
+        "test_a_head_of_zeros_hides_everything",
+        "normal_(std=0.02)",
+    ),
+    "load it with another attn_implementation": (
+        MODEL,
+        "test_an_attention_without_masks_is_found_and_another_one_works",
+        'set_attn_implementation("sdpa")',
+    ),
+    "run padded rows and use kdloss.pack": (
+        MODEL,
+        "test_models_that_do_not_separate_sequences_are_found_and_padded_rows_work",
+        "kdloss.pack(",
+    ),
     "pass each choice as the answer": (
         "integrations/test_answers.py",
         "test_each_of_several_choices_is_the_answer_of_a_sequence",
