@@ -56,6 +56,11 @@ FOLLOWED = {
     "leave it out to distill": (HERE, "test_a_direct_penalty_is_left_out", "kdloss.kdrl_loss(*inputs, **options)"),
     "under FSDP2, use kdloss.output_head": (SHARDED, "loss", "kdloss.output_head(head)"),
     "pad them, labels with -100": ("scale_out/cases_vocabulary.py", "case_dtensors_of_two_dimensions", ", -100)"),
+    "pass loss_mask & {}, or response_mask(": (
+        "_logprobs/test_numerics.py",
+        "test_a_trained_row_without_a_label_is_refused_with_the_count_and_ways_out",
+        "kdloss.response_mask(torch.tensor([2]), cu_seqlens=cu_seqlens)",
+    ),
     "pass the number of tokens, such as": (
         "_packing/test_layout.py",
         "test_the_number_of_tokens_is_read_on_the_cpu_and_asked_for_elsewhere",
