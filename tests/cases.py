@@ -745,7 +745,7 @@ TABLE["diagnostics"] = Entry(
         _LOGGED,
         on_policy={"old_logp": None},
         teacher_logp={"teacher_logp": TEACHER},
-        excluded={"teacher_logp": EXCLUDING_TEACHER},
+        excluded={"teacher_logp": put(EXCLUDING_TEACHER, 2, -9999.0)},
         entropy={"entropy": garbage(uniform(0, 2, T)), "teacher_logp": TEACHER},
         nothing={"loss_mask": NOTHING, "teacher_logp": TEACHER, "entropy": TEACHER},
         rows=rows(_LOGGED),

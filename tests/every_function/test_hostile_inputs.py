@@ -229,6 +229,16 @@ def test_diagnostics_count_excluded_tokens():
     torch.testing.assert_close(statistics["teacher_logp"], batch.teacher_logp[left].mean())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_diagnostics_count_what_servers_write_for_minus_infinity(dtype):
+    """vLLM writes -9999 into JSON. A log-prob of -5000, as from a temperature of 0.01, is real."""
+    teacher_logp = torch.tensor([-1.0, -9999.0, -math.inf, -5000.0, -9999.0, -2.0]).to(dtype)
+    mask = torch.tensor([True, True, True, True, False, True])
+    statistics = kdloss.diagnostics(torch.full((6,), -1.0), None, loss_mask=mask, teacher_logp=teacher_logp)
+    assert statistics["teacher_neg_inf"] == 2
+    assert statistics["teacher_logp"].item() == pytest.approx(teacher_logp[[0, 3, 5]].double().mean().item())
+
+
 # An overflowing ratio times a zero advantage is 0, not NaN.
 
 SURROGATES: dict[str, Callable[..., kdloss.Surrogate]] = {

@@ -37,7 +37,7 @@ class KDRLMixin:
     `class Mine(KDRLMixin, MyGRPOTrainer)`.
 
     Metrics: all of TRL's, plus `distill/reverse_kl` (nats per token, over all ranks) and `distill/teacher_neg_inf`
-    (number of trained tokens to which the teacher gives probability 0).
+    (number of trained tokens that the teacher excludes: -inf, or a server's -9999).
 
     Args:
         *args, **kwargs: those of GRPOTrainer.
