@@ -199,6 +199,11 @@ FOLLOWED = {
     "let the rollout return them": (SLIME, "test_what_reads_the_sampler_needs_it", "run("),
     "divide a sum as you need it": (TRL, "test_divergences_are_the_textbooks", '"reduction": "sum"'),
     "train on text with KDRLTrainer": (TRL, "test_what_is_logged", "_generate_and_score_completions(inputs)"),
+    "pass a copy made before the trainer": (
+        "trainers/trl/test_grpo.py",
+        "test_a_teacher_that_shares_parameters_is_refused_and_each_way_out_works",
+        "copy.deepcopy(teacher)",
+    ),
     "pass a copy, or its path": (TRL, "test_what_is_logged", "KDRL("),
     "pass each choice as the answer": (
         "integrations/test_answers.py",

@@ -184,6 +184,13 @@ def test_what_cannot_work_is_refused(inputs):
     model = Policy()
     with pytest.raises(ValueError, match="teacher_model is the model that is trained"):
         NoTeacher(model, teacher_model=model)
+    shares = Policy()
+    shares.table = model.table
+    with pytest.raises(
+        ValueError, match=r"must share no parameters .*, got 1 that it does, such as table: pass a copy"
+    ):
+        NoTeacher(model, teacher_model=shares)
+    assert model.table.requires_grad
     trainer = KDRL(Policy())
     with pytest.raises(NotImplementedError, match="images: the teacher is scored on text only"):
         trainer._generate_and_score_completions({**inputs, "pixel_values": torch.zeros(1)})
