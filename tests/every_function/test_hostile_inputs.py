@@ -642,7 +642,8 @@ def test_labels_outside_the_vocabulary(label, linear, monkeypatch):
 def test_more_trained_tokens_than_the_bound(bound, monkeypatch):
     hidden = torch.ones(4, 3, requires_grad=True)
     weight = torch.ones(5, 3)
-    labels, mask = torch.tensor([1, 2, -100, 4]), torch.ones(4, dtype=torch.bool)
+    labels = torch.tensor([1, 2, -100, 4])
+    mask = labels != -100
 
     def call(**options: Any) -> Tensor:
         return kdloss.linear_token_logprobs(hidden, weight, labels, loss_mask=mask, **options)
@@ -651,9 +652,11 @@ def test_more_trained_tokens_than_the_bound(bound, monkeypatch):
         call(max_trained_tokens=bound)
     assert torch.equal(call(max_trained_tokens=3), call())
     monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)
-    # no trained row passes for a result, and the untrained one stays 0
-    assert call(max_trained_tokens=bound).isnan().tolist() == [True, True, False, True]
-    assert torch.equal(call(max_trained_tokens=3), call())
+    # no trained row passes for a result, and the one without a label stays 0, also where the mask trains it
+    for trained in (labels != -100, torch.ones(4, dtype=torch.bool)):
+        mask = trained
+        assert call(max_trained_tokens=bound).isnan().tolist() == [True, True, False, True]
+        assert torch.equal(call(max_trained_tokens=3), call())
 
 
 def that_take(keyword: str) -> list[str]:
