@@ -454,6 +454,14 @@ _BAD_HEAD = [
     Bad("bias is elsewhere", {"bias": BIAS.to("meta")}, ValueError, "bias must be on hidden's device cpu, got meta"),
     *(bad for bad in bad_mask("hidden") if "short" not in bad.what),
     Bad("loss_mask is short", {"loss_mask": MASK[1:]}, ValueError, "loss_mask must match ...hidden (17,), got (16,)"),
+    Bad(
+        "loss_mask is True where labels are ignored",
+        {"loss_mask": torch.arange(T) > 2},
+        ValueError,
+        "loss_mask must be False where labels are -100 (ignored), got True at 7 of 14 trained tokens; pass loss_mask & "
+        "(labels != -100), or response_mask(prompt_lengths, cu_seqlens=cu_seqlens) in place of a mask at token "
+        "positions, which is one position late",
+    ),
     *finite("logit_scale"),
     Bad("bound is low", {"max_trained_tokens": 8}, ValueError, "max_trained_tokens must hold the 9 ...tokens, got 8"),
     Bad("bound is negative", {"max_trained_tokens": -1}, ValueError, "max_trained_tokens must be >= 0, got -1"),

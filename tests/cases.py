@@ -268,7 +268,7 @@ _DENSE = torch.where(MASK, _LABELS, 10**9)
 _FROM_HIDDEN = variants(
     {"hidden": _HIDDEN, "weight": _HEAD, "labels": _LABELS},
     loss_mask={"labels": _DENSE, "loss_mask": MASK},
-    both={"loss_mask": torch.arange(T) % 2 == 0},
+    both={"loss_mask": MASK & (torch.arange(T) % 2 == 0)},
     bias={"bias": _BIAS},
     temperature={"temperature": 0.7},
     temperature_tensor={"temperature": _TEMPERATURES},
@@ -281,7 +281,7 @@ _FROM_HIDDEN = variants(
     k_labels={"labels": _K_LABELS},
     full={
         "labels": _K_LABELS,
-        "loss_mask": torch.arange(T) != 2,
+        "loss_mask": MASK & (torch.arange(T) != 2),
         "bias": _BIAS,
         "temperature": _TEMPERATURES,
         "softcap": 2.5,
@@ -745,7 +745,7 @@ TABLE["diagnostics"] = Entry(
         _LOGGED,
         on_policy={"old_logp": None},
         teacher_logp={"teacher_logp": TEACHER},
-        excluded={"teacher_logp": EXCLUDING_TEACHER},
+        excluded={"teacher_logp": put(EXCLUDING_TEACHER, 2, -9999.0)},
         entropy={"entropy": garbage(uniform(0, 2, T)), "teacher_logp": TEACHER},
         nothing={"loss_mask": NOTHING, "teacher_logp": TEACHER, "entropy": TEACHER},
         rows=rows(_LOGGED),

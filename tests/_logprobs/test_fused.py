@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss import _checks
 from kdloss._logprobs import fused
 from kdloss._softmax import head
 
@@ -23,8 +24,8 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-MASK = torch.arange(T) % 3 != 1
 LABELS = torch.randint(0, V, (T,), generator=torch.Generator().manual_seed(8)).index_fill(0, torch.tensor([3]), -100)
+MASK = (torch.arange(T) % 3 != 1) & (LABELS != -100)
 OLD, TEACHER, ADVANTAGES = normal(T, seed=3) - 2, normal(T, seed=4) - 2, normal(T, seed=5)
 INPUTS = (OLD, TEACHER, ADVANTAGES, MASK)
 
@@ -269,7 +270,7 @@ def test_a_loss_that_depends_on_a_quantile_of_the_batch_is_refused(seed):
 
 def test_a_tensor_of_all_tokens_is_a_token_input_and_not_captured():
     given = leaves(with_bias=False)
-    with pytest.raises(ValueError, match=r"failed on 9 of 13: .*\(9\).*\(13\).*must be a token input"):
+    with pytest.raises(ValueError, match=r"failed on 8 of 13: .*\(8\).*\(13\).*must be a token input"):
         kdloss.fused_linear_loss(*given, LABELS, lambda logp, entropy: logp * OLD, loss_mask=MASK)
     found = kdloss.fused_linear_loss(*given, LABELS, lambda logp, entropy, old: logp * old, OLD, loss_mask=MASK).loss
     expected, _ = two_steps(*given, LABELS, lambda logp, entropy, old: logp * old, OLD, loss_mask=MASK)
@@ -314,13 +315,59 @@ def test_token_inputs_must_be_per_token():
 
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_the_bound_counts_the_tokens_of_the_mask(with_gradient):
-    """Trained tokens without a label have a loss too, so they count, with a gradient or without."""
     hidden, weight = leaves(with_bias=False)
-    labels = LABELS.masked_fill(MASK & (torch.arange(T) > 6), -100)
     count = int(MASK.sum())
     with torch.set_grad_enabled(with_gradient):
-        kdloss.fused_linear_loss(hidden, weight, labels, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=count)
+        kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=count)
         with pytest.raises(ValueError, match=f"max_trained_tokens must hold the {count} trained tokens"):
             kdloss.fused_linear_loss(
-                hidden, weight, labels, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=count - 1
+                hidden, weight, LABELS, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=count - 1
             )
+
+
+UNLABELLED = LABELS.masked_fill(MASK & (torch.arange(T) > 6), -100)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_a_trained_token_without_a_label_is_refused(with_gradient):
+    hidden, weight = leaves(with_bias=False)
+    with torch.set_grad_enabled(with_gradient):
+        with pytest.raises(ValueError, match=r"got True at 4 of 8 trained tokens; pass loss_mask & \(labels != -100\)"):
+            kdloss.fused_linear_loss(hidden, weight, UNLABELLED, token_loss, *INPUTS, loss_mask=MASK)
+        mask = MASK & (UNLABELLED != -100)
+        found = kdloss.fused_linear_loss(hidden, weight, UNLABELLED, token_loss, *INPUTS, loss_mask=mask)
+        expected, _ = two_steps(hidden, weight, LABELS, token_loss, *INPUTS, loss_mask=mask)
+    torch.testing.assert_close(found.loss, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_where_values_are_not_read_a_trained_token_without_a_label_has_a_loss(with_gradient, compiled, monkeypatch):
+    """Its log-prob and entropy are 0, and it counts in the denominator and in the bound: a GPU, or `torch.compile`."""
+    if not compiled:
+        monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)
+    hidden, weight = leaves(with_bias=False)
+    count = int(MASK.sum())
+
+    def fused(bound: int | None) -> Tensor:
+        return kdloss.fused_linear_loss(
+            hidden, weight, UNLABELLED, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=bound
+        ).loss
+
+    def apart() -> Tensor:
+        return two_steps(hidden, weight, UNLABELLED, token_loss, *INPUTS, loss_mask=MASK)[0]
+
+    if compiled:
+        fused, apart = (torch.compile(x, fullgraph=True, backend="aot_eager") for x in (fused, apart))
+    mask = MASK & (UNLABELLED != -100)
+    labelled = kdloss.linear_token_logprobs_and_entropy(hidden, weight, UNLABELLED, loss_mask=mask)
+    expected = kdloss.token_mean(token_loss(labelled.logp, labelled.entropy, *INPUTS), loss_mask=MASK)
+    with torch.set_grad_enabled(with_gradient):
+        results = [apart(), fused(None), fused(count)]
+        assert fused(count - 1).isnan()
+    for found in results:
+        torch.testing.assert_close(found.detach(), expected.detach(), **CLOSE)
+        if with_gradient:
+            pairs = (torch.autograd.grad(x, (hidden, weight), retain_graph=True) for x in (found, expected))
+            for x, y in zip(*pairs, strict=True):
+                torch.testing.assert_close(x, y, **CLOSE)

@@ -47,12 +47,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 HEAD_OPTIONS: dict[str, dict[str, Any]] = {
     **OPTIONS,
     "logit_scale": {"logit_scale": 0.3},
-    "loss_mask": {"loss_mask": torch.tensor([True, False, True, True])},
-    "static bound": {"loss_mask": torch.tensor([True, False, True, True]), "max_trained_tokens": 3},
+    "loss_mask": {"loss_mask": torch.tensor([True, False, False, True])},
+    "static bound": {"loss_mask": torch.tensor([True, False, False, True]), "max_trained_tokens": 3},
     "all": {
         **OPTIONS["all"],
         "logit_scale": 0.3,
-        "loss_mask": torch.tensor([True, True, True, False]),
+        "loss_mask": torch.tensor([True, True, False, False]),
         "max_trained_tokens": 3,
     },
 }
@@ -235,7 +235,7 @@ def test_strides_do_not_matter(layout, dtype):
 
 def test_strides_of_labels_masks_and_temperatures_do_not_matter():
     logits, hidden, weight = normal(4, V), normal(4, D), normal(V, D, seed=1)
-    labels, mask = LABELS["three"], torch.tensor([True, False, True, True])
+    labels, mask = LABELS["three"], torch.tensor([True, False, False, True])
     temperature = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
     odd_temperature = torch.stack([temperature, temperature], -1)[:, 0]
     odd_labels, odd_mask = labels.T.contiguous().T, torch.stack([mask, ~mask], -1)[:, 0]
@@ -337,10 +337,13 @@ def dense(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, mask: Te
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("bound", [None, "tight", "loose"])
-@pytest.mark.parametrize("mask", [[True] * 4, [False, True, True, False], [False, False, True, False], [False] * 4])
+# the third row is without a label
+@pytest.mark.parametrize(
+    "mask", [[True, True, False, True], [False, True, False, True], [False, True, False, False], [False] * 4]
+)
 def test_compacted_rows_are_the_dense_ones(labels, bound, mask):
     loss_mask = torch.tensor(mask)
-    used = (loss_mask & (labels.reshape(4, -1) != -100).any(-1)).sum().item()
+    used = loss_mask.sum().item()
     limit = {None: None, "tight": used, "loose": 4}[bound]
     leaves = [x.requires_grad_() for x in (normal(4, D), normal(V, D, seed=1), normal(V, seed=2))]
     out = kdloss.linear_token_logprobs_and_entropy(
@@ -383,6 +386,27 @@ def test_labels_of_untrained_rows_are_not_read():
     labels = torch.tensor([1, V + 5, 2, 3])
     expected = kdloss.linear_token_logprobs(hidden, weight, torch.tensor([1, 0, 2, 3]), loss_mask=mask)
     assert torch.equal(kdloss.linear_token_logprobs(hidden, weight, labels, loss_mask=mask), expected)
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_a_trained_row_without_a_label_is_refused_with_the_count_and_ways_out(labels):
+    """The most common fault is a mask at token positions: it is True at the last position, which predicts nothing."""
+    hidden, weight = normal(4, D), normal(V, D, seed=1)
+    kept = labels != -100 if labels.ndim == 1 else (labels != -100).any(-1)
+    for function in (kdloss.linear_token_logprobs, kdloss.linear_token_logprobs_and_entropy):
+        with pytest.raises(ValueError, match=r"got True at 1 of 4 trained tokens; pass loss_mask & \(labels != -100\)"):
+            function(hidden, weight, labels, loss_mask=torch.ones(4, dtype=torch.bool))
+    mask = torch.ones(4, dtype=torch.bool) & kept
+    found = kdloss.linear_token_logprobs(hidden, weight, labels, loss_mask=mask)
+    assert torch.equal(found, kdloss.linear_token_logprobs(hidden, weight, labels))
+
+    cu_seqlens, ids = torch.tensor([0, 4]), torch.tensor([1, 5, 2, 3])
+    labels = kdloss.next_token_labels(ids, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=r"or response_mask\(prompt_lengths, cu_seqlens=cu_seqlens\)"):
+        kdloss.linear_token_logprobs(hidden, weight, labels, loss_mask=torch.arange(4) >= 2)
+    mask = kdloss.response_mask(torch.tensor([2]), cu_seqlens=cu_seqlens)
+    found = -kdloss.token_mean(kdloss.linear_token_logprobs(hidden, weight, labels, loss_mask=mask), loss_mask=mask)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy((hidden @ weight.T)[1:3], ids[2:]))
 
 
 # Error, against float64

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss import _checks
 from kdloss._logprobs import fused
 from kdloss._triton import _compaction
 from triton_harness import DEVICE, normal, poisoned
 
 T, D, V = 7, 4, 300
-MASK = (torch.arange(T) % 3 != 1).to(DEVICE)
 LABELS = torch.randint(0, V, (T,), generator=torch.Generator().manual_seed(8)).index_fill(0, torch.tensor([3]), -100)
 LABELS = LABELS.to(DEVICE)
+MASK = (torch.arange(T, device=DEVICE) % 3 != 1) & (LABELS != -100)
 INPUTS = (normal(T, seed=3) - 5, normal(T, seed=4) - 5, normal(T, seed=5), MASK)
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -114,6 +115,20 @@ def test_float16_gradients_wait_for_the_incoming_scale():
 @pytest.mark.parametrize("mask", [torch.zeros(T, dtype=torch.bool), torch.arange(T) == 2])
 def test_none_and_one_trained_token(mask):
     inputs, mask = leaves(torch.float32, bias=False), mask.to(DEVICE)
+    with poisoned():
+        found = [
+            kdloss.fused_linear_loss(*inputs, LABELS, token_loss, *INPUTS[:3], mask, loss_mask=mask, impl=impl)
+            for impl in ("triton", "torch")
+        ]
+        gradients = [torch.autograd.grad(out.loss, inputs) for out in found]
+    for x, y in zip([*found[0], *gradients[0]], [*found[1], *gradients[1]], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trained_token_without_a_label_has_a_loss_where_values_are_not_read(monkeypatch):
+    monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)  # as on a GPU
+    inputs, mask = leaves(torch.float32, bias=False), torch.arange(T, device=DEVICE) % 3 != 1
+    assert (mask & (LABELS == -100)).sum() == 1
     with poisoned():
         found = [
             kdloss.fused_linear_loss(*inputs, LABELS, token_loss, *INPUTS[:3], mask, loss_mask=mask, impl=impl)

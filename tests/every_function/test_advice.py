@@ -58,6 +58,11 @@ FOLLOWED = {
     "leave it out to distill": (HERE, "test_a_direct_penalty_is_left_out", "kdloss.kdrl_loss(*inputs, **options)"),
     "under FSDP2, use kdloss.output_head": (SHARDED, "loss", "kdloss.output_head(head)"),
     "pad them, labels with -100": ("scale_out/cases_vocabulary.py", "case_dtensors_of_two_dimensions", ", -100)"),
+    "pass loss_mask & {}, or response_mask(": (
+        "_logprobs/test_numerics.py",
+        "test_a_trained_row_without_a_label_is_refused_with_the_count_and_ways_out",
+        "kdloss.response_mask(torch.tensor([2]), cu_seqlens=cu_seqlens)",
+    ),
     "pass the number of tokens, such as": (
         "_packing/test_layout.py",
         "test_the_number_of_tokens_is_read_on_the_cpu_and_asked_for_elsewhere",
@@ -229,6 +234,11 @@ FOLLOWED = {
     "let the rollout return them": (SLIME, "test_what_reads_the_sampler_needs_it", "run("),
     "divide a sum as you need it": (TRL, "test_divergences_are_the_textbooks", '"reduction": "sum"'),
     "train on text with KDRLTrainer": (TRL, "test_what_is_logged", "_generate_and_score_completions(inputs)"),
+    "pass a copy made before the trainer": (
+        "trainers/trl/test_grpo.py",
+        "test_a_teacher_that_shares_parameters_is_refused_and_each_way_out_works",
+        "copy.deepcopy(teacher)",
+    ),
     "pass a copy, or its path": (TRL, "test_what_is_logged", "KDRL("),
     "pass a model with random or trained weights": (
         MODEL,

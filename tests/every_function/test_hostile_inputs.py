@@ -229,6 +229,16 @@ def test_diagnostics_count_excluded_tokens():
     torch.testing.assert_close(statistics["teacher_logp"], batch.teacher_logp[left].mean())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_diagnostics_count_what_servers_write_for_minus_infinity(dtype):
+    """vLLM writes -9999 into JSON. A log-prob of -5000, as from a temperature of 0.01, is real."""
+    teacher_logp = torch.tensor([-1.0, -9999.0, -math.inf, -5000.0, -9999.0, -2.0]).to(dtype)
+    mask = torch.tensor([True, True, True, True, False, True])
+    statistics = kdloss.diagnostics(torch.full((6,), -1.0), None, loss_mask=mask, teacher_logp=teacher_logp)
+    assert statistics["teacher_neg_inf"] == 2
+    assert statistics["teacher_logp"].item() == pytest.approx(teacher_logp[[0, 3, 5]].double().mean().item())
+
+
 # An overflowing ratio times a zero advantage is 0, not NaN.
 
 SURROGATES: dict[str, Callable[..., kdloss.Surrogate]] = {
@@ -632,7 +642,8 @@ def test_labels_outside_the_vocabulary(label, linear, monkeypatch):
 def test_more_trained_tokens_than_the_bound(bound, monkeypatch):
     hidden = torch.ones(4, 3, requires_grad=True)
     weight = torch.ones(5, 3)
-    labels, mask = torch.tensor([1, 2, -100, 4]), torch.ones(4, dtype=torch.bool)
+    labels = torch.tensor([1, 2, -100, 4])
+    mask = labels != -100
 
     def call(**options: Any) -> Tensor:
         return kdloss.linear_token_logprobs(hidden, weight, labels, loss_mask=mask, **options)
@@ -641,9 +652,11 @@ def test_more_trained_tokens_than_the_bound(bound, monkeypatch):
         call(max_trained_tokens=bound)
     assert torch.equal(call(max_trained_tokens=3), call())
     monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)
-    # no trained row passes for a result, and the untrained one stays 0
-    assert call(max_trained_tokens=bound).isnan().tolist() == [True, True, False, True]
-    assert torch.equal(call(max_trained_tokens=3), call())
+    # no trained row passes for a result, and the one without a label stays 0, also where the mask trains it
+    for trained in (labels != -100, torch.ones(4, dtype=torch.bool)):
+        mask = trained
+        assert call(max_trained_tokens=bound).isnan().tolist() == [True, True, False, True]
+        assert torch.equal(call(max_trained_tokens=3), call())
 
 
 def that_take(keyword: str) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import kdloss
 from invariant_cases import CASES, Case, Outcome, case_name, evaluate, options
+from kdloss.testing import reference
 from kdloss.testing.strategies import (
     GroupedRewards,
     HeadBatch,
@@ -255,6 +257,45 @@ def test_advantages_of_nearly_equal_rewards_do_not_depend_on_their_order():
     for order in itertools.permutations(range(5)):
         advantages = kdloss.group_relative_advantages(rewards[list(order)], group_size=5, eps=0)
         close(advantages, exact[list(order)], scale=1, what=str(order))
+
+
+# One ulp of float32 and of float64 rewards, and two sums of the same parts.
+ROUNDED = {
+    "float32": torch.tensor([10.0] * 7 + [10.000001]),
+    "float64": torch.tensor([10.0] * 7 + [10.000000000000002], dtype=torch.float64),
+    "negative": torch.tensor([-10.0] * 7 + [-10.000001]),
+    "sums": torch.tensor([(0.1 + 0.2) + 0.3, 0.1 + (0.2 + 0.3)], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("rewards", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+def test_rewards_that_differ_by_rounding_have_no_advantage(rewards, eps):
+    size = len(rewards)
+    assert rewards.max() > rewards.min()
+    assert not kdloss.group_relative_advantages(rewards, group_size=size, eps=eps).any()
+    oracle = reference.group_relative_advantages(rewards.numpy(), group_size=size, eps=eps)
+    assert not oracle.any()
+    # nothing is divided here, so the difference stays as small as it is
+    for function in (kdloss.leave_one_out_advantages, partial(kdloss.group_relative_advantages, scale_by_std=False)):
+        found = function(rewards, group_size=size)
+        close(found.sum(), torch.zeros_like(found.sum()), scale=1, what="sum")
+        assert 0 < found.abs().max() < 2e-6
+    # ten ulp are a spread, and so is one in another group of the same call
+    wider = rewards + 10 * (rewards - rewards.min())
+    other = torch.tensor([0.0, 1.0]).repeat(size // 2 + 1)[:size].to(rewards)
+    found = kdloss.group_relative_advantages(torch.cat([wider, rewards, other]), group_size=size, eps=0.0)
+    assert (found.reshape(3, size).abs().amax(1) > 0.5).tolist() == [True, False, True]
+    close(found[2 * size :], (other - other.mean()) / other.std(), scale=1, what="another group")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rewards_differ_where_their_bits_do(dtype):
+    """Their resolution is coarse, 0.03 at 10 in bfloat16: a difference of one ulp may be a real one."""
+    rewards = torch.tensor([10.0] * 7 + [10.0 * (1 + torch.finfo(dtype).eps)], dtype=dtype)
+    found = kdloss.group_relative_advantages(rewards, group_size=8)
+    assert found[-1] > 2
+    assert not kdloss.group_relative_advantages(rewards[:7], group_size=7).any()
 
 
 def logits_outcome(batch: LogitsBatch, shape: tuple[int, ...] | None = None, **options: Any) -> Outcome:

@@ -136,7 +136,9 @@ def test_the_ratio_is_against_vllms_log_probs_where_it_has_them(inputs, updated)
 def test_what_is_logged(inputs):
     trainer = KDRL(Policy(), distill_loss_weight=0.0)
     mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
-    inputs["teacher"][mask.nonzero()[3].tolist()[0], mask.nonzero()[3].tolist()[1]] = -torch.inf
+    for place, excluded in ((3, -torch.inf), (1, -9999.0)):  # a server's -inf
+        row, column = mask.nonzero()[place].tolist()
+        inputs["teacher"][row, column] = excluded
     batch = trainer._generate_and_score_completions(inputs)
     trainer.model.eval()
     trainer._compute_loss(trainer.model, batch)
@@ -144,7 +146,7 @@ def test_what_is_logged(inputs):
     batch = trainer._generate_and_score_completions(inputs)
     trainer.model.train()
     trainer._compute_loss(trainer.model, batch)
-    assert trainer._metrics["eval"]["distill/teacher_neg_inf"] == [3.0]  # one per rank, on three ranks
+    assert trainer._metrics["eval"]["distill/teacher_neg_inf"] == [6.0]  # two per rank, on three ranks
     assert trainer._metrics["train"]["distill/teacher_neg_inf"] == [0.0]
     expected = (trainer.model.table.detach() + 1)[mask].mean().item()
     assert trainer._metrics["train"]["distill/reverse_kl"] == [pytest.approx(expected, rel=1e-6)]
@@ -182,6 +184,13 @@ def test_what_cannot_work_is_refused(inputs):
     model = Policy()
     with pytest.raises(ValueError, match="teacher_model is the model that is trained"):
         NoTeacher(model, teacher_model=model)
+    shares = Policy()
+    shares.table = model.table
+    with pytest.raises(
+        ValueError, match=r"must share no parameters .*, got 1 that it does, such as table: pass a copy"
+    ):
+        NoTeacher(model, teacher_model=shares)
+    assert model.table.requires_grad
     trainer = KDRL(Policy())
     with pytest.raises(NotImplementedError, match="images: the teacher is scored on text only"):
         trainer._generate_and_score_completions({**inputs, "pixel_values": torch.zeros(1)})

@@ -50,7 +50,7 @@ def labels_and_mask(ranks: Ranks, k: int | None) -> tuple[Tensor, Tensor]:
     labels[4] = -100
     labels[6] = 0
     mask = torch.ones(T, dtype=torch.bool)
-    mask[[0, 7]] = False
+    mask[[0, 4, 7]] = False
     return labels, mask
 
 
@@ -408,6 +408,14 @@ def case_bad_set_ups(ranks: Ranks) -> None:
         vocab_size=2,
     )
     raises(ValueError, "vocab_size must be in 1 .. 23", kdloss.token_logprobs, mine, labels, shard=shard, vocab_size=24)
+    weight = part(ranks.normal(V, D, seed=1), shard, 0)
+    unlabelled, mask = labels.index_fill(0, torch.tensor([1]), -100), torch.ones(3, dtype=torch.bool)
+    rows = (ranks.normal(3, D), weight)
+    options = {"loss_mask": mask, "shard": shard}
+    message = "loss_mask must be False where labels are -100 (ignored), got True at 1 of 3 trained tokens"
+    raises(ValueError, message, kdloss.linear_token_logprobs, *rows, unlabelled, **options)
+    raises(ValueError, message, kdloss.fused_linear_loss, *rows, unlabelled, lambda lp, e: -lp, **options)
+    assert kdloss.linear_token_logprobs(*rows, labels, **options).isfinite().all()
 
 
 @on(4)

@@ -135,11 +135,18 @@ LOGITS: dict[str, Callable[[LogitsBatch], bool]] = {
     **{str(dtype): lambda b, dtype=dtype: b.logits.dtype == dtype for dtype in DTYPES},
 }
 
+
+def labelled(batch: HeadBatch) -> torch.Tensor:
+    valid = batch.labels != -100
+    return valid.any(-1) if valid.ndim > 1 else valid
+
+
 HEADS: dict[str, Callable[[HeadBatch], bool]] = {
     "no row": lambda b: b.hidden.shape[0] == 0,
     "rows, none trained": lambda b: b.hidden.shape[0] > 0 and not b.loss_mask.any(),
     "everything trained": lambda b: b.hidden.shape[0] > 0 and bool(b.loss_mask.all()),
-    "a trained row without a label": lambda b: bool((b.loss_mask & ~b.used).any()),
+    "a row without a label": lambda b: not bool(labelled(b).all()),
+    "an untrained row with a label": lambda b: bool((labelled(b) & ~b.loss_mask).any()),
     "NaN in a row that is not used": lambda b: bool(b.hidden[~b.used].isnan().any()),
     "inf in a row that is not used": lambda b: bool(b.hidden[~b.used].isinf().any()),
     "a width of one": lambda b: b.hidden.shape[1] == 1,

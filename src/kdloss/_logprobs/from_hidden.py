@@ -77,7 +77,8 @@ def linear_token_logprobs(
     Raises:
         {TypeError}
         ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
-            run, or (on the CPU) a label is outside the vocabulary or there are more than `max_trained_tokens`.
+            run, or (on the CPU) a label is outside the vocabulary, `loss_mask` is True where every label is -100, or
+            there are more trained tokens than `max_trained_tokens`.
 
     Example:
         >>> import torch, kdloss
@@ -140,7 +141,8 @@ def linear_token_logprobs_and_entropy(
     Raises:
         {TypeError}
         ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
-            run, or (on the CPU) a label is outside the vocabulary or there are more than `max_trained_tokens`.
+            run, or (on the CPU) a label is outside the vocabulary, `loss_mask` is True where every label is -100, or
+            there are more trained tokens than `max_trained_tokens`.
 
     Example:
         >>> import torch, kdloss

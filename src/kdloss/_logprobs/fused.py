@@ -91,7 +91,8 @@ def fused_linear_loss(
             loss of a token depends only on that token. It is called on some of the tokens at a time, and more than
             once. Tensors that it captures get no gradient, and may not be per token: pass those in `token_inputs`.
         *token_inputs: per-token tensors of any dtype, (T,) or (T, ...), detached; 0-dim tensors and None are passed on.
-        loss_mask: (T,) bool, True where a token is trained on.
+        loss_mask: (T,) bool, True where a token is trained on. A True where the label is -100 raises on the CPU;
+            elsewhere `token_loss` gets log-prob 0 and entropy 0 there, and the token counts in the denominator.
         normalizer: the denominator, a number or a 0-dim tensor, detached. None: the count of `loss_mask`.
         {bias}
         {temperature}
@@ -113,9 +114,10 @@ def fused_linear_loss(
         {TypeError}
         ValueError: shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
             run; `token_loss` does not return (t,), changes its inputs in place, or fails on some of the tokens; or, on
-            the CPU, a label is outside the vocabulary, there are more than `max_trained_tokens`, two calls of
-            `token_loss` differ, or the loss of one token moves with another (a sequence-level ratio, a discount): such
-            a loss needs `linear_token_logprobs` and a loss on whole sequences.
+            the CPU, a label is outside the vocabulary, `loss_mask` is True where the label is -100, there are more
+            trained tokens than `max_trained_tokens`, two calls of `token_loss` differ, or the loss of one token moves
+            with another (a sequence-level ratio, a discount): such a loss needs `linear_token_logprobs` and a loss on
+            whole sequences.
 
     Example:
         >>> import torch, kdloss

@@ -31,8 +31,9 @@ def group_relative_advantages(
         eps: >= 0, added to the sample standard deviation (n - 1).
 
     Returns:
-        (B,) detached. Exactly 0 in a group of one, and in a group whose rewards are all equal (its maximum is its
-        minimum).
+        (B,) detached. Exactly 0 in a group of one, and in a group whose rewards are all equal. With `scale_by_std`,
+        rewards that differ by rounding only are equal: maximum - minimum <= 4 * eps * max |r|, where eps is that of
+        float32, and of float64 for float64 rewards. So half-precision rewards are equal only where their bits are.
 
     Expected gradient:
         r_i - mean has (G - 1)/G of the policy gradient (the baseline contains the response itself). Dividing by the
@@ -57,11 +58,14 @@ def group_relative_advantages(
     _checks.flag(scale_by_std=scale_by_std)
     groups = _Groups(rewards, group_size, group_ids)
     centred = groups.centred
+    # tested on the rewards, not on the std: a rounded mean can leave 1e-9 / 1e-9
+    equal = groups.spread == 0
     if scale_by_std:
         variance = groups.sum(centred.square()) / (groups.size - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + eps)
-    # tested on the rewards, not on the std: a rounded mean can leave 1e-9 / 1e-9
-    return torch.where(groups.all_equal, 0, centred).to(groups.dtype)
+        # one ulp between rewards of 10 is 1e-6, which the division would turn into an advantage of 0.6
+        equal = groups.spread <= 4 * torch.finfo(groups.dtype).eps * groups.largest
+    return torch.where(equal, 0, centred).to(groups.dtype)
 
 
 def leave_one_out_advantages(
@@ -99,7 +103,7 @@ def leave_one_out_advantages(
     groups = _Groups(rewards, group_size, group_ids)
     # r_i - (S - r_i)/(n - 1) = (r_i - S/n) * n/(n - 1)
     advantages = groups.centred * groups.size / (groups.size - 1).clamp(min=1)
-    return torch.where(groups.all_equal, 0, advantages).to(groups.dtype)
+    return torch.where(groups.spread == 0, 0, advantages).to(groups.dtype)
 
 
 def fold_kd_reward(
@@ -181,9 +185,10 @@ class _Groups:
         centred = rewards - self.sum(rewards) / self.size
         # centred twice: the mean has a rounding error of the size of the rewards, which matters where they nearly agree
         self.centred = centred - self.sum(centred) / self.size
-        neighbour_differs = bucket.diff().eq(0) & rewards[order].diff().ne(0)
-        differs = torch.cat([torch.zeros_like(rewards[:1]), neighbour_differs.to(rewards.dtype)])
-        self.all_equal = self.sum(torch.empty_like(rewards).index_copy(0, order, differs)) == 0
+        both = torch.stack([rewards, -rewards])
+        index = self._bucket.expand_as(both)
+        ends = torch.zeros_like(both).scatter_reduce(1, index, both, "amax", include_self=False).gather(1, index)
+        self.spread, self.largest = ends.sum(0), ends.amax(0)  # max r - min r, and max |r|
 
     def sum(self, x: Tensor) -> Tensor:
         """(B,) -> (B,): the sum over the group of each entry."""

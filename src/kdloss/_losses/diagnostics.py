@@ -12,6 +12,10 @@ from kdloss._packing.reductions import token_mean
 from .estimators import masked_log_ratio
 from .texts import LOSS_ARGS
 
+# Nats. Servers write -9999 for -inf, which bfloat16 rounds to this. Real log-probs are above: the logits of a language
+# model span at most a few hundred, so a log-prob is above -5000 even at a temperature of 0.1.
+_EXCLUDED = -9984.0
+
 
 @documented(LOSS_ARGS)
 def diagnostics(
@@ -32,9 +36,12 @@ def diagnostics(
     | `approx_kl` | nats | mean of rho - 1 - log rho, an estimate of KL(old || new) |
     | `effective_sample_size` | - | (sum rho)^2 / (tokens * sum rho^2), 1 on-policy, towards 0 as weights degenerate |
     | `reverse_kl` | nats | mean of logp - teacher_logp, with `teacher_logp` |
-    | `teacher_logp` | nats | mean over the tokens where it is finite, with `teacher_logp` |
-    | `teacher_neg_inf` | tokens | trained tokens that the teacher excludes (-inf), with `teacher_logp` |
+    | `teacher_logp` | nats | mean over the tokens that the teacher does not exclude, with `teacher_logp` |
+    | `teacher_neg_inf` | tokens | trained tokens that the teacher excludes, with `teacher_logp` |
     | `entropy` | nats | mean, with `entropy` |
+
+    The teacher excludes a token where `teacher_logp` <= -9984: at -inf, and at the -9999 that vLLM writes into JSON for
+    -inf and for a token that it did not score (-9999 is -9984 in bfloat16).
 
     Args:
         logp: (T,) or any shape: log-probs of the tokens under the student, nats. Detached.
@@ -87,7 +94,7 @@ def diagnostics(
         "effective_sample_size": torch.where(tokens > 0, mean(scaled).square() / mean(scaled.square()), 0),
     }
     if teacher_logp is not None:
-        excluded = loss_mask & (teacher_logp == -torch.inf)
+        excluded = loss_mask & (teacher_logp <= _EXCLUDED)
         statistics["reverse_kl"] = mean(masked_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp))
         statistics["teacher_logp"] = mean(teacher_logp, loss_mask & ~excluded)
         statistics["teacher_neg_inf"] = excluded.sum()

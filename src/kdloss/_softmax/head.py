@@ -30,7 +30,9 @@ HEAD_ARGS = {
     "weight": "(V, D) the student's output head, of any floating dtype. Differentiable.",
     "bias": "(V,) bias of the student's head. Differentiable. None: no bias.",
     "labels": "(T,) int64, or (T, K) for K labels per row. -100 is ignored.",
-    "loss_mask": "(T,) bool, True where a token is trained on. None: every row that has a label.",
+    "loss_mask": """(T,) bool, True where a token is trained on. None: every row that has a label. A True where every
+        label of the row is -100 raises on the CPU; elsewhere the row has log-prob 0 without gradient, and counts in a
+        mean over the mask.""",
     "temperature": """> 0, a number or (T,); logits are divided by it after `bias`, `logit_scale` and `softcap`, in that
         order. It carries no gradient, and there is no T² factor.""",
     "softcap": "c > 0: the student's logits become c * tanh(logits / c). None: no softcap.",

@@ -138,7 +138,10 @@ def label_columns(labels: Tensor, rows: torch.Size, vocab_size: int) -> tuple[Te
 
 
 def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask: Tensor | None = None) -> None:
-    """Raise unless labels are int64 (*rows,) or (*rows, K), and -100 or inside the vocabulary where trained on."""
+    """Raise unless labels are int64 (*rows,) or (*rows, K), and -100 or inside the vocabulary where trained on.
+
+    A row that `loss_mask` trains has a label that is not ignored.
+    """
     _checks.tensors(labels=labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be torch.int64, got {labels.dtype}; convert them with labels.long()")
@@ -146,14 +149,22 @@ def check_labels(labels: Tensor, rows: torch.Size, vocab_size: int, *, loss_mask
         raise ValueError(
             f"labels must be {_checks.axes(*rows)} or {_checks.axes(*rows, 'K')}, got {tuple(labels.shape)}"
         )
-    if _checks.value_checks_allowed(labels):
-        bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
-        if loss_mask is not None:
-            bad &= loss_mask.reshape(loss_mask.shape + (1,) * (labels.ndim - loss_mask.ndim))
-        if bad.any():
-            raise ValueError(
-                f"labels must be {IGNORE_INDEX} (ignored) or in 0 .. {vocab_size - 1}, got {int(labels[bad][0])}"
-            )
+    if not _checks.value_checks_allowed(labels):
+        return
+    bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+    if loss_mask is not None:
+        bad &= loss_mask.reshape(loss_mask.shape + (1,) * (labels.ndim - loss_mask.ndim))
+    if bad.any():
+        raise ValueError(
+            f"labels must be {IGNORE_INDEX} (ignored) or in 0 .. {vocab_size - 1}, got {int(labels[bad][0])}"
+        )
+    if loss_mask is not None and (count := int((loss_mask & ~labelled(labels, rows)).sum())) > 0:
+        kept = f"(labels != {IGNORE_INDEX})" + ("" if labels.shape == rows else ".any(-1)")
+        raise ValueError(
+            f"loss_mask must be False where labels are {IGNORE_INDEX} (ignored), got True at {count} of "
+            f"{int(loss_mask.sum())} trained tokens; pass loss_mask & {kept}, or response_mask(prompt_lengths, "
+            "cu_seqlens=cu_seqlens) in place of a mask at token positions, which is one position late"
+        )
 
 
 def labelled(labels: Tensor, rows: torch.Size) -> Tensor:

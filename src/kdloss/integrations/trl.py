@@ -9,7 +9,8 @@ Layout: (B, L) right-padded completions; entry l belongs to completion token l.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,12 +38,14 @@ class KDRLMixin:
     `class Mine(KDRLMixin, MyGRPOTrainer)`.
 
     Metrics: all of TRL's, plus `distill/reverse_kl` (nats per token, over all ranks) and `distill/teacher_neg_inf`
-    (number of trained tokens to which the teacher gives probability 0).
+    (number of trained tokens that the teacher excludes: -inf, or a server's -9999).
 
     Args:
         *args, **kwargs: those of GRPOTrainer.
         teacher_model: a model, or a path or hub id to load one from. It is scored at `args.temperature`, like the
-            student. None is for subclasses that override `teacher_logps`, and for a `distill_loss_weight` of 0.
+            student. The base model of a PEFT student is scored with the student's adapters disabled, and is not
+            frozen; any other model that shares parameters with the student is refused. None is for subclasses that
+            override `teacher_logps`, and for a `distill_loss_weight` of 0.
         teacher_model_init_kwargs: arguments for loading it, such as `{"dtype": "bfloat16"}`.
         distill_loss_weight: factor of the distillation term; an attribute, which a callback may change. 0 leaves TRL's
             loss and gradient unchanged, and still logs the reverse KL.
@@ -62,7 +65,7 @@ class KDRLMixin:
     Raises:
         ImportError: TRL is missing, or has a version that the adapter was not tested with.
         ValueError: an option is out of range, `args.loss_type` is unknown, or the teacher is missing, is the trained
-            model, or lacks some of its tokens.
+            model, shares parameters with it, or lacks some of its tokens.
         NotImplementedError: the batch contains images.
     """
 
@@ -81,6 +84,7 @@ class KDRLMixin:
     ) -> None:
         require("trl", **_TRL)
         self.teacher_model = None
+        self._teacher_is_base = False
         self.distill_loss_weight = distill_loss_weight
         self.rl_loss_weight = rl_loss_weight
         # KDRLConfig checks the ranges and the combinations of options
@@ -118,15 +122,30 @@ class KDRLMixin:
             return None
         trainer: Any = super()
         args, training = this.args, this.model.training
-        with torch.no_grad():
+        with torch.no_grad(), self._teacher_to_score() as teacher:
             logps: Tensor = trainer._get_per_token_logps_and_entropies(
-                self.teacher_model,
+                teacher,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
                 torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
                 inputs["completion_ids"].shape[1],
                 batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
             )[0]
         return logps
+
+    @contextmanager
+    def _teacher_to_score(self) -> Iterator[Any]:
+        """The teacher in eval mode; the student without its adapters, where the teacher is its base model."""
+        this: Any = self
+        if not self._teacher_is_base:
+            yield self.teacher_model
+            return
+        student, training = this.accelerator.unwrap_model(this.model), this.model.training
+        with student.disable_adapter():
+            this.model.eval()
+            try:
+                yield this.model
+            finally:
+                this.model.train(training)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         trainer: Any = super()
@@ -221,6 +240,18 @@ class KDRLMixin:
             raise ValueError(f"teacher_model must be given where distill_loss_weight is {self.distill_loss_weight}")
         if teacher_model is this.model:
             raise ValueError("teacher_model is the model that is trained: pass a copy, or its path")
+        if not isinstance(teacher_model, torch.nn.Module):
+            return
+        of_peft = getattr(this.model, "disable_adapter", None) is not None
+        self._teacher_is_base = of_peft and teacher_model is this.model.get_base_model()
+        trained = set(map(id, this.model.parameters()))
+        shared = [name for name, x in teacher_model.named_parameters() if id(x) in trained]
+        if shared and not self._teacher_is_base:
+            raise ValueError(
+                f"teacher_model must share no parameters with the model that is trained, got {len(shared)} that it "
+                f"does, such as {shared[0]}: pass a copy made before the trainer, copy.deepcopy(teacher_model), or its "
+                "path"
+            )
 
     def _prepared_teacher(self, teacher: Any, init_kwargs: dict[str, Any]) -> Any:
         """The teacher, loaded, frozen, scoring at the sampling temperature, and placed like TRL's reference model."""
@@ -234,6 +265,8 @@ class KDRLMixin:
         tokens, known = len(this._tokenizer), teacher.config.get_text_config().vocab_size
         if known < tokens:
             raise ValueError(f"teacher_model must know the student's {tokens} tokens, but its vocabulary has {known}")
+        if self._teacher_is_base:  # it is trained, placed and given its temperature as part of the student
+            return teacher
         teacher.requires_grad_(False).eval()
         utils.add_fused_lm_head(teacher, temperature=this.temperature)
         if this.is_deepspeed_enabled:

@@ -350,7 +350,7 @@ def head_batches(
     max_vocab: int = 9,
     max_width: int = 4,
 ) -> HeadBatch:
-    """Hidden states with NaN and inf in unused rows; none, some or all rows trained; one or several labels per row.
+    """Hidden states with NaN and inf in unused rows; none, some or all rows that have a label are trained.
 
     Args:
         draw: passed by hypothesis.
@@ -385,12 +385,13 @@ def head_batches(
 
     shape = (rows,) if labels_per_row is None else (rows, labels_per_row)
     labels = torch.randint(0, vocab, shape, generator=generator)
+    labels = labels.masked_fill(torch.rand(shape, generator=generator) < 0.3, -100)
     batch = HeadBatch(
         hidden=normal(rows, width),
         weight=normal(vocab, width),
         bias=normal(vocab) if with_bias else None,
-        labels=labels.masked_fill(torch.rand(shape, generator=generator) < 0.3, -100),
-        loss_mask=torch.rand(rows, generator=generator) < keep,
+        labels=labels,
+        loss_mask=_labelled(labels) & (torch.rand(rows, generator=generator) < keep),
     )
     garbage = torch.tensor(_GARBAGE)[torch.randint(0, len(_GARBAGE), (rows, 1), generator=generator)]
     return replace(batch, hidden=torch.where(batch.used[:, None], batch.hidden, garbage.to(dtype)))

@@ -7,6 +7,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch.testing import assert_close
@@ -254,6 +255,98 @@ def test_a_teacher_from_a_path_and_one_of_your_own(student, teacher, tmp_path):
     assert (generated(served)["teacher_per_token_logps"] == -1.5).all()
     served.train()
     assert served.state.global_step == 3
+
+
+LORA = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=8, lora_dropout=0.5)
+# TRL wraps the model, or gets one that is wrapped; with beta > 0 it adds a frozen copy of the adapter to the latter
+PEFT = [("peft_config", 0.0), ("peft_config", 0.1), ("PeftModel", 0.0), ("PeftModel", 0.1)]
+
+
+@pytest.mark.parametrize(("wrapped_by", "beta"), PEFT)
+def test_the_base_of_a_peft_student_is_a_teacher_without_its_adapters(student, tmp_path, wrapped_by, beta):
+    base, alone = copy.deepcopy(student), copy.deepcopy(student)
+    for layer in base.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # a teacher has no dropout
+    given = base if wrapped_by == "peft_config" else peft.get_peft_model(base, LORA)
+    trainer = KDRLTrainer(
+        model=given,
+        reward_funcs=tiny.in_order,
+        args=tiny.grpo_config(tmp_path, beta=beta, learning_rate=0.1),
+        train_dataset=tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+        teacher_model=base,
+        distill_loss_weight=1.0,
+        rl_loss_weight=1.0,
+        **({"peft_config": LORA} if wrapped_by == "peft_config" else {}),
+    )
+    flags = {name: x.requires_grad for name, x in trainer.model.named_parameters()}
+    adapters = [name for name, trainable in flags.items() if trainable]
+    assert adapters
+    assert all("lora_" in name and ".ref." not in name for name in adapters)
+
+    def excess():
+        """The student's log-probs less the teacher's, which are those of the base model alone."""
+        inputs = generated(trainer)
+        mask = inputs["completion_mask"].bool()
+        modes = {x.training for x in trainer.model.modules()}
+        assert_close(
+            inputs["teacher_per_token_logps"][mask], scored(trainer, inputs, alone)[mask], atol=2e-5, rtol=1e-5
+        )
+        assert trainer.model.training
+        assert modes == {True}
+        trainer.model.eval()
+        found = (scored(trainer, inputs) - inputs["teacher_per_token_logps"])[mask].detach()
+        return found, inputs
+
+    at_start, inputs = excess()
+    assert_close(at_start, torch.zeros_like(at_start), atol=2e-5, rtol=0)  # B is 0
+    weights = dict(trainer.model.named_parameters())
+    trainer._compute_loss(trainer.model, inputs).backward()
+    assert {name for name, x in weights.items() if x.grad is not None} == set(adapters)
+    trainer.model.zero_grad()
+    frozen = {name: x.detach().clone() for name, x in weights.items() if name not in adapters}
+    trainer.train()
+    assert all(torch.equal(weights[name], x) for name, x in frozen.items())
+    assert excess()[0].abs().max() > 1e-2
+    assert {name: x.requires_grad for name, x in trainer.model.named_parameters()} == flags
+
+
+def test_a_teacher_that_shares_parameters_is_refused_and_each_way_out_works(student, tmp_path):
+    def make(model, teacher, **keywords):
+        return KDRLTrainer(
+            model=model,
+            reward_funcs=tiny.in_order,
+            args=tiny.grpo_config(tmp_path),
+            train_dataset=tiny.prompts(),
+            processing_class=tiny.tokenizer(),
+            teacher_model=teacher,
+            **keywords,
+        )
+
+    def pair():
+        teacher, trained = tiny.model(seed=3), copy.deepcopy(student)
+        teacher.set_input_embeddings(trained.get_input_embeddings())
+        return trained, teacher
+
+    trained, teacher = pair()
+    message = (
+        r"must share no parameters with the model that is trained, got 1 .* model\.embed_tokens\.weight: pass a copy"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(trained, teacher)
+    assert all(x.requires_grad for x in trained.parameters())
+    base = copy.deepcopy(student)  # two models with adapters on one base
+    trained, teacher = (peft.get_peft_model(base, LORA, adapter_name=name) for name in ("default", "other"))
+    with pytest.raises(ValueError, match="must share no parameters"):
+        make(trained, teacher)
+    for way_out in ("copy", "path"):
+        trained, teacher = pair()
+        other = copy.deepcopy(teacher)
+        if way_out == "path":
+            teacher.save_pretrained(tmp_path / "teacher")
+            other = str(tmp_path / "teacher")
+        make(trained, other).train()
+        assert all(x.requires_grad for x in trained.parameters())
 
 
 def test_evaluation_logs_the_divergence_too(student, teacher, tmp_path):

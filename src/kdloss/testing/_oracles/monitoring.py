@@ -23,9 +23,9 @@ def diagnostics(
     """Statistics over the N trained tokens, `ρ = exp(logp - old_logp)`; all 0 if N = 0.
 
     tokens: N. ratio_mean, ratio_min, ratio_max: of ρ. approx_kl: `mean(ρ - 1 - log ρ)`. effective_sample_size:
-    `(sum ρ)² / (N sum ρ²)`. logp, old_logp, entropy: means. teacher_logp: the mean of its finite values. reverse_kl:
-    `mean(logp - teacher_logp)`. teacher_neg_inf: the number of teacher_logp that are -inf. entropy and the last three
-    are reported only if their argument is given.
+    `(sum ρ)² / (N sum ρ²)`. logp, old_logp, entropy: means. teacher_logp: the mean of its values above -9984.
+    reverse_kl: `mean(logp - teacher_logp)`. teacher_neg_inf: the number of teacher_logp <= -9984. entropy and the last
+    three are reported only if their argument is given.
     logp, old_logp, teacher_logp, entropy: (T,) float. loss_mask: (T,) bool. Returns a dict of 0-dim arrays.
     Source: approx_kl: Schulman, Approximating KL Divergence, 2020; effective sample size: Kish, Survey Sampling, 1965.
     """
@@ -56,9 +56,9 @@ def diagnostics(
     }
     if teacher_logp is not None:
         teacher = values("teacher_logp", teacher_logp)
-        result["teacher_logp"] = _mean([p for p in teacher if math.isfinite(p)])
+        result["teacher_logp"] = _mean([p for p in teacher if not p <= -9984])
         result["reverse_kl"] = _mean([a - p for a, p in zip(new, teacher, strict=True)])
-        result["teacher_neg_inf"] = float(teacher.count(-math.inf))
+        result["teacher_neg_inf"] = float(sum(p <= -9984 for p in teacher))
     if entropy is not None:
         result["entropy"] = _mean(values("entropy", entropy))
     return {name: scalar(value) for name, value in result.items()}

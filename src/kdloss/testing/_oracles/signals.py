@@ -144,13 +144,16 @@ def group_relative_advantages(
 ) -> FloatArray:
     """`A_i = (r_i - mean) / (std + eps)`, std over n - 1; `A_i = r_i - mean` unscaled; 0 if a group's max = min.
 
+    Scaled, also 0 if `max - min <= 4 ε max |r|`, ε the resolution of float32 (of float64 for float64 rewards).
     rewards: (B,) float. group_ids: (B,) int. Returns (B,). Source: GRPO, arXiv 2402.03300; unscaled: arXiv 2503.20783.
     """
+    narrow = np.asarray(rewards).dtype in (np.float16, np.float32)
+    resolution = float(np.finfo(np.float32 if narrow else np.float64).eps)
     rewards = as_float("rewards", rewards)
     advantages = np.zeros(rewards.shape)
     for members in _groups(rewards.size, group_size, group_ids):
         r = [float(rewards[i]) for i in members]
-        if max(r) == min(r):
+        if max(r) - min(r) <= (4 * resolution * max(map(abs, r)) if scale_by_std else 0):
             continue
         mean = math.fsum(r) / len(r)
         std = math.sqrt(math.fsum((x - mean) ** 2 for x in r) / (len(r) - 1))
