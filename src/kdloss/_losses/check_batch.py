@@ -14,12 +14,12 @@ from torch import Tensor
 from kdloss import _checks
 
 from .alignment import check_alignment
+from .diagnostics import EXCLUDED
 
 Verdict = Literal["ok", "wrong", "cannot tell", "not given"]
 
 # What counts as wrong. In nats where nothing else is said.
 _ROUNDING = 1e-3  # above 0; a float32 log-softmax exceeds 0 by a few 1e-6 at most
-_SENTINEL = -9999.0  # what vLLM writes for "not scored" and for "excluded"
 _CERTAIN = 0.25  # share of the tokens below -1 for the student that a real teacher finds certain (exactly 0)
 _STALE = 0.5  # mean |log ratio|; sixteen updates of the example move it to 0.13
 _SAME = 0.02  # mean |log ratio| below which the tokens count as on-policy
@@ -226,7 +226,7 @@ def _range(name: str, x: Tensor) -> Finding:
         return Finding(
             name, "wrong", f"-inf at {excluded} trained tokens: a policy that excludes them never sampled them"
         )
-    finite = x[x > _SENTINEL]
+    finite = x[x > EXCLUDED]
     return Finding(name, "ok", f"mean {float(finite.mean()):.3f} nats" if len(finite) else "no finite value")
 
 
@@ -271,7 +271,7 @@ def _teacher(batch: _Batch) -> Iterator[Finding]:
         yield found
         return
     logp = batch.trained(batch.logp)
-    sentinels = int((teacher <= _SENTINEL).sum())
+    sentinels = int((teacher <= EXCLUDED).sum())
     unlikely = logp < -1
     certain = int((unlikely & (teacher == 0)).sum())
     if sentinels == len(teacher):
@@ -296,7 +296,7 @@ def _teacher(batch: _Batch) -> Iterator[Finding]:
 
 
 def _distance(batch: _Batch, logp: Tensor, teacher: Tensor) -> Finding:
-    scored = teacher > _SENTINEL
+    scored = teacher > EXCLUDED
     gap = (logp - teacher)[scored]
     mean, error = float(gap.mean()), float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else math.inf
     text = f"mean logp - teacher_logp is {mean:.3f} ± {error:.3f} nats"

@@ -14,7 +14,7 @@ from .texts import LOSS_ARGS
 
 # Nats. Servers write -9999 for -inf, which bfloat16 rounds to this. Real log-probs are above: the logits of a language
 # model span at most a few hundred, so a log-prob is above -5000 even at a temperature of 0.1.
-_EXCLUDED = -9984.0
+EXCLUDED = -9984.0
 
 
 @documented(LOSS_ARGS)
@@ -94,7 +94,7 @@ def diagnostics(
         "effective_sample_size": torch.where(tokens > 0, mean(scaled).square() / mean(scaled.square()), 0),
     }
     if teacher_logp is not None:
-        excluded = loss_mask & (teacher_logp <= _EXCLUDED)
+        excluded = loss_mask & (teacher_logp <= EXCLUDED)
         statistics["reverse_kl"] = mean(masked_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp))
         statistics["teacher_logp"] = mean(teacher_logp, loss_mask & ~excluded)
         statistics["teacher_neg_inf"] = excluded.sum()
