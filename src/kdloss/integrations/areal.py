@@ -24,6 +24,7 @@ from torch import Tensor
 
 import kdloss
 from kdloss import Surrogate
+from kdloss._checks import CHOOSE_WEIGHT
 from kdloss._docs import documented
 
 from ._areal_masks import Rejection, m2po_mask, reject
@@ -82,8 +83,8 @@ def grpo_loss_fn(
     """AReaL's actor loss: rl_loss_weight * RL + distill_loss_weight * reverse KL, as a local token mean.
 
     The RL ratio is against `prox_logp`. The distillation ratio is against the batch's `logprobs`, the policy that
-    sampled. The weights are read from the batch, where AReaL stores them next to `teacher_logp`. Without `teacher_logp`
-    the loss is the RL term alone.
+    sampled. The weights are read from the batch, where AReaL stores them next to `teacher_logp`, which needs a
+    `distill_loss_weight`. Without `teacher_logp` the loss is the RL term alone.
 
     Args:
         logprobs: log-probs of the tokens under the student, nats. Differentiable.
@@ -118,9 +119,9 @@ def grpo_loss_fn(
         That of `kdloss.kdrl_loss`, with the surrogate that the options select.
 
     Raises:
-        ValueError: options exclude each other; the layout does not support a level or an alignment; `teacher_logp` is
-            visibly shifted; under "token" the trained tokens are not the end of each sequence; or `prox_logp` is
-            missing and cannot be derived.
+        ValueError: options exclude each other; the layout does not support a level or an alignment; the batch has
+            `teacher_logp` without `distill_loss_weight`; `teacher_logp` is visibly shifted; under "token" the trained
+            tokens are not the end of each sequence; or `prox_logp` is missing and cannot be derived.
         ImportError: AReaL is missing, or has a version that the adapter was not tested with.
     """
     _check_modes(
@@ -155,6 +156,8 @@ def grpo_loss_fn(
     record = _Record(batch, trained)
     if input_data.get("teacher_logp") is not None:
         teacher_logp = batch.teacher_logp(teacher_alignment)
+        if input_data.get("distill_loss_weight") is None:
+            raise ValueError(f"input_data must hold distill_loss_weight beside teacher_logp, got none: {CHOOSE_WEIGHT}")
         rl_loss_weight = input_data.get("rl_loss_weight", 1.0)
         distilled = kdloss.kdrl_loss(
             batch.logp,
@@ -164,7 +167,7 @@ def grpo_loss_fn(
             loss_mask=trained,
             normalizer=count,
             rl_loss_weight=0.0,  # the RL term is the surrogate above
-            distill_loss_weight=input_data.get("distill_loss_weight", 0.005),
+            distill_loss_weight=input_data["distill_loss_weight"],
             kd_discount=kd_discount,
             kd_reward_clip=kd_reward_clip,
             kd_max_ratio=kd_max_ratio,

@@ -1,6 +1,6 @@
 """TRL: `KDRLTrainer`, a GRPOTrainer with a teacher, and divergences that replace those of DistillationTrainer and GKD.
 
-    trainer = KDRLTrainer(model, reward_funcs, args, ..., teacher_model="Qwen/Qwen3-8B", distill_loss_weight=0.1)
+    trainer = KDRLTrainer(model, reward_funcs, args, ..., teacher_model="Qwen/Qwen3-8B", distill_loss_weight=1.0)
 
 Everything of TRL's stays: generation, rewards, every loss type, metrics. The teacher scores the tokens once, after
 generation. The distillation term uses the student's log-probs from TRL's own forward, and TRL's own denominator.
@@ -44,8 +44,9 @@ class KDRLMixin:
         teacher_model: a model, or a path or hub id to load one from. It is scored at `args.temperature`, like the
             student. None is for subclasses that override `teacher_logps`, and for a `distill_loss_weight` of 0.
         teacher_model_init_kwargs: arguments for loading it, such as `{"dtype": "bfloat16"}`.
-        distill_loss_weight: factor of the distillation term; an attribute, which a callback may change. 0 leaves TRL's
-            loss and gradient unchanged, and still logs the reverse KL.
+        distill_loss_weight: factor of the distillation term, required; an attribute, which a callback may change. 0
+            leaves TRL's loss and gradient unchanged, and still logs the reverse KL. docs/weights.md says how to choose
+            it.
         rl_loss_weight: factor of TRL's loss, including whatever TRL adds to it (the KL to the reference, the entropy
             bonus). 0 leaves it out.
         {kd_discount}
@@ -60,18 +61,20 @@ class KDRLMixin:
         its importance weights act on the RL term only.
 
     Raises:
+        TypeError: distill_loss_weight is missing.
         ImportError: TRL is missing, or has a version that the adapter was not tested with.
         ValueError: an option is out of range, `args.loss_type` is unknown, or the teacher is missing, is the trained
             model, or lacks some of its tokens.
         NotImplementedError: the batch contains images.
     """
 
+    @_checks.distill_loss_weight_required
     def __init__(
         self,
         *args: Any,
         teacher_model: Any = None,
         teacher_model_init_kwargs: dict[str, Any] | None = None,
-        distill_loss_weight: float = 0.005,
+        distill_loss_weight: float,
         rl_loss_weight: float = 1.0,
         kd_discount: float = 0.0,
         kd_reward_clip: float | None = None,
