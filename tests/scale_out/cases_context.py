@@ -365,7 +365,7 @@ def case_one_bad_rank(ranks: Ranks) -> None:
     off = good | {"cu_seqlens": cu.clamp(max=3) if last else cu}
     unmasked = good | {"loss_mask": mask.long() if last else mask}
     sequences = "the number of sequences of cu_seqlens must be the same on every rank of the group, got 2 on rank 0"
-    kd = {"reduction": "sequence_mean"}
+    kd, weight = {"reduction": "sequence_mean"}, {"distill_loss_weight": 0.005}
     weights = {"action": "mask", "max_weight": 2.0}
     calls: dict[str, Callable[..., Any]] = {
         "segment_sum": lambda **keys: kdloss.segment_sum(x, **keys),
@@ -378,7 +378,7 @@ def case_one_bad_rank(ranks: Ranks) -> None:
         ),
         "grpo_loss": lambda **keys: kdloss.grpo_loss(x, None, x, **kd | keys),
         "distillation_loss": lambda **keys: kdloss.distillation_loss(x, None, x, **kd | keys),
-        "kdrl_loss": lambda **keys: kdloss.kdrl_loss(x, None, x, x, distill_loss_weight=0.005, **kd | keys),
+        "kdrl_loss": lambda **keys: kdloss.kdrl_loss(x, None, x, x, **weight | kd | keys),
     }
     for call in calls.values():
         everywhere(ranks, sequences, lambda call=call: call(**fewer))
