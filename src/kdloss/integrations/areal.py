@@ -29,7 +29,7 @@ from kdloss._docs import documented
 
 from ._areal_masks import Rejection, m2po_mask, reject
 from ._layout import row_cu_seqlens, sequence_means
-from ._lazy import require
+from ._lazy import Hook, require
 from ._texts import KDRL_ARGS
 
 
@@ -44,7 +44,7 @@ def install(**options: Any) -> None:
 
     Raises:
         TypeError: an option is not a keyword-only argument of `grpo_loss_fn`.
-        ImportError: AReaL is missing, or has a version that the adapter was not tested with.
+        ImportError: AReaL is missing, or lacks what the adapter needs.
     """
     known = [p.name for p in inspect.signature(grpo_loss_fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in options:
@@ -122,7 +122,7 @@ def grpo_loss_fn(
         ValueError: options exclude each other; the layout does not support a level or an alignment; the batch has
             `teacher_logp` without `distill_loss_weight`; `teacher_logp` is visibly shifted; under "token" the trained
             tokens are not the end of each sequence; or `prox_logp` is missing and cannot be derived.
-        ImportError: AReaL is missing, or has a version that the adapter was not tested with.
+        ImportError: AReaL is missing, or lacks what the adapter needs.
     """
     _check_modes(
         importance_sampling_level, use_sapo_loss, use_decoupled_loss, use_cispo_loss, c_clip, rejection_sampling
@@ -418,6 +418,31 @@ class _Record:
         self.areal.stats_tracker.stat(**values, denominator=denominator)
 
 
+_HOOKS = {
+    "areal.trainer.ppo.actor": {
+        "grpo_loss_fn": Hook(
+            replaced_by=grpo_loss_fn,
+            keys=(
+                "logprobs",
+                "advantages",
+                "loss_mask",
+                "prox_logp",
+                "teacher_logp",
+                "distill_loss_weight",
+                "versions",
+            ),
+        ),
+        "stats_tracker": Hook(),
+        "infer_token_denominator": Hook(),
+        "compute_prox_logp_approximations": Hook(
+            takes=("old_logp", "logprobs", "versions", "current_version", "method")
+        ),
+        "_log_proximal_approximation_stats": Hook(takes=("prox_logp_method", "prox_logp_gt", "compute_logp_mask")),
+        "_log_version_staleness_stats": Hook(takes=("versions", "current_version", "version_metrics_mask")),
+    }
+}
+
+
 @functools.cache
 def _areal() -> Any:
-    return require("areal", at_least="1.0.4", below="1.1", module="areal.trainer.ppo.actor")
+    return require("areal", at_least="1.0.4", below="1.1", module="areal.trainer.ppo.actor", hooks=_HOOKS)

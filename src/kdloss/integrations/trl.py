@@ -22,10 +22,9 @@ from kdloss._docs import documented
 from kdloss._packing.reductions import Reduction
 
 from ._layout import row_cu_seqlens
-from ._lazy import require
+from ._lazy import Hook, require
 from ._texts import KDRL_ARGS
 
-_TRL = {"at_least": "1.16", "below": "1.17"}
 _LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "cispo", "dapo", "vespo", "luspo")
 
 
@@ -62,7 +61,7 @@ class KDRLMixin:
 
     Raises:
         TypeError: distill_loss_weight is missing.
-        ImportError: TRL is missing, or has a version that the adapter was not tested with.
+        ImportError: TRL is missing, or lacks what the adapter needs.
         ValueError: an option is out of range, `args.loss_type` is unknown, or the teacher is missing, is the trained
             model, or lacks some of its tokens.
         NotImplementedError: the batch contains images.
@@ -82,7 +81,7 @@ class KDRLMixin:
         direct_penalty: bool = False,
         **kwargs: Any,
     ) -> None:
-        require("trl", **_TRL)
+        _trl()
         self.teacher_model = None
         self.distill_loss_weight = distill_loss_weight
         self.rl_loss_weight = rl_loss_weight
@@ -228,8 +227,8 @@ class KDRLMixin:
     def _prepared_teacher(self, teacher: Any, init_kwargs: dict[str, Any]) -> Any:
         """The teacher, loaded, frozen, scoring at the sampling temperature, and placed like TRL's reference model."""
         this: Any = self
-        utils = require("trl", **_TRL, module="trl.trainer.utils")
-        models = require("trl", **_TRL, module="trl.models")
+        utils = _trl("trl.trainer.utils")
+        models = _trl("trl.models")
         if isinstance(teacher, str):
             teacher = utils.create_model_from_path(teacher, **init_kwargs)
         elif init_kwargs:
@@ -380,9 +379,9 @@ def install_distillation() -> None:
     """Make TRL's DistillationTrainer use `chunked_divergence_loss`, in this process.
 
     Raises:
-        ImportError: TRL is missing, or has a version that the adapter was not tested with.
+        ImportError: TRL is missing, or lacks what the adapter needs.
     """
-    module = require("trl", **_TRL, module="trl.trainer.distillation_trainer")
+    module = _trl("trl.trainer.distillation_trainer")
     _replace(module, "_chunked_divergence_loss", chunked_divergence_loss)
 
 
@@ -390,9 +389,9 @@ def install_gkd() -> None:
     """Make TRL's GKDTrainer use `generalized_jsd_loss`, in this process.
 
     Raises:
-        ImportError: TRL is missing, or has a version that the adapter was not tested with.
+        ImportError: TRL is missing, or lacks what the adapter needs.
     """
-    trainer = require("trl", **_TRL, module="trl.experimental.gkd.gkd_trainer").GKDTrainer
+    trainer = _trl("trl.experimental.gkd.gkd_trainer").GKDTrainer
     _replace(trainer, "generalized_jsd_loss", staticmethod(generalized_jsd_loss))
 
 
@@ -424,7 +423,30 @@ def __getattr__(name: str) -> Any:
     """Create `KDRLTrainer` on first access, so that this module imports without TRL."""
     if name != "KDRLTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base = require("trl", **_TRL).GRPOTrainer
+    base = _trl().GRPOTrainer
     made = type(name, (KDRLMixin, base), {"__doc__": KDRLMixin.__doc__, "__module__": __name__})
     globals()[name] = made
     return made
+
+
+_SAMPLED = ("old_per_token_logps", "sampling_per_token_logps", "tool_mask", "num_items_in_batch")
+_HOOKS = {
+    "trl": {
+        "GRPOTrainer._compute_loss": Hook(takes=("model", "inputs"), keys=("completion_mask", *_SAMPLED)),
+        "GRPOTrainer._generate_and_score_completions": Hook(
+            takes=("inputs",),
+            keys=("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_images", *_SAMPLED),
+        ),
+        "GRPOTrainer._get_per_token_logps_and_entropies": Hook(
+            takes=("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
+        ),
+    },
+    "trl.trainer.utils": {"create_model_from_path": Hook(), "add_fused_lm_head": Hook(takes=("temperature",))},
+    "trl.models": {"prepare_deepspeed": Hook(), "prepare_fsdp": Hook()},
+    "trl.trainer.distillation_trainer": {"_chunked_divergence_loss": Hook(replaced_by=chunked_divergence_loss)},
+    "trl.experimental.gkd.gkd_trainer": {"GKDTrainer.generalized_jsd_loss": Hook(replaced_by=generalized_jsd_loss)},
+}
+
+
+def _trl(module: str = "trl") -> Any:
+    return require("trl", at_least="1.16", below="1.17", module=module, hooks=_HOOKS)
