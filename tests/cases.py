@@ -677,7 +677,7 @@ TABLE["distillation_loss"] = policy_loss(
     rows=rows(_KD),
 )
 
-_KDRL = _PG | {"teacher_logp": TEACHER}
+_KDRL = _PG | {"teacher_logp": TEACHER, "distill_loss_weight": 0.005}
 _TERMS: dict[str, Arguments] = {
     "rl_loss_weight": {"rl_loss_weight": 0.3},
     "distill_loss_weight": {"distill_loss_weight": 0.8},
@@ -714,7 +714,7 @@ _TERMS: dict[str, Arguments] = {
 }
 
 TABLE["kdrl_loss"] = policy_loss(
-    base=_KDRL | {"distill_loss_weight": 0.005},
+    base=_KDRL,
     compiled=("all at once", "distill_loss_weight is a tensor", "kd_discount", "direct_penalty", "no RL"),
     **_SCALAR_CHANGES,
     **_RL_CHANGES,
@@ -731,7 +731,8 @@ TABLE["kdrl_token_loss"] = Entry(
         **{name: change for name, change in _KD_CHANGES.items() if "discount" not in name},
         **_TERMS,
         on_policy={"old_logp": None},
-        no_mask={"loss_mask": None, **{k: torch.where(MASK, x, -1) for k, x in _KDRL.items() if k != "loss_mask"}},
+        no_mask={"loss_mask": None}
+        | {k: torch.where(MASK, x, -1) for k, x in _KDRL.items() if isinstance(x, Tensor) and k != "loss_mask"},
         rows=rows(_KDRL),
     ),
     compiled=("all at once", "distill_loss_weight is a tensor"),

@@ -46,14 +46,29 @@ ALL = KDRLConfig(
 def test_the_block_is_read_as_it_stands():
     config = KDRLConfig.from_mapping(BLOCK)
     assert (config.rl_loss_weight, config.distill_loss_weight) == (1.0, 0.005)
-    assert config == KDRLConfig()
+    assert config == KDRLConfig(distill_loss_weight=0.005)
     assert config.ignored == {k: x for k, x in BLOCK.items() if k not in ("rl_loss_weight", "distill_loss_weight")}
 
 
 def test_what_was_set_is_taken_and_the_rest_keeps_its_default():
     config = KDRLConfig.from_mapping({**BLOCK, "rl_loss_weight": 0, "kd_discount": 1, "clip_high": 0.28})
-    assert config == KDRLConfig(rl_loss_weight=0, kd_discount=1, clip_high=0.28)
-    assert KDRLConfig.from_mapping({}) == KDRLConfig()
+    assert config == KDRLConfig(rl_loss_weight=0, distill_loss_weight=0.005, kd_discount=1, clip_high=0.28)
+    assert KDRLConfig.from_mapping({"distill_loss_weight": 0.3}) == KDRLConfig(distill_loss_weight=0.3)
+
+
+@pytest.mark.parametrize("block", [{}, {"rl_loss_weight": 1.0, "path": "Qwen/Qwen3-32B"}])
+def test_a_block_without_the_weight_of_the_teacher_names_the_page(block):
+    with pytest.raises(
+        ValueError, match=r"block must hold distill_loss_weight: docs/weights\.md .*; 0 leaves the teacher"
+    ):
+        KDRLConfig.from_mapping(block)
+    assert KDRLConfig.from_mapping({**block, "distill_loss_weight": 0}).distill_loss_weight == 0
+
+
+def test_a_config_without_the_weight_of_the_teacher_names_the_page():
+    for wrong in ((), (1.0,), (1.0, 0.005)):  # the weight is a keyword: the second position is clip_low
+        with pytest.raises(TypeError, match=r"distill_loss_weight of KDRLConfig must be given: docs/weights\.md"):
+            KDRLConfig(*wrong)
 
 
 def test_any_mapping_will_do():
@@ -95,7 +110,8 @@ def test_a_block_that_is_no_mapping():
 
 
 # Valid numbers per field, and None where the field may be omitted.
-NUMBERS = {f.name: f.default for f in dataclasses.fields(KDRLConfig) if "float" in str(f.type)}
+NUMBERS = [f.name for f in dataclasses.fields(KDRLConfig) if "float" in str(f.type)]
+WEIGHT = {"distill_loss_weight": 1.0}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -109,7 +125,7 @@ def test_text_is_no_number_and_the_message_says_how_yaml_came_to_it(name):
 @pytest.mark.parametrize("name", NUMBERS)
 def test_what_is_no_number_is_a_type_error(name, value):
     with pytest.raises(TypeError, match=rf"{name} must be a Python number, got {type(value).__name__} "):
-        KDRLConfig(**{name: value})
+        KDRLConfig(**WEIGHT | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -129,7 +145,8 @@ def test_what_is_no_number_is_a_type_error(name, value):
     ],
 )
 def test_a_value_out_of_range_fails_when_the_config_is_made(name, value, message):
-    for make in (lambda: KDRLConfig(**{name: value}), lambda: KDRLConfig.from_mapping({name: value})):
+    given = WEIGHT | {name: value}
+    for make in (lambda: KDRLConfig(**given), lambda: KDRLConfig.from_mapping(given)):
         with pytest.raises(ValueError, match=message):
             make()
 
@@ -137,14 +154,14 @@ def test_a_value_out_of_range_fails_when_the_config_is_made(name, value, message
 @pytest.mark.parametrize("value", ["true", 1, None])
 def test_direct_penalty_is_a_bool(value):
     with pytest.raises(TypeError, match=f"direct_penalty must be true or false, got {value!r}"):
-        KDRLConfig(direct_penalty=value)
+        KDRLConfig(**WEIGHT, direct_penalty=value)
 
 
 @pytest.mark.parametrize(("name", "off"), [("kd_discount", "0"), ("kd_reward_clip", "None"), ("kd_max_ratio", "None")])
 def test_direct_penalty_refuses_what_shapes_a_reward(name, off):
     with pytest.raises(ValueError, match=rf"{name} must be {off} with direct_penalty=True.*got 0.5"):
-        KDRLConfig(direct_penalty=True, **{name: 0.5})
-    assert KDRLConfig(direct_penalty=True).direct_penalty
+        KDRLConfig(**WEIGHT, direct_penalty=True, **{name: 0.5})
+    assert KDRLConfig(**WEIGHT, direct_penalty=True).direct_penalty
 
 
 def test_it_is_frozen():
@@ -161,7 +178,7 @@ def test_replace_checks_again_and_keeps_what_was_ignored():
         dataclasses.replace(config, kd_discount=2)
 
 
-@pytest.mark.parametrize("config", [KDRLConfig(), ALL, KDRLConfig.from_mapping(BLOCK)])
+@pytest.mark.parametrize("config", [KDRLConfig(distill_loss_weight=0.005), ALL, KDRLConfig.from_mapping(BLOCK)])
 def test_it_survives_pickling_and_copying(config):
     """A trainer sends its config to its workers."""
     for other in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), copy.copy(config)):
@@ -170,17 +187,22 @@ def test_it_survives_pickling_and_copying(config):
 
 
 def test_equality_is_of_hyperparameters():
-    assert KDRLConfig.from_mapping(BLOCK) == KDRLConfig()
-    assert KDRLConfig(clip_low=0.1) != KDRLConfig()
-    assert hash(KDRLConfig.from_mapping(BLOCK)) == hash(KDRLConfig())
+    config = KDRLConfig(distill_loss_weight=0.005)
+    assert KDRLConfig.from_mapping(BLOCK) == config
+    assert KDRLConfig(distill_loss_weight=0.005, clip_low=0.1) != config != KDRLConfig(distill_loss_weight=0.05)
+    assert hash(KDRLConfig.from_mapping(BLOCK)) == hash(config)
 
 
 def test_fields_are_keywords_of_kdrl_loss_with_its_defaults():
     keywords = {name: p.default for name, p in inspect.signature(kdrl_loss).parameters.items()}
-    assert KDRLConfig().as_kwargs() == {name: keywords[name] for name in KDRLConfig().as_kwargs()}
+    given = KDRLConfig(**WEIGHT).as_kwargs()
+    assert given == {name: keywords[name] for name in given} | WEIGHT
+    required = inspect.Parameter.empty
+    assert keywords["distill_loss_weight"] is required
+    assert inspect.signature(KDRLConfig).parameters["distill_loss_weight"].default is required
     # the others are tensors, or belong to a batch
     tensors = {"logp", "old_logp", "teacher_logp", "advantages", "loss_mask", "prox_logp", "weights", "kd_mask"}
-    assert set(keywords) - set(KDRLConfig().as_kwargs()) == tensors | {"cu_seqlens", "normalizer", "group"}
+    assert set(keywords) - set(given) == tensors | {"cu_seqlens", "normalizer", "group"}
 
 
 @pytest.mark.parametrize("config", [KDRLConfig.from_mapping(BLOCK), ALL])

@@ -7,15 +7,23 @@ uses a bad value returns NaN in its place.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# No default: a weight that was tuned for another loss trains away from the teacher without an error.
+CHOOSE_WEIGHT = "docs/weights.md says how to choose it; 0 leaves the teacher out"
 
 
 def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -263,6 +271,22 @@ def weight(reference_name: str, reference: Tensor, **weights: float | Tensor) ->
             same_shape(reference_name, reference, **{name: x})
         elif value_checks_allowed(x):
             finite(**{name: float(x.detach())})
+
+
+def distill_loss_weight_required(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, whose error for a missing keyword `distill_loss_weight` names the page on weights.
+
+    For what trainers and configs call. Not for functions that `torch.compile` traces.
+    """
+    name = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if "distill_loss_weight" not in kwargs:
+            raise TypeError(f"distill_loss_weight of {name} must be given: {CHOOSE_WEIGHT}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def interval(minimum: tuple[str, float], maximum: tuple[str, float]) -> None:

@@ -61,7 +61,7 @@ class KDRLConfig:
 
     Attributes:
         rl_loss_weight: 0 skips the RL term: pure distillation.
-        distill_loss_weight: 0 skips the distillation term.
+        distill_loss_weight: 0 skips the distillation term. A required keyword; docs/weights.md says how to choose it.
         clip_low: distance of the lower bound of the RL ratio below 1, >= 0.
         clip_high: distance of the upper bound of the RL ratio above 1, >= 0.
         dual_clip: absolute bound of the RL ratio at negative advantages, > 1. None: no bound.
@@ -73,7 +73,8 @@ class KDRLConfig:
         ignored: unused keys of the `teacher:` block (engine settings), unchanged.
 
     Raises:
-        TypeError: a value does not have its field's type (YAML reads `5e-3` as text: write `5.0e-3` or `0.005`).
+        TypeError: distill_loss_weight is missing, or a value does not have its field's type (YAML reads `5e-3` as text:
+            write `5.0e-3` or `0.005`).
         ValueError: a value is out of range, or `direct_penalty` is combined with a reward option.
 
     Example:
@@ -87,7 +88,7 @@ class KDRLConfig:
     """
 
     rl_loss_weight: float = 1.0
-    distill_loss_weight: float = 0.005
+    distill_loss_weight: float = field(kw_only=True)
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -121,7 +122,8 @@ class KDRLConfig:
 
         Raises:
             TypeError: `block` is not a mapping, or a value does not have its field's type.
-            ValueError: a value is out of range, or a key is neither; the message names the nearest valid key.
+            ValueError: distill_loss_weight is missing, a value is out of range, or a key is neither a field nor an
+                engine key; the message names the nearest valid key.
         """
         if not isinstance(block, Mapping):
             raise TypeError(f"block must be a mapping (the inside of `teacher:`), got {type(block).__name__}")
@@ -131,6 +133,8 @@ class KDRLConfig:
                 continue
             nearest = difflib.get_close_matches(str(key), [*names, *sorted(_ENGINE_KEYS)], n=1, cutoff=0.0)
             raise ValueError(f"unknown key {key!r}; the nearest valid key is {nearest[0]!r}")
+        if "distill_loss_weight" not in block:
+            raise ValueError(f"block must hold distill_loss_weight: {_checks.CHOOSE_WEIGHT}")
         taken = {key: block[key] for key in block if key in names}
         return cls(**taken, ignored={key: block[key] for key in block if key in _ENGINE_KEYS})
 
@@ -141,3 +145,6 @@ class KDRLConfig:
     @classmethod
     def _hyperparameters(cls) -> list[str]:
         return [f.name for f in fields(cls) if f.name != "ignored"]
+
+
+KDRLConfig.__init__ = _checks.distill_loss_weight_required(KDRLConfig.__init__)  # type: ignore[method-assign]

@@ -23,11 +23,12 @@ MASK = (torch.arange(TOKENS) % 3 != 0).to(DEVICE)
 
 
 def by_hand(logp: Tensor, *others: Tensor, **options: Any) -> Tensor:
-    return kdloss.token_mean(kdloss.kdrl_token_loss(logp, *others, loss_mask=MASK, **options), loss_mask=MASK)
+    loss = kdloss.kdrl_token_loss(logp, *others, loss_mask=MASK, distill_loss_weight=0.005, **options)
+    return kdloss.token_mean(loss, loss_mask=MASK)
 
 
 def whole(logp: Tensor, *others: Tensor, **options: Any) -> Tensor:
-    return kdloss.kdrl_loss(logp, *others, loss_mask=MASK, **options).loss
+    return kdloss.kdrl_loss(logp, *others, loss_mask=MASK, distill_loss_weight=0.005, **options).loss
 
 
 # every option that adds a term, so there is most to fuse

@@ -209,7 +209,7 @@ FOLLOWED = {
         "test_a_sample_that_no_teacher_scored_is_refused",
         "distill_loss_weight=0.0",
     ),
-    "score every sample of the batch": (PRIME, "test_zeros_are_no_teacher", "kdrl_loss(sure)"),
+    "score every sample of the batch": (PRIME, "test_zeros_are_no_teacher", "kdrl_loss(sure, "),
     "set --use-opd with --opd-type megatron": (
         SLIME,
         "test_a_batch_without_a_teacher_is_refused",

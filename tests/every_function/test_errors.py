@@ -120,7 +120,7 @@ def test_the_words_of_a_config_are_those_of_the_loss():
     assert inspect.signature(kdloss.kdrl_loss).parameters[keyword].annotation == "Reduction"
     assert not any(f.type == "str" for f in dataclasses.fields(kdloss.KDRLConfig))
     with pytest.raises(ValueError, match=r"^reduction must be one of 'token_mean', 'sequence_mean', got 'token-mean'$"):
-        kdloss.KDRLConfig(reduction="token-mean")
+        kdloss.KDRLConfig(distill_loss_weight=1.0, reduction="token-mean")
 
 
 def infinite():

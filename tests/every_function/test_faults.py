@@ -284,7 +284,9 @@ def scalar_losses() -> dict[str, Callable[..., Tensor]]:
                 logp, other, other, loss_mask=m, kd_discount=0.5, reduction="sequence_mean", cu_seqlens=cu
             ).loss
         ),
-        "kdrl_loss": lambda logp, other, m, cu: kdloss.kdrl_loss(logp, other, other, other, loss_mask=m).loss,
+        "kdrl_loss": lambda logp, other, m, cu: (
+            kdloss.kdrl_loss(logp, other, other, other, loss_mask=m, distill_loss_weight=0.005).loss
+        ),
         "kdrl_loss, no term": lambda logp, other, m, cu: (
             kdloss.kdrl_loss(logp, None, None, None, loss_mask=m, rl_loss_weight=0, distill_loss_weight=0).loss
         ),
@@ -336,7 +338,9 @@ def per_token_losses() -> dict[str, Callable[..., Tensor]]:
         "sequence_clipped": surrogate(kdloss.sequence_clipped_surrogate, cu_seqlens=cu, clip_low=0.9, clip_high=9.0),
         "cispo": surrogate(kdloss.cispo_surrogate, clip_high=0.2),
         "sapo": surrogate(kdloss.sapo_surrogate),
-        "kdrl_token_loss": lambda logp, other, m: kdloss.kdrl_token_loss(logp, other, other, advantages, loss_mask=m),
+        "kdrl_token_loss": lambda logp, other, m: kdloss.kdrl_token_loss(
+            logp, other, other, advantages, loss_mask=m, distill_loss_weight=0.005
+        ),
     }
 
 

@@ -166,9 +166,10 @@ def test_an_excluded_token_makes_the_loss_infinite_and_its_gradient_not_finite(d
     batch, excluded = excluded_batch(dtype)
     logp = batch.logp.clone().requires_grad_()
     arguments = [logp, None if on_policy else batch.old_logp, batch.teacher_logp]
+    keywords: dict[str, Any] = {"loss_mask": batch.loss_mask}
     if loss == "kdrl_loss":
         arguments.append(batch.advantages)
-    keywords: dict[str, Any] = {"loss_mask": batch.loss_mask}
+        keywords["distill_loss_weight"] = 0.005
     out = getattr(kdloss, loss)(*arguments, kd_max_ratio=max_ratio, **keywords)
     # with a bounded ratio logp < 0 is a factor of the value, so the sign flips
     assert out.loss == (math.inf if max_ratio is None else -math.inf)

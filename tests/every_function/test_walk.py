@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Iterator
+import pkgutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from torch import Tensor
 
 import kdloss
+import kdloss.integrations
 from bad_calls import BAD
 from cases import TABLE
 from contract import public_function
@@ -113,3 +118,47 @@ def test_the_walk_sees_every_function_of_every_module():
     assert {"schedules.constant", "schedules.cosine", "schedules.linear_floor", "schedules.switch"} <= set(
         public_functions()
     )
+
+
+def weighed() -> dict[str, Callable[..., Any]]:
+    """Every function of the package that takes the weight of the teacher, and every class that is created with one."""
+    adapters = [f"kdloss.integrations.{x.name}" for x in pkgutil.iter_modules(kdloss.integrations.__path__)]
+    found = {}
+    for module in map(importlib.import_module, ["kdloss", "kdloss.config", "kdloss.schedules", *adapters]):
+        for name, value in vars(module).items():
+            ours = inspect.isfunction(value) or (inspect.isclass(value) and not issubclass(value, Exception))
+            ours = ours and value.__module__.startswith("kdloss") and not name.startswith("_")
+            if ours and "distill_loss_weight" in inspect.signature(value).parameters:
+                found[f"{value.__module__}.{name}"] = value
+    return found
+
+
+# Called by trainers and configurations: the error for a missing weight has to say where to read on.
+NAMES_THE_PAGE = {
+    "kdloss.config.KDRLConfig",
+    "kdloss.integrations.nemo_rl.KDRLLossFn",
+    "kdloss.integrations.openrlhf.KDRLPolicyLoss",
+    "kdloss.integrations.prime_rl.kdrl_loss",
+    "kdloss.integrations.slime.kdrl_loss",
+    "kdloss.integrations.trl.KDRLMixin",
+}
+
+
+def test_the_weight_of_the_teacher_is_a_required_keyword_everywhere():
+    found = weighed()
+    losses = {"objectives.kdrl_loss", "objectives.kdrl_token_loss", "advantages.fold_kd_reward"}
+    assert {*found} == NAMES_THE_PAGE | {f"kdloss._losses.{name}" for name in losses}
+    for name, function in found.items():
+        weight = inspect.signature(function).parameters["distill_loss_weight"]
+        assert (weight.kind, weight.default) == (weight.KEYWORD_ONLY, weight.empty), name
+    for name in ("kdrl_loss", "kdrl_token_loss", "kdrl_loss_and_grad", "kdrl_token_loss_and_grad"):
+        oracle = getattr(reference, name, None)
+        assert oracle is None or inspect.signature(oracle).parameters["distill_loss_weight"].default is weight.empty
+
+
+@pytest.mark.parametrize("name", sorted(NAMES_THE_PAGE))
+def test_a_missing_weight_of_the_teacher_names_the_page(name):
+    message = rf"^distill_loss_weight of {name.rpartition('.')[2]} must be given: docs/weights.md says how to choose it"
+    with pytest.raises(TypeError, match=message):
+        weighed()[name]()
+    assert Path(__file__).parents[2].joinpath("docs/weights.md").is_file()

@@ -147,6 +147,16 @@ def test_modes_that_need_a_teacher_say_so(tmp_path):
         load_config(path, ["mode=sft", "endpoint.url=http://127.0.0.1:1"])
 
 
+def test_modes_that_distil_need_a_weight_and_the_others_none(tmp_path):
+    path = write(tmp_path, "experiment_name: x\nactor: {path: x}\nteacher: {path: y}")
+    assert [loss_config(load_config(path, [f"mode={mode}"])).distill_loss_weight for mode in ("grpo", "sft")] == [0, 0]
+    for mode in ("distill", "kdrl", "kdrl-direct"):
+        with pytest.raises(ConfigError, match=r"teacher: block must hold distill_loss_weight: docs/weights\.md"):
+            load_config(path, [f"mode={mode}"])
+        config = load_config(path, [f"mode={mode}", "teacher.distill_loss_weight=1"])
+        assert loss_config(config).distill_loss_weight == 1
+
+
 def test_a_mode_sets_the_weights():
     weights = {}
     for mode in ("distill", "grpo", "kdrl", "kdrl-direct"):

@@ -274,6 +274,18 @@ def test_what_is_not_trained_leaves_no_trace(mode: str) -> None:
     torch.testing.assert_close(run(batch, logp, **MODES[mode]), clean)
 
 
+def test_a_teacher_needs_a_weight_and_a_batch_without_a_teacher_needs_none() -> None:
+    batch = pack(rollout())
+    logp = student(batch)
+    silent = run(batch | {"distill_loss_weight": 0.0}, logp)
+    for missing in (lambda: batch.pop("distill_loss_weight"), lambda: batch.update(distill_loss_weight=None)):
+        missing()
+        with pytest.raises(ValueError, match=r"hold distill_loss_weight beside teacher_logp.*docs/weights.md"):
+            run(batch, logp)
+    del batch["teacher_logp"], batch["distill_loss_weight"]
+    torch.testing.assert_close(run(batch, logp), silent)
+
+
 def test_gspo_is_the_librarys_gspo() -> None:
     batch = pack(rollout())
     del batch["teacher_logp"]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import kdloss.integrations
-from kdloss.integrations._lazy import require
+from kdloss.integrations._lazy import Hook, _warn, missing, require
 
 
 @pytest.fixture
@@ -37,11 +37,87 @@ def test_a_supported_version_is_imported(install, version):
 
 
 @pytest.mark.parametrize("version", ["1.15.9", "0.99", "1.20", "1.20.0.dev1", "2.0"])
-def test_another_version_is_refused(install, version):
+def test_another_version_is_refused_where_nothing_can_be_looked_for(install, version):
     install("some-trainer", version)
     message = rf"kdloss.integrations.some_trainer supports some-trainer>=1.16,<1.20, and {version} is installed"
     with pytest.raises(ImportError, match=message):
         require("some-trainer", at_least="1.16", below="1.20")
+
+
+# what an adapter needs of the trainer below
+def replacement(logp, mask, *, option=None): ...
+
+
+LOSSES = """
+class Trainer:
+    def step(self, batch):
+        return [batch["logp"] for _ in range(3)], batch.get("old_logp")
+
+def loss(logp, mask): return {"a": 1, "b": 2, "c": 3, "mask": 4}
+def call(logp, *, scale=1.0): ...
+constant = 3
+"""
+NEEDED = {
+    "Trainer.step": Hook(takes=("batch",), keys=("logp", "old_logp")),
+    "loss": Hook(replaced_by=replacement, keys=("mask",)),
+    "call": Hook(takes=("logp", "scale")),
+    "constant": Hook(),
+}
+RANGE = {"at_least": "1.16", "below": "1.20", "hooks": {"some_trainer": NEEDED}}
+
+
+@pytest.mark.parametrize("version", ["1.15.9", "1.20.0.dev1", "2.0"])
+def test_a_version_that_was_not_tested_is_used_with_a_warning_if_it_has_all_that_is_needed(install, version):
+    install("some-trainer", version, LOSSES)
+    _warn.cache_clear()
+    said = (
+        rf"some_trainer was tested with some-trainer>=1.16,<1.20, and {version} is installed: what .* is there, but no"
+    )
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert [require("some-trainer", **RANGE).constant for _ in range(2)] == [3, 3]
+    assert len(warned) == 1  # once
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lacks"),
+    [
+        ("def step", "def stride", "Trainer.step"),
+        ("class Trainer", "class Coach", "Trainer.step"),
+        ("self, batch", "self, rows, batches", r"Trainer.step\(batch=\)"),
+        ('"old_logp"', '"behaviour_logp"', "the key 'old_logp' of Trainer.step"),
+        ('batch["logp"]', 'batch["logps"]', "the key 'logp' of Trainer.step"),
+        ('"mask"', '"masks"', "the key 'mask' of loss"),
+        ("def loss(logp, mask)", "def loss(logp, mask, weight=None)", r"loss\(logp, mask\)"),
+        ("def loss(logp, mask)", "def loss(mask, logp)", r"loss\(logp, mask\)"),
+        ("scale=", "factor=", r"call\(scale=\)"),
+        ("constant", "number", "constant"),
+        ("def call(logp, *, scale=1.0): ...\nconstant = 3", "", r"call, constant"),
+    ],
+)
+def test_a_version_that_was_not_tested_is_refused_for_what_it_lacks(install, old, new, lacks):
+    assert old in LOSSES
+    install("some-trainer", "1.20", LOSSES.replace(old, new))
+    message = (
+        rf"some_trainer needs {lacks} in some_trainer, which some-trainer 1.20 does not have; .* tested with .*<1.20$"
+    )
+    with pytest.raises(ImportError, match=message):
+        require("some-trainer", **RANGE)
+
+
+def test_a_tested_version_is_not_searched(install):
+    """A user may have wrapped the functions of a trainer that the adapter was tested with."""
+    install("some-trainer", "1.19", "constant = 3")
+    assert require("some-trainer", **RANGE).constant == 3
+    assert list(missing(require("some-trainer", **RANGE), NEEDED)) == ["Trainer.step", "loss", "call"]
+
+
+def test_a_module_that_moved_is_named_with_the_range(install):
+    install("some-trainer", "1.20")
+    message = (
+        r"1.20 is installed, but importing some_trainer.moved failed: .*; the adapter was tested with some-trainer>="
+    )
+    with pytest.raises(ImportError, match=message):
+        require("some-trainer", **RANGE | {"hooks": {"some_trainer.moved": {}}}, module="some_trainer.moved")
 
 
 def test_a_missing_trainer_is_named_with_what_installs_it():

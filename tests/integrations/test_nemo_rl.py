@@ -111,7 +111,7 @@ def test_micro_batches_sum_to_the_batch(by_token: bool) -> None:
 
 def test_it_says_what_it_is() -> None:
     for by_token, kind in ((True, "TOKEN_LEVEL"), (False, "SEQUENCE_LEVEL")):
-        loss_fn = KDRLLossFn(token_level_loss=by_token)
+        loss_fn = KDRLLossFn(distill_loss_weight=0.005, token_level_loss=by_token)
         assert loss_fn.loss_type is INTERFACES.LossType[kind]
         assert loss_fn.input_type is INTERFACES.LossInputType.LOGPROB
         logp, data = batch()
@@ -127,9 +127,10 @@ def test_a_configuration_is_a_mapping_or_an_object() -> None:
     """The config is a dict in 0.6 and an object in 0.7. Without a bound the weights are plain prev/generation."""
     config = {"ratio_clip_min": 0.1, "token_level_loss": False, "use_importance_sampling_correction": True}
     logp, data = batch()
-    by_hand = KDRLLossFn(clip_low=0.1, clip_high=0.3, token_level_loss=False, max_importance_weight=1e9)
+    weight = {"distill_loss_weight": 0.005}
+    by_hand = KDRLLossFn(clip_low=0.1, clip_high=0.3, token_level_loss=False, max_importance_weight=1e9, **weight)
     for given in (config, SimpleNamespace(**config)):
-        loss_fn = KDRLLossFn.from_config(given, clip_high=0.3, use_fused_linear_logprobs=True)
+        loss_fn = KDRLLossFn.from_config(given, clip_high=0.3, use_fused_linear_logprobs=True, **weight)
         assert loss_fn(logp, data, **COUNTS)[1] == by_hand(logp, data, **COUNTS)[1]
         assert loss_fn.use_fused_linear_logprobs
         assert not by_hand.use_fused_linear_logprobs
@@ -152,42 +153,43 @@ def test_a_configuration_is_a_mapping_or_an_object() -> None:
 def test_a_setting_that_it_does_not_have_is_refused(setting: dict[str, Any], message: str) -> None:
     corrected = {"use_importance_sampling_correction": True, "truncated_importance_sampling_ratio": 2.0}
     with pytest.raises(ValueError, match=message):
-        KDRLLossFn.from_config(corrected | setting)
+        KDRLLossFn.from_config(corrected | setting, distill_loss_weight=0.005)
     in_reward = {"reference_policy_kl_penalty": 0.01, "use_kl_in_reward": True}
-    assert KDRLLossFn.from_config(in_reward).max_importance_weight is None
+    assert KDRLLossFn.from_config(in_reward, distill_loss_weight=0.005).max_importance_weight is None
 
 
 def test_placeholders_are_no_log_probs() -> None:
     """NeMo-RL writes zeros for prev_logprobs if its configuration forces the ratio to 1."""
     logp, data = batch()
+    joint, distill = (KDRLLossFn(rl_loss_weight=rl, distill_loss_weight=0.005) for rl in (1.0, 0.0))
     data["prev_logprobs"] = torch.zeros_like(data["generation_logprobs"])
     with pytest.raises(ValueError, match=r"prev_logprobs are 0 at every trained token.*force_on_policy_ratio"):
-        KDRLLossFn()(logp, data, **COUNTS)
-    assert KDRLLossFn(rl_loss_weight=0.0)(logp, data, **COUNTS)[0].isfinite()  # reads no prev_logprobs
+        joint(logp, data, **COUNTS)
+    assert distill(logp, data, **COUNTS)[0].isfinite()  # reads no prev_logprobs
     data["generation_logprobs"] = torch.full_like(data["generation_logprobs"], -1e-3)
-    assert KDRLLossFn()(logp, data, **COUNTS)[0].isfinite()  # a forced answer: 0 up to rounding
+    assert joint(logp, data, **COUNTS)[0].isfinite()  # a forced answer: 0 up to rounding
 
 
 def test_a_nemo_rl_that_asks_for_no_normalizers_gets_none(monkeypatch) -> None:
     """`MetricNormalizer` was added after 0.7.0."""
     older = SimpleNamespace(LossType=INTERFACES.LossType, LossInputType=INTERFACES.LossInputType)
     monkeypatch.setattr(nemo_rl, "_require", lambda module: older)
-    assert KDRLLossFn().metric_normalizations == {}
-    assert KDRLLossFn().loss_type is INTERFACES.LossType.TOKEN_LEVEL
+    assert KDRLLossFn(distill_loss_weight=0.005).metric_normalizations == {}
+    assert KDRLLossFn(distill_loss_weight=0.005).loss_type is INTERFACES.LossType.TOKEN_LEVEL
 
 
 def test_data_without_a_teacher_is_refused() -> None:
     logp, data = batch()
     data["other"] = data.pop("teacher_logprobs")
     with pytest.raises(ValueError, match=r"no 'teacher_logprobs': put teacher_policy.get_logprobs\(data\)"):
-        KDRLLossFn()(logp, data, **COUNTS)
-    assert KDRLLossFn(teacher_key="other")(logp, data, **COUNTS)[0].isfinite()
+        KDRLLossFn(distill_loss_weight=0.005)(logp, data, **COUNTS)
+    assert KDRLLossFn(teacher_key="other", distill_loss_weight=0.005)(logp, data, **COUNTS)[0].isfinite()
     assert KDRLLossFn(distill_loss_weight=0.0)(logp, data, **COUNTS)[0].isfinite()
 
 
 def test_what_is_not_trained_leaves_no_trace() -> None:
     logp, data = batch()
-    loss_fn = KDRLLossFn(max_importance_weight=2.0)
+    loss_fn = KDRLLossFn(max_importance_weight=2.0, distill_loss_weight=0.005)
     clean = loss_fn(logp, data, **COUNTS)
     untrained = (data["token_mask"] * data["sample_mask"][:, None]) == 0
     for name in ("prev_logprobs", "generation_logprobs", "teacher_logprobs", "advantages"):
@@ -201,4 +203,4 @@ def test_what_is_not_trained_leaves_no_trace() -> None:
 def test_without_nemo_rl_the_error_says_what_is_supported(monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ImportError, match=r"nemo-rl>=0\.6,<0\.8"):
-        _ = KDRLLossFn().loss_type
+        _ = KDRLLossFn(distill_loss_weight=0.005).loss_type

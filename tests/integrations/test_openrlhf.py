@@ -98,7 +98,7 @@ def test_the_teacher_joins(rolled_out: bool, by_token: bool) -> None:
 
 
 def test_a_teacher_is_used_once() -> None:
-    inputs, loss = batch(), KDRLPolicyLoss(policy_loss())
+    inputs, loss = batch(), KDRLPolicyLoss(policy_loss(), distill_loss_weight=0.005)
     loss.teacher_log_probs = inputs["old_log_probs"]
     loss(**inputs)
     with pytest.raises(ValueError, match="teacher_log_probs must be set before every call"):
@@ -136,7 +136,7 @@ def test_attach_hands_each_experience_its_teacher() -> None:
 
 
 def test_what_is_not_trained_leaves_no_trace() -> None:
-    inputs, loss = batch(), KDRLPolicyLoss(policy_loss(is_correction_level="token"))
+    inputs, loss = batch(), KDRLPolicyLoss(policy_loss(is_correction_level="token"), distill_loss_weight=0.005)
     teacher = -torch.rand(3, 5, dtype=torch.float64)
     untrained = inputs["action_mask"] == 0
 
@@ -160,16 +160,16 @@ def test_what_is_not_trained_leaves_no_trace() -> None:
 )
 def test_settings_that_it_does_not_have(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        KDRLPolicyLoss(policy_loss(**settings))
+        KDRLPolicyLoss(policy_loss(**settings), distill_loss_weight=0.005)
     for advised in ({"is_correction_gating": "ratio"}, {"is_correction_level": "off"}):
-        KDRLPolicyLoss(policy_loss(**settings | advised | {"policy_loss_type": "ppo"}))
+        KDRLPolicyLoss(policy_loss(**settings | advised | {"policy_loss_type": "ppo"}), distill_loss_weight=0.005)
 
 
 def test_the_policy_loss_of_an_older_openrlhf_is_refused() -> None:
     older = policy_loss()
     del older.is_correction_level
     with pytest.raises(TypeError, match=r"PolicyLoss of OpenRLHF >= 0\.11\.2.*five results"):
-        KDRLPolicyLoss(older)
+        KDRLPolicyLoss(older, distill_loss_weight=0.005)
 
 
 def test_a_correction_needs_the_policy_that_sampled() -> None:
@@ -181,7 +181,7 @@ def test_a_correction_needs_the_policy_that_sampled() -> None:
 def test_a_weight_of_zero_leaves_the_term_out() -> None:
     inputs = batch()
     inputs["advantages"] = torch.full_like(inputs["advantages"], torch.nan)
-    loss = KDRLPolicyLoss(policy_loss(), rl_loss_weight=0.0)
+    loss = KDRLPolicyLoss(policy_loss(), rl_loss_weight=0.0, distill_loss_weight=0.005)
     loss.teacher_log_probs = inputs["old_log_probs"]
     out = loss(**inputs).loss
     assert out.isfinite()

@@ -117,25 +117,26 @@ def test_a_weight_of_zero_takes_the_token_out() -> None:
 def test_a_sample_that_no_teacher_scored_is_refused() -> None:
     sample = inputs(ref_logprobs=None)
     with pytest.raises(ValueError, match=r"no ref_logprobs.*assign_reference_logprobs.*set distill_loss_weight to 0"):
-        prime_rl.kdrl_loss(sample)
+        prime_rl.kdrl_loss(sample, distill_loss_weight=0.005)
     out = prime_rl.kdrl_loss(sample, distill_loss_weight=0.0)
     assert out.loss.isfinite()
     empty = inputs(loss_mask=torch.zeros(9, dtype=torch.bool))
-    gradient = torch.autograd.grad(prime_rl.kdrl_loss(empty).loss, empty.trainer_logprobs)[0]
+    gradient = torch.autograd.grad(prime_rl.kdrl_loss(empty, distill_loss_weight=0.005).loss, empty.trainer_logprobs)[0]
     assert (gradient == 0).all()
 
 
 def test_without_prime_rl_the_error_says_what_to_install(monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ImportError, match=r"prime-rl>=0\.8,<0\.9"):
-        prime_rl.kdrl_loss(inputs())
+        prime_rl.kdrl_loss(inputs(), distill_loss_weight=0.005)
 
 
 def test_zeros_are_no_teacher() -> None:
     """prime-rl's packer writes zeros for a sample without a teacher next to one that has a teacher."""
     sample = inputs(ref_logprobs=torch.zeros(9, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"0 at every trained token.*no teacher scored where it is packed"):
-        prime_rl.kdrl_loss(sample)
+        prime_rl.kdrl_loss(sample, distill_loss_weight=0.005)
     sure = inputs(ref_logprobs=sample.ref_logprobs, inference_logprobs=torch.full((9,), -1e-5, dtype=torch.float64))
-    assert prime_rl.kdrl_loss(sure).loss.isfinite()  # a forced answer: such a teacher is 0 up to rounding
+    # a forced answer: such a teacher is 0 up to rounding
+    assert prime_rl.kdrl_loss(sure, distill_loss_weight=0.005).loss.isfinite()
     assert prime_rl.kdrl_loss(sample, distill_loss_weight=0.0).loss.isfinite()

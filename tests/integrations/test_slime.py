@@ -156,7 +156,7 @@ def test_a_rank_without_tokens_has_a_gradient_of_zero(trainer: SimpleNamespace) 
     trainer.slice_log_prob_with_cp = lambda x, total, response: x[:0]
     for name in ("log_probs", "rollout_log_probs", "teacher_log_probs", "advantages"):
         batch[name] = [x[:0] for x in batch[name]]
-    loss, gradient, _ = run(args, batch, logits, lambda x: x.sum())
+    loss, gradient, _ = run(args, batch, logits, lambda x: x.sum(), distill_loss_weight=0.005)
     assert loss == 0
     assert (gradient == 0).all()
 
@@ -188,8 +188,9 @@ def test_options_that_would_change_the_loss_unseen(
 ) -> None:
     args, batch, logits, mean = joint_case()
     with pytest.raises(ValueError, match=message):
-        run(SimpleNamespace(**vars(args) | changed), batch, logits, mean)
-    assert run(SimpleNamespace(**vars(args) | changed | advised), batch, logits, mean)[0].isfinite()
+        run(SimpleNamespace(**vars(args) | changed), batch, logits, mean, distill_loss_weight=0.005)
+    advised = SimpleNamespace(**vars(args) | changed | advised)
+    assert run(advised, batch, logits, mean, distill_loss_weight=0.005)[0].isfinite()
 
 
 def test_a_batch_without_a_teacher_is_refused() -> None:
@@ -198,14 +199,14 @@ def test_a_batch_without_a_teacher_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"no teacher_log_probs: set --use-opd with --opd-type.*or distill_loss_weight=0"
     ):
-        run(args, batch, logits, mean)
+        run(args, batch, logits, mean, distill_loss_weight=0.005)
     assert run(args, batch, logits, mean, distill_loss_weight=0.0)[0].isfinite()
 
 
 def test_without_slime_the_error_says_what_is_supported(monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ImportError, match=r"slime>=0\.3\.1,<0\.4"):
-        slime.kdrl_loss(*joint_case())
+        slime.kdrl_loss(*joint_case(), distill_loss_weight=0.005)
 
 
 @pytest.mark.parametrize(("name", "flag"), [("rollout_temperature", "temperature"), ("rollout_top_p", "top-p")])
@@ -215,9 +216,9 @@ def test_a_server_scores_at_temperature_one_and_the_whole_vocabulary(name: str, 
     for kind in ("sglang", None):  # None: a reward function set the log-probs, without --use-opd
         warm.opd_type = kind
         with pytest.raises(ValueError, match=rf"--rollout-{flag} must be 1 with --opd-type sglang, got 0\.7"):
-            run(warm, batch, logits, mean)
+            run(warm, batch, logits, mean, distill_loss_weight=0.005)
     warm.opd_type = "megatron"
-    assert run(warm, batch, logits, mean)[0].isfinite()
+    assert run(warm, batch, logits, mean, distill_loss_weight=0.005)[0].isfinite()
 
 
 @pytest.mark.parametrize("changed", [{"use_rollout_logprobs": True}, {"use_tis": True, "tis_clip": 2.0}], ids=str)
@@ -225,25 +226,26 @@ def test_what_reads_the_sampler_needs_it(changed: dict[str, Any]) -> None:
     """slime raises here, too; a ratio of 1 instead would go unnoticed."""
     args, batch, logits, mean = joint_case()
     del batch["rollout_log_probs"]
+    args = SimpleNamespace(**vars(args) | {"tis_clip_low": 0.0} | changed)
     with pytest.raises(ValueError, match="no rollout_log_probs, which --use-rollout-logprobs and --use-tis read"):
-        run(SimpleNamespace(**vars(args) | {"tis_clip_low": 0.0} | changed), batch, logits, mean)
+        run(args, batch, logits, mean, distill_loss_weight=0.005)
 
 
 def test_a_weight_of_zero_leaves_the_term_out() -> None:
     args, batch, logits, mean = joint_case()
     batch["advantages"] = [x * torch.nan for x in batch["advantages"]]
-    loss, gradient, _ = run(args, batch, logits, mean, rl_loss_weight=0.0)
+    loss, gradient, _ = run(args, batch, logits, mean, rl_loss_weight=0.0, distill_loss_weight=0.005)
     assert loss.isfinite()
     assert gradient.isfinite().all()
 
 
 def test_masked_tokens_leave_no_trace() -> None:
     args, batch, logits, mean = joint_case()
-    clean = run(args, batch, logits, mean)
+    clean = run(args, batch, logits, mean, distill_loss_weight=0.005)
     masked = [mask == 0 for mask in batch["loss_masks"]]
     assert any(x.any() for x in masked)
     for name in ("teacher_log_probs", "advantages"):
         batch[name] = [x.masked_fill(m, torch.nan) for x, m in zip(batch[name], masked, strict=True)]
-    dirty = run(args, batch, logits, mean)
+    dirty = run(args, batch, logits, mean, distill_loss_weight=0.005)
     close(dirty[0], clean[0], rtol=1e-6)
     close(dirty[1], clean[1], rtol=1e-6)

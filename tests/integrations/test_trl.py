@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections import defaultdict
 from types import SimpleNamespace
@@ -176,22 +177,22 @@ def test_what_cannot_work_is_refused(inputs):
         pass
 
     with pytest.raises(ValueError, match=r"teacher_model must be given where distill_loss_weight is 0.005"):
-        NoTeacher(Policy())
+        NoTeacher(Policy(), distill_loss_weight=0.005)
     with pytest.raises(ValueError, match=r"args.loss_type must be one of .*, got 'new'"):
-        KDRL(Policy(), loss_type="new")
+        KDRL(Policy(), distill_loss_weight=0.005, loss_type="new")
     with pytest.raises(ValueError, match=r"kd_discount must be in 0 .. 1, got 2"):
-        KDRL(Policy(), kd_discount=2.0)
+        KDRL(Policy(), distill_loss_weight=0.005, kd_discount=2.0)
     model = Policy()
     with pytest.raises(ValueError, match="teacher_model is the model that is trained"):
-        NoTeacher(model, teacher_model=model)
+        NoTeacher(model, distill_loss_weight=0.005, teacher_model=model)
     shares = Policy()
     shares.table = model.table
     with pytest.raises(
         ValueError, match=r"must share no parameters .*, got 1 that it does, such as table: pass a copy"
     ):
-        NoTeacher(model, teacher_model=shares)
+        NoTeacher(model, distill_loss_weight=0.005, teacher_model=shares)
     assert model.table.requires_grad
-    trainer = KDRL(Policy())
+    trainer = KDRL(Policy(), distill_loss_weight=0.005)
     with pytest.raises(NotImplementedError, match="images: the teacher is scored on text only"):
         trainer._generate_and_score_completions({**inputs, "pixel_values": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"teacher_model must be given where distill_loss_weight is 0.005"):
@@ -201,7 +202,7 @@ def test_what_cannot_work_is_refused(inputs):
         def _get_per_token_logps_and_entropies(self, model, *_, **__):
             return StandIn._get_per_token_logps_and_entropies(self, model)
 
-    moved = Moved(Policy())
+    moved = Moved(Policy(), distill_loss_weight=0.005)
     with pytest.raises(RuntimeError, match="its hook has moved"):
         moved._compute_loss(moved.model, moved._generate_and_score_completions(inputs))
 
@@ -213,7 +214,8 @@ def test_without_trl_the_trainer_says_what_installs_it(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    for ask in (lambda: adapter.KDRLTrainer, adapter.install_distillation, adapter.install_gkd, adapter.KDRLMixin):
+    mixin = functools.partial(adapter.KDRLMixin, distill_loss_weight=1.0)
+    for ask in (lambda: adapter.KDRLTrainer, adapter.install_distillation, adapter.install_gkd, mixin):
         with pytest.raises(ImportError, match=r"needs trl, which is not installed: pip install 'trl>=1.16,<1.17'"):
             ask()
 

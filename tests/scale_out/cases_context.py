@@ -276,6 +276,7 @@ def case_counts_over_data_parallel_ranks(ranks: Ranks) -> None:
                 cu_seqlens=cu,
                 reduction=reduction,
                 kd_discount=0.5,
+                distill_loss_weight=0.005,
             ).loss
             expected.backward()
             mine, logged = weight.clone().requires_grad_(), torch.zeros((), dtype=torch.float64)
@@ -289,6 +290,7 @@ def case_counts_over_data_parallel_ranks(ranks: Ranks) -> None:
                     cu_seqlens=c,
                     reduction=reduction,
                     kd_discount=0.5,
+                    distill_loss_weight=0.005,
                     normalizer=count.double() / ranks.size,  # an int64 tensor divided by an int is float32
                 ).loss
                 loss.backward()
@@ -363,7 +365,7 @@ def case_one_bad_rank(ranks: Ranks) -> None:
     off = good | {"cu_seqlens": cu.clamp(max=3) if last else cu}
     unmasked = good | {"loss_mask": mask.long() if last else mask}
     sequences = "the number of sequences of cu_seqlens must be the same on every rank of the group, got 2 on rank 0"
-    kd = {"reduction": "sequence_mean"}
+    kd, weight = {"reduction": "sequence_mean"}, {"distill_loss_weight": 0.005}
     weights = {"action": "mask", "max_weight": 2.0}
     calls: dict[str, Callable[..., Any]] = {
         "segment_sum": lambda **keys: kdloss.segment_sum(x, **keys),
@@ -376,7 +378,7 @@ def case_one_bad_rank(ranks: Ranks) -> None:
         ),
         "grpo_loss": lambda **keys: kdloss.grpo_loss(x, None, x, **kd | keys),
         "distillation_loss": lambda **keys: kdloss.distillation_loss(x, None, x, **kd | keys),
-        "kdrl_loss": lambda **keys: kdloss.kdrl_loss(x, None, x, x, **kd | keys),
+        "kdrl_loss": lambda **keys: kdloss.kdrl_loss(x, None, x, x, **weight | kd | keys),
     }
     for call in calls.values():
         everywhere(ranks, sequences, lambda call=call: call(**fewer))
@@ -454,12 +456,21 @@ def case_compiled_context(ranks: Ranks) -> None:
     cut = Cut(ranks, 0)
     mask, where = cut.part(cut.mask), {"cu_seqlens": cut.cu_part, "group": ranks.group}
     x, old, teacher, advantages = (cut.part(cut.normal(torch.float32, 0.3)) for _ in range(4))
+    weight = {"distill_loss_weight": 0.005}
     calls = [
         lambda x: kdloss.segment_mean(x, loss_mask=mask, **where),
         lambda x: kdloss.sequence_clipped_surrogate(x, old, advantages, loss_mask=mask, **where).loss,
         lambda x: (
             kdloss.kdrl_loss(
-                x, old, teacher, advantages, loss_mask=mask, reduction="sequence_mean", kd_discount=0.5, **where
+                x,
+                old,
+                teacher,
+                advantages,
+                loss_mask=mask,
+                reduction="sequence_mean",
+                kd_discount=0.5,
+                **weight,
+                **where,
             ).loss
         ),
         lambda x: (
@@ -485,7 +496,7 @@ def case_collectives_of_a_step(ranks: Ranks) -> None:
     cut = Cut(ranks, 1)
     mask, where = cut.part(cut.mask), {"cu_seqlens": cut.cu_part, "group": ranks.group}
     x = cut.part(cut.normal(torch.float64)).nan_to_num()
-    by_sequence = {"reduction": "sequence_mean"}
+    by_sequence, weight = {"reduction": "sequence_mean"}, {"distill_loss_weight": 0.005}
     paths = [
         (1, 1, lambda x: kdloss.segment_sum(x, loss_mask=mask, **where)),
         (1, 1, lambda x: kdloss.segment_mean(x, loss_mask=mask, **where)),
@@ -493,8 +504,14 @@ def case_collectives_of_a_step(ranks: Ranks) -> None:
         (1, 0, lambda x: x * kdloss.discounted_returns(x, loss_mask=mask, discount=0.9, **where)),
         (1, 0, lambda x: kdloss.sequence_clipped_surrogate(x, None, x, loss_mask=mask, **where).loss),
         (1, 0, lambda x: kdloss.grpo_loss(x, None, x, loss_mask=mask, **by_sequence, **where).loss),
-        (1, 0, lambda x: kdloss.kdrl_loss(x, None, x + 1, x, loss_mask=mask, **where).loss),
-        (2, 0, lambda x: kdloss.kdrl_loss(x, None, x, x, loss_mask=mask, kd_discount=0.9, **by_sequence, **where).loss),
+        (1, 0, lambda x: kdloss.kdrl_loss(x, None, x + 1, x, loss_mask=mask, **weight, **where).loss),
+        (
+            2,
+            0,
+            lambda x: (
+                kdloss.kdrl_loss(x, None, x, x, loss_mask=mask, kd_discount=0.9, **by_sequence, **weight, **where).loss
+            ),
+        ),
     ]
     for number, (forward, backward, call) in enumerate(paths):
         leaf = x.clone().requires_grad_()

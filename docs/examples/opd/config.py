@@ -211,6 +211,8 @@ def loss_config(config: Config) -> KDRLConfig:
         block["rl_loss_weight"] = 0.0
     if config.mode == "grpo":
         block["distill_loss_weight"] = 0.0
+    if config.mode == "sft":  # its loss has no such term
+        block.setdefault("distill_loss_weight", 0.0)
     if config.mode == "kdrl-direct":
         block["direct_penalty"] = True
     try:
@@ -263,8 +265,6 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_together(config: Config) -> None:
-    loss_config(config)
-    weight_schedule(config)
     if config.endpoint.url and not config.endpoint.url.startswith(("http://", "https://")):
         raise ConfigError(f"endpoint.url must begin with http:// or https://, got {config.endpoint.url!r}")
     if config.endpoint.url and config.gconfig.temperature != 1:
@@ -274,6 +274,8 @@ def _check_together(config: Config) -> None:
         raise ConfigError("mode sft lets the teacher write: it needs teacher.path, and no endpoint.url")
     if config.mode != "grpo" and not (local or remote):
         raise ConfigError(f"mode {config.mode} needs a teacher: set teacher.path or endpoint.url")
+    loss_config(config)
+    weight_schedule(config)
     if config.data.path and not config.data.eval_path:
         raise ConfigError("data.path needs data.eval_path, the held-out questions")
     if "WORLD_SIZE" in os.environ and (config.actor.device_map or config.teacher.get("device_map")):

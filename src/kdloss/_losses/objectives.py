@@ -243,7 +243,7 @@ def kdrl_loss(
     *,
     loss_mask: Tensor,  # (T,) bool
     rl_loss_weight: float = 1.0,
-    distill_loss_weight: float | Tensor = 0.005,
+    distill_loss_weight: float | Tensor,
     prox_logp: Tensor | None = None,  # (T,)
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -345,7 +345,7 @@ def kdrl_token_loss(
     *,
     loss_mask: Tensor | None = None,  # (T,) bool
     rl_loss_weight: float = 1.0,
-    distill_loss_weight: float | Tensor = 0.005,
+    distill_loss_weight: float | Tensor,
     prox_logp: Tensor | None = None,  # (T,)
     clip_low: float = 0.2,
     clip_high: float = 0.2,

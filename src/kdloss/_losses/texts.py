@@ -38,8 +38,8 @@ OBJECTIVE_ARGS = LOSS_ARGS | {
         "sequence_mean". None: the trained tokens, or the sequences that have one, of this call or of `group`.""",
     "rl_loss_weight": "Python number. 0 skips the RL term: pure distillation.",
     "distill_loss_weight": """Python number (0 skips the distillation term), or a detached tensor, 0-dim or the shape of
-        `logp` (several teachers). The default is the value of KDRL and of the trainers that follow it; it was tuned for
-        a penalty whose gradient ignores the teacher, so expect to retune it.""",
+        `logp` (several teachers). Required; docs/weights.md says how to choose it. A value that was tuned for a penalty
+        whose gradient ignores the teacher, such as 0.005, is too small here.""",
     "direct_penalty": """True: descend logp - teacher_logp itself instead of the surrogate, at every RL weight. The
         teacher is then in the value only and not in the gradient. For parity with trainers that do this; warns.""",
     "group": PACKING_ARGS["group"]

@@ -4,8 +4,8 @@ from kdloss._losses.texts import OBJECTIVE_ARGS
 
 # Adapters take numbers for the weights, and have the sequences from the trainer.
 KDRL_ARGS = OBJECTIVE_ARGS | {
-    "distill_loss_weight": """factor of the distillation term, a Python number. 0 skips the term. The default is KDRL's,
-        which was tuned for a penalty whose gradient ignores the teacher; expect to retune it.""",
+    "distill_loss_weight": """factor of the distillation term, a Python number, required. 0 skips the term.
+        docs/weights.md says how to choose it.""",
     "kd_discount": """0 .. 1. Above 0, the distillation reward of a token is replaced by the discounted sum of the
         rewards from that token to the end of its sequence.""",
 }

@@ -24,11 +24,12 @@ from torch import Tensor
 
 import kdloss
 from kdloss import Surrogate
+from kdloss._checks import CHOOSE_WEIGHT
 from kdloss._docs import documented
 
 from ._areal_masks import Rejection, m2po_mask, reject
 from ._layout import row_cu_seqlens, sequence_means
-from ._lazy import require
+from ._lazy import Hook, require
 from ._texts import KDRL_ARGS
 
 
@@ -43,7 +44,7 @@ def install(**options: Any) -> None:
 
     Raises:
         TypeError: an option is not a keyword-only argument of `grpo_loss_fn`.
-        ImportError: AReaL is missing, or has a version that the adapter was not tested with.
+        ImportError: AReaL is missing, or lacks what the adapter needs.
     """
     known = [p.name for p in inspect.signature(grpo_loss_fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in options:
@@ -82,8 +83,8 @@ def grpo_loss_fn(
     """AReaL's actor loss: rl_loss_weight * RL + distill_loss_weight * reverse KL, as a local token mean.
 
     The RL ratio is against `prox_logp`. The distillation ratio is against the batch's `logprobs`, the policy that
-    sampled. The weights are read from the batch, where AReaL stores them next to `teacher_logp`. Without `teacher_logp`
-    the loss is the RL term alone.
+    sampled. The weights are read from the batch, where AReaL stores them next to `teacher_logp`, which needs a
+    `distill_loss_weight`. Without `teacher_logp` the loss is the RL term alone.
 
     Args:
         logprobs: log-probs of the tokens under the student, nats. Differentiable.
@@ -118,10 +119,11 @@ def grpo_loss_fn(
         That of `kdloss.kdrl_loss`, with the surrogate that the options select.
 
     Raises:
-        ValueError: options exclude each other; the layout does not support a level or an alignment; `teacher_logp` is
-            visibly at the other alignment; under "token" the trained tokens are not the end of each sequence; or
-            `prox_logp` is missing and cannot be derived.
-        ImportError: AReaL is missing, or has a version that the adapter was not tested with.
+        ValueError: options exclude each other; the layout does not support a level or an alignment; the batch has
+            `teacher_logp` without `distill_loss_weight`; `teacher_logp` is visibly at the other alignment; under
+            "token" the trained tokens are not the end of each sequence; or `prox_logp` is missing and cannot be
+            derived.
+        ImportError: AReaL is missing, or lacks what the adapter needs.
     """
     _check_modes(
         importance_sampling_level, use_sapo_loss, use_decoupled_loss, use_cispo_loss, c_clip, rejection_sampling
@@ -155,6 +157,8 @@ def grpo_loss_fn(
     record = _Record(batch, trained)
     if input_data.get("teacher_logp") is not None:
         teacher_logp = batch.teacher_logp(teacher_alignment)
+        if input_data.get("distill_loss_weight") is None:
+            raise ValueError(f"input_data must hold distill_loss_weight beside teacher_logp, got none: {CHOOSE_WEIGHT}")
         rl_loss_weight = input_data.get("rl_loss_weight", 1.0)
         distilled = kdloss.kdrl_loss(
             batch.logp,
@@ -164,7 +168,7 @@ def grpo_loss_fn(
             loss_mask=trained,
             normalizer=count,
             rl_loss_weight=0.0,  # the RL term is the surrogate above
-            distill_loss_weight=input_data.get("distill_loss_weight", 0.005),
+            distill_loss_weight=input_data["distill_loss_weight"],
             kd_discount=kd_discount,
             kd_reward_clip=kd_reward_clip,
             kd_max_ratio=kd_max_ratio,
@@ -422,6 +426,31 @@ class _Record:
         self.areal.stats_tracker.stat(**values, denominator=denominator)
 
 
+_HOOKS = {
+    "areal.trainer.ppo.actor": {
+        "grpo_loss_fn": Hook(
+            replaced_by=grpo_loss_fn,
+            keys=(
+                "logprobs",
+                "advantages",
+                "loss_mask",
+                "prox_logp",
+                "teacher_logp",
+                "distill_loss_weight",
+                "versions",
+            ),
+        ),
+        "stats_tracker": Hook(),
+        "infer_token_denominator": Hook(),
+        "compute_prox_logp_approximations": Hook(
+            takes=("old_logp", "logprobs", "versions", "current_version", "method")
+        ),
+        "_log_proximal_approximation_stats": Hook(takes=("prox_logp_method", "prox_logp_gt", "compute_logp_mask")),
+        "_log_version_staleness_stats": Hook(takes=("versions", "current_version", "version_metrics_mask")),
+    }
+}
+
+
 @functools.cache
 def _areal() -> Any:
-    return require("areal", at_least="1.0.4", below="1.1", module="areal.trainer.ppo.actor")
+    return require("areal", at_least="1.0.4", below="1.1", module="areal.trainer.ppo.actor", hooks=_HOOKS)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss._checks import distill_loss_weight_required
 from kdloss._docs import documented
 
 from ._layout import row_cu_seqlens
@@ -58,13 +59,17 @@ class KDRLLossFn:
 
     Expected gradient:
         That of `kdloss.kdrl_loss`, reduced by tokens or by sequences.
+
+    Raises:
+        TypeError: distill_loss_weight is missing.
     """
 
+    @distill_loss_weight_required
     def __init__(
         self,
         *,
         rl_loss_weight: float = 1.0,
-        distill_loss_weight: float = 0.005,
+        distill_loss_weight: float,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         dual_clip: float | None = None,
@@ -97,12 +102,13 @@ class KDRLLossFn:
 
         Args:
             loss_config: NeMo-RL's `master_config.loss_fn`: a mapping in 0.6, an object in later versions.
-            options: keyword arguments of `KDRLLossFn`, which override the config.
+            options: keyword arguments of `KDRLLossFn`, which override the config; `distill_loss_weight` must be one.
 
         Returns:
             The `KDRLLossFn`.
 
         Raises:
+            TypeError: distill_loss_weight is missing.
             ValueError: the config sets an option that this loss does not support.
         """
 

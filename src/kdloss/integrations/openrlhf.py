@@ -1,7 +1,7 @@
 """OpenRLHF: `KDRLPolicyLoss` replaces its `PolicyLoss` and adds a teacher.
 
     from kdloss.integrations.openrlhf import attach
-    attach(trainer, teacher=lambda experience: experience.teacher_log_probs, distill_loss_weight=0.1)
+    attach(trainer, teacher=lambda experience: experience.teacher_log_probs, distill_loss_weight=1.0)
 
 OpenRLHF passes no teacher to its loss, so `attach` sets one before each step of an `ActorPPOTrainer`. Tensors are
 (B, A), responses only. The denominators are OpenRLHF's, over the whole optimizer step.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss._checks import distill_loss_weight_required
 from kdloss._docs import documented
 
 from ._layout import row_cu_seqlens, sequence_means
@@ -29,11 +30,12 @@ def attach(trainer: Any, *, teacher: Callable[[Any], Tensor | None], **options: 
     Args:
         trainer: OpenRLHF's `ActorPPOTrainer`, the `trainer` of a `PolicyModelActor`.
         teacher: takes an `Experience` and returns the teacher's log-probs (B, A) of its actions, or None.
-        options: keyword arguments of `KDRLPolicyLoss`: `rl_loss_weight`, `distill_loss_weight`, `kd_reward_clip`,
-            `kd_max_ratio`.
+        options: keyword arguments of `KDRLPolicyLoss`: `distill_loss_weight`, which is required, `rl_loss_weight`,
+            `kd_reward_clip`, `kd_max_ratio`.
 
     Raises:
-        TypeError: the trainer's loss is not the `PolicyLoss` of OpenRLHF 0.11.2 or later.
+        TypeError: distill_loss_weight is missing, or the trainer's loss is not the `PolicyLoss` of OpenRLHF 0.11.2 or
+            later.
         ValueError: its settings are not supported.
     """
     loss = KDRLPolicyLoss(trainer.actor_loss_fn, **options)
@@ -80,16 +82,17 @@ class KDRLPolicyLoss(torch.nn.Module):
         That of `kdloss.kdrl_loss`. OpenRLHF's per-sample mean weights sequences by 1/|o|.
 
     Raises:
-        TypeError: `policy_loss` comes from an OpenRLHF before 0.11.2.
+        TypeError: distill_loss_weight is missing, or `policy_loss` comes from an OpenRLHF before 0.11.2.
         ValueError: its type is neither "ppo" nor "gspo", or its correction is gated by a divergence.
     """
 
+    @distill_loss_weight_required
     def __init__(
         self,
         policy_loss: Any,
         *,
         rl_loss_weight: float = 1.0,
-        distill_loss_weight: float = 0.005,
+        distill_loss_weight: float,
         kd_reward_clip: float | None = None,
         kd_max_ratio: float | None = None,
     ) -> None:

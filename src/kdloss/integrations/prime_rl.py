@@ -4,7 +4,7 @@
     type = "custom"
     import_path = "kdloss.integrations.prime_rl.kdrl_loss"
     [trainer.loss.kwargs]
-    distill_loss_weight = 0.1
+    distill_loss_weight = 1.0
 
 prime-rl calls it once per sequence, prompt included. All tensors are at the token's own position; nothing here depends
 on neighbouring positions, so no tensor is shifted. The loss is a sum; the trainer divides by the tokens of the step.
@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 
 import kdloss
-from kdloss._checks import value_checks_allowed
+from kdloss._checks import distill_loss_weight_required, value_checks_allowed
 from kdloss._docs import documented
 
 from ._lazy import require
 from ._texts import KDRL_ARGS
 
 
+@distill_loss_weight_required
 @documented(KDRL_ARGS)
 def kdrl_loss(
     inputs: Any,
     *,
     rl_loss_weight: float = 1.0,
-    distill_loss_weight: float = 0.005,
+    distill_loss_weight: float,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -63,6 +64,7 @@ def kdrl_loss(
         That of `kdloss.kdrl_loss`, as a sum over the trained tokens.
 
     Raises:
+        TypeError: distill_loss_weight is missing.
         ValueError: distill_loss_weight is not 0, and the sample has no `ref_logprobs`, or only zeros at its trained
             tokens although the sampler was not certain of all of them. Zeros raise on the CPU only: elsewhere the check
             would wait for the device, and the loss is NaN.

@@ -1,9 +1,12 @@
 """slime: a custom loss that adds the teacher as a term of its own to PPO's clip, instead of inside the advantages.
 
-    --loss-type custom_loss --custom-loss-function-path kdloss.integrations.slime.kdrl_loss
+    --loss-type custom_loss --custom-loss-function-path my_losses.kdrl_loss
     --use-opd --opd-type megatron --opd-teacher-load ... --opd-kl-coef 0
 
-slime passes no options to a custom loss; to change the weights, put a `functools.partial` in a module of your own.
+slime passes no options to a custom loss, so `my_losses.py` is a module of your own that binds them:
+
+    kdrl_loss = functools.partial(kdloss.integrations.slime.kdrl_loss, distill_loss_weight=1.0)
+
 Log-probs come from slime's own function, which handles its context and tensor parallelism. The mean is slime's
 `sum_of_sample_mean`.
 """
@@ -18,12 +21,14 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss._checks import distill_loss_weight_required
 from kdloss._docs import documented
 
 from ._lazy import require
 from ._texts import KDRL_ARGS
 
 
+@distill_loss_weight_required
 @documented(KDRL_ARGS)
 def kdrl_loss(
     args: Any,
@@ -32,7 +37,7 @@ def kdrl_loss(
     sum_of_sample_mean: Callable[[Tensor], Tensor],
     *,
     rl_loss_weight: float = 1.0,
-    distill_loss_weight: float = 0.005,
+    distill_loss_weight: float,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -62,6 +67,7 @@ def kdrl_loss(
         by 1/|o|, unless --calculate-per-token-loss is set.
 
     Raises:
+        TypeError: distill_loss_weight is missing.
         ValueError: the batch lacks log-probs that are needed, or an option of slime's would count the teacher twice or
             is not part of this loss.
         ImportError: slime is missing, or has a version that the adapter was not tested with.

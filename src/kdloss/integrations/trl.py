@@ -1,6 +1,6 @@
 """TRL: `KDRLTrainer`, a GRPOTrainer with a teacher, and divergences that replace those of DistillationTrainer and GKD.
 
-    trainer = KDRLTrainer(model, reward_funcs, args, ..., teacher_model="Qwen/Qwen3-8B", distill_loss_weight=0.1)
+    trainer = KDRLTrainer(model, reward_funcs, args, ..., teacher_model="Qwen/Qwen3-8B", distill_loss_weight=1.0)
 
 Everything of TRL's stays: generation, rewards, every loss type, metrics. The teacher scores the tokens once, after
 generation. The distillation term uses the student's log-probs from TRL's own forward, and TRL's own denominator.
@@ -23,10 +23,9 @@ from kdloss._docs import documented
 from kdloss._packing.reductions import Reduction
 
 from ._layout import row_cu_seqlens
-from ._lazy import require
+from ._lazy import Hook, require
 from ._texts import KDRL_ARGS
 
-_TRL = {"at_least": "1.16", "below": "1.17"}
 _LOSS_TYPES = ("grpo", "sapo", "bnpo", "dr_grpo", "cispo", "dapo", "vespo", "luspo")
 
 
@@ -47,8 +46,9 @@ class KDRLMixin:
             frozen; any other model that shares parameters with the student is refused. None is for subclasses that
             override `teacher_logps`, and for a `distill_loss_weight` of 0.
         teacher_model_init_kwargs: arguments for loading it, such as `{"dtype": "bfloat16"}`.
-        distill_loss_weight: factor of the distillation term; an attribute, which a callback may change. 0 leaves TRL's
-            loss and gradient unchanged, and still logs the reverse KL.
+        distill_loss_weight: factor of the distillation term, required; an attribute, which a callback may change. 0
+            leaves TRL's loss and gradient unchanged, and still logs the reverse KL. docs/weights.md says how to choose
+            it.
         rl_loss_weight: factor of TRL's loss, including whatever TRL adds to it (the KL to the reference, the entropy
             bonus). 0 leaves it out.
         {kd_discount}
@@ -63,18 +63,20 @@ class KDRLMixin:
         its importance weights act on the RL term only.
 
     Raises:
-        ImportError: TRL is missing, or has a version that the adapter was not tested with.
+        TypeError: distill_loss_weight is missing.
+        ImportError: TRL is missing, or lacks what the adapter needs.
         ValueError: an option is out of range, `args.loss_type` is unknown, or the teacher is missing, is the trained
             model, shares parameters with it, or lacks some of its tokens.
         NotImplementedError: the batch contains images.
     """
 
+    @_checks.distill_loss_weight_required
     def __init__(
         self,
         *args: Any,
         teacher_model: Any = None,
         teacher_model_init_kwargs: dict[str, Any] | None = None,
-        distill_loss_weight: float = 0.005,
+        distill_loss_weight: float,
         rl_loss_weight: float = 1.0,
         kd_discount: float = 0.0,
         kd_reward_clip: float | None = None,
@@ -82,7 +84,7 @@ class KDRLMixin:
         direct_penalty: bool = False,
         **kwargs: Any,
     ) -> None:
-        require("trl", **_TRL)
+        _trl()
         self.teacher_model = None
         self._teacher_is_base = False
         self.distill_loss_weight = distill_loss_weight
@@ -256,8 +258,8 @@ class KDRLMixin:
     def _prepared_teacher(self, teacher: Any, init_kwargs: dict[str, Any]) -> Any:
         """The teacher, loaded, frozen, scoring at the sampling temperature, and placed like TRL's reference model."""
         this: Any = self
-        utils = require("trl", **_TRL, module="trl.trainer.utils")
-        models = require("trl", **_TRL, module="trl.models")
+        utils = _trl("trl.trainer.utils")
+        models = _trl("trl.models")
         if isinstance(teacher, str):
             teacher = utils.create_model_from_path(teacher, **init_kwargs)
         elif init_kwargs:
@@ -410,9 +412,9 @@ def install_distillation() -> None:
     """Make TRL's DistillationTrainer use `chunked_divergence_loss`, in this process.
 
     Raises:
-        ImportError: TRL is missing, or has a version that the adapter was not tested with.
+        ImportError: TRL is missing, or lacks what the adapter needs.
     """
-    module = require("trl", **_TRL, module="trl.trainer.distillation_trainer")
+    module = _trl("trl.trainer.distillation_trainer")
     _replace(module, "_chunked_divergence_loss", chunked_divergence_loss)
 
 
@@ -420,9 +422,9 @@ def install_gkd() -> None:
     """Make TRL's GKDTrainer use `generalized_jsd_loss`, in this process.
 
     Raises:
-        ImportError: TRL is missing, or has a version that the adapter was not tested with.
+        ImportError: TRL is missing, or lacks what the adapter needs.
     """
-    trainer = require("trl", **_TRL, module="trl.experimental.gkd.gkd_trainer").GKDTrainer
+    trainer = _trl("trl.experimental.gkd.gkd_trainer").GKDTrainer
     _replace(trainer, "generalized_jsd_loss", staticmethod(generalized_jsd_loss))
 
 
@@ -454,7 +456,30 @@ def __getattr__(name: str) -> Any:
     """Create `KDRLTrainer` on first access, so that this module imports without TRL."""
     if name != "KDRLTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base = require("trl", **_TRL).GRPOTrainer
+    base = _trl().GRPOTrainer
     made = type(name, (KDRLMixin, base), {"__doc__": KDRLMixin.__doc__, "__module__": __name__})
     globals()[name] = made
     return made
+
+
+_SAMPLED = ("old_per_token_logps", "sampling_per_token_logps", "tool_mask", "num_items_in_batch")
+_HOOKS = {
+    "trl": {
+        "GRPOTrainer._compute_loss": Hook(takes=("model", "inputs"), keys=("completion_mask", *_SAMPLED)),
+        "GRPOTrainer._generate_and_score_completions": Hook(
+            takes=("inputs",),
+            keys=("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_images", *_SAMPLED),
+        ),
+        "GRPOTrainer._get_per_token_logps_and_entropies": Hook(
+            takes=("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
+        ),
+    },
+    "trl.trainer.utils": {"create_model_from_path": Hook(), "add_fused_lm_head": Hook(takes=("temperature",))},
+    "trl.models": {"prepare_deepspeed": Hook(), "prepare_fsdp": Hook()},
+    "trl.trainer.distillation_trainer": {"_chunked_divergence_loss": Hook(replaced_by=chunked_divergence_loss)},
+    "trl.experimental.gkd.gkd_trainer": {"GKDTrainer.generalized_jsd_loss": Hook(replaced_by=generalized_jsd_loss)},
+}
+
+
+def _trl(module: str = "trl") -> Any:
+    return require("trl", at_least="1.16", below="1.17", module=module, hooks=_HOOKS)

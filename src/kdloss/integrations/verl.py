@@ -23,9 +23,7 @@ from kdloss import Surrogate
 from kdloss._docs import documented
 
 from ._layout import row_cu_seqlens
-from ._lazy import require
-
-_require = functools.cache(functools.partial(require, "verl", at_least="0.9.1", below="0.10"))
+from ._lazy import Hook, require
 
 # Docstring texts of the policy losses (`_docs.py`).
 _POLICY_ARGS = {
@@ -45,7 +43,7 @@ def register() -> None:
     """Register the losses with verl: `kdloss_ppo`, `kdloss_gspo`, `kdloss_sapo`, `kdloss_cispo`, `kdloss_reverse_kl`.
 
     Raises:
-        ImportError: verl is missing, or has a version that the adapter was not tested with.
+        ImportError: verl is missing, or lacks what the adapter needs.
     """
     policy = _require(module="verl.trainer.ppo.core_algos")
     for name, loss in POLICY_LOSSES.items():
@@ -253,7 +251,7 @@ def reverse_kl(
 
     Raises:
         ValueError: the sampling temperature is not 1; verl scores every teacher at 1.
-        ImportError: verl is missing, or has a version that the adapter was not tested with.
+        ImportError: verl is missing, or lacks what the adapter needs.
     """
     _check_temperature(data)
     cut = _require(module="verl.workers.utils.padding").no_padding_2_padding
@@ -394,3 +392,25 @@ def _option(config: Any, name: str, default: float) -> float:
 
 def _padded(x: Tensor, fill: float) -> Tensor:
     return x.to_padded_tensor(fill) if x.is_nested else x
+
+
+_HOOKS = {
+    "verl.trainer.ppo.core_algos": {
+        "register_policy_loss": Hook(),
+        "get_policy_loss_fn": Hook(),
+        "compute_policy_loss_vanilla": Hook(replaced_by=ppo),
+    },
+    "verl.trainer.distillation.losses": {
+        "DISTILLATION_LOSS_REGISTRY": Hook(),
+        "DistillationLossSettings": Hook(takes=("names", "use_estimator")),
+        "register_distillation_loss": Hook(),
+        "get_distillation_loss_fn": Hook(),
+        "distillation_loss": Hook(keys=("old_log_probs", "response_mask")),
+        "compute_distillation_loss_reverse_kl_estimator": Hook(
+            replaced_by=reverse_kl, keys=("log_probs", "teacher_logprobs", "response_mask")
+        ),
+    },
+    "verl.workers.utils.padding": {"no_padding_2_padding": Hook()},
+    "verl.utils.metric": {"Metric": Hook(takes=("aggregation", "value")), "AggregationType.MEAN": Hook()},
+}
+_require = functools.cache(functools.partial(require, "verl", at_least="0.9.1", below="0.10", hooks=_HOOKS))

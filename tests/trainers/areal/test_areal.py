@@ -6,6 +6,7 @@ Tolerance: rtol 2e-5 in float32, about a hundred roundings of sums and exponenti
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import warnings
 from typing import Any
 
@@ -239,3 +240,19 @@ def test_the_actor_trains_with_what_is_installed(monkeypatch) -> None:
     assert len(losses) == 2
     stats = stats_tracker.export()
     assert {"update/rkl_loss/avg", "update/actor_loss/avg", "update/importance_weight/max"} <= stats.keys()
+
+
+def test_another_version_with_all_hooks_is_used_with_a_warning(monkeypatch) -> None:
+    """What the adapter looks for in a version that it was not tested with is what the tested one has."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "99.0")
+    monkeypatch.setattr(actor, "grpo_loss_fn", THEIRS)
+    areal._areal.cache_clear()
+    with pytest.warns(UserWarning, match=r"was tested with areal>=1\.0\.4,<1\.1, and 99\.0 is installed"):
+        areal.install()
+    assert actor.grpo_loss_fn.func is areal.grpo_loss_fn
+    areal._areal.cache_clear()
+    monkeypatch.setattr(actor, "grpo_loss_fn", lambda logprobs, entropy, batch: None)
+    with pytest.raises(
+        ImportError, match=r"needs grpo_loss_fn\(logprobs, entropy, input_data, .*the key 'teacher_logp' of"
+    ):
+        areal.install()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -233,3 +234,18 @@ def test_a_step_of_gkd_is_the_same(tmp_path, untouched):
     assert GKDTrainer.generalized_jsd_loss is adapter.generalized_jsd_loss
     assert losses("ours") == pytest.approx(theirs, rel=1e-3)
     assert all(x > 0 for x in theirs)
+
+
+def test_another_version_with_all_hooks_is_used_with_a_warning(monkeypatch, untouched):
+    """What the adapter looks for in a version that it was not tested with is what the tested one has."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "99.0")
+    with pytest.warns(UserWarning, match=r"was tested with trl>=1\.16,<1\.17, and 99\.0 is installed"):
+        adapter.install_distillation()
+    adapter.install_gkd()
+    for module in adapter._HOOKS:
+        assert adapter._trl(module).__name__ == module
+    monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", staticmethod(lambda logits, labels: None))
+    with pytest.raises(
+        ImportError, match=r"needs GKDTrainer\.generalized_jsd_loss\(student_logits, .*tested with trl>="
+    ):
+        adapter.install_gkd()

@@ -241,6 +241,7 @@ def test_checkpoints_resume(student, teacher, tmp_path):
 def test_a_teacher_from_a_path_and_one_of_your_own(student, teacher, tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     keywords = {"teacher_model": str(tmp_path / "teacher"), "teacher_model_init_kwargs": {"dtype": "float32"}}
+    keywords["distill_loss_weight"] = 0.005
     loaded = tiny.grpo(KDRLTrainer, student, tmp_path, keywords=keywords)
     inputs = generated(loaded)
     mask = inputs["completion_mask"].bool()
@@ -350,7 +351,7 @@ def test_a_teacher_that_shares_parameters_is_refused_and_each_way_out_works(stud
 
 
 def test_evaluation_logs_the_divergence_too(student, teacher, tmp_path):
-    keywords = {"teacher_model": copy.deepcopy(teacher), "eval_dataset": tiny.prompts(8)}
+    keywords = {"teacher_model": copy.deepcopy(teacher), "eval_dataset": tiny.prompts(8), "distill_loss_weight": 0.005}
     trainer = tiny.grpo(KDRLTrainer, student, tmp_path, keywords=keywords, per_device_eval_batch_size=8)
     metrics = trainer.evaluate()
     assert metrics["eval_distill/reverse_kl"] > 0
@@ -359,7 +360,7 @@ def test_evaluation_logs_the_divergence_too(student, teacher, tmp_path):
 
 def test_what_cannot_work_is_refused(student, teacher, tmp_path):
     def make(**keywords):
-        return tiny.grpo(KDRLTrainer, student, tmp_path, keywords=keywords)
+        return tiny.grpo(KDRLTrainer, student, tmp_path, keywords={"distill_loss_weight": 0.005} | keywords)
 
     with pytest.raises(ValueError, match=r"teacher_model must be given where distill_loss_weight is 0.005"):
         make()
@@ -380,6 +381,7 @@ def test_what_cannot_work_is_refused(student, teacher, tmp_path):
             train_dataset=tiny.prompts(),
             processing_class=tiny.tokenizer(),
             teacher_model=same,
+            distill_loss_weight=0.005,
         )
     with pytest.raises(AttributeError, match="has no attribute 'KDRL'"):
         adapter.KDRL  # noqa: B018

@@ -5,6 +5,7 @@ Tolerances: rtol 1e-9 in float64, because verl's means add 1e-8 to their denomin
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import pytest
@@ -42,6 +43,22 @@ def test_the_plugin_was_found() -> None:
         assert get_policy_loss_fn(name) is function
     assert get_distillation_loss_fn("kdloss_reverse_kl") is adapter.reverse_kl
     adapter.register()  # again, by hand: no error
+
+
+def test_another_version_with_all_hooks_is_used_with_a_warning(monkeypatch) -> None:
+    """What the adapter looks for in a version that it was not tested with is what the tested one has."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "99.0")
+    adapter._require.cache_clear()
+    with pytest.warns(UserWarning, match=r"was tested with verl>=0\.9\.1,<0\.10, and 99\.0 is installed"):
+        adapter.register()
+    for module in adapter._HOOKS:
+        assert adapter._require(module=module).__name__ == module
+    adapter._require.cache_clear()
+    monkeypatch.delattr("verl.trainer.distillation.losses.get_distillation_loss_fn")
+    lacks = r"needs get_distillation_loss_fn in verl\.trainer\.distillation\.losses, which verl 99\.0 does not have"
+    with pytest.raises(ImportError, match=lacks):
+        adapter.register()
+    adapter._require.cache_clear()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
