@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import doctest
+import functools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch.testing import assert_close
 
 import kdloss
 from kdloss.integrations import servers
@@ -49,6 +50,8 @@ def openai(tokens, rows, k):
     return {"id": "cmpl-7", "choices": [{"index": 0, "logprobs": logprobs}]}
 
 
+assert_close = functools.partial(torch.testing.assert_close, equal_nan=True)
+
 SERVERS = {
     "vllm": (vllm, servers.read_vllm, servers.read_vllm_topk),
     "sglang": (sglang, servers.read_sglang, servers.read_sglang_topk),
@@ -77,7 +80,8 @@ class Batch:
 
     @property
     def expected(self):
-        return kdloss.token_logprobs(self.teacher, self.labels)
+        """NaN at the last position of a sequence, which predicts nothing."""
+        return torch.where(self.labels == -100, torch.nan, kdloss.token_logprobs(self.teacher, self.labels))
 
     def layout(self, **options):
         return {"cu_seqlens": self.cu_seqlens, **options}
@@ -96,7 +100,7 @@ def test_the_teachers_own_log_probs_come_out(server, lengths, seed, masked):
     assert (top.logp.dtype, top.ids.dtype) == (torch.float32, torch.int64)
     best = batch.teacher.topk(batch.k)
     predicted = batch.labels != -100
-    assert_close(top.logp, torch.where(predicted[:, None], best.values, 0))
+    assert_close(top.logp, torch.where(predicted[:, None], best.values, math.nan))
     assert_close(top.ids, torch.where(predicted[:, None], best.indices, -1))
 
 
@@ -112,7 +116,7 @@ def test_what_is_not_trained_on_may_be_missing(server):
     layout = batch.layout(loss_mask=batch.loss_mask)
     trained = batch.loss_mask & (batch.labels != -100)
     assert 0 < trained.sum() < 12
-    assert_close(read(answers, batch.input_ids, **layout), torch.where(trained, batch.expected, 0))
+    assert_close(read(answers, batch.input_ids, **layout), torch.where(trained, batch.expected, math.nan))
     assert_close(
         read_topk(answers, batch.input_ids, k=3, **layout).ids,
         torch.where(trained[:, None], batch.teacher.topk(3).indices, -1),
@@ -223,7 +227,7 @@ def test_a_sequence_that_was_not_sent(server):
     batch = Batch([4, 3])
     answers = [batch.answers(make)[0], None]
     mask = torch.arange(7) < 4
-    assert read(answers, batch.input_ids, **batch.layout(loss_mask=mask))[4:].tolist() == [0, 0, 0]
+    assert read(answers, batch.input_ids, **batch.layout(loss_mask=mask))[3:].isnan().all()
     assert (read_topk(answers, batch.input_ids, k=2, **batch.layout(loss_mask=mask)).ids[3:] == -1).all()
     with pytest.raises(ScoreError, match=r"sequence 1 \(3 tokens\): there is no answer, and 2 of its tokens"):
         read(answers, batch.input_ids, **batch.layout())
@@ -271,7 +275,7 @@ def test_sglang_from_the_prompts_end_on():
         for a, b, start in zip([0, 6, 11], [6, 11, 15], starts, strict=True)
     ]
     layout = batch.layout(loss_mask=mask, starts=starts)
-    assert_close(servers.read_sglang(answers, batch.input_ids, **layout), torch.where(mask, batch.expected, 0))
+    assert_close(servers.read_sglang(answers, batch.input_ids, **layout), torch.where(mask, batch.expected, math.nan))
     top = servers.read_sglang_topk(answers, batch.input_ids, k=3, **layout)
     assert_close(top.ids, torch.where(mask[:, None], batch.teacher.topk(3).indices, -1))
     with pytest.raises(ScoreError, match=r"sequence 0 .*one entry per token, 6, got 4"):
@@ -311,7 +315,7 @@ def test_recorded_answers(server):
     read = SERVERS[server][1]([row["answer"] for row in rows], input_ids, cu_seqlens=cu_seqlens, **options)
     sglang_rows = json.loads((RECORDED / "sglang.json").read_text())
     own = [[entry[0] for entry in row["answer"]["meta_info"]["input_token_logprobs"]] for row in sglang_rows]
-    assert_close(read, torch.tensor([x for row in own for x in [*row[1:], 0.0]]))
+    assert_close(read, torch.tensor([x for row in own for x in [*row[1:], math.nan]]))
     assert (read[mask] > -0.1).all()  # this teacher knows the answers
 
 

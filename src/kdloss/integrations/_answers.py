@@ -68,11 +68,12 @@ class Request:
             self.fail(f"{name} must have one entry per token, {expected}, got {len(entries)}{hint}")
         return [None] * self.start + list(entries)
 
-    def check_token(self, position: int, scored: Any) -> None:
-        """Check that the server scored the id that was sent."""
+    def check_token(self, position: int, scored: Any, text: str | None = None) -> None:
+        """Check that the server scored the id that was sent; `text` is what the server wrote in place of an id."""
         sent = self.tokens[position]
         if not is_integer(scored) or scored != sent:
-            self.fail(f"token {position} was sent as id {sent}, and id {scored!r} was scored")
+            written = "" if text is None else f", for the text {text!r}"
+            self.fail(f"token {position} was sent as id {sent}, and id {scored!r} was scored{written}")
 
     def check_prompt(self, ids: Any) -> bool:
         """Check the prompt ids that the server returns; False if it returns none."""
@@ -97,7 +98,12 @@ class Request:
         return x
 
     def top(self, position: int, entries: Iterable[tuple[Any, Any]]) -> list[tuple[int, float]]:
-        """The likely tokens at a position, most likely first, without those that have no score."""
+        """The likely tokens at a position, most likely first, without those that have no score.
+
+        Their order does not depend on which of them was sent. Equal log-probs are in the order of ids. Where a server
+        adds the sent token to its most likely ones, none of them is less likely, so the sent token comes last if it has
+        the smallest log-prob.
+        """
         row: dict[int, float] = {}
         for token, value in entries:
             if not is_integer(token) or not 0 <= token < 2**63:
@@ -111,7 +117,9 @@ class Request:
                 )
             x = value if type(value) is float and value <= 0 else self._number(position, value)  # the fast path first
             row[token] = math.nan if x is None else x
-        ranked = sorted(((int(token), x) for token, x in row.items() if x == x), key=itemgetter(1), reverse=True)
+        scored = [(int(token), x) for token, x in row.items() if x == x]
+        sent, smallest = self.tokens[position], min((x for _, x in scored), default=0.0)
+        ranked = sorted(scored, key=lambda entry: (-entry[1], entry[0] == sent and entry[1] == smallest, entry[0]))
         mass = sum(map(math.exp, map(itemgetter(1), ranked)))
         if mass > _MOST_MASS:
             self.fail(f"the likely tokens at {self.named(position)} have a probability of {mass:.3g} together")
@@ -211,10 +219,15 @@ def _sglang_entry(request: Request, position: int, entry: Any, name: str) -> tup
 
 
 def openai(token_id: Callable[[str], int] | None) -> Parser:
-    """The parser of OpenAI-compatible completions; `token_id` maps a token's text to its id, None: no check of ids."""
+    """The parser of OpenAI-compatible completions; `token_id` maps a token's text to its id, None: no check of ids.
+
+    vLLM adds `prompt_logprobs`, by id, to an echo. They are the same numbers, so they are read instead of texts.
+    """
 
     def parse(request: Request, likely: bool) -> Scores:
         part = request.choice("logprobs")
+        if get(part, "prompt_logprobs") is not None:
+            return vllm(request, likely)
         block = get(part, "logprobs")
         if isinstance(block, (str, bytes, Real)) or _is_list(block):
             request.fail(f"logprobs must hold token_logprobs and tokens, got {_shown(block)}")
@@ -223,7 +236,7 @@ def openai(token_id: Callable[[str], int] | None) -> Parser:
         values = request.of_length(get(block, "token_logprobs"), "token_logprobs", echoed)
         if token_id is not None and not known:
             for position, text in enumerate(request.of_length(get(block, "tokens"), "tokens")):
-                request.check_token(position, token_id(text))
+                request.check_token(position, token_id(text), text)
         logp = [request.logp(position, x) for position, x in enumerate(values)]
         if token_id is None or not likely:
             return Scores(logp, [[]] * len(logp))
