@@ -453,7 +453,7 @@ def test_ties_leave_the_set_of_likely_tokens_independent_of_the_sent_one(server,
     """The log-probs of bf16 models tie. vLLM writes the sent token first; the others only where it is likely."""
     values = data.draw(st.lists(st.sampled_from([-1.5, -2.0, -2.5]), min_size=6, max_size=6))
     order = data.draw(st.permutations(range(6)))  # how the server breaks ties
-    K = data.draw(st.integers(1, 4))  # noqa: N806
+    K = data.draw(st.integers(1, 4))
     ranked = sorted(order, key=lambda token: -values[token])[:K]
     sets = set()
     for sent in range(6):
