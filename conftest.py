@@ -48,8 +48,8 @@ SLOW = (
     "tests/testing/test_strategies.py",
 )
 
-# Needs the trainers, each in its own environment: `make test-trainers`.
-collect_ignore = ["tests/trainers"]
+# Need trainers and servers, each in its own environment: `make test-trainers`, `make test-servers`.
+collect_ignore = ["tests/trainers", "tests/servers"]
 
 # Without a GPU, kernels are interpreted. Triton reads this when a kernel is defined, so it must be set before that.
 if not torch.cuda.is_available():
