@@ -135,6 +135,11 @@ MISTAKES = {
         "loss_mask",
         "16 of them have label -100",
     ),
+    "mask at own positions, without labels": (
+        lambda b: {"loss_mask": b["loss_mask"].roll(1), "labels": None},
+        "loss_mask",
+        "16 of them end a sequence and have log-prob 0",
+    ),
     "no token": (lambda b: {"loss_mask": b["loss_mask"] & False}, "loss_mask", "nothing is learned"),
     "advantages per sequence": (lambda b: {"advantages": b["rewards"]}, "advantages", "kdloss.broadcast_to_tokens"),
     "advantages of another shape": (lambda b: {"advantages": b["logp"][1:]}, "advantages", "is not that of logp"),
@@ -185,6 +190,10 @@ def test_the_ways_out_lead_to_a_sound_batch():
     per_sequence = kdloss.group_relative_advantages(batch["rewards"], group_size=4)
     spread = kdloss.broadcast_to_tokens(per_sequence, cu_seqlens=batch["cu_seqlens"], total_tokens=len(logp))
     assert check(batch, advantages=spread).ok
+    rows = {name: x.view(ROWS, LENGTH) if x.shape == logp.shape else x for name, x in tensors_of(batch)}
+    rows |= {"group_size": 4, "cu_seqlens": None}
+    assert "pass advantages[:, None].expand_as(logp)" in wrong(check(rows, advantages=per_sequence))["advantages"]
+    assert check(rows, advantages=per_sequence[:, None].expand_as(rows["logp"])).ok
     own = kdloss.to_token_positions(batch["teacher_logp"], cu_seqlens=batch["cu_seqlens"], fill=0.0)
     back = kdloss.to_prediction_positions(own, cu_seqlens=batch["cu_seqlens"], fill=torch.nan)
     assert check(batch, teacher_logp=back).ok

@@ -150,7 +150,7 @@ FOLLOWED = {
     "leave them out of loss_mask, or score": (BATCH, "test_the_ways_out_lead_to_a_sound_batch", "~missing.isnan()"),
     "no value is below 0: these are": (BATCH, "test_the_ways_out_lead_to_a_sound_batch", "logp.exp().log()"),
     "Score logp and old_logp for the same tokens": (BATCH, "test_sound_batches_are_ok", "rollout(seed"),
-    "one per sequence: pass kdloss.broadcast": (BATCH, "test_the_ways_out_lead_to_a_sound_batch", "advantages=spread"),
+    ", one per sequence: pass {}": (BATCH, "test_the_ways_out_lead_to_a_sound_batch", "advantages=spread"),
     "; pass group_size= or group_ids=": (BATCH, "rollout", '"group_size": 4'),
     # adapters of trainers and servers
     "use to_prediction_positions": (

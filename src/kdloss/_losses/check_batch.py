@@ -26,6 +26,10 @@ _SAME = 0.02  # mean |log ratio| below which the tokens count as on-policy
 _FAR = 5.0  # mean log q - log p; two models of one tokenizer are seldom 2 apart
 _EVIDENCE = 5.0  # standard errors of a mean
 
+_OWN_POSITIONS = (
+    "is the mask at the tokens' own positions? Make it with kdloss.response_mask, or pass loss_mask & (labels != -100)"
+)
+
 
 class Finding(NamedTuple):
     """One line of a `BatchReport`.
@@ -200,13 +204,14 @@ def _mask(batch: _Batch, labels: Tensor | None) -> Finding:
     if tokens == 0:
         return Finding("loss_mask", "wrong", f"{found}: nothing is learned")
     if labels is None:
+        ends = [stop - 1 for start, stop in pairwise(batch.bounds) if stop > start and batch.mask[stop - 1]]
+        if len(ends) > 1 and bool((batch.logp[ends] == 0).all()):
+            ended = f"{len(ends)} of them end a sequence and have log-prob 0, as at a label of -100"
+            return Finding("loss_mask", "wrong", f"{found}; {ended}: {_OWN_POSITIONS}")
         return Finding("loss_mask", "not given", f"{found}; pass labels= to see whether their labels are -100")
     ignored = int((batch.mask & (labels == -100)).sum())
     if ignored:
-        reason = (
-            f"{found}; {ignored} of them have label -100: is the mask at the tokens' own positions? Make it with "
-            "kdloss.response_mask, or pass loss_mask & (labels != -100)"
-        )
+        reason = f"{found}; {ignored} of them have label -100: {_OWN_POSITIONS}"
         return Finding("loss_mask", "wrong", reason)
     return Finding("loss_mask", "ok", found)
 
@@ -326,7 +331,10 @@ def _advantages(batch: _Batch, advantages: Tensor | None, shape: torch.Size) -> 
     if advantages.shape != shape:
         hint = ""
         if advantages.shape == (len(batch.bounds) - 1,):
-            hint = ", one per sequence: pass kdloss.broadcast_to_tokens(advantages, cu_seqlens=..., total_tokens=...)"
+            spread = "advantages[:, None].expand_as(logp)"
+            if len(shape) == 1:
+                spread = "kdloss.broadcast_to_tokens(advantages, cu_seqlens=..., total_tokens=...)"
+            hint = f", one per sequence: pass {spread}"
         return Finding(
             "advantages", "wrong", f"shape {tuple(advantages.shape)} is not that of logp, {tuple(shape)}{hint}"
         )
