@@ -10,6 +10,7 @@ Nothing here talks to a server. There is one answer per sequence of the packed s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,7 +64,11 @@ _SGLANG = {
 _SGLANG_TOPK = {"answers": f"one per sequence: the JSON of a response, whole. {_NOT_SENT}"}
 _OPENAI = {
     "answers": f"""one per sequence: the JSON of a response, one of its `choices`, or an object with the same fields.
-        {_NOT_SENT}"""
+        {_NOT_SENT}""",
+    "token_id": """maps a token's text to its id, because this protocol sends only texts. The default reads
+        "token_id:17". Servers otherwise write decoded text (" are"): several tokens may share one, and
+        `tokenizer.convert_tokens_to_ids` knows other texts ("Ġare"). It is not called if the answer holds
+        `prompt_logprobs`; their ids are checked instead.""",
 }
 
 
@@ -71,7 +76,7 @@ class TopK(NamedTuple):
     """The teacher's k most likely next tokens, as the top-k divergences (such as `topk_forward_kl`) take them.
 
     Attributes:
-        logp: (T, K) float32 log-probs, nats, most likely first; 0 where `ids` are -1.
+        logp: (T, K) float32 log-probs, nats, most likely first; NaN where `ids` are -1, where no divergence reads them.
         ids: (T, K) int64 token ids; -1 where the server gave none.
     """
 
@@ -125,8 +130,9 @@ def read_vllm(
         {loss_mask}
 
     Returns:
-        (T,) float32 in nats, on the device of `input_ids`, without gradient; 0 where there is no score. vLLM writes
-        -9999 for -inf in JSON; it is not changed.
+        (T,) float32 in nats, on the device of `input_ids`, without gradient; NaN where there is no score: at the
+        last token of each sequence, and at untrained tokens that the server did not score. vLLM writes -9999 for -inf
+        in JSON; it is not changed.
 
     Raises:
         {ScoreError}
@@ -138,7 +144,7 @@ def read_vllm(
         >>> from kdloss.integrations.servers import read_vllm
         >>> answer = {"prompt_logprobs": [None, {"7": {"logprob": -3.0}}, {"2": {"logprob": -0.5}}]}
         >>> read_vllm([answer], torch.tensor([5, 7, 2]), cu_seqlens=torch.tensor([0, 3])).tolist()
-        [-3.0, -0.5, 0.0]
+        [-3.0, -0.5, nan]
     """
     return _sampled(_answers.vllm, answers, input_ids, cu_seqlens, loss_mask)
 
@@ -156,8 +162,8 @@ def read_vllm_topk(
 
     Request: `{"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": k}` to /v1/completions, or offline
     `SamplingParams(max_tokens=1, prompt_logprobs=k)`. vLLM scores prompts at temperature 1, whatever the request says.
-    It adds the token that was sent, so a position may have k + 1 entries. The k most likely ones are kept, so the set
-    does not depend on the sampled token.
+    It adds the token that was sent, so a position may have k + 1 entries. The k most likely ones are kept, and equal
+    log-probs are ordered by the server's ranks, so the set does not depend on the sampled token.
 
     Args:
         {answers}
@@ -199,7 +205,8 @@ def read_sglang(
         {starts}
 
     Returns:
-        (T,) float32 in nats, on the device of `input_ids`, without gradient; 0 where there is no score.
+        (T,) float32 in nats, on the device of `input_ids`, without gradient; NaN where there is no score: at the
+        last token of each sequence, and at untrained tokens that the server did not score.
 
     Raises:
         {ScoreError}
@@ -211,7 +218,7 @@ def read_sglang(
         >>> from kdloss.integrations.servers import read_sglang
         >>> answer = {"meta_info": {"input_token_logprobs": [[None, 5, None], [-3.0, 7, None], [-0.5, 2, None]]}}
         >>> read_sglang([answer], torch.tensor([5, 7, 2]), cu_seqlens=torch.tensor([0, 3])).tolist()
-        [-3.0, -0.5, 0.0]
+        [-3.0, -0.5, nan]
     """
     return _sampled(_answers.sglang, answers, input_ids, cu_seqlens, loss_mask, starts)
 
@@ -261,20 +268,21 @@ def read_openai(
 ) -> Tensor:  # (T,)
     """Log-probs of the sampled tokens from OpenAI-compatible completions with `echo`, at prediction positions.
 
-    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": 1}` to /v1/completions.
+    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": 1, "return_tokens_as_token_ids": true}`
+    to /v1/completions. vLLM adds `prompt_logprobs` by id to an echo; they are read as `read_vllm` reads them.
 
     Args:
         {answers}
         {input_ids}
         {cu_seqlens}
         {loss_mask}
-        token_id: maps a token's text to its id, because this protocol sends only texts. If the server writes tokens as
-            the tokenizer does, pass `tokenizer.convert_tokens_to_ids`. The default reads "token_id:17". None: only the
-            number of tokens is checked, not their ids. It is not called if a choice holds `prompt_token_ids`; those are
-            checked instead.
+        {token_id}
+            Nor is it called if a choice holds `prompt_token_ids`. None: only the number of tokens is checked, not their
+            ids, so scores of other tokens, or scores that are off by one, pass.
 
     Returns:
-        (T,) float32 in nats, on the device of `input_ids`, without gradient; 0 where there is no score.
+        (T,) float32 in nats, on the device of `input_ids`, without gradient; NaN where there is no score: at the
+        last token of each sequence, and at untrained tokens that the server did not score.
 
     Raises:
         {ScoreError}
@@ -287,7 +295,7 @@ def read_openai(
         >>> block = {"tokens": ["token_id:5", "token_id:7", "token_id:2"], "token_logprobs": [None, -3.0, -0.5]}
         >>> answer = {"choices": [{"logprobs": block}]}
         >>> read_openai([answer], torch.tensor([5, 7, 2]), cu_seqlens=torch.tensor([0, 3])).tolist()
-        [-3.0, -0.5, 0.0]
+        [-3.0, -0.5, nan]
     """
     return _sampled(_answers.openai(token_id), answers, input_ids, cu_seqlens, loss_mask)
 
@@ -304,8 +312,10 @@ def read_openai_topk(
 ) -> TopK:
     """The teacher's k most likely tokens from OpenAI-compatible completions with `echo`, at prediction positions.
 
-    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": k}` to /v1/completions. Tokens with the
-    same text share one entry in this protocol, which loses the mass of all but one; fewer than k tokens are then left.
+    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": k, "return_tokens_as_token_ids": true}`
+    to /v1/completions. vLLM adds `prompt_logprobs` by id to an echo; they are read as `read_vllm_topk` reads them. In
+    other answers, tokens with the same text share one entry, which loses the mass of all but one; fewer than k tokens
+    are then left.
 
     Args:
         {answers}
@@ -313,8 +323,7 @@ def read_openai_topk(
         {k}
         {cu_seqlens}
         {loss_mask}
-        token_id: maps a token's text to its id, because this protocol sends only texts. If the server writes tokens as
-            the tokenizer does, pass `tokenizer.convert_tokens_to_ids`. The default reads "token_id:17".
+        {token_id}
 
     Returns:
         `TopK`, on the device of `input_ids`, without gradient.
@@ -339,9 +348,9 @@ def _sampled(
 ) -> Tensor:
     own: list[float] = []
     for request in _requests(answers, input_ids, cu_seqlens, loss_mask, starts):
-        own += [0.0 if x is None or x != x else x for x in _answers.parsed(parse, request, likely=False).logp]
+        own += [math.nan if x is None else x for x in _answers.parsed(parse, request, likely=False).logp]
     logp = torch.tensor(own, dtype=torch.float32, device=input_ids.device)
-    return kdloss.to_prediction_positions(logp, cu_seqlens=cu_seqlens, fill=0.0)
+    return kdloss.to_prediction_positions(logp, cu_seqlens=cu_seqlens, fill=math.nan)
 
 
 def _topk(
@@ -365,12 +374,12 @@ def _topk(
                     f"{request.named(position)} is trained on, and {len(row)} of its k = {k} most likely ids were given"
                 )
             gap = k - len(row)
-            logps.append([x for _, x in row[:k]] + [0.0] * gap)
+            logps.append([x for _, x in row[:k]] + [math.nan] * gap)
             ids.append([token for token, _ in row[:k]] + [-1] * gap)
     logp = torch.tensor(logps, dtype=torch.float32, device=input_ids.device).reshape(-1, k)
     id_tensor = torch.tensor(ids, dtype=torch.int64, device=input_ids.device).reshape(-1, k)
     return TopK(
-        kdloss.to_prediction_positions(logp, cu_seqlens=cu_seqlens, fill=0.0),
+        kdloss.to_prediction_positions(logp, cu_seqlens=cu_seqlens, fill=math.nan),
         kdloss.to_prediction_positions(id_tensor, cu_seqlens=cu_seqlens, fill=-1),
     )
 
