@@ -3,7 +3,8 @@
   PYTHONPATH=src:docs/examples python tests/examples/make_recordings.py
 
 Formats: vLLM 0.10 `/v1/completions` with `prompt_logprobs`; SGLang 0.5 `/generate` with `return_logprob`; OpenAI's
-completions with `echo` and `logprobs`. All give the log-prob of a token at its own position, and null for the first.
+completions with `echo`, `logprobs` and vLLM's `return_tokens_as_token_ids`. All give the log-prob of a token at its own
+position, and null for the first.
 """
 
 import json
@@ -56,7 +57,7 @@ def main() -> None:
                         "index": 0,
                         "text": "",
                         "finish_reason": "length",
-                        "logprobs": {"tokens": words, "token_logprobs": own},
+                        "logprobs": {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": own},
                     }
                 ]
             },

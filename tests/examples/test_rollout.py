@@ -7,9 +7,10 @@ from pathlib import Path
 import opd
 import pytest
 import torch
-from opd.models import BehaviourLogprobs, BoundVocabulary, layout, load_policy
+from opd.models import BehaviourLogprobs, BoundVocabulary, layout, load_policy, load_tokenizer
 from opd.rollout import Batch, sample, score, shift_left
 from opd.task import WordProblems, reward
+from tokenizers.processors import TemplateProcessing
 from torch.testing import assert_close
 
 PROBLEMS = [WordProblems(seed=5, held_out=False)[i] for i in range(6)]
@@ -89,6 +90,22 @@ def test_rows_hold_prompt_and_response_and_the_reward_is_the_verifiers(load, tok
         assert response[-1] == tokenizer.eos_token_id or len(response) == 24
         assert batch.rewards[b] == reward(tokenizer.decode(response, skip_special_tokens=True), problem)
         assert (batch.input_ids[b, batch.lengths[b] :] == tokenizer.pad_token_id).all()
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_a_prompt_begins_with_one_beginning_of_sequence(load, template):
+    """A base model was trained with it: without a chat template the tokenizer adds it, a chat template writes it."""
+    tokenizer = load_tokenizer(str(EXAMPLES / "tiny" / "student"))
+    bos = "#"  # any token of the tiny vocabulary
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+    )
+    if template:
+        tokenizer.chat_template = bos + "{{ messages[0]['content'] }}"
+    batch = draw(load("student"), tokenizer, n_samples=1)
+    for b, problem in enumerate(PROBLEMS):
+        prompt = tokenizer.convert_ids_to_tokens(batch.input_ids[b, : batch.prompt_lengths[b]])
+        assert prompt == [bos, *tokenizer.tokenize(problem.prompt, add_special_tokens=False)]
 
 
 def test_every_token_that_the_model_ends_a_sequence_with_ends_a_response(tokenizer, tmp_path):

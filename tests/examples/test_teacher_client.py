@@ -91,6 +91,7 @@ def test_the_server_and_the_local_teacher_agree(server, load):
     at = torch.arange(1, batch.input_ids.shape[1] + 1)
     response = (at >= batch.prompt_lengths[:, None]) & (at < batch.lengths[:, None])
     assert served.shape == local.shape
+    assert torch.equal(served.isnan(), at >= batch.lengths[:, None])  # nothing is predicted there
     assert_close(served[response], local[response], atol=2e-4, rtol=1e-4)
 
 
@@ -104,6 +105,7 @@ def test_what_is_asked_for(server):
         "sglang": {"return_logprob": True, "logprob_start_len": 0},
         "openai": {"model": "tiny/teacher", "max_tokens": 0, "temperature": 1.0, "echo": True, "logprobs": 1},
     }[server.kind]
+    asked |= {"return_tokens_as_token_ids": True} if server.kind == "openai" else {}
     assert asked.items() <= sent.items()
     assert server.rows[0]["tokens"] in sent.values()
 
@@ -113,7 +115,7 @@ def test_passing_troubles_are_retried(server, faults):
     expected = client(server)(server.batch())
     server.requests.clear()
     server.faults = list(faults)
-    assert_close(client(server)(server.batch()), expected)
+    assert_close(client(server)(server.batch()), expected, equal_nan=True)
     assert len(server.requests) == 3 + len(faults)
 
 
@@ -131,14 +133,14 @@ def test_lasting_troubles_end_with_the_request_named(server, fault, reason):
     server.faults = [fault] * 10
     request = rf"sequence 4 of the batch \({len(tokens)} tokens, POST {server.url}/"
     with pytest.raises(TeacherError, match=rf"{request}.*after 3 .*({reason})"):
-        client(server, attempts=3).score(tokens, 4)
+        client(server, attempts=3).ask(tokens, 4)
     assert len(server.requests) == 3
 
 
 def test_a_refusal_is_not_retried(server):
     server.faults = [400]
     with pytest.raises(TeacherError, match=r"HTTP 400: .*unwell"):
-        client(server).score(server.rows[0]["tokens"])
+        client(server).ask(server.rows[0]["tokens"])
     assert len(server.requests) == 1
 
 
@@ -149,36 +151,62 @@ def entries(kind: str, answer: dict) -> list:
     return choice["prompt_logprobs"] if kind == "vllm" else choice["logprobs"]["token_logprobs"]
 
 
+def spoil_the_second(server: Replay, fault) -> str:
+    """Scores a batch of three of which the second answer is spoiled: the error names it, and nothing is asked again."""
+    server.faults = [None, fault]
+    n = len(server.rows[1]["tokens"])
+    with pytest.raises(
+        TeacherError, match=rf"^POST {server.url}.*: sequence 1 \((request .*, )?{n} tokens\): "
+    ) as raised:
+        client(server, concurrency=1)(server.batch())
+    assert len(server.requests) == 3
+    return str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("change", "got"), [(lambda e: e.pop(), -1), (lambda e: e.append(e[-1]), 1)], ids=["short", "long"]
 )
-def test_a_wrong_length_raises_at_once(server, change, got):
-    tokens = server.rows[0]["tokens"]
-    server.faults = [lambda answer: change(entries(server.kind, answer))]
-    message = rf"sequence 7 .*expected {len(tokens)} log-probs, one a token, got {len(tokens) + got}"
-    with pytest.raises(TeacherError, match=message):
-        client(server).score(tokens, 7)
-    assert len(server.requests) == 1
+def test_a_wrong_length_raises_and_is_not_retried(server, change, got):
+    n = len(server.rows[1]["tokens"])
+    error = spoil_the_second(server, lambda answer: change(entries(server.kind, answer)))
+    assert f"must have one entry per token, {n}, got {n + got}" in error
 
 
-def test_other_answers_raise_too(server):
-    tokens = server.rows[0]["tokens"]
-
+def test_an_answer_without_a_score_raises(server):
     def none_inside(answer: dict) -> None:
         entries(server.kind, answer)[5] = entries(server.kind, answer)[0]
 
+    assert "token 5 " in spoil_the_second(server, none_inside)
+
+
+def test_an_empty_answer_raises(server):
+    assert "holds no" in spoil_the_second(server, lambda answer: answer.clear())
+
+
+def test_scores_of_other_tokens_raise(server):
+    """Whatever the protocol: every id that the server scored is one that was not sent, and the count is right."""
+
     def of_other_tokens(answer: dict) -> None:
         found = entries(server.kind, answer)
-        found[1:] = found[:0:-1]
+        if server.kind == "vllm":
+            found[1:] = [{str(int(token) + 1): score for token, score in entry.items()} for entry in found[1:]]
+        elif server.kind == "sglang":
+            found[:] = [[x, token + 1, text] for x, token, text in found]
+        else:
+            block = answer["choices"][0]["logprobs"]
+            block["tokens"] = [f"token_id:{int(text.removeprefix('token_id:')) + 1}" for text in block["tokens"]]
 
-    def empty(answer: dict) -> None:
-        answer.clear()
+    assert "was sent as id" in spoil_the_second(server, of_other_tokens)
 
-    faults = [none_inside, empty] + ([of_other_tokens] if server.kind != "openai" else [])  # OpenAI sends no ids
-    for fault in faults:
-        server.faults = [fault]
-        with pytest.raises(TeacherError, match="sequence 2 of the batch"):
-            client(server).score(tokens, 2)
+
+@pytest.mark.parametrize("server", ["openai"], indirect=True)
+def test_an_openai_server_that_writes_texts_is_refused(server):
+    """As one that does not know `return_tokens_as_token_ids`: its ids cannot be checked."""
+
+    def texts(answer: dict) -> None:
+        answer["choices"][0]["logprobs"]["tokens"] = [" are"] * len(server.rows[1]["tokens"])
+
+    assert "a token is given as text, ' are'; have the server send ids" in spoil_the_second(server, texts)
 
 
 def test_other_temperatures_are_refused():

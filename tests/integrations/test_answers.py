@@ -12,10 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import kdloss
 from kdloss.integrations import servers
 from kdloss.integrations.servers import ScoreError
 
-K = 2
+K, NAN = 2, float("nan")
+
+
+def same(found, expected):
+    """Equal bits, NaN (no score) in the same places."""
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected, np.float32))
 
 
 def vllm(tokens, own, top, start=0):
@@ -91,8 +97,8 @@ def test_a_json_answer_comes_out_where_it_is_needed(server, batch):
     make, read, read_topk = SERVERS[server]
     rng = np.random.default_rng(seed)
     total = sum(lengths)
-    expected, ids = np.full(total, np.nan, np.float32), np.full((total, K), -1)
-    top_logp = np.full((total, K), np.nan, np.float32)
+    expected, ids = np.full(total, NAN, np.float32), np.full((total, K), -1)
+    top_logp = np.full((total, K), NAN, np.float32)
     answers, tokens, starts, at = [], [], [], 0
     for n, mask in zip(lengths, trained, strict=True):
         sent = rng.permutation(40)[:n].tolist()
@@ -164,9 +170,10 @@ def test_a_damaged_answer_raises_or_harms_one_token_at_most(server, data):
     }
     for true, call in calls.items():
         with suppress(ScoreError):
-            found = call()[:-1]
-            assert not (found > 0).any()
-            assert (found != torch.tensor(true)).sum() <= 1
+            *found, last = call().tolist()
+            assert all(x <= 0 for x in found)
+            assert sum(x != y for x, y in zip(found, true, strict=True)) <= 1
+            assert last != last
 
 
 NO_LOG_PROB = [0.9, 0.002, 3, float("inf"), True, False, "-0.5", [-0.5], np.bool_(True), 1j]
@@ -191,11 +198,11 @@ def test_what_is_no_log_prob_is_refused_wherever_it_stands(server, value):
 def test_numbers_that_are_log_probs(server):
     """Rounding above 0 counts as 0; -inf, NumPy's numbers and integers are numbers."""
     own = SERVERS[server][1]([answer(server, own=[None, 9e-4, float("-inf"), np.float32(-2)])], **stream())
-    assert own[:-1].tolist() == [0.0, float("-inf"), -2.0]
+    same(own, [0.0, float("-inf"), -2.0, NAN])
     assert not own[0].signbit()
     certain = [[], [(7, np.float64(3e-7)), (30, -40)], *TOP[2:]]
     own, top = both(server, [answer(server, own=[None, 3e-7, -3, -2.0], top=certain)])
-    assert own[:-1].tolist() == [0.0, -3.0, -2.0]
+    same(own, [0.0, -3.0, -2.0, NAN])
     assert top.logp[0].tolist() == [0.0, -40.0]
 
 
@@ -213,9 +220,9 @@ def test_a_score_of_the_first_token_shows_a_shift(server):
     for read in SERVERS[server][1], lambda *a, **kw: SERVERS[server][2](*a, k=K, **kw):
         with pytest.raises(ScoreError, match=r"token 0 \(id 5\) has a log-prob, -1.0, and nothing comes before it"):
             read([shifted], **stream(loss_mask=mask))
-    for unscored in (0.0, float("nan")):
-        same = json.loads(json.dumps(shifted).replace("-1.0", str(unscored).replace("nan", "NaN")))
-        assert SERVERS[server][1]([same], **stream(loss_mask=mask))[0] == -3.0
+    for unscored in (0.0, NAN):
+        alike = json.loads(json.dumps(shifted).replace("-1.0", str(unscored).replace("nan", "NaN")))
+        assert SERVERS[server][1]([alike], **stream(loss_mask=mask))[0] == -3.0
 
 
 @pytest.mark.parametrize(
@@ -270,9 +277,7 @@ def test_bf16_scores_of_a_flat_teacher_are_a_distribution():
 def test_starts_are_a_number_or_one_a_sequence(starts):
     late = sglang(TOKENS, OWN, TOP, start=1)
     layout = stream(loss_mask=torch.tensor([False, True, True, False]), starts=starts)
-    read = servers.read_sglang([late], **layout)
-    assert read[1:3].tolist() == [-3.0, -2.0]
-    assert read[[0, 3]].isnan().all()
+    same(servers.read_sglang([late], **layout), [NAN, -3.0, -2.0, NAN])
     assert servers.read_sglang_topk([late], k=K, **layout).ids.tolist() == [[-1, -1], [31, 32], [9, 33], [-1, -1]]
 
 
@@ -323,7 +328,7 @@ def test_what_is_not_an_answer(server):
 def test_where_a_list_will_do_and_where_not():
     whole = answer("sglang")
     bare = whole["meta_info"]["input_token_logprobs"]
-    assert_same(servers.read_sglang([bare], **stream()), servers.read_sglang([whole], **stream()))
+    same(servers.read_sglang([bare], **stream()), servers.read_sglang([whole], **stream()))
     with pytest.raises(ScoreError, match=r"a list, which holds no input_top_logprobs: pass the whole response"):
         servers.read_sglang_topk([bare], k=K, **stream())
     servers.read_sglang_topk([whole], k=K, **stream())
@@ -343,7 +348,7 @@ def test_each_of_several_choices_is_the_answer_of_a_sequence(server):
     (choice,) = answer(server)["choices"]
     with pytest.raises(ScoreError, match=r"2 choices, expected 1: pass each choice as the answer of its sequence"):
         read([{"choices": [choice, choice]}], **stream())
-    assert_same(read([choice], **stream()), read([answer(server)], **stream()))
+    same(read([choice], **stream()), read([answer(server)], **stream()))
 
 
 def test_a_request_that_sglang_aborted():
@@ -355,10 +360,10 @@ def test_a_request_that_sglang_aborted():
 def test_minus_infinity_in_sglangs_json_is_null_and_raises_where_it_is_trained_on():
     spoiled = answer("sglang", own=[None, -1.0, None, -2.0], top=[*TOP[:2], [(31, -0.5), (32, None)], TOP[3]])
     mask = torch.tensor([True, False, True, False])
-    read = servers.read_sglang([spoiled], **stream(loss_mask=mask))
-    assert read[mask].tolist() == [-1.0, -2.0]
-    assert read[~mask].isnan().all()
-    assert servers.read_sglang_topk([spoiled], k=K, **stream(loss_mask=mask)).ids[1].tolist() == [31, -1]
+    same(servers.read_sglang([spoiled], **stream(loss_mask=mask)), [-1.0, NAN, -2.0, NAN])
+    top = servers.read_sglang_topk([spoiled], k=K, **stream(loss_mask=mask))
+    assert top.ids[1].tolist() == [31, -1]
+    same(top.logp[1], [-0.5, NAN])
     with pytest.raises(ScoreError, match=r"token 2 \(id 2\) is trained on, and its log-prob is None"):
         servers.read_sglang([spoiled], **stream())
     mended = answer("sglang", top=[*TOP[:2], [(31, -0.5), (32, None)], TOP[3]])
@@ -403,21 +408,21 @@ def test_python_objects_of_vllm_and_of_the_openai_client():
     rows = as_json["choices"][0]["prompt_logprobs"]
     flat, named = FlatLogprobs(rows), dict.fromkeys(("id", "object", "error"))
     expected = both("vllm", [as_json])
-    for same in (
+    for alike in (
         flat,
         tuple(rows),
         SimpleNamespace(request_id="17", prompt_token_ids=TOKENS, prompt_logprobs=flat),
         SimpleNamespace(**named, choices=[SimpleNamespace(prompt_logprobs=rows)]),  # client.completions.create
         {"request_id": "17", "choices": [{}], "prompt_logprobs": rows},  # /inference/v1/generate
     ):
-        found = both("vllm", [same])
-        assert_same(found[0], expected[0])
+        found = both("vllm", [alike])
+        same(found[0], expected[0])
         assert torch.equal(found[1].ids, expected[1].ids)
     block = answer("openai")["choices"][0]["logprobs"]
     client = SimpleNamespace(**named, choices=[SimpleNamespace(logprobs=SimpleNamespace(**block))])
     found, expected = both("openai", [client]), both("openai", [answer("openai")])
-    assert_same(found[0], expected[0])
-    assert_same(found[1].logp, expected[1].logp)
+    same(found[0], expected[0])
+    same(found[1].logp, expected[1].logp)
     cut = SimpleNamespace(request_id="17", prompt_logprobs=FlatLogprobs(rows[:-1]))
     with pytest.raises(ScoreError, match=r"\(request 17, 4 tokens\): prompt_logprobs must have one .* 4, got 3"):
         servers.read_vllm([cut], **stream())
@@ -431,7 +436,7 @@ def test_the_ids_that_a_server_says_it_was_given(server):
     said["choices"][0]["prompt_token_ids"] = TOKENS
     if server == "openai":
         said["choices"][0]["logprobs"]["tokens"] = ["▁a", "b", "c", "d"]
-    assert read([said], **stream())[:-1].tolist() == [-1.0, -3.0, -2.0]
+    same(read([said], **stream()), [-1.0, -3.0, -2.0, NAN])
     said["choices"][0]["prompt_token_ids"] = [6, *TOKENS[1:]]
     with pytest.raises(ScoreError, match=r"\(request r-1, 4 tokens\): token 0 was sent as id 5, and id 6 was scored"):
         read([said], **stream())
@@ -446,32 +451,73 @@ def test_an_echo_that_goes_on_into_the_completion():
         servers.read_openai([longer], **stream())
 
 
+def listed(server, ranked, values, sent, asked):
+    """What a server with the top `asked` of `ranked` answers when `sent` was sampled.
+
+    vLLM writes the sent token first and then the others of its top k, with their ranks. The rank of a token that it
+    adds counts all tokens that are at least as likely. "openai" is such a list by text, without ranks. SGLang adds
+    nothing.
+    """
+    top = ranked[:asked]
+    if server == "sglang":
+        meta = {"input_token_logprobs": [[None, 5, None], [values[sent], sent, None]]}
+        return {"meta_info": meta | {"input_top_logprobs": [None, [[values[t], t, None] for t in top]]}}
+    first = dict.fromkeys([sent, *top])
+    if server == "openai":
+        row = {f"token_id:{t}": values[t] for t in first}
+        block = {"tokens": ["token_id:5", f"token_id:{sent}"], "token_logprobs": [None, values[sent]]}
+        return {"choices": [{"logprobs": block | {"top_logprobs": [None, row]}}]}
+    at_least = sum(x >= values[sent] for x in values.values())
+    rank = {sent: at_least} | {t: i + 1 for i, t in enumerate(top)}
+    return {"prompt_logprobs": [None, {str(t): {"logprob": values[t], "rank": rank[t]} for t in first}]}
+
+
 @pytest.mark.parametrize("server", SERVERS)
-@settings(max_examples=60)
-@given(data=st.data())
-def test_ties_leave_the_set_of_likely_tokens_independent_of_the_sent_one(server, data):
-    """The log-probs of bf16 models tie. vLLM writes the sent token first; the others only where it is likely."""
-    values = data.draw(st.lists(st.sampled_from([-1.5, -2.0, -2.5]), min_size=6, max_size=6))
-    order = data.draw(st.permutations(range(6)))  # how the server breaks ties
-    K = data.draw(st.integers(1, 4))
-    ranked = sorted(order, key=lambda token: -values[token])[:K]
-    sets = set()
-    for sent in range(6):
-        row = [(token, values[token]) for token in ranked]
-        make = SERVERS[server][0]
-        made = make([9, sent], [None, values[sent]], [[], row])
-        if server == "vllm":  # the sent token first, also where it is one of the K
-            likely = dict([(sent, values[sent]), *row])
-            made["choices"][0]["prompt_logprobs"][1] = {str(i): {"logprob": x} for i, x in likely.items()}
-        layout = {"input_ids": torch.tensor([9, sent]), "cu_seqlens": torch.tensor([0, 2])}
-        sets.add(frozenset(SERVERS[server][2]([made], k=K, **layout).ids[0].tolist()))
-    assert sets == {frozenset(ranked)}
-
-
-def test_fewer_than_were_asked_for_are_the_same_whichever_was_sent():
-    """Tokens 3 and 7 tie in front of 9; read at k = 1 of an answer for 3."""
-    for sent in (3, 7, 9):
-        row = {sent: -0.9, 3: -0.9, 7: -0.9, 9: -2.0} | {9: -2.0}
-        answer_ = [None, {str(token): {"logprob": x} for token, x in row.items()}]
+@settings(max_examples=100)
+@given(levels=st.lists(st.sampled_from([-2.0, -2.5, -3.0]), min_size=6, max_size=6), data=st.data())
+def test_exact_ties_do_not_let_the_sampled_token_choose_the_set(server, levels, data):
+    """bf16 makes log-probs equal. Whatever was sent, the k ids are the first k of the server's own order."""
+    values = dict(zip(data.draw(st.permutations(range(10, 16))), levels, strict=True))
+    ranked = sorted(values, key=lambda t: -values[t])  # as a server breaks ties: in any fixed order
+    asked = data.draw(st.integers(1, 5))
+    # an answer without ranks hides which of its top k was sent, so all of them are read
+    k = asked if server == "openai" else data.draw(st.integers(1, asked))
+    for sent in values:
+        made = listed(server, ranked, values, sent, asked)
         layout = {"input_ids": torch.tensor([5, sent]), "cu_seqlens": torch.tensor([0, 2])}
-        assert servers.read_vllm_topk([answer_], k=1, **layout).ids[0].tolist() == [3]
+        top = SERVERS[server][2]([made], k=k, **layout)
+        assert sorted(top.ids[0].tolist()) == sorted(ranked[:k])
+        assert top.logp[0].tolist() == [values[t] for t in ranked[:k]]
+
+
+def test_without_ranks_the_sent_token_is_the_last_of_its_equals():
+    """As in a list of numbers by id. Where the token is not first in the list, the server has kept its own order."""
+    layout = {"input_ids": torch.tensor([5, 7]), "cu_seqlens": torch.tensor([0, 2]), "k": 2}
+    for row, ids in [
+        ({7: -2.0, 30: -1.0, 31: -2.0}, [30, 31]),
+        ({7: -1.5, 30: -1.0, 31: -2.0}, [30, 7]),
+        ({30: -1.0, 7: -2.0, 31: -2.0}, [30, 7]),
+    ]:
+        assert servers.read_vllm_topk([[None, row]], **layout).ids[0].tolist() == ids
+        by_text = {f"token_id:{token}": x for token, x in row.items()}
+        block = {"tokens": ["token_id:5", "token_id:7"], "token_logprobs": [None, row[7]]}
+        echo = {"choices": [{"logprobs": block | {"top_logprobs": [None, by_text]}}]}
+        assert servers.read_openai_topk([echo], **layout).ids[0].tolist() == ids
+
+
+def test_missing_scores_leave_no_trace_and_a_wider_mask_shows_them():
+    """NaN, not the 0 of a certain teacher: a loss over the tokens that have scores is finite, over others it is NaN."""
+    late = sglang(TOKENS, OWN, TOP, start=1)
+    mask = torch.tensor([False, True, True, False])
+    teacher_logp = servers.read_sglang([late], **stream(loss_mask=mask, starts=1))
+    top = servers.read_sglang_topk([late], k=K, **stream(loss_mask=mask, starts=1))
+    logits = torch.zeros(4, 40, requires_grad=True)
+    logp = kdloss.token_logprobs(logits, torch.tensor([7, 2, 9, -100]))
+    loss = kdloss.distillation_loss(logp, logp.detach(), teacher_logp, loss_mask=mask).loss
+    divergence = kdloss.topk_forward_kl(logits, top.logp, top.ids, tail="bucket")
+    (loss + kdloss.token_mean(divergence, loss_mask=mask)).backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[~mask].eq(0).all()
+    assert logits.grad[mask].ne(0).any(-1).all()
+    wider = torch.tensor([True, True, True, False])
+    assert kdloss.distillation_loss(logp, logp.detach(), teacher_logp, loss_mask=wider).loss.isnan()

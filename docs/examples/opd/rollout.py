@@ -57,7 +57,9 @@ def sample(
 ) -> Batch:
     """`n_samples` responses to each problem, one after the other in the batch, with their exact rewards."""
     texts = [prompt_text(tokenizer, p.prompt, instruction) for p in problems for _ in range(n_samples)]
-    prompts = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
+    # a chat template writes the beginning of sequence itself; without one the tokenizer adds it, where it has one
+    special = not tokenizer.chat_template
+    prompts = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special).to(device)
     ends = policy.end_ids(tokenizer)
     responses, response_logp = policy.generate(
         prompts.input_ids,

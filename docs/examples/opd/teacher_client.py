@@ -1,12 +1,12 @@
 """A teacher behind a URL: vLLM, SGLang or an OpenAI-compatible server scores the tokens that the student sampled.
 
-Servers report a token's log-prob at the token's own position and nothing for the first one; the loss wants it one
-earlier, at the position that predicts it. Servers score prompts at temperature 1, whatever the request says, so other
-sampling temperatures are refused.
+The readers of `kdloss.integrations.servers` check the answers and turn them into log-probs at prediction positions.
+Servers score prompts at temperature 1, whatever the request says, so other sampling temperatures are refused.
 """
 
 import http.client
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss.integrations import servers
 from opd.rollout import Batch
 
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
@@ -54,29 +55,26 @@ class TeacherEndpoint:
         self.timeout, self.attempts, self.pause, self.concurrency = timeout, attempts, pause, concurrency
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Log-probs (B, L) of the batch's tokens at prediction positions; 0 where nothing is predicted."""
+        """Log-probs (B, L) of the batch's tokens at prediction positions; NaN where nothing is predicted."""
         lengths = batch.lengths.tolist()
         sequences = [row[:n] for row, n in zip(batch.input_ids.tolist(), lengths, strict=True)]
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            scores = list(pool.map(self.score, sequences, range(len(sequences))))
+            answers = list(pool.map(self.ask, sequences, range(len(sequences))))
         finally:
             pool.shutdown(cancel_futures=True)
         cu_seqlens = kdloss.cu_seqlens_from_lengths(torch.tensor(lengths))
-        own = torch.tensor([x for row in scores for x in row], dtype=torch.float32)
-        packed = kdloss.to_prediction_positions(own, cu_seqlens=cu_seqlens, fill=0.0)
-        return kdloss.unpack(packed, cu_seqlens=cu_seqlens, length=batch.input_ids.shape[1]).to(batch.input_ids.device)
-
-    def score(self, tokens: Sequence[int], index: int = 0) -> list[float]:
-        """Log-probs of `tokens` at their own positions, 0.0 for the first."""
-        request = f"sequence {index} of the batch ({len(tokens)} tokens, POST {self.url})"
-        answer = self._post(json.dumps(self.body(list(tokens), self.model)).encode(), request)
         try:
-            logp = self.read(answer, tokens)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            reason = str(error) if isinstance(error, ValueError) else f"no log-probs where expected: {error!r}"
-            raise TeacherError(f"{request}: {reason}; got {json.dumps(answer)[:200]}") from error
-        return [0.0, *logp]
+            packed = self.read(answers, torch.tensor([x for row in sequences for x in row]), cu_seqlens=cu_seqlens)
+        except servers.ScoreError as error:
+            raise TeacherError(f"POST {self.url}: {error}") from error
+        rows = kdloss.unpack(packed, cu_seqlens=cu_seqlens, length=batch.input_ids.shape[1], fill=math.nan)
+        return rows.to(batch.input_ids.device)
+
+    def ask(self, tokens: Sequence[int], index: int = 0) -> Any:
+        """The server's answer, parsed from JSON, for the sequence `index` of a batch."""
+        request = f"sequence {index} of the batch ({len(tokens)} tokens, POST {self.url})"
+        return self._post(json.dumps(self.body(list(tokens), self.model)).encode(), request)
 
     def _post(self, body: bytes, request: str) -> Any:
         call = urllib.request.Request(self.url, body, self.headers)
@@ -106,46 +104,18 @@ def _vllm_body(tokens: list[int], model: str | None) -> dict:
     return {"model": model, "prompt": tokens, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
 
 
-def _vllm_read(answer: dict, tokens: Sequence[int]) -> list[float]:
-    entries = _of_length(answer["choices"][0]["prompt_logprobs"], tokens)
-    return [_number(entry[str(token)]["logprob"]) for entry, token in zip(entries[1:], tokens[1:], strict=True)]
-
-
 def _sglang_body(tokens: list[int], model: str | None) -> dict:
     sampling = {"max_new_tokens": 0, "temperature": 1.0, "skip_special_tokens": False}
     return {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
 
 
-def _sglang_read(answer: dict, tokens: Sequence[int]) -> list[float]:
-    entries = _of_length(answer["meta_info"]["input_token_logprobs"], tokens)
-    scored = [entry[1] for entry in entries]
-    if scored != list(tokens):
-        raise ValueError(f"the server scored other tokens: {scored[:8]}... for {list(tokens)[:8]}...")
-    return [_number(entry[0]) for entry in entries[1:]]
-
-
 def _openai_body(tokens: list[int], model: str | None) -> dict:
-    return {"model": model, "prompt": tokens, "max_tokens": 0, "temperature": 1.0, "echo": True, "logprobs": 1}
-
-
-def _openai_read(answer: dict, tokens: Sequence[int]) -> list[float]:
-    return [_number(x) for x in _of_length(answer["choices"][0]["logprobs"]["token_logprobs"], tokens)[1:]]
+    request = {"model": model, "prompt": tokens, "max_tokens": 0, "temperature": 1.0, "echo": True, "logprobs": 1}
+    return request | {"return_tokens_as_token_ids": True}  # without ids, answers are refused
 
 
 PROTOCOLS = {
-    "vllm": ("/v1/completions", _vllm_body, _vllm_read),
-    "sglang": ("/generate", _sglang_body, _sglang_read),
-    "openai": ("/v1/completions", _openai_body, _openai_read),
+    "vllm": ("/v1/completions", _vllm_body, servers.read_vllm),
+    "sglang": ("/generate", _sglang_body, servers.read_sglang),
+    "openai": ("/v1/completions", _openai_body, servers.read_openai),
 }
-
-
-def _of_length(entries: list, tokens: Sequence[int]) -> list:
-    if len(entries) != len(tokens):
-        raise ValueError(f"expected {len(tokens)} log-probs, one a token, got {len(entries)}")
-    return entries
-
-
-def _number(x: float | None) -> float:
-    if x is None or x != x:
-        raise ValueError(f"a log-prob is {x}")
-    return float(x)

@@ -3,11 +3,17 @@
 The formats, taken from the servers' source code:
 
 - vLLM's `prompt_logprobs`: a sequence with None for the first token, then one dictionary per token. Its keys are ids
-  (strings in JSON); its values are numbers, or dictionaries or objects with a `logprob`. `FlatLogprobs` is such a
-  sequence, with an empty dictionary instead of None.
+  (strings in JSON); its values are numbers, or dictionaries or objects with a `logprob` and a `rank`. `FlatLogprobs` is
+  such a sequence, with an empty dictionary instead of None. The token that was sent comes first, whatever its rank.
 - SGLang's `input_token_logprobs`: one [log-prob, id, text] per token from `logprob_start_len` on; the first log-prob is
   None. `input_top_logprobs`: per token, a list of such entries or None.
-- Completions of OpenAI's protocol: parallel lists of texts, log-probs, and dictionaries by text.
+- Completions of OpenAI's protocol: parallel lists of texts, log-probs, and dictionaries by text. vLLM adds its
+  `prompt_logprobs` to an echo, and those are read instead.
+
+A set of k likely tokens may not depend on the token that was sent. Where log-probs are exactly equal, as in bf16, the
+server's own order decides: the ranks of vLLM, the order of the list elsewhere. A server that writes the sent token
+first and gives no ranks hides that token's place, so it comes last among its equals. This is its place if the server
+added it to its top k.
 """
 
 from __future__ import annotations
@@ -17,12 +23,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from operator import itemgetter
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 # In nats above 0. A float32 log-softmax exceeds 0 by a few 1e-6 at most; a larger value is not a log-prob.
 _ROUNDING = 1e-3
 # Log-probs below -16 add almost no mass, and bf16 rounds the others by 1/32 at most, so rounding cannot add 10 %.
 _MOST_MASS = 1.1
+_Row = TypeVar("_Row", bound=tuple[Any, ...])
 
 
 class ScoreError(ValueError):
@@ -68,12 +75,11 @@ class Request:
             self.fail(f"{name} must have one entry per token, {expected}, got {len(entries)}{hint}")
         return [None] * self.start + list(entries)
 
-    def check_token(self, position: int, scored: Any, text: str | None = None) -> None:
-        """Check that the server scored the id that was sent; `text` is what the server wrote in place of an id."""
+    def check_token(self, position: int, scored: Any, source: str = "") -> None:
+        """Check that the server scored the id that was sent; `source` says where `scored` comes from."""
         sent = self.tokens[position]
         if not is_integer(scored) or scored != sent:
-            written = "" if text is None else f", for the text {text!r}"
-            self.fail(f"token {position} was sent as id {sent}, and id {scored!r} was scored{written}")
+            self.fail(f"token {position} was sent as id {sent}, and id {scored!r} was scored{source}")
 
     def check_prompt(self, ids: Any) -> bool:
         """Check the prompt ids that the server returns; False if it returns none."""
@@ -100,9 +106,7 @@ class Request:
     def top(self, position: int, entries: Iterable[tuple[Any, Any]]) -> list[tuple[int, float]]:
         """The likely tokens at a position, most likely first, without those that have no score.
 
-        Their order does not depend on which of them was sent. Equal log-probs are in the order of ids. Where a server
-        adds the sent token to its most likely ones, none of them is less likely, so the sent token comes last if it has
-        the smallest log-prob.
+        Equal log-probs keep the order of `entries`.
         """
         row: dict[int, float] = {}
         for token, value in entries:
@@ -179,7 +183,17 @@ def _vllm_row(request: Request, position: int, entry: Mapping[Any, Any]) -> Iter
         ids = list(map(int, entry))
     except (TypeError, ValueError) as error:
         request.fail(f"prompt_logprobs[{position}] must be by token id, got {_shown(list(entry))}", error)
-    return zip(ids, map(_vllm_logprob, entry.values()), strict=True)
+    ranks = [None if isinstance(score, Real) else get(score, "rank") for score in entry.values()]
+    rows = _sent_last(request, position, zip(ids, map(_vllm_logprob, entry.values()), ranks, strict=True))
+    if all(map(is_integer, ranks)):
+        rows.sort(key=itemgetter(2))
+    return [row[:2] for row in rows]
+
+
+def _sent_last(request: Request, position: int, rows: Iterable[_Row]) -> list[_Row]:
+    """The rows (id, log-prob, ...) of a position in the server's order; the sent token goes last if it comes first."""
+    found = list(rows)
+    return found[1:] + found[:1] if found and found[0][0] == request.tokens[position] else found
 
 
 def _vllm_logprob(score: Any) -> Any:
@@ -236,7 +250,7 @@ def openai(token_id: Callable[[str], int] | None) -> Parser:
         values = request.of_length(get(block, "token_logprobs"), "token_logprobs", echoed)
         if token_id is not None and not known:
             for position, text in enumerate(request.of_length(get(block, "tokens"), "tokens")):
-                request.check_token(position, token_id(text), text)
+                request.check_token(position, token_id(text), _made_of(text))
         logp = [request.logp(position, x) for position, x in enumerate(values)]
         if token_id is None or not likely:
             return Scores(logp, [[]] * len(logp))
@@ -244,10 +258,18 @@ def openai(token_id: Callable[[str], int] | None) -> Parser:
         for position, row in enumerate(request.of_length(get(block, "top_logprobs"), "top_logprobs")):
             if row is not None and not isinstance(row, Mapping):
                 request.fail(f"top_logprobs[{position}] must be null or a dictionary by text, got {_shown(row)}")
-            top.append(request.top(position, ((token_id(text), x) for text, x in (row or {}).items())))
+            pairs = ((token_id(text), x) for text, x in (row or {}).items())
+            top.append(request.top(position, _sent_last(request, position, pairs)))
         return Scores(logp, top)
 
     return parse
+
+
+def _made_of(text: Any) -> str:
+    """Where an id comes from that `token_id` made of a text, for an error."""
+    decoded = not str(text).startswith("token_id:")
+    way_out = "; have the server send ids (vLLM: return_tokens_as_token_ids=true)"
+    return f", which token_id made of the text {text!r}{way_out if decoded else ''}"
 
 
 def parsed(parse: Parser, request: Request, *, likely: bool) -> Scores:

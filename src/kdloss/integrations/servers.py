@@ -65,10 +65,10 @@ _SGLANG_TOPK = {"answers": f"one per sequence: the JSON of a response, whole. {_
 _OPENAI = {
     "answers": f"""one per sequence: the JSON of a response, one of its `choices`, or an object with the same fields.
         {_NOT_SENT}""",
-    "token_id": """maps the text of a token, as the server writes it, to its id. The default reads "token_id:17", vLLM's
-        text under `return_tokens_as_token_ids`. It is not called where the answer holds ids: the choice's
-        `prompt_logprobs`, which vLLM adds to an echo, or its `prompt_token_ids`. Servers write decoded text (" are")
-        and not the tokenizer's spelling ("Ġare"), so the tokenizer's `convert_tokens_to_ids` does not fit.""",
+    "token_id": """maps a token's text to its id, because this protocol sends only texts. The default reads
+        "token_id:17". Servers otherwise write decoded text (" are"): several tokens may share one, and
+        `tokenizer.convert_tokens_to_ids` knows other texts ("Ġare"). It is not called if the answer holds
+        `prompt_logprobs`; their ids are checked instead.""",
 }
 
 
@@ -76,7 +76,7 @@ class TopK(NamedTuple):
     """The teacher's k most likely next tokens, as the top-k divergences (such as `topk_forward_kl`) take them.
 
     Attributes:
-        logp: (T, K) float32 log-probs, nats, most likely first; NaN where `ids` are -1, which no function reads.
+        logp: (T, K) float32 log-probs, nats, most likely first; NaN where `ids` are -1, where no divergence reads them.
         ids: (T, K) int64 token ids; -1 where the server gave none.
     """
 
@@ -130,8 +130,9 @@ def read_vllm(
         {loss_mask}
 
     Returns:
-        (T,) float32 in nats, on the device of `input_ids`, without gradient; NaN where there is no score. vLLM writes
-        -9999 for -inf in JSON; it is not changed.
+        (T,) float32 in nats, on the device of `input_ids`, without gradient; NaN where there is no score: at the
+        last token of each sequence, and at untrained tokens that the server did not score. vLLM writes -9999 for -inf
+        in JSON; it is not changed.
 
     Raises:
         {ScoreError}
@@ -161,8 +162,8 @@ def read_vllm_topk(
 
     Request: `{"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": k}` to /v1/completions, or offline
     `SamplingParams(max_tokens=1, prompt_logprobs=k)`. vLLM scores prompts at temperature 1, whatever the request says.
-    It adds the token that was sent, so a position may have k + 1 entries. The k most likely ones are kept, and at equal
-    log-probs the added one goes, so the set does not depend on the sampled token.
+    It adds the token that was sent, so a position may have k + 1 entries. The k most likely ones are kept, and equal
+    log-probs are ordered by the server's ranks, so the set does not depend on the sampled token.
 
     Args:
         {answers}
@@ -204,7 +205,8 @@ def read_sglang(
         {starts}
 
     Returns:
-        (T,) float32 in nats, on the device of `input_ids`, without gradient; NaN where there is no score.
+        (T,) float32 in nats, on the device of `input_ids`, without gradient; NaN where there is no score: at the
+        last token of each sequence, and at untrained tokens that the server did not score.
 
     Raises:
         {ScoreError}
@@ -266,8 +268,8 @@ def read_openai(
 ) -> Tensor:  # (T,)
     """Log-probs of the sampled tokens from OpenAI-compatible completions with `echo`, at prediction positions.
 
-    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": 1}` to /v1/completions; for vLLM with
-    `"return_tokens_as_token_ids": true`.
+    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": 1, "return_tokens_as_token_ids": true}`
+    to /v1/completions. vLLM adds `prompt_logprobs` by id to an echo; they are read as `read_vllm` reads them.
 
     Args:
         {answers}
@@ -275,10 +277,12 @@ def read_openai(
         {cu_seqlens}
         {loss_mask}
         {token_id}
-            None: only the number of tokens is checked, not their ids.
+            Nor is it called if a choice holds `prompt_token_ids`. None: only the number of tokens is checked, not their
+            ids, so scores of other tokens, or scores that are off by one, pass.
 
     Returns:
-        (T,) float32 in nats, on the device of `input_ids`, without gradient; NaN where there is no score.
+        (T,) float32 in nats, on the device of `input_ids`, without gradient; NaN where there is no score: at the
+        last token of each sequence, and at untrained tokens that the server did not score.
 
     Raises:
         {ScoreError}
@@ -308,9 +312,10 @@ def read_openai_topk(
 ) -> TopK:
     """The teacher's k most likely tokens from OpenAI-compatible completions with `echo`, at prediction positions.
 
-    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": k}` to /v1/completions; for vLLM with
-    `"return_tokens_as_token_ids": true`. Where only texts are sent, tokens with the same text share one entry, which
-    loses the mass of all but one; fewer than k tokens are then left.
+    Request: `{"prompt": token_ids, "max_tokens": 0, "echo": true, "logprobs": k, "return_tokens_as_token_ids": true}`
+    to /v1/completions. vLLM adds `prompt_logprobs` by id to an echo; they are read as `read_vllm_topk` reads them. In
+    other answers, tokens with the same text share one entry, which loses the mass of all but one; fewer than k tokens
+    are then left.
 
     Args:
         {answers}
