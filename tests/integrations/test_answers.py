@@ -67,11 +67,6 @@ def stream(**options):
     return {"input_ids": torch.tensor(TOKENS), "cu_seqlens": torch.tensor([0, 4]), **options}
 
 
-def assert_same(found, expected):
-    """To the bit, with NaN in the same places."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
 def both(server, answers, **options):
     _, read, read_topk = SERVERS[server]
     return read(answers, **stream(**options)), read_topk(answers, k=K, **stream(**options))

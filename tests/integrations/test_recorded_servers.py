@@ -176,3 +176,22 @@ def test_llama_cpp_pairs_each_token_with_the_logits_after_it():
     assert gaps == pytest.approx([9.134, 7.090], abs=1e-3)
     correlation = torch.corrcoef(torch.stack([right_logp[predicted], teacher_logp[predicted]]))[0, 1]
     assert abs(correlation) < 0.1, correlation
+    found = kdloss.check_alignment(right_logp, teacher_logp, loss_mask=predicted, cu_seqlens=layout["cu_seqlens"])
+    assert (found.tokens, found.aligned, found.verdict) == (129, False, "nothing in common"), found
+    report = kdloss.check_batch(right_logp, None, teacher_logp, loss_mask=predicted, cu_seqlens=layout["cu_seqlens"])
+    wrong = [finding.check for finding in report.findings if finding.verdict == "wrong"]
+    assert wrong == ["teacher alignment", "distance"], report
+
+
+def test_the_right_teacher_is_found_sound():
+    answers = body("vllm-prompt_logprobs-0")["answers"]
+    teacher_logp = servers.read_vllm(answers, **STREAM)
+    noisy = LOGP + 0.5 * torch.randn(len(LOGP), generator=torch.Generator().manual_seed(0)).abs().neg()
+    given = {"loss_mask": LOSS_MASK, "cu_seqlens": STREAM["cu_seqlens"]}
+    assert kdloss.check_alignment(noisy, teacher_logp, **given).aligned
+    labels = kdloss.next_token_labels(**STREAM)
+    report = kdloss.check_batch(LOGP, None, teacher_logp, labels=labels, **given)
+    assert report.ok, report
+    own = kdloss.to_token_positions(teacher_logp, cu_seqlens=STREAM["cu_seqlens"], fill=torch.nan)
+    later = {"loss_mask": LOSS_MASK & ~own.isnan(), "cu_seqlens": STREAM["cu_seqlens"]}
+    assert kdloss.check_alignment(noisy, own, **later).shift == 1

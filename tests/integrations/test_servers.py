@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import doctest
-import functools
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.testing import assert_close
 
 import kdloss
 from kdloss.integrations import servers
@@ -54,8 +53,6 @@ def openai(tokens, rows, k):
     logprobs = {"tokens": words, "token_logprobs": values[: len(tokens)], "top_logprobs": likely[: len(tokens)]}
     return {"id": "cmpl-7", "choices": [{"index": 0, "logprobs": logprobs}]}
 
-
-assert_close = functools.partial(torch.testing.assert_close, equal_nan=True)
 
 SERVERS = {
     "vllm": (vllm, servers.read_vllm, servers.read_vllm_topk),

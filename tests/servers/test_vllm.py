@@ -183,7 +183,7 @@ def test_the_longest_sequence_is_refused_in_the_servers_words(url, longest):
         if scored:
             assert servers.read_vllm([answer], **layout)[:-1].isfinite().all()
         else:
-            with pytest.raises(servers.ScoreError, match=r"the server said .*maximum"):
+            with pytest.raises(servers.ScoreError, match=r"the server said .*max_tokens must be at least 1, got 0"):
                 servers.read_vllm([answer], **layout)
 
 

@@ -121,9 +121,7 @@ class Request:
                 )
             x = value if type(value) is float and value <= 0 else self._number(position, value)  # the fast path first
             row[token] = math.nan if x is None else x
-        scored = [(int(token), x) for token, x in row.items() if x == x]
-        sent, smallest = self.tokens[position], min((x for _, x in scored), default=0.0)
-        ranked = sorted(scored, key=lambda entry: (-entry[1], entry[0] == sent and entry[1] == smallest, entry[0]))
+        ranked = sorted(((int(token), x) for token, x in row.items() if x == x), key=itemgetter(1), reverse=True)
         mass = sum(map(math.exp, map(itemgetter(1), ranked)))
         if mass > _MOST_MASS:
             self.fail(f"the likely tokens at {self.named(position)} have a probability of {mass:.3g} together")
@@ -233,10 +231,7 @@ def _sglang_entry(request: Request, position: int, entry: Any, name: str) -> tup
 
 
 def openai(token_id: Callable[[str], int] | None) -> Parser:
-    """The parser of OpenAI-compatible completions; `token_id` maps a token's text to its id, None: no check of ids.
-
-    vLLM adds `prompt_logprobs`, by id, to an echo. They are the same numbers, so they are read instead of texts.
-    """
+    """The parser of OpenAI-compatible completions; `token_id` maps a token's text to its id, None: no check of ids."""
 
     def parse(request: Request, likely: bool) -> Scores:
         part = request.choice("logprobs")
