@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kdloss
 from kdloss.integrations import servers
 from kdloss.integrations.transformers import check_packed
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
+from opd.teacher_client import TeacherEndpoint
 
 QUESTIONS = (
     "Why is the sky blue?",
@@ -158,6 +163,19 @@ def test_every_request_scores_as_the_local_model_does(url, teacher, rollout, bod
 
 def read_all(url: str, rollout: Rollout) -> torch.Tensor:
     return servers.read_vllm(ask(url, rollout, max_tokens=1, prompt_logprobs=0), **rollout.layout)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "openai"])
+def test_the_examples_client_scores_as_the_local_model_does(url, teacher, rollout, kind):
+    """`endpoint.url` of docs/examples, for rows that are padded on the right."""
+    lengths = rollout.cu_seqlens.diff()
+    rows = kdloss.unpack(rollout.input_ids, cu_seqlens=rollout.cu_seqlens, length=int(lengths.max()))
+    batch = SimpleNamespace(input_ids=rows, lengths=lengths)
+    client = TeacherEndpoint(url, kind=kind, model="smollm2", concurrency=4)
+    with torch.no_grad():
+        logp = logp_of(teacher, rollout)
+    teacher_logp = kdloss.pack(client(batch), lengths=lengths)
+    assert (teacher_logp - logp)[rollout.loss_mask].abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
