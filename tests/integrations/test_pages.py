@@ -25,3 +25,8 @@ def test_a_page_has_code_and_a_place_to_run_it(page):
 def test_every_adapter_has_a_page():
     adapters = {path.stem for path in (ROOT / "src" / "kdloss" / "integrations").glob("[a-z]*.py")}
     assert adapters <= {page.stem for page in PAGES}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_a_page_checks_the_first_batch(page):
+    assert "check_batch(" in page.read_text("utf-8")
