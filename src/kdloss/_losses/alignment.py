@@ -94,7 +94,7 @@ def check_alignment(
         in common. `aligned` is True only if shift 0 is found. Log-probs below -10 count as -10.
 
     Expected gradient:
-        None: for looking at a batch.
+        None: for logging; nothing here is part of a loss.
 
     Raises:
         TypeError: a per-token tensor is not floating-point, `loss_mask` is not bool, or `max_shift` is not an int.

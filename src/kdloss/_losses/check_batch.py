@@ -125,7 +125,7 @@ def check_batch(
         everything that was passed could be judged, and nothing is wrong.
 
     Expected gradient:
-        None: for looking at a batch.
+        None: for logging; nothing here is part of a loss.
 
     Raises:
         TypeError: a tensor has another dtype than above.
