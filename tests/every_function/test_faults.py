@@ -720,3 +720,12 @@ def test_every_fault_of_the_list_has_a_test_that_an_injected_variant_fails():
         tests = [f for f in named.values() if f.__doc__.startswith(f"Fault: {fault}")]
         assert any("catches(" in inspect.getsource(f) for f in tests), fault
     assert [name for name, f in named.items() if not f.__doc__[7:].startswith(FAULTS)] == []
+
+
+@pytest.mark.parametrize("scale_by_std", [True, False])
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
+def test_an_infinite_reward_shows_in_its_group_alone(infinite, scale_by_std):
+    rewards = torch.tensor([0.0, 1.0, infinite, 1.0])
+    advantages = kdloss.group_relative_advantages(rewards, group_size=2, scale_by_std=scale_by_std)
+    assert advantages[:2].isfinite().all()
+    assert advantages[2:].isnan().all()

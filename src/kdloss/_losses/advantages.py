@@ -64,7 +64,8 @@ def group_relative_advantages(
         variance = groups.sum(centred.square()) / (groups.size - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + eps)
         # one ulp between rewards of 10 is 1e-6, which the division would turn into an advantage of 0.6
-        equal = groups.spread <= 4 * torch.finfo(groups.dtype).eps * groups.largest
+        # (an infinite reward is a fault, which shows as NaN)
+        equal = (groups.spread <= 4 * torch.finfo(groups.dtype).eps * groups.largest) & groups.largest.isfinite()
     return torch.where(equal, 0, centred).to(groups.dtype)
 
 
