@@ -213,3 +213,18 @@ def test_arguments_are_checked():
         kdloss.check_alignment(x, x, loss_mask=mask, max_shift=0)
     with pytest.raises(ValueError, match="cu_seqlens must end at"):
         kdloss.check_alignment(x, x, loss_mask=mask, cu_seqlens=torch.tensor([0, 2]))
+
+
+def test_scores_that_are_all_tiny_and_a_relation_that_is_weak_are_named_as_what_they_are():
+    generator = torch.Generator().manual_seed(0)
+    logp, mask = -torch.rand(400, generator=generator), torch.ones(400).bool()
+    found = kdloss.check_alignment(logp, -11 - 19 * torch.rand(400, generator=generator), loss_mask=mask)
+    assert found.verdict == "constant"
+    assert "-10 or less at every trained token, as where the tokenizers differ" in str(found)
+    logp = torch.randn(400, generator=generator)
+    weak = 0.42 * logp + 0.19 * logp.roll(1) + 0.9 * torch.randn(400, generator=generator)
+    found = kdloss.check_alignment(logp, weak, loss_mask=mask)
+    assert (found.verdict, found.sentence[:48]) == (
+        "several shifts",
+        "cannot tell: the relation at shift +0 is weak; t",
+    ), found

@@ -243,3 +243,16 @@ def test_bad_arguments():
         check(batch, group_ids=torch.arange(ROWS))
     with pytest.raises(ValueError, match="group_size must be > 0"):
         check(batch, group_size=0)
+
+
+def test_rewards_that_differ_by_rounding_are_equal_as_for_the_advantages():
+    batch = rollout()
+    rewards = torch.full((ROWS,), 10.0)
+    rewards[3] = torch.nextafter(rewards[3], torch.tensor(11.0))
+    assert "every group-relative advantage is 0" in wrong(check(batch, rewards=rewards))["rewards"]
+
+
+def test_a_few_tokens_are_no_evidence_against_a_sharper_teacher():
+    sharper = torch.full((10,), -0.01)
+    report = kdloss.check_batch(torch.full((10,), -0.22), None, sharper, loss_mask=torch.ones(10).bool())
+    assert wrong(report) == {}

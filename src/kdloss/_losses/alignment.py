@@ -137,9 +137,13 @@ def _unusable(**streams: Tensor) -> tuple[None, Verdict, str] | None:
         missing = int(x.isnan().sum())
         if missing:
             return None, "NaN", f"{name} is NaN at {missing} trained tokens: their scores are missing"
-        # values of other tokens would differ in real text
-        if x.numel() >= _FEWEST and bool((x.clamp(min=_FLOOR) == x[0].clamp(min=_FLOOR)).all()):
-            return None, "constant", f"{name} is {x[0]:g} at every trained token: these are no scores of a model"
+        if x.numel() < _FEWEST:
+            continue
+        if bool((x == x[0]).all()):  # values of other tokens would differ in real text
+            return None, "constant", f"{name} is {x[0]:g} at every trained token: a model gives no such scores"
+        if bool((x <= _FLOOR).all()):
+            reason = f"{name} is {_FLOOR:g} or less at every trained token, as where the tokenizers differ"
+            return None, "constant", reason
     return None
 
 
@@ -155,8 +159,11 @@ def _judged(correlations: dict[int, float], pairs: dict[int, int]) -> tuple[int 
                 return 0, "aligned", "aligned"
             return best, "shifted", f"teacher_logp[t {best:+d}] belongs to logp[t]{_SHIFTED.get(best, '')}"
         if strength[best] > needed:
-            alike = ", ".join(f"{shift:+d}" for shift, x in strength.items() if strength[best] - x <= needed)
-            return None, "several shifts", f"cannot tell: shifts {alike} fit alike; take more tokens of varied text"
+            alike = [shift for shift, x in strength.items() if strength[best] - x <= needed and x > needed / 2]
+            which = f"shifts {', '.join(f'{shift:+d}' for shift in alike)} fit alike"
+            if len(alike) == 1:
+                which = f"the relation at shift {best:+d} is weak"
+            return None, "several shifts", f"cannot tell: {which}; take more tokens of varied text"
     if pairs[0] < _ENOUGH:
         return None, "too few tokens", f"cannot tell: {pairs[0]} trained tokens are too few; take {_ENOUGH} or more"
     detectable = math.tanh(_EVIDENCE / math.sqrt(pairs[0] - 3))

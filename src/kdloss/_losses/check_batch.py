@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdloss import _checks
 
+from .advantages import group_relative_advantages
 from .alignment import check_alignment
 from .diagnostics import EXCLUDED
 
@@ -25,6 +26,7 @@ _STALE = 0.5  # mean |log ratio|; sixteen updates of the example move it to 0.13
 _SAME = 0.02  # mean |log ratio| below which the tokens count as on-policy
 _FAR = 5.0  # mean log q - log p; two models of one tokenizer are seldom 2 apart
 _EVIDENCE = 5.0  # standard errors of a mean
+_FEWEST = 40  # tokens; a few samples miss the rare tokens that make up for the others
 
 _OWN_POSITIONS = (
     "is the mask at the tokens' own positions? Make it with kdloss.response_mask, or pass loss_mask & (labels != -100)"
@@ -311,7 +313,7 @@ def _distance(batch: _Batch, logp: Tensor, teacher: Tensor) -> Finding:
         )
         return Finding("distance", "wrong", reason)
     on_policy = batch.old_logp is None or float((logp - batch.trained(batch.old_logp)).abs().mean()) < _SAME
-    if on_policy and mean < -0.05 and mean < -_EVIDENCE * error:
+    if on_policy and len(gap) >= _FEWEST and mean < -0.05 and mean < -_EVIDENCE * error:
         reason = (
             f"{text}: tokens that the student sampled cannot be likelier under the teacher on average. Were they "
             "sampled at another temperature, or with top-p (pass old_logp), or written by the teacher (use sft_loss)?"
@@ -376,7 +378,8 @@ def _rewards(batch: _Batch, rewards: Tensor | None, group_size: int | None, grou
     groups = [ids == i for i in ids.unique()]
     empty = sum(not counts[group].any() for group in groups)
     single = sum(int(group.sum()) == 1 for group in groups)
-    spread = sum(bool((values[group] != values[group][0]).any()) for group in groups)
+    advantages = group_relative_advantages(values, group_ids=ids)  # it decides which rewards differ by rounding alone
+    spread = sum(bool(advantages[group].any()) for group in groups)
     text += f"; {spread} of {len(groups)} groups have different rewards"
     if empty:
         return Finding("rewards", "wrong", f"{text}; {empty} groups have no trained token: are the responses empty?")
