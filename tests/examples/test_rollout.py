@@ -92,13 +92,17 @@ def test_rows_hold_prompt_and_response_and_the_reward_is_the_verifiers(load, tok
         assert (batch.input_ids[b, batch.lengths[b] :] == tokenizer.pad_token_id).all()
 
 
+@pytest.mark.parametrize("end", ["", " <eos>"], ids=["no end", "end"])
 @pytest.mark.parametrize("template", [False, True])
-def test_a_prompt_begins_with_one_beginning_of_sequence(load, template):
-    """A base model was trained with it: without a chat template the tokenizer adds it, a chat template writes it."""
+def test_a_prompt_begins_with_one_beginning_of_sequence(load, template, end):
+    """A base model was trained with it: without a chat template the tokenizer adds it, a chat template writes it.
+
+    Some tokenizers add an end of sequence too, which does not belong at the end of a prompt.
+    """
     tokenizer = load_tokenizer(str(EXAMPLES / "tiny" / "student"))
     bos = "#"  # any token of the tiny vocabulary
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+        single=f"{bos} $A{end}", special_tokens=[(x, tokenizer.convert_tokens_to_ids(x)) for x in (bos, "<eos>")]
     )
     if template:
         tokenizer.chat_template = bos + "{{ messages[0]['content'] }}"

@@ -60,6 +60,10 @@ def sample(
     # a chat template writes the beginning of sequence itself; without one the tokenizer adds it, where it has one
     special = not tokenizer.chat_template
     prompts = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special).to(device)
+    if special and prompts.input_ids[:, -1].unique().tolist() == [tokenizer.eos_token_id]:
+        # this tokenizer also adds an end of sequence, which a prompt must not have; padding is on the left
+        for name in ("input_ids", "attention_mask"):
+            prompts[name] = prompts[name][:, :-1]
     ends = policy.end_ids(tokenizer)
     responses, response_logp = policy.generate(
         prompts.input_ids,
