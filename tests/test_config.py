@@ -56,7 +56,9 @@ def test_what_was_set_is_taken_and_the_rest_keeps_its_default():
     assert KDRLConfig.from_mapping({"distill_loss_weight": 0.3}) == KDRLConfig(distill_loss_weight=0.3)
 
 
-@pytest.mark.parametrize("block", [{}, {"rl_loss_weight": 1.0, "path": "Qwen/Qwen3-32B"}])
+@pytest.mark.parametrize(
+    "block", [{}, {"rl_loss_weight": 1.0, "path": "Qwen/Qwen3-32B"}, {"distill_loss_weight": None}]
+)
 def test_a_block_without_the_weight_of_the_teacher_names_the_page(block):
     with pytest.raises(
         ValueError, match=r"block must hold distill_loss_weight: docs/weights\.md .*; 0 leaves the teacher"
@@ -66,9 +68,11 @@ def test_a_block_without_the_weight_of_the_teacher_names_the_page(block):
 
 
 def test_a_config_without_the_weight_of_the_teacher_names_the_page():
-    for wrong in ((), (1.0,), (1.0, 0.005)):  # the weight is a keyword: the second position is clip_low
+    for wrong in ((), (1.0,), (1.0, 0.005)):
         with pytest.raises(TypeError, match=r"distill_loss_weight of KDRLConfig must be given: docs/weights\.md"):
             KDRLConfig(*wrong)
+    with pytest.raises(TypeError, match="positional argument"):  # where the weight was, no other field may be
+        KDRLConfig(1.0, 0.1, distill_loss_weight=1.0)
 
 
 def test_any_mapping_will_do():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, get_args
 
 from . import _checks
@@ -88,7 +88,8 @@ class KDRLConfig:
     """
 
     rl_loss_weight: float = 1.0
-    distill_loss_weight: float = field(kw_only=True)
+    _: KW_ONLY
+    distill_loss_weight: float
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -97,7 +98,7 @@ class KDRLConfig:
     kd_max_ratio: float | None = None
     reduction: Reduction = "token_mean"
     direct_penalty: bool = False
-    ignored: Mapping[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
+    ignored: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         _checks.finite(rl_loss_weight=self.rl_loss_weight, distill_loss_weight=self.distill_loss_weight)
@@ -133,7 +134,7 @@ class KDRLConfig:
                 continue
             nearest = difflib.get_close_matches(str(key), [*names, *sorted(_ENGINE_KEYS)], n=1, cutoff=0.0)
             raise ValueError(f"unknown key {key!r}; the nearest valid key is {nearest[0]!r}")
-        if "distill_loss_weight" not in block:
+        if block.get("distill_loss_weight") is None:
             raise ValueError(f"block must hold distill_loss_weight: {_checks.CHOOSE_WEIGHT}")
         taken = {key: block[key] for key in block if key in names}
         return cls(**taken, ignored={key: block[key] for key in block if key in _ENGINE_KEYS})

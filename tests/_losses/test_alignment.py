@@ -228,3 +228,26 @@ def test_scores_that_are_all_tiny_and_a_relation_that_is_weak_are_named_as_what_
         "several shifts",
         "cannot tell: the relation at shift +0 is weak; t",
     ), found
+
+
+def test_a_moderate_relation_in_few_tokens_is_not_called_nothing():
+    """A sound teacher that agrees by 0.6 is never accused; a few hundred tokens find it."""
+    verdicts = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        logp = torch.randn(500, generator=generator)
+        teacher_logp = 0.6 * logp + 0.8 * torch.randn(500, generator=generator)
+        for tokens in (70, 100):
+            mask = torch.arange(500) < tokens
+            found = kdloss.check_alignment(logp, teacher_logp, loss_mask=mask)
+            verdicts.append(found.verdict)
+            assert "take more" in str(found) or found.aligned
+        assert kdloss.check_alignment(logp, teacher_logp, loss_mask=torch.ones(500).bool()).aligned
+    assert "nothing in common" not in verdicts
+
+
+def test_max_shift_is_an_int():
+    x = torch.zeros(3)
+    for wrong in (1.5, True, "2"):
+        with pytest.raises(TypeError, match=f"max_shift must be an int, got {type(wrong).__name__}"):
+            kdloss.check_alignment(x, x, loss_mask=x.bool(), max_shift=wrong)

@@ -12,17 +12,17 @@ import kdloss
 V, ROWS, LENGTH, PROMPT = 40, 16, 30, 5
 
 
-def rollout(seed: int = 0, *, drift: float = 0.0, likeness: float = 0.9) -> dict[str, Any]:
+def rollout(seed: int = 0, *, drift: float = 0.0, likeness: float = 0.9, length: int = LENGTH) -> dict[str, Any]:
     """A packed batch of a Markov chain's samples, with a teacher that is like it, and the policy that sampled."""
     generator = torch.Generator().manual_seed(seed)
     behaviour, other, noise = 2 * torch.randn(3, V, V, generator=generator)
     student = behaviour + drift / 2 * noise
     teacher = likeness * behaviour + (1 - likeness**2) ** 0.5 * other
     tokens = [torch.zeros(ROWS, dtype=torch.int64)]
-    for _ in range(LENGTH - 1):
+    for _ in range(length - 1):
         tokens.append(behaviour[tokens[-1]].softmax(-1).multinomial(1, generator=generator)[:, 0])
     ids = torch.stack(tokens, 1).flatten()
-    cu_seqlens = torch.arange(0, ROWS * LENGTH + 1, LENGTH)
+    cu_seqlens = torch.arange(0, ROWS * length + 1, length)
     labels = kdloss.next_token_labels(ids, cu_seqlens=cu_seqlens)
     mask = kdloss.response_mask(torch.full((ROWS,), PROMPT), cu_seqlens=cu_seqlens, total_tokens=len(ids))
     logp, old_logp, teacher_logp = (kdloss.token_logprobs(x[ids], labels) for x in (student, behaviour, teacher))
@@ -105,7 +105,7 @@ MISTAKES = {
     "probabilities": (lambda b: {"logp": b["logp"].exp()}, "logp", "these are probabilities; pass logp.log()"),
     "a loss": (lambda b: {"logp": -b["logp"]}, "logp", "these are negated log-probs; pass -logp"),
     "teacher's probabilities": (lambda b: {"teacher_logp": b["teacher_logp"].exp()}, "teacher_logp", "probabilities"),
-    "logits": (lambda b: {"old_logp": b["old_logp"] + 2}, "old_logp", "these are no log-probs"),
+    "logits": (lambda b: {"old_logp": b["old_logp"] + 2}, "old_logp", "these are not log-probs"),
     "NaN": (lambda b: {"teacher_logp": torch.where(some(b), torch.nan, b["teacher_logp"])}, "teacher_logp", "NaN at"),
     "excluded by itself": (lambda b: {"logp": torch.where(some(b), -torch.inf, b["logp"])}, "logp", "-inf at"),
     "zeros": (lambda b: {"teacher_logp": 0 * b["teacher_logp"]}, "teacher alignment", "at every trained token"),
@@ -123,7 +123,7 @@ MISTAKES = {
     "other tokenizer": (
         lambda b: {"teacher_logp": -12 + torch.randn(480, generator=torch.Generator().manual_seed(0))},
         "distance",
-        "Has it another tokenizer",
+        "Does it have another tokenizer",
     ),
     "the teacher's text": (
         lambda b: {"logp": b["teacher_logp"], "teacher_logp": b["logp"], "old_logp": None},
@@ -138,7 +138,7 @@ MISTAKES = {
     "mask at own positions, without labels": (
         lambda b: {"loss_mask": b["loss_mask"].roll(1), "labels": None},
         "loss_mask",
-        "16 of them end a sequence and have log-prob 0",
+        "16 of them end a sequence, where nothing has a score",
     ),
     "no token": (lambda b: {"loss_mask": b["loss_mask"] & False}, "loss_mask", "nothing is learned"),
     "advantages per sequence": (lambda b: {"advantages": b["rewards"]}, "advantages", "kdloss.broadcast_to_tokens"),
@@ -148,7 +148,7 @@ MISTAKES = {
     "equal rewards": (lambda b: {"rewards": torch.ones(ROWS)}, "rewards", "every group-relative advantage is 0"),
     "rewards NaN": (lambda b: {"rewards": b["rewards"] * torch.nan}, "rewards", "16 are NaN or infinite"),
     "rewards per token": (lambda b: {"rewards": b["advantages"]}, "rewards", "is not one per sequence, (16,)"),
-    "groups of one": (lambda b: {"group_size": 1}, "rewards", "16 groups have one response"),
+    "groups of one": (lambda b: {"group_size": 1}, "rewards", "group-relative advantage is always 0: 16"),
     "group size": (lambda b: {"group_size": 3}, "rewards", "not a multiple of group_size 3"),
     "group ids": (
         lambda b: {"group_size": None, "group_ids": torch.arange(4)},
@@ -158,7 +158,7 @@ MISTAKES = {
     "an empty group": (
         lambda b: {"loss_mask": b["loss_mask"] & (torch.arange(480) >= 4 * LENGTH)},
         "rewards",
-        "1 groups have no trained token",
+        "groups without a trained token: 1",
     ),
 }
 
@@ -185,15 +185,21 @@ def test_the_ways_out_lead_to_a_sound_batch():
     assert check(batch, logp=logp.exp().log(), teacher_logp=-batch["teacher_logp"].neg()).ok
     missing = torch.where(some(batch), torch.nan, batch["teacher_logp"])
     assert check(batch, teacher_logp=missing, loss_mask=mask & ~missing.isnan()).ok
+    kd_mask = ~some(batch)
+    assert "pass loss_mask & kd_mask here" in wrong(check(batch, teacher_logp=missing))["teacher_logp"]
+    assert check(batch, teacher_logp=missing, loss_mask=mask & kd_mask).ok
     scored = torch.where(some(batch), -9999, batch["teacher_logp"])
     assert check(batch, teacher_logp=scored, loss_mask=mask & (scored > -9999)).ok
+    clip = 5.0
+    assert "pass teacher_logp.maximum(logp - clip)" in wrong(check(batch, teacher_logp=scored))["teacher_logp"]
+    assert check(batch, teacher_logp=scored.maximum(logp - clip)).ok
     per_sequence = kdloss.group_relative_advantages(batch["rewards"], group_size=4)
     spread = kdloss.broadcast_to_tokens(per_sequence, cu_seqlens=batch["cu_seqlens"], total_tokens=len(logp))
     assert check(batch, advantages=spread).ok
     rows = {name: x.view(ROWS, LENGTH) if x.shape == logp.shape else x for name, x in tensors_of(batch)}
     rows |= {"group_size": 4, "cu_seqlens": None}
-    assert "pass advantages[:, None].expand_as(logp)" in wrong(check(rows, advantages=per_sequence))["advantages"]
-    assert check(rows, advantages=per_sequence[:, None].expand_as(rows["logp"])).ok
+    assert "pass advantages.reshape(-1, 1).expand_as(logp)" in wrong(check(rows, advantages=per_sequence))["advantages"]
+    assert check(rows, advantages=per_sequence.reshape(-1, 1).expand_as(rows["logp"])).ok
     own = kdloss.to_token_positions(batch["teacher_logp"], cu_seqlens=batch["cu_seqlens"], fill=0.0)
     back = kdloss.to_prediction_positions(own, cu_seqlens=batch["cu_seqlens"], fill=torch.nan)
     assert check(batch, teacher_logp=back).ok
@@ -256,3 +262,50 @@ def test_a_few_tokens_are_no_evidence_against_a_sharper_teacher():
     sharper = torch.full((10,), -0.01)
     report = kdloss.check_batch(torch.full((10,), -0.22), None, sharper, loss_mask=torch.ones(10).bool())
     assert wrong(report) == {}
+
+
+def test_a_minority_of_late_or_unscored_sequences_is_found():
+    long = rollout(length=100)
+    rows = long["teacher_logp"].view(ROWS, -1)
+    for wrong_rows in ([3], [0, 7]):
+        late, unscored = rows.clone(), rows.clone()
+        late[wrong_rows] = late[wrong_rows].roll(1, -1)
+        unscored[wrong_rows] = 0.0
+        said = wrong(check(long, teacher_logp=late.flatten()))["teacher alignment"]
+        assert f"shifted sequences: {len(wrong_rows)}, such as {wrong_rows[0]}, where teacher_logp[t +1]" in said
+        said = wrong(check(long, teacher_logp=unscored.flatten()))["teacher_logp"]
+        assert f"every trained token of {len(wrong_rows)} sequences, such as sequence {wrong_rows[0]}" in said
+
+
+def test_a_teacher_that_is_nearly_the_student_is_not_taken_for_the_policy_that_sampled():
+    """Where old_logp is stale or of a top-p sampler, and the teacher is the student."""
+    batch = rollout(drift=0.6)
+    report = check(batch, teacher_logp=batch["logp"])
+    assert (batch["logp"] - batch["old_logp"])[batch["loss_mask"]].abs().mean() > 0.1
+    assert report.ok, report
+    spread = batch["logp"] - 0.2
+    top_p = spread + 0.1  # renormalised over the nucleus
+    assert check(batch, logp=spread, old_logp=top_p, teacher_logp=spread).ok
+    few = batch["loss_mask"] & (torch.arange(ROWS * LENGTH) < 30)
+    noise = 0.1 * torch.randn(ROWS * LENGTH, generator=torch.Generator().manual_seed(1))
+    old_logp = torch.where(noise > 0, batch["logp"] - 0.1, batch["logp"] + 0.1).clamp(max=0)
+    report = check(batch, old_logp=old_logp, teacher_logp=batch["logp"], loss_mask=few, rewards=None)
+    assert {finding.check: finding.verdict for finding in report.findings}["ratio"] == "cannot tell", report
+    assert check(rollout(), teacher_logp=rollout()["logp"]).ok  # with all of the tokens
+
+
+def test_a_certain_end_of_sequence_is_not_taken_for_an_ignored_label():
+    batch = rollout()
+    last = torch.arange(ROWS * LENGTH) % LENGTH == LENGTH - 1
+    own_end = {
+        "loss_mask": batch["loss_mask"] | last,
+        "logp": torch.where(last, 0.0, batch["logp"]),
+        "old_logp": torch.where(last, 0.0, batch["old_logp"]),
+        "teacher_logp": torch.where(last, -0.01, batch["teacher_logp"]),
+    }
+    assert check(batch, **own_end, labels=None).ok
+    for name in ("old_logp", "teacher_logp"):
+        own_end[name] = None
+    report = check(batch, **own_end, labels=None)
+    assert report.findings[0].verdict == "not given"
+    assert "pass labels=" in report.findings[0].text

@@ -158,6 +158,22 @@ FOLLOWED = {
         "test_a_server_that_was_not_shifted",
         "kdloss.to_prediction_positions(own",
     ),
+    "too few for a correlation of {}; take more": (
+        "_losses/test_alignment.py",
+        "test_a_moderate_relation_in_few_tokens_is_not_called_nothing",
+        "torch.ones(500)",
+    ),
+    "or the teacher is nearly the student; take more": (
+        BATCH,
+        "test_a_teacher_that_is_nearly_the_student_is_not_taken_for_the_policy_that_sampled",
+        "check(rollout()",
+    ),
+    "pass teacher_logp.maximum(logp - clip)": (
+        BATCH,
+        "test_the_ways_out_lead_to_a_sound_batch",
+        "scored.maximum(logp - clip)",
+    ),
+    "pass loss_mask & kd_mask here": (BATCH, "test_the_ways_out_lead_to_a_sound_batch", "mask & kd_mask"),
     "take more tokens of varied text": (
         "_losses/test_alignment.py",
         "test_why_nothing_was_found_has_its_own_answer",

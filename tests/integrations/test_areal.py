@@ -362,7 +362,22 @@ def test_a_late_teacher_that_is_certain_is_still_shifted(layout: Any) -> None:
         batch = layout(padded | {"teacher_logp": late(padded | {"teacher_logp": teacher_logp})})
         right = layout(padded | {"teacher_logp": teacher_logp})
         logp = student(batch)
-        torch.testing.assert_close(run(batch, logp, teacher_alignment="token"), run(right, logp))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            shifted = run(batch, logp, teacher_alignment="token")
+        torch.testing.assert_close(shifted, run(right, logp))
+        assert [str(x.message)[:42] for x in caught] == ["cannot tell whether teacher_logp is late: "[:42]]
+
+
+@pytest.mark.parametrize("layout", [pack, dict])
+def test_late_scores_are_refused_beside_a_sequence_that_is_scored_and_not_trained(layout: Any) -> None:
+    padded = rollout()
+    batch = padded | {"teacher_logp": late(padded)}
+    batch["loss_mask"] = padded["loss_mask"].clone()
+    batch["loss_mask"][0] = 0
+    given = layout(batch)
+    with pytest.raises(ValueError, match="own positions and nowhere else"):
+        run(given, student(given))
 
 
 def test_a_teacher_that_is_certain_is_not_taken_for_a_late_one() -> None:

@@ -91,6 +91,10 @@ def test_a_version_that_was_not_tested_is_used_with_a_warning_if_it_has_all_that
         ("def loss(logp, mask)", "def loss(mask, logp)", r"loss\(logp, mask\)"),
         ("scale=", "factor=", r"call\(scale=\)"),
         ("constant", "number", "constant"),
+        ("def call(logp, *, scale=1.0): ...", "call = 5", "call as a function"),
+        ("def loss(logp, mask)", "loss = None\ndef other(logp, mask)", "loss"),
+        ("def step(self, batch):", "def stride(self, batch):", "Trainer.step"),
+        ("def call", "import functools\nloss = functools.partial(loss)\ndef call", "the key 'mask' of loss"),
         ("def call(logp, *, scale=1.0): ...\nconstant = 3", "", r"call, constant"),
     ],
 )

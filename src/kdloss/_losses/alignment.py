@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +14,8 @@ from kdloss._packing.layout import segment_ids
 # In standard errors. Larger than in a textbook test, because neighbouring tokens of text are not independent.
 _EVIDENCE = 5.0 * math.sqrt(2)
 _FEWEST = 20  # pairs of tokens; fewer may agree by chance
-_ENOUGH = 70  # tokens; a correlation of 0.7 is found from here on, and two language models rarely have less
+_ENOUGH = 70  # tokens; a correlation of 0.7 is found from here on
+_WEAK = 0.5  # two trained language models have a larger correlation; nothing in common is said of a smaller one only
 # In nats. A log-prob below the floor means "practically impossible", whether it is -11, a server's -9999 or -inf. Rank
 # correlation would need no floor, but it compares how certain two models are of tokens that both are certain of: noise,
 # and most tokens of trained models are such tokens.
@@ -36,8 +36,9 @@ class Alignment(NamedTuple):
         correlations: correlation of the log-probs for each shift; NaN with fewer than 20 pairs or a constant side.
         tokens: number of trained tokens compared at shift 0.
         verdict: "aligned" or "shifted" where a shift was found; otherwise why none was: "constant" (one stream has the
-            same value at every trained token), "NaN" (a trained token has no score), "too few tokens" (fewer than 70),
-            "several shifts" (they fit alike), or "nothing in common" (at any shift, in enough tokens).
+            same value at every trained token, or is below -10 at all), "NaN" (a trained token has no score), "too few
+            tokens" (fewer than 70, or than the relation needs), "several shifts" (they fit alike, or one is weak), or
+            "nothing in common" (at any shift, in enough tokens).
         sentence: the verdict in words, and what may be the cause.
     """
 
@@ -111,7 +112,9 @@ def check_alignment(
     """
     _checks.tensors(teacher_logp=teacher_logp)
     _checks.per_token("logp", logp, loss_mask=loss_mask, teacher_logp=teacher_logp)
-    _checks.positive(max_shift=operator.index(max_shift))
+    if isinstance(max_shift, bool) or not isinstance(max_shift, int):
+        raise TypeError(f"max_shift must be an int, got {type(max_shift).__name__} {max_shift!r}")
+    _checks.positive(max_shift=max_shift)
     if cu_seqlens is None:
         length = max(1, logp.shape[-1] if logp.ndim > 0 else 1)
         cu_seqlens = torch.arange(0, logp.numel() + 1, length, device=logp.device)
@@ -166,13 +169,19 @@ def _judged(correlations: dict[int, float], pairs: dict[int, int]) -> tuple[int 
             return None, "several shifts", f"cannot tell: {which}; take more tokens of varied text"
     if pairs[0] < _ENOUGH:
         return None, "too few tokens", f"cannot tell: {pairs[0]} trained tokens are too few; take {_ENOUGH} or more"
-    detectable = math.tanh(_EVIDENCE / math.sqrt(pairs[0] - 3))
-    tried = max(correlations)
+    error = 1 / math.sqrt(pairs[0] - 3)
+    if strength.get(0, 0.0) + 2.5 * error > math.atanh(_WEAK):
+        reason = (
+            f"cannot tell: {pairs[0]} trained tokens are too few for a correlation of {correlations[0]:.2f}; take more"
+        )
+        return None, "too few tokens", reason
+    tried, detectable = max(correlations), math.tanh(_EVIDENCE * error)
     return (
         None,
         "nothing in common",
         f"nothing in common at any shift from {-tried} to {tried}, where a correlation of {detectable:.2f} would have "
-        "been found: the scores are of other tokens, of another sequence, or further off (max_shift=)",
+        "been found: the scores are of other tokens, of another sequence, further off (max_shift=), or of a model that "
+        "is not trained",
     )
 
 

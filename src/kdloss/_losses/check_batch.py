@@ -21,12 +21,14 @@ Verdict = Literal["ok", "wrong", "cannot tell", "not given"]
 
 # What counts as wrong. In nats where nothing else is said.
 _ROUNDING = 1e-3  # above 0; a float32 log-softmax exceeds 0 by a few 1e-6 at most
-_CERTAIN = 0.25  # share of the tokens below -1 for the student that a real teacher finds certain (exactly 0)
+_CERTAIN = 0.05  # share of the tokens below -0.5 for the student that the teacher finds certain; 0.03 at most was seen
 _STALE = 0.5  # mean |log ratio|; sixteen updates of the example move it to 0.13
+_MOVED = 0.05  # mean |log ratio| that is not rounding of two engines
 _SAME = 0.02  # mean |log ratio| below which the tokens count as on-policy
 _FAR = 5.0  # mean log q - log p; two models of one tokenizer are seldom 2 apart
 _EVIDENCE = 5.0  # standard errors of a mean
 _FEWEST = 40  # tokens; a few samples miss the rare tokens that make up for the others
+_CLOSE = 0.1  # mean difference from logp, in mean deviations of logp, that needs no correlation to be aligned
 
 _OWN_POSITIONS = (
     "is the mask at the tokens' own positions? Make it with kdloss.response_mask, or pass loss_mask & (labels != -100)"
@@ -68,7 +70,7 @@ class BatchReport(NamedTuple):
             v: sum(finding.verdict == v for finding in self.findings) for v in ("wrong", "cannot tell", "not given")
         }
         said = [f"{count['wrong']} wrong" if count["wrong"] else "nothing is wrong"]
-        said += [f"{n} cannot be told" for n in [count["cannot tell"]] if n]
+        said += [f"{n} cannot tell" for n in [count["cannot tell"]] if n]
         said += [f"{n} not given" for n in [count["not given"]] if n]
         lines = [f"check_batch: {', '.join(said)}"]
         width = max(len(finding.check) for finding in self.findings)
@@ -98,16 +100,23 @@ def check_batch(
 
     Only trained tokens are read. What counts as wrong:
 
-    | check | wrong |
-    |---|---|
-    | `loss_mask` | no token is trained; a trained token has label -100 |
-    | log-probs | NaN; more than 1e-3 above 0 (probabilities, negated log-probs); -inf under the student |
-    | `teacher_logp` | -inf or -9999; exactly 0 at a quarter of the tokens that the student gives less than -1 |
-    | alignment | `check_alignment` finds a shift, a constant or nothing in common |
-    | ratio | mean of abs(logp - old_logp) above 0.5, or 1.5 times that of `teacher_logp`: are the two swapped? |
-    | distance | mean of logp - teacher_logp above 5 nats; or on-policy below 0 by five standard errors |
-    | `advantages` | one per sequence; NaN; 0 at every trained token |
-    | `rewards` | not finite; no group with two different rewards; groups of one; groups without a trained token |
+    - `loss_mask`: no token is trained. A trained token has label -100. Without `labels`: all trained tokens that end a
+      sequence have the value 0 or NaN in each stream.
+    - log-probs: NaN; more than 1e-3 above 0 (probabilities, negated log-probs); -inf under the student.
+    - `teacher_logp`: -inf or -9999. Exactly 0 at 5 % (and at least three) of the tokens that the student gives less
+      than -0.5, or at all of ten or more trained tokens of a sequence.
+    - alignment: `check_alignment` finds a constant, nothing in common, or a shift of the batch or of one sequence.
+      Values that differ from `logp` by less than a tenth of its spread are aligned.
+    - ratio: the mean of abs(logp - old_logp) is above 0.5. Or it is above 0.05 and 1.5 times that of `teacher_logp`,
+      and the mean of (ratio - 1) / (ratio + 1) is above 0 by a standard error. It is below 0 for tokens from
+      `old_logp`, so the two are swapped.
+    - distance: the mean of logp - teacher_logp is above 5 nats; or, on-policy and with 40 tokens or more, below 0 by
+      five standard errors.
+    - `advantages`: one per sequence; NaN; 0 at every trained token.
+    - `rewards`: not finite; rewards that differ by no more than rounding in every group; groups of one; groups without
+      a trained token.
+
+    Other mistakes in a minority of the sequences, such as scores that two sequences exchanged, are not seen.
 
     Args:
         logp: (T,) or (B, L) log-probs under the student, nats: a packed stream with `cu_seqlens`, or padded rows
@@ -185,18 +194,41 @@ class _Batch(NamedTuple):
     def trained_per_sequence(self) -> list[int]:
         return [int(self.mask[start:stop].sum()) for start, stop in pairwise(self.bounds)]
 
+    def unscored_sequences(self, teacher_logp: Tensor) -> list[int]:
+        """Sequences of ten or more trained tokens, to all of which the teacher gives exactly 0."""
+        found = []
+        for index, (start, stop) in enumerate(pairwise(self.bounds)):
+            scores = teacher_logp[start:stop][self.mask[start:stop]]
+            if len(scores) >= 10 and not scores.any():
+                found.append(index)
+        return found
+
     def alignment(self, name: str, x: Tensor) -> Finding:
         """Whether `x` is of the student's tokens: by its values if they are close to `logp`, else by correlation."""
         check = f"{name.removesuffix('_logp')} alignment"
         logp, other = self.trained(self.logp), self.trained(x)
         spread = (logp - logp.mean()).abs().mean()
-        if (other - logp).abs().mean() < 0.1 * spread and bool((other != other[0]).any()):
+        if (other - logp).abs().mean() < _CLOSE * spread and bool((other != other[0]).any()):
             return Finding(check, "ok", "aligned: the values are close to those of logp")
         found = check_alignment(self.logp, x, loss_mask=self.mask, cu_seqlens=torch.tensor(self.bounds))
+        if found.aligned and (shifted := self._shifted_sequences(x)):
+            index, shift = shifted[0]
+            text = f"shifted sequences: {len(shifted)}, such as {index}, where {name}[t {shift:+d}] belongs to logp[t]"
+            return Finding(check, "wrong", text)
         verdict: Verdict = "ok" if found.aligned else "wrong"
         if found.verdict in ("too few tokens", "several shifts"):
             verdict = "cannot tell"
         return Finding(check, verdict, str(found).removeprefix("cannot tell: ").replace("teacher_logp", name))
+
+    def _shifted_sequences(self, x: Tensor) -> list[tuple[int, int]]:
+        """(sequence, shift) of each sequence that is shifted by itself."""
+        found = []
+        for index, (start, stop) in enumerate(pairwise(self.bounds)):
+            part = slice(start, stop)
+            alone = check_alignment(self.logp[part], x[part], loss_mask=self.mask[part])
+            if alone.shifted and alone.shift is not None:
+                found.append((index, alone.shift))
+        return found
 
 
 def _mask(batch: _Batch, labels: Tensor | None) -> Finding:
@@ -207,8 +239,9 @@ def _mask(batch: _Batch, labels: Tensor | None) -> Finding:
         return Finding("loss_mask", "wrong", f"{found}: nothing is learned")
     if labels is None:
         ends = [stop - 1 for start, stop in pairwise(batch.bounds) if stop > start and batch.mask[stop - 1]]
-        if len(ends) > 1 and bool((batch.logp[ends] == 0).all()):
-            ended = f"{len(ends)} of them end a sequence and have log-prob 0, as at a label of -100"
+        streams = [x[ends] for x in (batch.logp, batch.old_logp, batch.teacher_logp) if x is not None]
+        if len(ends) > 1 and len(streams) > 1 and all(bool(((x == 0) | x.isnan()).all()) for x in streams):
+            ended = f"{len(ends)} of them end a sequence, where nothing has a score, as at a label of -100"
             return Finding("loss_mask", "wrong", f"{found}; {ended}: {_OWN_POSITIONS}")
         return Finding("loss_mask", "not given", f"{found}; pass labels= to see whether their labels are -100")
     ignored = int((batch.mask & (labels == -100)).sum())
@@ -222,12 +255,17 @@ def _range(name: str, x: Tensor) -> Finding:
     """Whether values are log-probs of sampled tokens."""
     missing, above = int(x.isnan().sum()), int((x > _ROUNDING).sum())
     if missing:
-        return Finding(name, "wrong", f"NaN at {missing} trained tokens: leave them out of loss_mask, or score them")
+        remedy = "leave them out of loss_mask, or score them"
+        if name == "teacher_logp":
+            remedy += "; if kd_mask leaves them out of the loss, pass loss_mask & kd_mask here"
+        return Finding(name, "wrong", f"NaN at {missing} trained tokens: {remedy}")
     if above and bool((x >= 0).all()):
         what, remedy = ("probabilities", f"{name}.log()") if bool((x <= 1).all()) else ("negated log-probs", f"-{name}")
         return Finding(name, "wrong", f"no value is below 0: these are {what}; pass {remedy}")
     if above:
-        return Finding(name, "wrong", f"{above} values are above 0, up to {float(x.max()):.3g}: these are no log-probs")
+        return Finding(
+            name, "wrong", f"{above} values are above 0, up to {float(x.max()):.3g}: these are not log-probs"
+        )
     excluded = int((x == -math.inf).sum())
     if excluded and name != "teacher_logp":
         return Finding(
@@ -253,11 +291,8 @@ def _behaviour(batch: _Batch) -> Iterator[Finding]:
     logp = batch.trained(batch.logp)
     moved = float((logp - old).abs().mean())
     text = f"mean |logp - old_logp| is {moved:.3f} nats"
-    other = math.inf if batch.teacher_logp is None else float((logp - batch.trained(batch.teacher_logp)).abs().mean())
-    if aligned.verdict != "wrong" and moved > 0.05 and other < min(_STALE, moved / 1.5):
-        yield Finding(
-            "ratio", "wrong", f"{text}, and teacher_logp is closer to logp ({other:.3f}): are the two swapped?"
-        )
+    if aligned.verdict != "wrong" and (swapped := _swapped(batch, old, moved)) is not None:
+        yield Finding("ratio", *swapped)
     elif moved > _STALE:
         reason = (
             f"{text}: the ratio of the first step is far from 1. Score logp and old_logp for the same tokens, at the "
@@ -266,6 +301,26 @@ def _behaviour(batch: _Batch) -> Iterator[Finding]:
         yield Finding("ratio", "wrong", reason)
     else:
         yield Finding("ratio", "ok", text)
+
+
+def _swapped(batch: _Batch, old: Tensor, moved: float) -> tuple[Verdict, str] | None:
+    """Whether old_logp and teacher_logp are swapped; None if they are not."""
+    if batch.teacher_logp is None:
+        return None
+    logp, teacher = batch.trained(batch.logp), batch.trained(batch.teacher_logp)
+    nearest = float((logp - teacher).abs().mean())
+    if not (moved > _MOVED and nearest < min(_STALE, moved / 1.5)):
+        return None
+    # E[tanh((log q - log mu) / 2)] is -D / 2 under mu and D / 2 under q, D = sum (q - mu)^2 / (q + mu): its sign tells
+    # which of the two sampled the tokens. It is bounded, so a few tokens that the teacher excludes do not decide it.
+    sign = torch.tanh((logp - old) / 2)
+    mean, error = float(sign.mean()), float(sign.std()) / math.sqrt(len(sign))
+    if mean < -2 * error or bool((old - logp > -_ROUNDING).all()):  # the latter: top-p
+        return None
+    text = f"mean |logp - old_logp| is {moved:.3f} nats, and teacher_logp is closer to logp ({nearest:.3f})"
+    if mean > error:
+        return "wrong", f"{text}, and logp sampled the tokens rather than old_logp: are the two swapped?"
+    return "cannot tell", f"{text}: the two are swapped, or the teacher is nearly the student; take more tokens"
 
 
 def _teacher(batch: _Batch) -> Iterator[Finding]:
@@ -279,21 +334,25 @@ def _teacher(batch: _Batch) -> Iterator[Finding]:
         return
     logp = batch.trained(batch.logp)
     sentinels = int((teacher <= EXCLUDED).sum())
-    unlikely = logp < -1
+    unlikely = logp < -0.5
     certain = int((unlikely & (teacher == 0)).sum())
+    unscored = batch.unscored_sequences(batch.teacher_logp)
     if sentinels == len(teacher):
         yield Finding("teacher_logp", "wrong", f"{float(teacher[0]):g} at every trained token: nothing was scored")
         return
     if sentinels:
         reason = (
             f"{sentinels} values are -inf or -9999, which servers write for a token that is excluded or not scored: "
-            "leave these tokens out of loss_mask, or bound their reward by kd_reward_clip"
+            "leave these tokens out of loss_mask; if kd_reward_clip bounds them, pass teacher_logp.maximum(logp - clip)"
         )
         yield Finding("teacher_logp", "wrong", reason)
-    elif certain >= 5 and certain >= _CERTAIN * int(unlikely.sum()):
+    elif unscored or (certain >= 3 and certain >= _CERTAIN * int(unlikely.sum())):
+        where = f"{certain} of {int(unlikely.sum())} tokens that the student gives less than -0.5"
+        if unscored:
+            where = f"every trained token of {len(unscored)} sequences, such as sequence {unscored[0]}"
         reason = (
-            f"exactly 0 at {certain} of {int(unlikely.sum())} tokens that the student gives less than -1: were missing "
-            "scores filled with 0, a probability of 1? Fill them with NaN, and leave them out of loss_mask"
+            f"exactly 0 at {where}: were missing scores filled with 0, a probability of 1? Fill them with NaN, and "
+            "leave them out of loss_mask"
         )
         yield Finding("teacher_logp", "wrong", reason)
     else:
@@ -308,9 +367,7 @@ def _distance(batch: _Batch, logp: Tensor, teacher: Tensor) -> Finding:
     mean, error = float(gap.mean()), float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else math.inf
     text = f"mean logp - teacher_logp is {mean:.3f} ± {error:.3f} nats"
     if mean > _FAR:
-        reason = (
-            f"{text}: the teacher finds the tokens impossible. Has it another tokenizer, or did it score other tokens?"
-        )
+        reason = f"{text}: the teacher finds the tokens impossible. Does it have another tokenizer, or did it score other tokens?"
         return Finding("distance", "wrong", reason)
     on_policy = batch.old_logp is None or float((logp - batch.trained(batch.old_logp)).abs().mean()) < _SAME
     if on_policy and len(gap) >= _FEWEST and mean < -0.05 and mean < -_EVIDENCE * error:
@@ -332,10 +389,10 @@ def _advantages(batch: _Batch, advantages: Tensor | None, shape: torch.Size) -> 
         return Finding("advantages", "not given", "nothing can be told of an RL term")
     if advantages.shape != shape:
         hint = ""
-        if advantages.shape == (len(batch.bounds) - 1,):
-            spread = "advantages[:, None].expand_as(logp)"
+        if advantages.shape in ((len(batch.bounds) - 1,), (len(batch.bounds) - 1, 1)):
+            spread = "advantages.reshape(-1, 1).expand_as(logp)"
             if len(shape) == 1:
-                spread = "kdloss.broadcast_to_tokens(advantages, cu_seqlens=..., total_tokens=...)"
+                spread = "kdloss.broadcast_to_tokens(advantages.flatten(), cu_seqlens=..., total_tokens=...)"
             hint = f", one per sequence: pass {spread}"
         return Finding(
             "advantages", "wrong", f"shape {tuple(advantages.shape)} is not that of logp, {tuple(shape)}{hint}"
@@ -382,9 +439,11 @@ def _rewards(batch: _Batch, rewards: Tensor | None, group_size: int | None, grou
     spread = sum(bool(advantages[group].any()) for group in groups)
     text += f"; {spread} of {len(groups)} groups have different rewards"
     if empty:
-        return Finding("rewards", "wrong", f"{text}; {empty} groups have no trained token: are the responses empty?")
+        return Finding(
+            "rewards", "wrong", f"{text}; groups without a trained token: {empty}. Are their responses empty?"
+        )
     if single:
-        reason = f"{text}; {single} groups have one response, whose group-relative advantage is always 0"
+        reason = f"{text}; groups of one response, whose group-relative advantage is always 0: {single}"
         return Finding("rewards", "wrong", reason)
     if not spread:
         return Finding("rewards", "wrong", f"{text}: every group-relative advantage is 0")

@@ -96,17 +96,28 @@ def missing(module: ModuleType, hooks: Mapping[str, Hook]) -> Iterator[str]:
         if found is None:
             yield name
             continue
+        theirs = _parameters(found)
+        if theirs is None and (hook.replaced_by is not None or hook.takes):
+            yield f"{name} as a function"
+            continue
         if hook.replaced_by is not None:
             ours = inspect.signature(hook.replaced_by).parameters.values()
             expected = [p.name for p in ours if p.kind is not p.KEYWORD_ONLY]
-            if list(inspect.signature(found).parameters) != expected:
+            if theirs != expected:
                 yield f"{name}({', '.join(expected)})"
         if hook.takes:
-            theirs = inspect.signature(found).parameters
-            yield from (f"{name}({parameter}=)" for parameter in hook.takes if parameter not in theirs)
+            yield from (f"{name}({parameter}=)" for parameter in hook.takes if parameter not in (theirs or ()))
         if hook.keys:
-            known = set(_texts(inspect.unwrap(found).__code__))
+            known = set(_texts(getattr(inspect.unwrap(found), "__code__", None)))
             yield from (f"the key {key!r} of {name}" for key in hook.keys if key not in known)
+
+
+def _parameters(found: object) -> list[str] | None:
+    """The names of its parameters; None if it is not called, or does not tell them."""
+    try:
+        return list(inspect.signature(found).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
 
 
 def _texts(constant: object) -> Iterator[str]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import kdloss
-from kdloss import Surrogate
+from kdloss import Surrogate, _checks
 from kdloss._checks import CHOOSE_WEIGHT
 from kdloss._docs import documented
 
@@ -232,10 +232,27 @@ class _Batch:
         if self.data.get("teacher_logp") is not None:
             # a rollout engine writes its scores at the tokens' own positions, one position late, and 0 elsewhere
             scored, own = self.data["teacher_logp"].flatten() != 0, self.loss_mask.roll(1)
-            asked["late"] = (own & ~self.loss_mask & scored).any() & ~(scored & ~own).any()
+            asked["trained"] = self.loss_mask.any()
+            asked["only_late"] = (own & ~self.loss_mask & scored).any()
             asked["in_place"] = (self.loss_mask & ~own & scored).any()
+            asked["outside"] = (scored & ~own & self._of_trained_sequences()).any()
         read = torch.stack([x.to(self.logp.device, torch.int64) for x in asked.values()]).tolist() if asked else []
         return dict(zip(asked, read, strict=True))
+
+    def _of_trained_sequences(self) -> Tensor:
+        """True at the tokens of sequences with a trained token; everywhere in a context-parallel slice."""
+        if len(self.shape) == 2:
+            rows = self.loss_mask.view(self.shape).any(1)
+            return rows.repeat_interleave(self.shape[1])
+        cu_seqlens: Tensor | None = self.data.get("cu_seqlens")
+        if cu_seqlens is None:
+            return torch.ones_like(self.loss_mask)
+        total = self.loss_mask.shape[0]
+        ids = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(total, device=cu_seqlens.device), right=True)
+        trained = torch.zeros(cu_seqlens.shape[0], dtype=torch.int64, device=cu_seqlens.device)
+        trained.scatter_reduce_(0, ids, self.loss_mask.to(ids), "amax")
+        found: Tensor = (trained[ids] > 0) | (cu_seqlens[-1] != total)
+        return found
 
     def versions(self) -> Tensor | None:
         """Policy versions, moved to the position of the token's log-prob; None for a slice and if there are none."""
@@ -267,6 +284,11 @@ class _Batch:
         teacher_logp: Tensor = self.data["teacher_logp"].detach().flatten()
         if alignment == "token":
             self._check_runs()
+            if not self._read["in_place"] and not self._read["only_late"] and self._read["trained"]:
+                _checks.warn(
+                    "cannot tell whether teacher_logp is late: in this micro-batch it is 0 before the first and at the "
+                    "last trained token of every sequence. It is shifted, as teacher_alignment='token' says"
+                )
             if self._read["in_place"]:
                 raise ValueError(
                     "teacher_logp has scores at positions where a rollout teacher leaves 0: they are at prediction "
@@ -276,7 +298,7 @@ class _Batch:
             return kdloss.to_prediction_positions(teacher_logp, cu_seqlens=self.cu_seqlens, fill=0)
         if alignment != "prediction":
             raise ValueError(f"teacher_alignment must be 'prediction' or 'token', got {alignment!r}")
-        if self._read["late"]:
+        if self._read["only_late"] and not self._read["outside"]:
             raise ValueError(
                 "teacher_logp has scores at the tokens' own positions and nowhere else: AReaL's rollout teacher "
                 "(teacher.engine_type='rollout') leaves it one position late; use teacher_alignment='token'"
