@@ -4,6 +4,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -173,10 +174,19 @@ def test_a_wrong_length_raises_and_is_not_retried(server, change, got):
 
 
 def test_an_answer_without_a_score_raises(server):
-    def none_inside(answer: dict) -> None:
-        entries(server.kind, answer)[5] = entries(server.kind, answer)[0]
+    inside = server.rows[1]["prompt_length"] + 1
 
-    assert "token 5 " in spoil_the_second(server, none_inside)
+    def none_at(position: int, answer: dict) -> None:
+        unscored = [None, server.rows[1]["tokens"][position], None] if server.kind == "sglang" else None
+        entries(server.kind, answer)[position] = unscored
+
+    assert f"token {inside} " in spoil_the_second(server, partial(none_at, inside))
+    expected = client(server, concurrency=1)(server.batch())
+    server.faults = [None, partial(none_at, inside - 2)]  # a token of the prompt, which no loss reads
+    found = client(server, concurrency=1)(server.batch())
+    assert found[1, inside - 3].isnan()
+    expected[1, inside - 3] = torch.nan
+    assert torch.equal(found.nan_to_num(1.0), expected.nan_to_num(1.0))
 
 
 def test_an_empty_answer_raises(server):

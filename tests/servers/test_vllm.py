@@ -170,7 +170,10 @@ def test_the_examples_client_scores_as_the_local_model_does(url, teacher, rollou
     """`endpoint.url` of docs/examples, for rows that are padded on the right."""
     lengths = rollout.cu_seqlens.diff()
     rows = kdloss.unpack(rollout.input_ids, cu_seqlens=rollout.cu_seqlens, length=int(lengths.max()))
-    batch = SimpleNamespace(input_ids=rows, lengths=lengths)
+    labelled = kdloss.segment_sum(
+        rollout.loss_mask.double(), loss_mask=rollout.loss_mask, cu_seqlens=rollout.cu_seqlens
+    )
+    batch = SimpleNamespace(input_ids=rows, lengths=lengths, prompt_lengths=lengths - labelled.long())
     client = TeacherEndpoint(url, kind=kind, model="smollm2", concurrency=4)
     with torch.no_grad():
         logp = logp_of(teacher, rollout)

@@ -55,7 +55,10 @@ class TeacherEndpoint:
         self.timeout, self.attempts, self.pause, self.concurrency = timeout, attempts, pause, concurrency
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Log-probs (B, L) of the batch's tokens at prediction positions; NaN where nothing is predicted."""
+        """Log-probs (B, L) of the batch's tokens at prediction positions; NaN where there is none.
+
+        A token of a prompt may lack one, because the loss does not read it.
+        """
         lengths = batch.lengths.tolist()
         sequences = [row[:n] for row, n in zip(batch.input_ids.tolist(), lengths, strict=True)]
         pool = ThreadPoolExecutor(self.concurrency)
@@ -64,8 +67,10 @@ class TeacherEndpoint:
         finally:
             pool.shutdown(cancel_futures=True)
         cu_seqlens = kdloss.cu_seqlens_from_lengths(torch.tensor(lengths))
+        tokens = torch.tensor([x for row in sequences for x in row])
+        mask = kdloss.response_mask(batch.prompt_lengths.cpu(), cu_seqlens=cu_seqlens, total_tokens=len(tokens))
         try:
-            packed = self.read(answers, torch.tensor([x for row in sequences for x in row]), cu_seqlens=cu_seqlens)
+            packed = self.read(answers, tokens, cu_seqlens=cu_seqlens, loss_mask=mask)
         except servers.ScoreError as error:
             raise TeacherError(f"POST {self.url}: {error}") from error
         rows = kdloss.unpack(packed, cu_seqlens=cu_seqlens, length=batch.input_ids.shape[1], fill=math.nan)

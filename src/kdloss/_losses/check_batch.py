@@ -367,7 +367,10 @@ def _distance(batch: _Batch, logp: Tensor, teacher: Tensor) -> Finding:
     mean, error = float(gap.mean()), float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else math.inf
     text = f"mean logp - teacher_logp is {mean:.3f} ± {error:.3f} nats"
     if mean > _FAR:
-        reason = f"{text}: the teacher finds the tokens impossible. Does it have another tokenizer, or did it score other tokens?"
+        reason = (
+            f"{text}: the teacher finds the tokens impossible. Does it have another tokenizer, or did it score other "
+            "tokens?"
+        )
         return Finding("distance", "wrong", reason)
     on_policy = batch.old_logp is None or float((logp - batch.trained(batch.old_logp)).abs().mean()) < _SAME
     if on_policy and len(gap) >= _FEWEST and mean < -0.05 and mean < -_EVIDENCE * error:

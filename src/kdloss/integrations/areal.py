@@ -242,8 +242,8 @@ class _Batch:
     def _of_trained_sequences(self) -> Tensor:
         """True at the tokens of sequences with a trained token; everywhere in a context-parallel slice."""
         if len(self.shape) == 2:
-            rows = self.loss_mask.view(self.shape).any(1)
-            return rows.repeat_interleave(self.shape[1])
+            rows: Tensor = self.loss_mask.view(self.shape).any(1).repeat_interleave(self.shape[1])
+            return rows
         cu_seqlens: Tensor | None = self.data.get("cu_seqlens")
         if cu_seqlens is None:
             return torch.ones_like(self.loss_mask)

@@ -33,6 +33,20 @@ def teacher():
     return tiny.alphabetical_teacher()
 
 
+def of_models(model, teacher, config, **keywords):
+    """A KDRLTrainer of these very models, not of copies."""
+    return KDRLTrainer(
+        model=model,
+        reward_funcs=tiny.in_order,
+        args=config,
+        train_dataset=tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+        teacher_model=teacher,
+        distill_loss_weight=1.0,
+        **keywords,
+    )
+
+
 def generated(trainer, *, off_policy=0.0, seed=0):
     """The inputs of one micro-batch of `trainer`; `off_policy` shifts the old log-probs by that much."""
     trainer.model.train()
@@ -269,17 +283,8 @@ def test_the_base_of_a_peft_student_is_a_teacher_without_its_adapters(student, t
     for layer in base.model.layers:
         layer.self_attn.attention_dropout = 0.5  # a teacher has no dropout
     given = base if wrapped_by == "peft_config" else peft.get_peft_model(base, LORA)
-    trainer = KDRLTrainer(
-        model=given,
-        reward_funcs=tiny.in_order,
-        args=tiny.grpo_config(tmp_path, beta=beta, learning_rate=0.1),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        teacher_model=base,
-        distill_loss_weight=1.0,
-        rl_loss_weight=1.0,
-        **({"peft_config": LORA} if wrapped_by == "peft_config" else {}),
-    )
+    config = tiny.grpo_config(tmp_path, beta=beta, learning_rate=0.1)
+    trainer = of_models(given, base, config, **({"peft_config": LORA} if wrapped_by == "peft_config" else {}))
     flags = {name: x.requires_grad for name, x in trainer.model.named_parameters()}
     adapters = [name for name, trainable in flags.items() if trainable]
     assert adapters
@@ -313,16 +318,8 @@ def test_the_base_of_a_peft_student_is_a_teacher_without_its_adapters(student, t
 
 
 def test_a_teacher_that_shares_parameters_is_refused_and_each_way_out_works(student, tmp_path):
-    def make(model, teacher, **keywords):
-        return KDRLTrainer(
-            model=model,
-            reward_funcs=tiny.in_order,
-            args=tiny.grpo_config(tmp_path),
-            train_dataset=tiny.prompts(),
-            processing_class=tiny.tokenizer(),
-            teacher_model=teacher,
-            **keywords,
-        )
+    def make(model, teacher):
+        return of_models(model, teacher, tiny.grpo_config(tmp_path))
 
     def pair():
         teacher, trained = tiny.model(seed=3), copy.deepcopy(student)
@@ -374,15 +371,7 @@ def test_what_cannot_work_is_refused(student, teacher, tmp_path):
         make(teacher_model=small)
     same = tiny.model(seed=3)
     with pytest.raises(ValueError, match="is the model that is trained"):
-        KDRLTrainer(
-            model=same,
-            reward_funcs=tiny.in_order,
-            args=tiny.grpo_config(tmp_path),
-            train_dataset=tiny.prompts(),
-            processing_class=tiny.tokenizer(),
-            teacher_model=same,
-            distill_loss_weight=0.005,
-        )
+        of_models(same, same, tiny.grpo_config(tmp_path))
     with pytest.raises(AttributeError, match="has no attribute 'KDRL'"):
         adapter.KDRL  # noqa: B018
 
