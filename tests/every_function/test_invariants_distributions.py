@@ -75,6 +75,7 @@ def batches(draw: st.DrawFn) -> tuple[Rows, Tensor]:
     labels = torch.randint(0, vocab, (count,), generator=random)
     labels = labels.masked_fill(torch.rand(count, generator=random) < 0.2, -100)
     mask = torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=torch.bool)
+    mask &= labels != -100
     hidden, teacher_hidden, weight, teacher_weight = (
         normal(n, d) for n, d in ((count, 3), (count, 4), (vocab, 3), (vocab, 4))
     )

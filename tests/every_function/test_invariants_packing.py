@@ -193,11 +193,36 @@ def test_a_fold_is_elementwise(batch: PackedBatch, fill: float):
     assert torch.equal(shaped[0], flat)
 
 
+@given(batch=packed_batches(huge_ratios=False), fill=st.sampled_from((math.nan, math.inf, -math.inf, 1e30)))
+def test_reports_read_trained_tokens_alone(batch: PackedBatch, fill: float):
+    """Garbage under the mask changes no word of a report, and the padding of rows no verdict."""
+    clean, dirty = batch.with_garbage(0.0), batch.with_garbage(fill)
+    report, alignment = reports(clean)
+    assert tuple(map(str, reports(dirty))) == (str(report), str(alignment))
+    of_rows, alignment_of_rows = reports(dirty, packed=False)
+    assert [f[:2] for f in of_rows.findings] == [f[:2] for f in report.findings]
+    assert str(alignment_of_rows) == str(alignment)
+
+
+def reports(batch: PackedBatch, *, packed: bool = True) -> tuple[kdloss.BatchReport, kdloss.Alignment]:
+    offsets = {"cu_seqlens": batch.cu_seqlens} if packed else {}
+
+    def laid_out(x: Tensor) -> Tensor:
+        return x if packed else kdloss.unpack(x, cu_seqlens=batch.cu_seqlens, length=ROW)
+
+    logp, old_logp, teacher_logp, mask, advantages = map(
+        laid_out, (batch.logp, batch.old_logp, batch.teacher_logp, batch.loss_mask, batch.advantages)
+    )
+    report = kdloss.check_batch(logp, old_logp, teacher_logp, loss_mask=mask, advantages=advantages, **offsets)
+    alignment = kdloss.check_alignment(logp, teacher_logp, loss_mask=mask, **offsets)
+    return report, alignment
+
+
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl")
 
-# Tests in the two other files, for functions that take no packed batch.
+# Tests of functions that take no packed batch, or return no tensor.
 OWN = {
     "token_logprobs_and_entropy": ("test_rows_of_logits_are_independent",),
     "token_logprobs": ("test_log_probs_alone_are_those_beside_the_entropy",),
@@ -214,6 +239,7 @@ OWN = {
     "global_token_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "global_sequence_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "fused_linear_loss": ("test_a_fused_loss_is_the_sum_of_its_micro_batches",),
+    **dict.fromkeys(("check_alignment", "check_batch"), ("test_reports_read_trained_tokens_alone",)),
 }
 
 
@@ -226,8 +252,7 @@ def test_no_public_function_without_invariants():
 
 
 def test_what_is_named_is_a_test_under_hypothesis():
-    files = ("test_invariants.py", "test_invariants_distributions.py")
-    trees = [ast.parse(Path(__file__).with_name(file).read_text("utf-8")) for file in files]
+    trees = [ast.parse(file.read_text("utf-8")) for file in Path(__file__).parent.glob("test_invariants*.py")]
     given_tests = {
         f.name
         for tree in trees

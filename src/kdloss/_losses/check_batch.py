@@ -314,13 +314,18 @@ def _swapped(batch: _Batch, old: Tensor, moved: float) -> tuple[Verdict, str] | 
     # E[tanh((log q - log mu) / 2)] is -D / 2 under mu and D / 2 under q, D = sum (q - mu)^2 / (q + mu): its sign tells
     # which of the two sampled the tokens. It is bounded, so a few tokens that the teacher excludes do not decide it.
     sign = torch.tanh((logp - old) / 2)
-    mean, error = float(sign.mean()), float(sign.std()) / math.sqrt(len(sign))
+    mean, error = _mean_and_error(sign)
     if mean < -2 * error or bool((old - logp > -_ROUNDING).all()):  # the latter: top-p
         return None
     text = f"mean |logp - old_logp| is {moved:.3f} nats, and teacher_logp is closer to logp ({nearest:.3f})"
     if mean > error:
         return "wrong", f"{text}, and logp sampled the tokens rather than old_logp: are the two swapped?"
     return "cannot tell", f"{text}: the two are swapped, or the teacher is nearly the student; take more tokens"
+
+
+def _mean_and_error(x: Tensor) -> tuple[float, float]:
+    """The mean and its standard error, which is unknown from one value: inf."""
+    return float(x.mean()), float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.inf
 
 
 def _teacher(batch: _Batch) -> Iterator[Finding]:
@@ -364,7 +369,7 @@ def _teacher(batch: _Batch) -> Iterator[Finding]:
 def _distance(batch: _Batch, logp: Tensor, teacher: Tensor) -> Finding:
     scored = teacher > EXCLUDED
     gap = (logp - teacher)[scored]
-    mean, error = float(gap.mean()), float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else math.inf
+    mean, error = _mean_and_error(gap)
     text = f"mean logp - teacher_logp is {mean:.3f} ± {error:.3f} nats"
     if mean > _FAR:
         reason = (
