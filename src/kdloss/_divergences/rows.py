@@ -23,7 +23,10 @@ A logit of -inf is a mass of 0: 0 log 0 is 0, and a mass divided by 0 gives +inf
 row with NaN, +inf or only -inf is not a distribution: value and gradient are NaN.
 
 Each pass over a block is one fast operation of torch. `softmax` and `log_softmax` cost less than one `exp`, and a mask
-costs more than both. So the NaN of 0 * inf is removed after the product, and rows that must be NaN are set to it again.
+costs more than both. So the NaN of 0 * inf is removed after the product, on a CPU only if a sum shows that there is
+one, and rows that must be NaN are set to it again. The backward of the reverse KL
+needs no log-softmax. The forward leaves it the value of each row and c, the log-sum-exp of the student minus that of
+the teacher: d = z_teacher - z_student + c.
 
 The `slice_*` functions do the same for ranks that hold a slice of each row: a slice's softmax times its share of the
 mass is that of the row, and sums over the slices are sums over the row (`sharded.py`).
@@ -82,6 +85,7 @@ class BlockResult(NamedTuple):
 
     value: Tensor | None  # (R,) nats
     gradient: Tensor | None  # (R, V) with respect to z = student / τ, in the memory of the scratch
+    known: Tensor | None = None  # (2, R) of the reverse KL's value: c and the value, for `block_divergence`
 
 
 class Scratch:
@@ -116,23 +120,33 @@ def block_divergence(
     row_temperature: Tensor | None = None,  # (R,), in place of the number
     value: bool,
     gradient: bool,
+    known: Tensor | None = None,  # (2, R) from the forward of the reverse KL: only the gradient is asked for
 ) -> BlockResult:
     """The divergence of each row and its gradient, if they are asked for. The inputs are not modified."""
     kind, _ = form
     room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
     tau = _tau(temperature, row_temperature, room)
+    needs_p = kind not in (REVERSE_KL, SKEWED_REVERSE_KL)
+    needs_q = gradient or kind not in (FORWARD_KL, SKEWED_FORWARD_KL)
 
     if kind == FORWARD_KL and not value:
         _distribution(student, tau, room, probabilities=q)
         _distribution(teacher, tau, room, probabilities=p)
         return BlockResult(None, q.sub_(p))
-    needs_p = kind not in (REVERSE_KL, SKEWED_REVERSE_KL)
-    needs_q = gradient or kind not in (FORWARD_KL, SKEWED_FORWARD_KL)
-    _distribution(student, tau, room, logs=log_q, probabilities=q if needs_q else None)
-    _distribution(teacher, tau, room, logs=log_p, probabilities=p if needs_p else None)
+    if known is not None:
+        level, total = known.unsqueeze(-1)
+        x, y = _scaled(student, tau, log_q), _scaled(teacher, tau, log_p)
+        torch.softmax(x, -1, out=q)
+        slope = torch.sub(x, y, out=log_q).sub_(level + total).mul_(q)  # q (-d - sum q (-d))
+        if not _all_finite(slope):
+            _clean_(slope).masked_fill_(~total.isfinite(), math.nan)
+        return BlockResult(None, slope)
+    level = kind == REVERSE_KL and not gradient
+    level_q = _distribution(student, tau, room, logs=log_q, probabilities=q if needs_q else None, level=level)
+    level_p = _distribution(teacher, tau, room, logs=log_p, probabilities=p if needs_p else None, level=level)
     nothing = log_q[:, 0].isnan() | log_p[:, 0].isnan()  # log_softmax makes all of a row NaN or none of it
 
-    total, weighted = _terms(form, room, log_q, log_p, q, p, gradient)
+    total, weighted = _terms(form, log_q.sub_(log_p), log_p, room, q, p, gradient)
     if not gradient:
         dz = None
     elif kind == FORWARD_KL:
@@ -140,7 +154,19 @@ def block_divergence(
     else:
         dz = _through_softmax_(weighted, q, total if kind == REVERSE_KL else weighted.sum(-1), nothing)
     # a divergence is never negative, but rounding may make it so
-    return BlockResult(total.clamp(min=0).masked_fill(nothing, math.nan), dz)
+    total = total.clamp(min=0).masked_fill(nothing, math.nan)
+    if level_q is None or level_p is None:
+        return BlockResult(total, dz)
+    return BlockResult(total, dz, torch.stack([(level_q - level_p).squeeze(-1).to(total.dtype), total]))
+
+
+def _scaled(logits: Tensor, tau: float | Tensor, room: Tensor) -> Tensor:
+    """logits / τ: the logits themselves if they need no change, else in `room`."""
+    divides = isinstance(tau, Tensor) or tau != 1
+    if not divides and logits.dtype == room.dtype:
+        return logits
+    z = room.copy_(logits)
+    return z.div_(tau) if divides else z
 
 
 def slice_state(
@@ -163,7 +189,7 @@ def slice_state(
     peaks += [teacher.amax(-1, keepdim=True).to(room.dtype) / tau, log_p.amax(-1, keepdim=True)]
     value = torch.zeros_like(peaks[1])
     if kind in (FORWARD_KL, REVERSE_KL):
-        value = _terms(form, room, log_q, log_p, q, p, False)[0].clamp(min=0).unsqueeze(-1)
+        value = _terms(form, log_q.sub_(log_p), log_p, room, q, p, False)[0].clamp(min=0).unsqueeze(-1)
     return torch.cat([*peaks, value], -1)
 
 
@@ -183,7 +209,7 @@ def slice_terms(
     _distribution(student, tau, room, shares[:, :1], logs=log_q, probabilities=q)
     _distribution(teacher, tau, room, shares[:, 1:], logs=log_p, probabilities=p)
     nothing = log_q[:, :1].isnan() | log_p[:, :1].isnan()
-    total, weighted = _terms(form, room, log_q, log_p, q, p, True)
+    total, weighted = _terms(form, log_q.sub_(log_p), log_p, room, q, p, True)
     return torch.stack([total, weighted.sum(-1)], -1).masked_fill(nothing, math.nan)
 
 
@@ -208,7 +234,7 @@ def slice_gradient(
     _distribution(student, tau, room, shares[:, :1], logs=log_q, probabilities=q)
     _distribution(teacher, tau, room, shares[:, 1:], logs=log_p, probabilities=p)
     nothing = log_q[:, 0].isnan() | log_p[:, 0].isnan()
-    _, weighted = _terms(form, room, log_q, log_p, q, p, True)
+    _, weighted = _terms(form, log_q.sub_(log_p), log_p, room, q, p, True)
     return _through_softmax_(weighted, q, slope, nothing)
 
 
@@ -219,9 +245,9 @@ def _tau(temperature: float, row_temperature: Tensor | None, like: Tensor) -> fl
 
 def _terms(
     form: Form,
+    ratio: Tensor,  # -d
+    spare: Tensor,
     room: Tensor,
-    log_q: Tensor,
-    log_p: Tensor,
     q: Tensor,
     p: Tensor,
     gradient: bool,
@@ -231,14 +257,18 @@ def _terms(
     G is undefined for the forward KL, and for the others unless `gradient` is set.
     """
     kind = form.kind
-    if kind == FORWARD_KL:
-        return _clean_(torch.sub(log_p, log_q, out=room).mul_(p)).sum(-1), room
-    if kind == REVERSE_KL:
-        return _clean_(torch.sub(log_q, log_p, out=room).mul_(q)).sum(-1), room
+    if kind in (FORWARD_KL, REVERSE_KL):
+        products = ratio.mul_(q) if kind == REVERSE_KL else ratio.mul_(p).neg_()
+        total = products.sum(-1)
+        if not _all_finite(total):
+            total = _clean_(products).sum(-1)
+        return total, products
     shares = form.shares
-    t = log_p.sub_(log_q).add_(shares.log_teacher - shares.log_student).nan_to_num_(0.0, _SATURATED, -_SATURATED)
-    s = torch.abs(t, out=room).neg_().exp_().log1p_()
-    return _MIXTURES[kind](shares, t, s, q, p, log_q, gradient)
+    t = torch.sub(shares.log_teacher - shares.log_student, ratio, out=ratio)
+    if not _all_finite(t):
+        t.nan_to_num_(0.0, _SATURATED, -_SATURATED)
+    s = torch.abs(t, out=spare).neg_().exp_().log1p_()
+    return _MIXTURES[kind](shares, t, s, q, p, room, gradient)
 
 
 def _jsd(
@@ -282,24 +312,32 @@ def _distribution(
     *,
     logs: Tensor | None = None,
     probabilities: Tensor | None = None,
-) -> None:
-    """log softmax(logits / τ) into `logs` and softmax(logits / τ) into `probabilities`, if given. Overwrites `room`."""
-    z = logits
-    if isinstance(tau, Tensor) or tau != 1 or logits.dtype != room.dtype:
-        z = room.copy_(logits)
-        if isinstance(tau, Tensor) or tau != 1:
-            z = z.div_(tau)
+    level: bool = False,
+) -> Tensor | None:
+    """log softmax(logits / τ) into `logs` and softmax(logits / τ) into `probabilities`, if given. Overwrites `room`.
+
+    With `level`, return the log-sum-exp (R, 1) in float64: the difference of two must keep its digits.
+    """
+    z, found = _scaled(logits, tau, room), None
     if logs is not None:
         torch.log_softmax(z, -1, out=logs)
+        if level:
+            found = z.amax(-1, keepdim=True).double() - logs.amax(-1, keepdim=True)
     if probabilities is not None:
         torch.softmax(z, -1, out=probabilities)
     if share is None:
-        return
+        return found
     massless = share == -math.inf  # the softmax of such a slice may be NaN
     if logs is not None:
         logs.add_(share).masked_fill_(massless, -math.inf)
     if probabilities is not None:
         probabilities.mul_(share.exp()).masked_fill_(massless, 0)
+    return found
+
+
+def _all_finite(x: Tensor) -> bool:
+    """Whether x has no NaN and no infinity. False off the CPU, where to look would wait for the device."""
+    return x.device.type == "cpu" and math.isfinite(float(x.sum()))
 
 
 def _clean_(products: Tensor) -> Tensor:
