@@ -7,6 +7,7 @@ without it can list the cases and lay out stored results.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +41,15 @@ class WorkerError(Exception):
 
 
 def results_of(
-    job: dict[str, Any], *, timeout: float, on_contender: Callable[[str], None] = lambda name: None
+    job: dict[str, Any], *, timeout: float, compiled: str, on_contender: Callable[[str], None] = lambda name: None
 ) -> Iterator[dict[str, Any]]:
-    """The results of a job, as a new process reports them. It finds nothing that an earlier one compiled.
+    """The results of a job, as a new process reports them. `compiled` is the folder of what torch compiles.
 
     Raises:
         WorkerError: it died, or was stopped after `timeout` seconds.
     """
     paths = [str(ROOT), *(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, tempfile.TemporaryDirectory() as compiled:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TORCHINDUCTOR_CACHE_DIR": compiled}
         if job["device"] == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""  # autograd on a machine with GPUs starts threads, and cannot fork
@@ -60,7 +62,12 @@ def results_of(
             env=environment,
         )
         timed_out = threading.Event()
-        timer = threading.Timer(max(0.0, min(timeout, 86400.0)), lambda: (timed_out.set(), process.kill()))
+
+        def stop() -> None:
+            timed_out.set()
+            process.kill()
+
+        timer = threading.Timer(max(0.0, min(timeout, 86400.0)), stop)
         timer.start()
         at = None
         try:
@@ -79,7 +86,9 @@ def results_of(
         if process.returncode:
             errors.seek(0)
             said = errors.read().strip().splitlines()
-            raise WorkerError(said[-1] if said else f"ended with code {process.returncode}", at=at)
+            raise WorkerError(
+                report.without_paths(said[-1]) if said else f"ended with code {process.returncode}", at=at
+            )
 
 
 def _converse(process: subprocess.Popen[str], job: str) -> Iterator[dict[str, Any]]:
@@ -112,6 +121,10 @@ class Suite:
         Raises:
             WorkerError: the machine could not be measured.
         """
+        with tempfile.TemporaryDirectory() as compiled:  # of this run alone: a first call compiles
+            return self._run(partial(results_of, compiled=compiled))
+
+    def _run(self, results_of: Callable[..., Iterator[dict[str, Any]]]) -> dict[str, Any]:
         result: dict[str, Any] = {"grid": self.name, "kind": self.device, "cases": [], "not_run": {}, "failed": ""}
         (machine,) = results_of(self._job([]), timeout=600)
         result |= machine
@@ -163,8 +176,7 @@ def _progress(steps: int) -> Iterator[tuple[Callable[[int, str], None], Callable
     if importlib.util.find_spec("tqdm") is None:
         yield (lambda done, case: print(case, file=sys.stderr)), (lambda contender: None)
         return
-    from tqdm import tqdm
-
+    tqdm = importlib.import_module("tqdm").tqdm
     with tqdm(total=steps, file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
 
         def step(done: int, case: str) -> None:

@@ -138,10 +138,11 @@ def ours_hidden(case: Case) -> dict[str, Formula]:
 def ours_scalar(case: Case) -> dict[str, Formula]:
     """In one pass, which takes the gradients in the forward, and in two steps by autograd."""
 
-    def token_loss(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def token_loss(logp: Tensor, *inputs: Tensor) -> Tensor:
+        old_logp, teacher_logp, advantages, mask = inputs
         if case.path == "kdrl":
-            weights = {"distill_loss_weight": DISTILL_WEIGHT, "loss_mask": mask}
-            return kdloss.kdrl_token_loss(logp, old_logp, teacher_logp, advantages, **weights)
+            options: dict[str, Any] = {"distill_loss_weight": DISTILL_WEIGHT, "loss_mask": mask}
+            return kdloss.kdrl_token_loss(logp, old_logp, teacher_logp, advantages, **options)
         surrogate = kdloss.clipped_surrogate(logp, old_logp, advantages, loss_mask=mask)
         return surrogate.loss + DISTILL_WEIGHT * kdloss.kl_k3(logp, teacher_logp, loss_mask=mask)
 

@@ -8,7 +8,6 @@ says why.
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor
 from .cases import KINDS, Case
 from .formulas import BETA, DISTILL_WEIGHT, OURS, Formula, hidden_logps
 from .problems import SEQUENCE
+from .report import without_paths
 
 PEER_BETA = {"jsd": BETA, "forward-kl": 0.0, "reverse-kl": 1.0}  # TRL's and Liger's ends of one scale
 
@@ -117,11 +117,6 @@ def load(module: str, name: str) -> Any:
     except Exception as error:  # an import that fails for any reason of the package's own
         reason = without_paths(f"{type(error).__name__}: {error}".split("\n", 1)[0])[:300]
         raise AbsentError(f"{module} does not import: {reason}") from None
-
-
-def without_paths(text: str) -> str:
-    """Results are published, so they must not show where files lie on the machine."""
-    return re.sub(r"(?<![\w.])(/[\w.+-]+)+/", "", text)
 
 
 def on_gpu(device: str, module: str, name: str) -> Any:

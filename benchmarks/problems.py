@@ -153,7 +153,7 @@ def build(case: Case, device: str) -> dict[str, Inputs]:
     draw, path = Draw(case, device), case.path
     upstream = (draw.per_token(4), draw.per_token(5))[: 1 + case.entropy]
     if path == "logits":
-        formula = formulas.logps_entropies if case.entropy else formulas.logps
+        formula: Formula = formulas.logps_entropies if case.entropy else formulas.logps
         return {"": Inputs(formula, (draw.logits().requires_grad_(), draw.labels()), upstream)}
     if path == "tail":
         gather = Inputs(formulas.logps, (draw.logits().requires_grad_(), draw.labels()), upstream)

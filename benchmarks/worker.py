@@ -27,8 +27,9 @@ import kdloss
 from . import timing
 from .cases import Case, fitted
 from .formulas import mean_of
-from .peers import contenders, without_paths
+from .peers import contenders
 from .problems import Parity, Truth, build, check
+from .report import without_paths
 from .timing import Run
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
