@@ -1,7 +1,7 @@
 """`python -m benchmarks`: measures every case of a grid in a fresh process, and prints or saves the report.
 
-Nothing is written unless `--save`, `--out` or `--write-docs` asks for it. This process imports no torch, so a machine
-without it can list the cases and lay out stored results.
+Nothing is written unless `--save` or `--out` asks for it. This process imports no torch, so a machine without it can
+list the cases and lay out stored results.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ def _failure(entry: dict[str, Any]) -> str:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[tuple[Callable[[int, str], None], Callable[[str], None]]]:
-    """(next case, next contender), on standard error: a bar, or a line per case where tqdm is not installed."""
-    if importlib.util.find_spec("tqdm") is None:
+    """(next case, next contender), on standard error: a bar, or a line per case without a terminal or tqdm."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         yield (lambda done, case: print(case, file=sys.stderr)), (lambda contender: None)
         return
     tqdm = importlib.import_module("tqdm").tqdm
@@ -183,11 +183,7 @@ def _progress(steps: int) -> Iterator[tuple[Callable[[int, str], None], Callable
             bar.set_description(case)
             bar.update(done - bar.n)
 
-        def note(contender: str) -> None:
-            bar.set_postfix_str(contender, refresh=False)
-            bar.update(0)
-
-        yield step, note
+        yield step, bar.set_postfix_str
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -199,13 +195,17 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--quick", action="store_const", const="quick", dest="grid", help="does it work? under a minute")
     grid.add_argument("--core", action="store_const", const="core", dest="grid", help="the default")
     grid.add_argument("--full", action="store_const", const="full", dest="grid", help="more shapes, more rounds")
-    grid.add_argument("--report", type=Path, metavar="JSON", help="measure nothing: print a stored result")
+    grid.add_argument(
+        "--report",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: print a stored result, or lay it out again with --save",
+    )
     out.set_defaults(grid="core")
     out.add_argument("--only", metavar="PATTERN", help="cases whose name matches this regular expression")
     out.add_argument("--list", action="store_true", help="list the cases and measure nothing")
-    out.add_argument("--save", action="store_true", help=f"write JSON, Markdown and a chart to {_shown(RESULTS)}")
-    out.add_argument("--out", type=Path, metavar="DIR", help="write them to this folder")
-    out.add_argument("--write-docs", action="store_true", help=f"write the summary table of {_shown(PAGE)}")
+    out.add_argument("--save", action="store_true", help="write to benchmarks/results/, and renew the page's summary")
+    out.add_argument("--out", type=Path, metavar="DIR", help="write JSON, Markdown and a chart to this folder")
     out.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     out.add_argument("--threads", type=int, default=1, help="on a CPU; default: 1, see docs/benchmarks.md")
     return out
@@ -240,7 +240,8 @@ def _measure(options: argparse.Namespace) -> int:
     result = Suite(options.grid, grid, cases, device, options.threads, keep)()
     written = report.write(result, folder / result["slug"], stem) if folder else []
     print(report.markdown(result))
-    _write_docs(options, result, written[0] if written else None)
+    if written:
+        _renew_page(result, written[0])
     print("\n".join(_shown(path) for path in written))
     if result["failed"]:
         print(f"error: {result['failed']}", file=sys.stderr)
@@ -252,17 +253,17 @@ def _stored(options: argparse.Namespace) -> int:
     print(report.markdown(result))
     if options.save:
         report.write(result, options.report.parent, options.report.stem)
-    _write_docs(options, result, options.report)
+        _renew_page(result, options.report)
     return 0
 
 
-def _write_docs(options: argparse.Namespace, result: dict[str, Any], data: Path | None) -> None:
-    if not options.write_docs:
-        return
-    if data is None or not data.resolve().is_relative_to(ROOT):
-        raise ValueError("--write-docs names the stored result on the page: pass --save with it")
-    text = report.documented(PAGE.read_text(encoding="utf-8"), result, data.resolve().relative_to(ROOT).as_posix())
-    PAGE.write_text(text, encoding="utf-8")
+def _renew_page(result: dict[str, Any], data: Path) -> None:
+    """The summary of the page that names this stored result."""
+    if data.resolve().is_relative_to(ROOT):
+        text = PAGE.read_text(encoding="utf-8")
+        renewed = report.documented(text, result, data.resolve().relative_to(ROOT).as_posix())
+        if renewed != text:
+            PAGE.write_text(renewed, encoding="utf-8")
 
 
 def _device() -> str:

@@ -28,7 +28,7 @@ PEERS = (
     "Liger chunked",
     "Liger kernel",
 )
-BEGIN, END = "<!-- summary: {} -->", "<!-- end of summary -->"
+SUMMARY = re.compile(r"(<!-- summary: (\S+) -->\n).*?(<!-- end of summary -->)", re.DOTALL)  # of the file named
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -158,18 +158,12 @@ def _ms(samples: list[float] | None) -> str:
 
 
 def documented(page: str, result: dict[str, Any], data: str) -> str:
-    """The page with the summary of `result` between its two markers. The first marker names the stored `data`."""
-    before, found, rest = page.partition(BEGIN.partition("{}")[0])
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise ValueError(f"the page needs the markers {BEGIN.format('FILE.json')} and {END}")
-    return f"{before}{BEGIN.format(data)}\n\n{summary(result)}\n\n{END}{after}"
+    """The page with every summary of the stored `data` renewed; as it was if it has none."""
 
+    def renewed(block: re.Match[str]) -> str:
+        return f"{block[1]}\n{summary(result)}\n\n{block[3]}" if block[2] == data else block[0]
 
-def data_of(page: str) -> str:
-    """The stored result that the page's marker names."""
-    opening, closing = BEGIN.split("{}")
-    return page.partition(opening)[2].partition(closing)[0]
+    return SUMMARY.sub(renewed, page)
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -116,7 +116,7 @@ def _cpu_sample(run: Run, repeats: int) -> Sample:
         user += after.ru_utime - before.ru_utime
         system += after.ru_stime - before.ru_stime
     seconds = {"forward": forward, "total": total, "user": user, "system": system}
-    return {key: x / repeats for key, x in seconds.items()}
+    return {key: round(x / repeats, 9) for key, x in seconds.items()}
 
 
 def _gpu_sample(run: Run) -> Sample:
