@@ -23,7 +23,8 @@ from .formulas import Formula
 LOGIT_SCALE = 3.0
 SEQUENCE = 256  # peers that want (B, L) get the stream as sequences of this length
 MASS = 0.9  # of the teacher's K log-probs
-CHUNK_ELEMENTS = 2**24  # of logits at a time
+# Logits at a time. On a CPU few enough that their memory is reused and not faulted in again.
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 FLOAT64_ELEMENTS = 2**29  # of logits, up to which the truth is float64; float32 beyond
 SAMPLED_ROWS = 64  # of the gradient of a (T, ...) leaf
 
@@ -59,8 +60,9 @@ class Inputs:
         """The formula in float64, by chunks of tokens. Rows of gradients: 64 of T, both ends included; all of V."""
         tokens = self.upstream[0].shape[0]
         dtype = torch.float64 if tokens * vocab <= FLOAT64_ELEMENTS else torch.float32
-        step = max(1, CHUNK_ELEMENTS // vocab)
-        rows = sample(tokens).to(self.upstream[0].device)
+        device = self.upstream[0].device
+        step = max(1, CHUNK_ELEMENTS[device.type] // vocab)
+        rows = sample(tokens).to(device)
         heads = {i: self.arguments[i].detach().to(dtype).requires_grad_(i in self.leaves) for i in self.shared}
         sums = {i: torch.zeros_like(heads[i]) for i in self.leaves if i in self.shared}
         values, sampled = [], []
@@ -80,7 +82,7 @@ class Inputs:
         found = tuple(torch.cat(column) for column in zip(*values, strict=True))
         if self.scalar:
             found = (sum_of(found[0] * self.upstream[0]),)
-        everything = {i: torch.arange(len(x), device=x.device) for i, x in sums.items()}
+        everything = {i: torch.arange(len(x), device=device) for i, x in sums.items()}
         return Truth(
             found, tuple((everything[i], sums[i]) if i in sums else (rows, next(of_rows)) for i in self.leaves)
         )
