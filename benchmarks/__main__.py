@@ -70,17 +70,19 @@ def results_of(
         timer = threading.Timer(max(0.0, min(timeout, 86400.0)), stop)
         timer.start()
         at = None
-        try:
-            with process:
+        with process:
+            try:
                 for message in _converse(process, json.dumps(job)):
                     if "result" in message:
                         yield message["result"]
                     else:
                         at = message["at"]
                         on_contender(at)
-        finally:
-            timer.cancel()
-            process.kill()
+            except BaseException:  # also where nobody asks for the remaining results
+                process.kill()
+                raise
+            finally:
+                timer.cancel()
         if timed_out.is_set():
             raise WorkerError(f"stopped after {timeout:.0f} s", at=at, timed_out=True)
         if process.returncode:

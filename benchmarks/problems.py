@@ -81,7 +81,7 @@ class Inputs:
         of_rows = iter(torch.cat(column) for column in zip(*sampled, strict=True))
         found = tuple(torch.cat(column) for column in zip(*values, strict=True))
         if self.scalar:
-            found = (sum_of(found[0] * self.upstream[0]),)
+            found = ((found[0] * self.upstream[0]).double().sum(),)
         everything = {i: torch.arange(len(x), device=device) for i, x in sums.items()}
         return Truth(
             found, tuple((everything[i], sums[i]) if i in sums else (rows, next(of_rows)) for i in self.leaves)
@@ -90,10 +90,6 @@ class Inputs:
 
 def _part(x: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:
     return x[chunk].detach().to(dtype) if x.is_floating_point() else x[chunk]
-
-
-def sum_of(x: Tensor) -> Tensor:
-    return x.double().sum()
 
 
 def sample(size: int) -> Tensor:
