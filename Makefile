@@ -73,7 +73,7 @@ compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests on the oldest and th
 	    .venv-$$name/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS); \
 	done
 
-bench: $(VENV)/bench.stamp $(VENV)/peers.stamp  ## Renew benchmarks/results/ (25 minutes); ARGS="--quick" only looks
+bench: $(VENV)/bench.stamp $(VENV)/peers.stamp  ## Renew benchmarks/results/ (half an hour); ARGS="--quick" only looks
 	$(BIN)/python -m benchmarks $(or $(ARGS),--core --save)
 
 # Here kernels run on the GPU; `make test` on a machine without one interprets them.
