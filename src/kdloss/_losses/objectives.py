@@ -422,7 +422,11 @@ def kdrl_token_loss(
     surrogate, term = _terms(logp, old_logp, rl, kd, reduce)
     if direct_penalty:
         _checks.warn(_DIRECT_PENALTY_WARNING)
-    return _weighted_sum(logp, rl, kd, surrogate and surrogate.loss, term and term.loss, term and term.weighted)
+    if surrogate is None and term is None:
+        return _attached_zeros(logp)
+    rl_loss = None if surrogate is None else surrogate.loss
+    kd_loss, weighted = (None, None) if term is None else (term.loss, term.weighted)
+    return _weighted_sum(rl, kd, rl_loss, kd_loss, weighted)
 
 
 class _RL(NamedTuple):
@@ -483,11 +487,11 @@ class _Reduction:
         """The mean of `x`, which is 0 at untrained tokens."""
         if self._mean is None:
             if self.form == "token_mean":
-                self._mean = TokenMean(self.loss_mask, self.normalizer, self.group)
+                self._mean = TokenMean(self.loss_mask, self.normalizer, x.dtype, self.group)
             else:
                 assert self.cu_seqlens is not None
                 layout = Layout(self.cu_seqlens, x.shape[0])
-                self._mean = SequenceMean(self.loss_mask, layout, self.normalizer, self.group)
+                self._mean = SequenceMean(self.loss_mask, layout, self.normalizer, x.dtype, self.group)
         return self._mean(x)
 
 
@@ -515,16 +519,17 @@ def _objective(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD | 
     if term is not None:
         kd_loss, reverse_kl = reduce(term.loss), reduce(term.reverse_kl)
         weighted = None if term.weighted is None else reduce(term.weighted)
-    loss = _weighted_sum(logp, rl, kd, rl_loss, kd_loss, weighted)
-    if loss.ndim:  # nothing is read, and nothing depends on the sequences
-        loss = loss.sum()
+    if rl_loss is None and kd_loss is None:
+        loss = reduce(_attached_zeros(logp))  # reduced, because other ranks of the group may have a term to reduce
+    else:
+        loss = _weighted_sum(rl, kd, rl_loss, kd_loss, weighted)
     return _output(logp, loss, rl=rl_loss, kd=kd_loss, reverse_kl=reverse_kl, surrogate=surrogate)
 
 
 def _weighted_sum(
-    logp: Tensor, rl: _RL | None, kd: _KD | None, rl_loss: Tensor | None, kd_loss: Tensor | None, weighted: Tensor | None
+    rl: _RL | None, kd: _KD | None, rl_loss: Tensor | None, kd_loss: Tensor | None, weighted: Tensor | None
 ) -> Tensor:
-    """The weights times the terms that are not skipped; zeros like `logp` that depend on it if all are."""
+    """The weights times the terms that are not skipped, of which there is one at least."""
     parts = []
     if rl is not None and rl_loss is not None:
         parts.append(rl_loss if rl.weight == 1 else rl.weight * rl_loss)
@@ -532,9 +537,6 @@ def _weighted_sum(
         parts.append(weighted)
     elif kd is not None and kd_loss is not None:
         parts.append(kd.weight * kd_loss)
-    if not parts:
-        # no NaN leaks, and backward runs
-        return torch.where(torch.zeros_like(logp, dtype=torch.bool), logp, 0)
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
@@ -619,17 +621,18 @@ def _kd_term(logp: Tensor, log_ratio: Tensor, kd: _KD, reduce: _Reduction) -> _K
             costs, loss_mask=reduce.loss_mask, cu_seqlens=reduce.cu_seqlens, discount=kd.discount, group=reduce.group
         )
     dtype = _checks.promoted_dtype(log_ratio, costs, weight)
-    costs, zero = costs.to(dtype), costs.new_zeros((), dtype=dtype)
-    ratio = zero
+    costs, bounded = costs.to(dtype), None
     if kd.max_ratio is not None:
-        ratio = torch.where(reduce.loss_mask, log_ratio.detach().to(dtype), zero).exp()
+        ratio = torch.where(reduce.loss_mask, log_ratio.detach().to(dtype), costs.new_zeros(())).exp()
+        bounded = ratio.clamp(max=kd.max_ratio)
     if weight is None:
-        return _KDTerm(importance_sampled_loss(logp, log_ratio, ratio, costs, kd.max_ratio), None, reverse_kl)
-    loss = importance_sampled_loss(logp.detach(), log_ratio.detach(), ratio, costs, kd.max_ratio)
+        return _KDTerm(importance_sampled_loss(logp, log_ratio, costs, bounded), None, reverse_kl)
+    loss = importance_sampled_loss(logp.detach(), log_ratio.detach(), costs, bounded)
     # per token, as a weight of 0 then also makes an infinite reward 0
+    zero = costs.new_zeros(())
     weight = torch.where(reduce.loss_mask, weight.to(dtype), zero)
     weighted = torch.where(weight == 0, zero, weight * costs)
-    return _KDTerm(loss, importance_sampled_loss(logp, log_ratio, ratio, weighted, kd.max_ratio), reverse_kl)
+    return _KDTerm(loss, importance_sampled_loss(logp, log_ratio, weighted, bounded), reverse_kl)
 
 
 def _skipped(weight: float | Tensor) -> bool:
@@ -646,7 +649,7 @@ def _output(
     surrogate: Surrogate | None = None,
 ) -> LossOutput:
     """Detach all fields but `loss`; those of a term that is not given are 0."""
-    zero = torch.zeros_like(loss)
+    zero = torch.zeros_like(loss) if rl is None or kd is None or reverse_kl is None else loss
     rl, kd, reverse_kl = (zero if x is None else x.detach() for x in (rl, kd, reverse_kl))
     surrogate = _no_surrogate(logp) if surrogate is None else surrogate
     return LossOutput(loss, rl, kd, reverse_kl, surrogate.ratio, surrogate.clipped, surrogate.dual_clipped)
@@ -656,3 +659,8 @@ def _no_surrogate(logp: Tensor) -> Surrogate:
     zeros = torch.zeros_like(logp, dtype=_checks.promoted_dtype(logp), requires_grad=False)
     never = torch.zeros_like(logp, dtype=torch.bool)
     return Surrogate(zeros, zeros, never, never)
+
+
+def _attached_zeros(logp: Tensor) -> Tensor:
+    """Zeros that depend on `logp` but not on its values, so that backward runs and no NaN leaks."""
+    return torch.where(torch.zeros_like(logp, dtype=torch.bool), logp, 0)

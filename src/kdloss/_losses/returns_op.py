@@ -54,14 +54,16 @@ def discounted_scan(rewards: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, disc
     for span in spans:
         here, ahead = slice(0, total), slice(span, span + total)
         torch.addcmul(returns[:, here], decay[:, here], returns[:, ahead], out=next_returns[:, here])
-        torch.mul(decay[:, here], decay[:, ahead], out=next_decay[:, here])
+        if span != spans[-1]:
+            torch.mul(decay[:, here], decay[:, ahead], out=next_decay[:, here])
         returns, next_returns, decay, next_decay = next_returns, returns, next_decay, decay
 
     found, counts = returns[:, :total]
     negative = counts.fmod(_POSITIVE)
     positive = counts - negative
     # n / (n == 0) is inf, or 0 where n is 0
-    return (found - negative / (negative == 0)).addcdiv_(positive, (positive == 0).to(dtype))
+    result: Tensor = found - negative / (negative == 0) + positive / (positive == 0)
+    return result
 
 
 @discounted_scan.register_fake

@@ -97,9 +97,11 @@ def importance_sampled_surrogate(
     _checks.positive(max_ratio=max_ratio)
     log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)
     given = _given(log_ratio, advantages, loss_mask, weights)
-    loss = importance_sampled_loss(logp, given.log_ratio, given.ratio, -given.weighted, max_ratio)
     never = torch.zeros_like(loss_mask)
-    clipped = never if max_ratio is None else loss_mask & (given.ratio > max_ratio)
+    clipped, bounded = never, None
+    if max_ratio is not None:
+        clipped, bounded = loss_mask & (given.ratio > max_ratio), given.ratio.clamp(max=max_ratio)
+    loss = importance_sampled_loss(logp, given.log_ratio, -given.weighted, bounded)
     return Surrogate(loss, given.ratio, clipped, never)
 
 
@@ -286,7 +288,7 @@ def cispo_surrogate(
     ratio = given.ratio
     bounded = ratio.clamp(min=None if clip_low is None else 1 - clip_low, max=1 + clip_high)
     clipped = (ratio > bounded) | (ratio < bounded)
-    loss = _stopped_ratio_loss(logp, bounded, -given.weighted)
+    loss = importance_sampled_loss(logp, log_ratio, -given.weighted, bounded)
     return Surrogate(loss, ratio, clipped, torch.zeros_like(loss_mask))
 
 
@@ -374,16 +376,15 @@ def clipped_loss(
     return Surrogate(live_ratio * _coefficient(stopped, bound, given.weighted), given.ratio, clipped, dual_clipped)
 
 
-def importance_sampled_loss(
-    logp: Tensor, log_ratio: Tensor, ratio: Tensor, costs: Tensor, max_ratio: float | None
-) -> Tensor:
-    """rho_t * cost_t: the loss of `importance_sampled_surrogate` for detached costs -w_t A_t, 0 where untrained.
+def importance_sampled_loss(logp: Tensor, log_ratio: Tensor, costs: Tensor, bounded: Tensor | None) -> Tensor:
+    """exp(log ratio) * cost, or sg(bounded ratio) * cost * logp if one is given, for detached costs -w_t A_t.
 
-    `log_ratio` is attached; `ratio` is detached and is read with `max_ratio` only.
+    0 where the cost is 0, which it is at untrained tokens.
     """
-    if max_ratio is not None:
-        return _stopped_ratio_loss(logp, ratio.clamp(max=max_ratio), costs)
-    return torch.where(costs == 0, costs.new_zeros(()), log_ratio.to(costs.dtype)).exp() * costs
+    dead, zero = costs == 0, costs.new_zeros(())
+    if bounded is None:
+        return torch.where(dead, zero, log_ratio.to(costs.dtype)).exp() * costs
+    return torch.where(dead, zero, bounded * costs) * torch.where(dead, zero, logp.to(costs.dtype))
 
 
 class _Given(NamedTuple):
@@ -442,9 +443,3 @@ def _coefficient(stopped: Tensor, bound: Tensor, weighted: Tensor) -> Tensor:
 def _either(condition: Tensor, true: float, false: float, like: Tensor) -> Tensor:
     """`where` of two numbers, in the dtype of `like`; torch would make float32 of two Python numbers."""
     return torch.where(condition, like.new_full((), true), like.new_full((), false))
-
-
-def _stopped_ratio_loss(logp: Tensor, ratio: Tensor, costs: Tensor) -> Tensor:
-    """sg(ratio) * cost * logp, 0 where the cost is 0."""
-    dead, zero = costs == 0, costs.new_zeros(())
-    return torch.where(dead, zero, ratio * costs) * torch.where(dead, zero, logp.to(costs.dtype))

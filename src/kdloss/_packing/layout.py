@@ -674,9 +674,9 @@ def _poison(x: Tensor, fits: Tensor) -> Tensor:
     return torch.where(fits, x, x.new_zeros(()))
 
 
-def one_or_nan(fits: Tensor) -> Tensor:
-    """() float: 1 where `fits`, else NaN."""
-    return fits / fits  # 1 / 1 or 0 / 0, which takes fewer launches than a choice between two numbers
+def one_or_nan(valid: Tensor) -> Tensor:
+    """1 where `valid`, else NaN."""
+    return valid / valid  # 1 / 1 or 0 / 0, which takes fewer launches than a choice between two numbers
 
 
 def _shifted(x: Tensor, steps: int, moved: Tensor, fill: float, fits: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from kdloss._distributed.agreement import check_group, in_step
 from kdloss._distributed.collectives import all_ranks, global_sum
 from kdloss._docs import documented
 
-from .layout import SEQUENCES, Layout, segment_sum, trained_tokens
+from .layout import SEQUENCES, Layout, one_or_nan, segment_sum, trained_tokens
 from .texts import PACKING_ARGS
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def token_mean(
     _checks.normalizer(normalizer)
     dtype = _checks.promoted_dtype(x)
     kept = torch.where(_checks.savable(loss_mask), x.to(dtype), x.new_zeros((), dtype=dtype))
-    return TokenMean(loss_mask, normalizer)(kept)
+    return TokenMean(loss_mask, normalizer, dtype)(kept)
 
 
 @documented(PACKING_ARGS)
@@ -119,19 +119,24 @@ def sequence_mean(
         layout = Layout(cu_seqlens, x.shape[0])
         agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1})
     kept = torch.where(_checks.savable(loss_mask), x, x.new_zeros(()))
-    return SequenceMean(loss_mask, layout, normalizer, group)(kept)
+    return SequenceMean(loss_mask, layout, normalizer, _checks.promoted_dtype(x), group)(kept)
 
 
 class SequenceMean:
     """`sequence_mean` of several per-token tensors, all 0 at untrained tokens."""
 
     def __init__(
-        self, loss_mask: Tensor, layout: Layout, normalizer: float | Tensor | None, group: ProcessGroup | None
+        self,
+        loss_mask: Tensor,
+        layout: Layout,
+        normalizer: float | Tensor | None,
+        dtype: torch.dtype,
+        group: ProcessGroup | None,
     ) -> None:
         trained = trained_tokens(loss_mask, layout, group)
         self._weights = trained.clamp(min=1).reciprocal().index_select(0, layout.ids)  # (T,) 1 / |o_b|
-        # NaN counts, where cu_seqlens does not fit
-        self._denominator = denominator(normalizer, lambda: (trained != 0).sum())
+        # NaN is not 0, where cu_seqlens does not fit
+        self._denominator = denominator(normalizer, (trained != 0).sum, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         # in the dtype for long sums, which the weights have
@@ -139,13 +144,19 @@ class SequenceMean:
 
 
 class TokenMean:
-    """`token_mean` of several per-token tensors, all 0 at untrained tokens. None: the local count, summed over `group`."""
+    """`token_mean` of several per-token tensors, all 0 at untrained tokens. The count is over all ranks of `group`."""
 
-    def __init__(self, loss_mask: Tensor, normalizer: float | Tensor | None, group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        loss_mask: Tensor,
+        normalizer: float | Tensor | None,
+        dtype: torch.dtype,
+        group: ProcessGroup | None = None,
+    ) -> None:
         def count() -> Tensor:
             return loss_mask.sum() if group is None else global_sum(loss_mask.sum(), group)
 
-        self._denominator = denominator(normalizer, count)
+        self._denominator = denominator(normalizer, count, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._denominator.divide(x.sum())
@@ -213,18 +224,18 @@ class Denominator(NamedTuple):
         return quotient if self.empty is None else torch.where(self.empty, total.new_zeros(()), quotient)
 
 
-def denominator(normalizer: float | Tensor | None, count: Callable[[], Tensor]) -> Denominator:
+def denominator(normalizer: float | Tensor | None, count: Callable[[], Tensor], dtype: torch.dtype) -> Denominator:
     """`normalizer`, or the local `count`, which is called where `normalizer` is None.
 
-    A total over nothing is 0 already, so a local count of 0 needs no choice.
+    A total over nothing is 0 already, so a count of 0 needs no choice. `dtype` is that of the totals.
     """
     if normalizer is None:
         return Denominator(count().clamp(min=1))
     if not isinstance(normalizer, Tensor):
         return Denominator(normalizer)
-    normalizer = normalizer.detach()
-    # a denominator that is refused on the CPU is NaN elsewhere
-    normalizer = torch.where((normalizer >= 0) & (normalizer < math.inf), normalizer, math.nan)
+    normalizer = normalizer.detach().to(dtype)
+    # a denominator that is refused on the CPU is NaN elsewhere; the root of a negative one is NaN, which is not < inf
+    valid = normalizer.sqrt() < math.inf
     # == 0 and not > 0, which is False for NaN: a NaN normalizer must give NaN
     empty = normalizer == 0
-    return Denominator(torch.where(empty, 1, normalizer), empty)
+    return Denominator((normalizer + empty) * one_or_nan(valid), empty)
