@@ -1,26 +1,27 @@
 """Counts what a call would launch on a GPU: `with Launches() as launches: ...; launches.total`.
 
 Counted are the calls of torch's operators that return no view, forward and backward, also those inside the library's
-own operators. Each launches about one kernel. On meta tensors no check of values runs, as on a GPU.
+own operators. Each is about one kernel, and two where the operator copies its input before it writes into it. No check
+of values runs on meta tensors, as none runs on a GPU.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# These wait for the device: they read a value, or give a shape that depends on one.
-SYNCS = {"_local_scalar_dense", "is_nonzero", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
-_EAGER = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+# They wait for the device: they read a value, or give a shape that depends on one.
+SYNCS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "bincount"}
+INDEXING = {"index", "index_put", "index_put_"}  # so do these, by a boolean tensor
+COPY_FIRST = {"masked_fill", "masked_scatter", "index_add", "index_copy", "index_fill", "index_put", "scatter_reduce"}
+_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators by name, and the ones that wait for the device."""
+    """Counts operators by name, and those that wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,25 +38,12 @@ class Launches(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "kdloss":
-            with self:  # the function that the operator was made from, which calls torch's operators
-                return func.redispatch(_EAGER, *args, **kwargs)
-        if func._opname in SYNCS:
-            self.syncs[func._opname] += 1
-        if not _is_view(func):
-            self.counts[func._opname] += 1
+            with self:  # the function that the operator was made from
+                return func.redispatch(_ON_CPU, *args, **kwargs)
+        name = func._opname
+        aliases = [x.alias_info for x in func._schema.returns]
+        if not any(x is not None and not x.is_write for x in aliases):
+            self.counts[name] += 2 if name in COPY_FIRST else 1
+        if name in SYNCS or (name in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])):
+            self.syncs[name] += 1
         return func(*args, **kwargs)
-
-
-def _is_view(func: Any) -> bool:
-    """Whether the result shares the memory of an input, and nothing is written."""
-    aliases = [x.alias_info for x in func._schema.returns]
-    return any(x is not None and not x.is_write for x in aliases)
-
-
-def count(function: Callable[[], Tensor | None]) -> Launches:
-    """What `function` and the backward of the scalar that it returns, if any, launch."""
-    with Launches() as launches:
-        loss = function()
-        if loss is not None:
-            loss.backward()
-    return launches

@@ -19,7 +19,7 @@ from kdloss._docs import documented
 from kdloss._packing.layout import SEQUENCES, Layout
 from kdloss._packing.reductions import Reduction, SequenceMean, TokenMean, token_mean
 
-from .estimators import difference, discounted_returns, masked_log_ratio
+from .estimators import difference, discounted_returns
 from .surrogates import Clips, Surrogate, clipped_loss, importance_sampled_loss
 from .texts import OBJECTIVE_ARGS
 
@@ -586,33 +586,34 @@ def _terms(
     """The terms per token, before their weights; None for one that is not given or has a weight of 0."""
     surrogate = term = None
     log_ratio = difference(logp, old_logp)
+    zero = log_ratio.new_zeros(())
     if rl is not None and rl.weight != 0:
         assert rl.advantages is not None
         surrogate = clipped_loss(
             log_ratio if rl.prox_logp is None else difference(logp, rl.prox_logp),
             rl.advantages,
-            loss_mask=reduce.loss_mask,
+            reduce.loss_mask,
+            rl.weights,
             clips=Clips(rl.clip_low, rl.clip_high, rl.dual_clip),
-            weights=rl.weights,
+            zero=zero,
         )
     if kd is not None and not _skipped(kd.weight):
-        term = _kd_term(logp, log_ratio, kd, reduce)
+        term = _kd_term(logp, log_ratio, kd, reduce, zero)
     return surrogate, term
 
 
-def _kd_term(logp: Tensor, log_ratio: Tensor, kd: _KD, reduce: _Reduction) -> _KDTerm:
+def _kd_term(logp: Tensor, log_ratio: Tensor, kd: _KD, reduce: _Reduction, zero: Tensor) -> _KDTerm:
     assert kd.teacher_logp is not None
     teacher_mask = reduce.loss_mask if kd.mask is None else reduce.loss_mask & kd.mask
-    penalty = masked_log_ratio(
-        "logp", logp if kd.direct_penalty else logp.detach(), teacher_mask, teacher_logp=kd.teacher_logp
-    )
+    penalty = difference(logp if kd.direct_penalty else logp.detach(), kd.teacher_logp)
+    penalty = torch.where(_checks.savable(teacher_mask), penalty, zero.to(penalty.dtype))
     reverse_kl = penalty.detach()
     weight = kd.weight.detach() if isinstance(kd.weight, Tensor) else None
     if kd.direct_penalty:
         if weight is None:
             return _KDTerm(penalty, None, reverse_kl)
-        weight = torch.where(teacher_mask, weight.to(penalty.dtype), 0)
-        return _KDTerm(reverse_kl, weight * torch.where(weight == 0, 0, penalty), reverse_kl)
+        weight = torch.where(teacher_mask, weight.to(penalty.dtype), zero)
+        return _KDTerm(reverse_kl, weight * torch.where(weight == 0, zero, penalty), reverse_kl)
 
     costs = reverse_kl if kd.reward_clip is None else reverse_kl.clamp(-kd.reward_clip, kd.reward_clip)
     if kd.discount != 0:
@@ -621,18 +622,17 @@ def _kd_term(logp: Tensor, log_ratio: Tensor, kd: _KD, reduce: _Reduction) -> _K
             costs, loss_mask=reduce.loss_mask, cu_seqlens=reduce.cu_seqlens, discount=kd.discount, group=reduce.group
         )
     dtype = _checks.promoted_dtype(log_ratio, costs, weight)
-    costs, bounded = costs.to(dtype), None
+    costs, zero, bounded = costs.to(dtype), zero.to(dtype), None
     if kd.max_ratio is not None:
-        ratio = torch.where(reduce.loss_mask, log_ratio.detach().to(dtype), costs.new_zeros(())).exp()
+        ratio = torch.where(reduce.loss_mask, log_ratio.detach().to(dtype), zero).exp()
         bounded = ratio.clamp(max=kd.max_ratio)
     if weight is None:
-        return _KDTerm(importance_sampled_loss(logp, log_ratio, costs, bounded), None, reverse_kl)
-    loss = importance_sampled_loss(logp.detach(), log_ratio.detach(), costs, bounded)
+        return _KDTerm(importance_sampled_loss(logp, log_ratio, costs, bounded, zero), None, reverse_kl)
+    loss = importance_sampled_loss(logp.detach(), log_ratio.detach(), costs, bounded, zero)
     # per token, as a weight of 0 then also makes an infinite reward 0
-    zero = costs.new_zeros(())
     weight = torch.where(reduce.loss_mask, weight.to(dtype), zero)
     weighted = torch.where(weight == 0, zero, weight * costs)
-    return _KDTerm(loss, importance_sampled_loss(logp, log_ratio, weighted, bounded), reverse_kl)
+    return _KDTerm(loss, importance_sampled_loss(logp, log_ratio, weighted, bounded, zero), reverse_kl)
 
 
 def _skipped(weight: float | Tensor) -> bool:

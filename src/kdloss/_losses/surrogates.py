@@ -96,12 +96,12 @@ def importance_sampled_surrogate(
     """
     _checks.positive(max_ratio=max_ratio)
     log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)
-    given = _given(log_ratio, advantages, loss_mask, weights)
+    given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()))
     never = torch.zeros_like(loss_mask)
     clipped, bounded = never, None
     if max_ratio is not None:
         clipped, bounded = loss_mask & (given.ratio > max_ratio), given.ratio.clamp(max=max_ratio)
-    loss = importance_sampled_loss(logp, given.log_ratio, -given.weighted, bounded)
+    loss = importance_sampled_loss(logp, given.log_ratio, -given.weighted, bounded, given.zero)
     return Surrogate(loss, given.ratio, clipped, never)
 
 
@@ -158,7 +158,7 @@ def clipped_surrogate(
     _checks.ppo_clips(clip_low, clip_high, dual_clip)
     log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)
     clips = Clips(clip_low, clip_high, dual_clip)
-    return clipped_loss(log_ratio, advantages, loss_mask=loss_mask, clips=clips, weights=weights)
+    return clipped_loss(log_ratio, advantages, loss_mask, weights, clips=clips, zero=log_ratio.new_zeros(()))
 
 
 @documented(LOSS_ARGS)
@@ -226,7 +226,7 @@ def sequence_clipped_surrogate(
         layout = Layout(cu_seqlens, logp.shape[0])
         agreed.update({SEQUENCES: layout.size})
     mean = mean_of_tokens(log_ratio.detach(), loss_mask, layout, group).index_select(0, layout.ids)
-    given = _given(log_ratio, advantages, loss_mask, weights, mean)
+    given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()), mean)
     clipped, bound, _ = _clip(given.ratio, given.advantages, clip_low, clip_high)
     dead = clipped | (given.weighted == 0)
     # log q_t - sg(log q_t) is 0 and carries the gradient; left out where it is inf - inf, as s_b is 0 or inf there
@@ -284,11 +284,11 @@ def cispo_surrogate(
     _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
     # its gradient is through log q alone
     log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights).detach()
-    given = _given(log_ratio, advantages, loss_mask, weights)
+    given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()))
     ratio = given.ratio
     bounded = ratio.clamp(min=None if clip_low is None else 1 - clip_low, max=1 + clip_high)
     clipped = (ratio > bounded) | (ratio < bounded)
-    loss = importance_sampled_loss(logp, log_ratio, -given.weighted, bounded)
+    loss = importance_sampled_loss(logp, log_ratio, -given.weighted, bounded, given.zero)
     return Surrogate(loss, ratio, clipped, torch.zeros_like(loss_mask))
 
 
@@ -341,7 +341,7 @@ def sapo_surrogate(
     _checks.positive(tau_positive=tau_positive, tau_negative=tau_negative)
     _checks.finite(tau_positive=tau_positive, tau_negative=tau_negative)
     log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)
-    given = _given(log_ratio, advantages, loss_mask, weights)
+    given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()))
     tau = _either(given.advantages > 0, tau_positive, tau_negative, given.ratio)
     # past the bound the sigmoid is exactly 1 and its slope 0: the clamp keeps 0 * inf out of the gradient
     dead = given.weighted == 0
@@ -360,10 +360,10 @@ class Clips(NamedTuple):
 
 
 def clipped_loss(
-    log_ratio: Tensor, advantages: Tensor, *, loss_mask: Tensor, clips: Clips, weights: Tensor | None
+    log_ratio: Tensor, advantages: Tensor, loss_mask: Tensor, weights: Tensor | None, *, clips: Clips, zero: Tensor
 ) -> Surrogate:
-    """`clipped_surrogate` of `difference(logp, old_logp)`, after its checks."""
-    given = _given(log_ratio, advantages, loss_mask, weights)
+    """`clipped_surrogate` of `difference(logp, old_logp)`, after its checks. `zero` () is shared between terms."""
+    given = _given(log_ratio, advantages, loss_mask, weights, zero)
     clipped, bound, signed = _clip(given.ratio, given.advantages, clips.low, clips.high)
     stopped = clipped
     if clips.dual is None:
@@ -376,12 +376,14 @@ def clipped_loss(
     return Surrogate(live_ratio * _coefficient(stopped, bound, given.weighted), given.ratio, clipped, dual_clipped)
 
 
-def importance_sampled_loss(logp: Tensor, log_ratio: Tensor, costs: Tensor, bounded: Tensor | None) -> Tensor:
+def importance_sampled_loss(
+    logp: Tensor, log_ratio: Tensor, costs: Tensor, bounded: Tensor | None, zero: Tensor
+) -> Tensor:
     """exp(log ratio) * cost, or sg(bounded ratio) * cost * logp if one is given, for detached costs -w_t A_t.
 
     0 where the cost is 0, which it is at untrained tokens.
     """
-    dead, zero = costs == 0, costs.new_zeros(())
+    dead = costs == 0
     if bounded is None:
         return torch.where(dead, zero, log_ratio.to(costs.dtype)).exp() * costs
     return torch.where(dead, zero, bounded * costs) * torch.where(dead, zero, logp.to(costs.dtype))
@@ -411,11 +413,11 @@ def _given(
     advantages: Tensor,
     loss_mask: Tensor,
     weights: Tensor | None,
+    zero: Tensor,  # ()
     log_of_ratio: Tensor | None = None,  # None: log_ratio
 ) -> _Given:
     dtype = _checks.promoted_dtype(log_ratio, advantages, weights)
-    log_ratio = log_ratio.to(dtype)
-    zero = log_ratio.new_zeros(())
+    log_ratio, zero = log_ratio.to(dtype), zero.to(dtype)
     ratio = torch.where(loss_mask, log_ratio.detach() if log_of_ratio is None else log_of_ratio.to(dtype), zero).exp()
     advantages = torch.where(loss_mask, advantages.detach().to(dtype), zero)
     weighted = advantages

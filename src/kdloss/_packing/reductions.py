@@ -215,13 +215,14 @@ class Denominator(NamedTuple):
 
     divisor: float | Tensor  # a tensor is not 0
     empty: Tensor | None = None  # () bool: the quotient is 0, also of a total that is not finite
+    zero: Tensor | None = None  # () that quotient, shared, where `empty` is given
 
     def divide(self, total: Tensor) -> Tensor:
         """The total (), divided; an attached 0 where the denominator is 0."""
         if not isinstance(self.divisor, Tensor) and self.divisor == 0:
             return torch.where(torch.zeros_like(total, dtype=torch.bool), total, 0)
         quotient = (total / self.divisor).to(total.dtype)
-        return quotient if self.empty is None else torch.where(self.empty, total.new_zeros(()), quotient)
+        return quotient if self.empty is None or self.zero is None else torch.where(self.empty, self.zero, quotient)
 
 
 def denominator(normalizer: float | Tensor | None, count: Callable[[], Tensor], dtype: torch.dtype) -> Denominator:
@@ -238,4 +239,4 @@ def denominator(normalizer: float | Tensor | None, count: Callable[[], Tensor], 
     valid = normalizer.sqrt() < math.inf
     # == 0 and not > 0, which is False for NaN: a NaN normalizer must give NaN
     empty = normalizer == 0
-    return Denominator((normalizer + empty) * one_or_nan(valid), empty)
+    return Denominator((normalizer + empty) * one_or_nan(valid), empty, normalizer.new_zeros(()))
