@@ -6,6 +6,8 @@ fails. A launch takes the host a few microseconds, however many tokens there are
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -128,6 +130,12 @@ def test_launches(name: str, variant: str) -> None:
     counted = launches(name, variant)
     assert not counted.syncs
     assert counted.total == BOUNDS[name][variant], counted.counts
+
+
+def test_every_function_of_per_token_tensors_has_bounds() -> None:
+    """Not those of logits and hidden states, whose time is in the vocabulary, and not those that return no tensors."""
+    wide = {name for name in TABLE if {"logits", "hidden"} & {*inspect.signature(public_function(name)).parameters}}
+    assert {*BOUNDS} == {name for name, entry in TABLE.items() if entry.gradient != "number"} - wide
 
 
 def test_an_operator_of_the_library_counts_as_what_it_launches() -> None:
