@@ -1,0 +1,448 @@
+"""`python -m benchmarks.kernel_costs`: what each kernel costs per logit, read off its sm_90 code. Needs no GPU.
+
+    python -m benchmarks.kernel_costs                 the table
+    python -m benchmarks.kernel_costs --write         and the page docs/kernels.md, and the bounds of the tests, renewed
+    python -m benchmarks.kernel_costs --every         every call of `calls`, in minutes: bounds, spills and widths are held
+
+`calls` calls every public function that has kernels, on the meta device, and the launches are compiled (`sm90.py`). One
+trip of the loop along the vocabulary, divided by the logits that a thread handles in it, gives the costs per logit, or
+per pair of logits of student and teacher:
+
+    bytes        read and written, if each logit is moved once
+    access       bytes of the narrowest load or store of the loop
+    issue        time to issue the instructions / time to move the bytes:
+                 max(instructions / 128, special / 16) / (132 * 1.755e9)  over  bytes / 4.3e12
+    bandwidth    min(1, 1 / issue): the share of the bandwidth that is left if nothing but these two takes time
+
+An H200 has 132 multiprocessors of 4 schedulers, each of which issues one instruction for 32 threads in a cycle, at
+1.755 GHz under load, and 16 units for special functions; it copies 4.3 TB/s. The model knows nothing of latency, of the
+ends of rows, and of narrow accesses, which load the memory pipeline beyond their instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from . import sm90
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "kernels.md"
+BOUNDS = ROOT / "tests" / "_triton" / "kernel_costs.json"
+
+LANES = 128  # instructions of a thread that a multiprocessor issues in a cycle
+SPECIAL = 16  # of these, special functions
+CYCLES = 132 * 1.755e9  # of all multiprocessors in a second
+BANDWIDTH = 4.3e12
+
+# Arguments that a kernel reads and writes along the vocabulary; each None is skipped.
+BOTH = ("x", "y", "bias", "teacher_bias")
+STREAMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "forward_kernel": (("logits",), ()),
+    "backward_kernel": (("logits",), ("gradient",)),
+    "fold_kernel": (("x", "bias"), ()),
+    "gradient_kernel": (("x", "bias"), ("out",)),
+    "state_kernel": (BOTH, ()),
+    "mixture_kernel": (BOTH, ()),
+    "divergence_gradient_kernel": (BOTH, ("out",)),
+    "kept_and_rest_kernel": (("logits",), ()),
+    "kept_and_rest_backward_kernel": (("logits",), ("gradient",)),
+}
+# These handle a few values per row, or rows of hidden states.
+SMALL = {
+    "merge_kernel",
+    "pair_merge_kernel",
+    "pair_sum_kernel",
+    "finish_kernel",
+    "order_kernel",
+    "take_kernel",
+    "put_back_kernel",
+}
+
+ROWS, FEW = 8192, 32
+EVEN, ODD, PADDED = 151936, 128257, 151669
+DIVERGENCES = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "generalized_jsd": {"beta": 0.3},
+    "skewed_forward_kl": {"alpha": 0.3},
+    "skewed_reverse_kl": {"alpha": 0.3},
+}
+
+
+class Call(NamedTuple):
+    """A call of a public function."""
+
+    name: str  # the function, the dtype, the layout, options
+    run: Callable[[], Any]
+    tested: bool  # by every run of the tests; the others by `--every`
+
+
+def calls() -> Iterator[Call]:
+    """Calls of every public function that has kernels: all layouts and options that decide a kernel's code.
+
+    Each option is set alone and together with all others, for every dtype and for rows of any layout; labels by the
+    sizes of their blocks.
+    """
+    yield from _logits_calls()
+    yield from _linear_calls()
+    yield from _divergence_calls()
+    yield from _topk_calls()
+
+
+# --- the calls -----------------------------------------------------------------------------------------------------
+
+
+def _new(*shape: int, dtype: str = "float32", grad: bool = False) -> Any:
+    import torch
+
+    return torch.empty(*shape, dtype=getattr(torch, dtype), device="meta", requires_grad=grad)
+
+
+def _short(dtype: str) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+
+
+def _rows(layout: str, dtype: str, rows: int = ROWS) -> tuple[Any, dict[str, int]]:
+    """(logits, `vocab_size` where it is not their width)."""
+    if layout == "even":
+        return _new(rows, EVEN, dtype=dtype, grad=True), {}
+    if layout == "odd":
+        return _new(rows, ODD, dtype=dtype, grad=True), {}
+    if layout == "padded":
+        return _new(rows, EVEN, dtype=dtype, grad=True), {"vocab_size": PADDED}
+    if layout == "cut":
+        return _new(rows, EVEN, dtype=dtype, grad=True)[:, :PADDED], {}
+    return _new(EVEN, rows, dtype=dtype, grad=True).T, {}
+
+
+def _labels(rows: int, count: int = 1) -> Any:
+    return _new(rows, count, dtype="int64") if count > 1 else _new(rows, dtype="int64")
+
+
+def _backward(out: Any) -> None:
+    import torch
+
+    sum(x.sum() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor)).backward()  # type: ignore[union-attr]
+
+
+def _shard(width: int) -> Any:
+    import kdloss
+
+    return kdloss.VocabShard(0, width)
+
+
+def _logits_calls() -> Iterator[Call]:
+    import kdloss
+
+    def call(name: str, dtype: str, layout: str, *, tested: bool, rows: int = ROWS, labels: int = 1, **given: Any) -> Call:
+        function = getattr(kdloss, name)
+        only = given.pop("only", None)
+        what = ", ".join(("few rows", *given) if rows == FEW else given)
+        label = ", ".join(filter(None, (name, _short(dtype), layout, what, f"{labels} labels" if labels > 1 else "")))
+
+        def run() -> None:
+            logits, options = _rows(layout, dtype, rows)
+            if given.get("temperature"):
+                options["temperature"] = _new(rows)  # type: ignore[assignment]
+            if given.get("softcap"):
+                options["softcap"] = 30.0  # type: ignore[assignment]
+            if given.get("shard"):
+                options["shard"] = _shard(logits.shape[1])
+            out = function(logits, _labels(rows, labels), impl="triton", **options)
+            _backward(getattr(out, only) if only else out)
+
+        return Call(label + (f", {only} alone" if only else ""), run, tested)
+
+    one, two = "token_logprobs", "token_logprobs_and_entropy"
+    every = {"temperature": True, "softcap": True, "shard": True}
+    for dtype, layout, name in itertools.product(
+        ("bfloat16", "float32", "float16"), ("even", "odd", "padded", "cut", "apart"), (one, two)
+    ):
+        half = dtype == "bfloat16"
+        plain = layout in ("even", "odd")
+        yield call(name, dtype, layout, tested=(half and plain) or (dtype == "float32" and plain and name == two))
+        yield call(name, dtype, layout, tested=False, labels=8)
+        yield call(name, dtype, layout, tested=False, temperature=True)
+        yield call(name, dtype, layout, tested=half and plain and name == one, softcap=True)
+        yield call(name, dtype, layout, tested=half and layout == "even" and name == two, shard=True)
+        yield call(name, dtype, layout, tested=half and layout == "odd" and name == two, labels=64, **every)
+        yield call(name, dtype, layout, tested=False, labels=300, **every)
+        yield call(name, dtype, layout, tested=half and plain and name == two, rows=FEW)
+        yield call(name, dtype, layout, tested=False, rows=FEW, labels=64, **every)
+    for layout in ("cut", "apart"):  # the gradient of the entropy alone, in the layouts that the lines above leave out
+        yield call(two, "bfloat16", layout, tested=True, only="entropy")
+
+
+def _linear_calls() -> Iterator[Call]:
+    import kdloss
+
+    def call(name: str, dtype: str, vocab: int, *, tested: bool, tokens: int = ROWS, labels: int = 1, **given: Any) -> Call:
+        what = ", ".join(given)
+        width = "even" if vocab == EVEN else "odd"
+        few = "" if tokens == ROWS else f"{tokens} tokens"
+        label = ", ".join(filter(None, (name, _short(dtype), width, few, what, f"{labels} labels" if labels > 1 else "")))
+
+        def run() -> None:
+            hidden, weight = _new(tokens, 1024, dtype=dtype, grad=True), _new(vocab, 1024, dtype=dtype, grad=True)
+            options: dict[str, Any] = {}
+            if given.get("options"):
+                bias = _new(vocab, dtype=dtype, grad=True)
+                options |= {"bias": bias, "temperature": _new(tokens), "softcap": 30.0, "logit_scale": 1.3}
+            if given.get("bound"):
+                options["max_trained_tokens"] = 500
+            if given.get("shard"):
+                options["shard"] = _shard(vocab)
+            inputs = [hidden, weight, _labels(tokens, labels)]
+            if name == "fused_linear_loss":
+                inputs.append(lambda logp, entropy: -logp - entropy)
+                options["loss_mask"] = _new(tokens, dtype="bool")
+            out = getattr(kdloss, name)(*inputs, impl="triton", **options)
+            _backward(out.loss if name == "fused_linear_loss" else out)
+
+        return Call(label, run, tested)
+
+    one, two, fused = "linear_token_logprobs", "linear_token_logprobs_and_entropy", "fused_linear_loss"
+    for dtype, vocab, name in itertools.product(("bfloat16", "float32", "float16"), (EVEN, ODD), (one, two, fused)):
+        half = dtype == "bfloat16"
+        yield call(name, dtype, vocab, tested=vocab == EVEN and (half or (dtype == "float32" and name == two)))
+        yield call(name, dtype, vocab, tested=half and name == two and vocab == ODD, options=True)
+        yield call(name, dtype, vocab, tested=False, shard=True)
+        yield call(name, dtype, vocab, tested=half and vocab == ODD and name == one, tokens=512)  # logits are kept
+        yield call(name, dtype, vocab, tested=half and vocab == EVEN and name == one, bound=True)
+        if name != fused:
+            yield call(name, dtype, vocab, tested=half and vocab == EVEN and name == two, labels=64, shard=True, options=True)
+            yield call(name, dtype, vocab, tested=False, labels=300, tokens=512, options=True)
+
+
+def _divergence_calls() -> Iterator[Call]:
+    import kdloss
+
+    def call(name: str, dtypes: tuple[str, str], layout: str, *, tested: bool, rows: int = ROWS, **given: Any) -> Call:
+        kinds = _short(dtypes[0]) if dtypes[0] == dtypes[1] else " + ".join(map(_short, dtypes))
+        label = ", ".join((name, kinds, layout, *(("few rows",) if rows == FEW else ()), *given))
+
+        def run() -> None:
+            (x, options), (y, _) = (_rows(layout, dtype, rows) for dtype in dtypes)
+            if given.get("temperature"):
+                options["temperature"] = _new(rows)  # type: ignore[assignment]
+            if given.get("shard"):
+                options["shard"] = _shard(x.shape[1])
+            _backward(getattr(kdloss, name)(x, y, impl="triton", **DIVERGENCES[name], **options))
+
+        return Call(label, run, tested)
+
+    def linear(name: str, dtype: str, vocab: int, *, tested: bool, **given: Any) -> Call:
+        label = ", ".join((f"linear_{name}", _short(dtype), "even" if vocab == EVEN else "odd", *given))
+
+        def run() -> None:
+            tensors = [_new(n, 1024, dtype=dtype, grad=True) for n in (ROWS, vocab) * 2]
+            options: dict[str, Any] = {"loss_mask": _new(ROWS, dtype="bool")}
+            if given.get("options"):
+                options |= {"softcap": 30.0, "teacher_softcap": 30.0, "logit_scale": 1.3, "teacher_logit_scale": 1.3}
+                bias, teacher_bias = _new(vocab, dtype=dtype, grad=True), _new(vocab, dtype=dtype)
+                options |= {"bias": bias, "teacher_bias": teacher_bias, "temperature": _new(ROWS)}
+            if given.get("shard"):
+                options["shard"] = _shard(vocab)
+            function = getattr(kdloss, f"linear_{name}")
+            _backward(function(*tensors, impl="triton", **DIVERGENCES[name], **options))
+
+        return Call(label, run, tested)
+
+    dtypes = ("bfloat16", "float32", "float16")
+    for name, pair, layout in itertools.product(DIVERGENCES, itertools.product(dtypes, dtypes), ("even", "odd", "cut")):
+        half = pair == ("bfloat16", "bfloat16")
+        plain = layout in ("even", "odd")
+        yield call(name, pair, layout, tested=half and plain)
+        yield call(name, pair, layout, tested=False, temperature=True)
+        yield call(name, pair, layout, tested=half and (name, layout) == ("generalized_jsd", "even"), rows=FEW, shard=True)
+        yield call(name, pair, layout, tested=half and (name, layout) == ("forward_kl", "odd"), rows=FEW)
+    mixed = ("bfloat16", "float32")
+    yield call("generalized_jsd", mixed, "padded", tested=True)
+    for name, dtype, vocab in itertools.product(DIVERGENCES, dtypes, (EVEN, ODD)):
+        half = dtype == "bfloat16"
+        yield linear(name, dtype, vocab, tested=half and vocab == EVEN and name in ("reverse_kl", "generalized_jsd"))
+        yield linear(name, dtype, vocab, tested=half and vocab == ODD, options=True)
+        yield linear(name, dtype, vocab, tested=False, options=True, shard=True)
+
+
+def _topk_calls() -> Iterator[Call]:
+    import kdloss
+
+    def call(form: str, tail: str, dtype: str, layout: str, *, tested: bool, rows: int = ROWS, k: int = 64, **given: Any) -> Call:
+        name = f"topk_{form}"
+        few = ("few rows",) if rows == FEW else ()
+        label = ", ".join((name, _short(dtype), layout, tail, *few, *(() if k == 64 else (f"K = {k}",)), *given))
+
+        def run() -> None:
+            logits, options = _rows(layout, dtype, rows)
+            if given.get("temperature"):
+                options["temperature"] = _new(rows)  # type: ignore[assignment]
+            if given.get("shard"):
+                options["shard"] = _shard(logits.shape[1])
+            teacher = _new(rows, k), _new(rows, k, dtype="int64")
+            more = DIVERGENCES[form] | options
+            _backward(getattr(kdloss, name)(logits, *teacher, tail=tail, impl="triton", **more))
+
+        return Call(label, run, tested)
+
+    layouts = ("even", "odd", "padded", "cut", "apart")
+    for dtype, layout in itertools.product(("bfloat16", "float32", "float16"), layouts):
+        half, even, odd = dtype == "bfloat16", layout == "even", layout == "odd"
+        yield call("forward_kl", "bucket", dtype, layout, tested=(half and (even or odd)) or (dtype == "float32" and even))
+        yield call("forward_kl", "bucket", dtype, layout, tested=False, temperature=True)
+        yield call("forward_kl", "bucket", dtype, layout, tested=half and odd, rows=FEW, temperature=True, k=300)
+        yield call("reverse_kl", "renormalize", dtype, layout, tested=half and even)
+        yield call("generalized_jsd", "bucket", dtype, layout, tested=False, k=300)
+        yield call("generalized_jsd", "truncate", dtype, layout, tested=half and even, k=8)
+        yield call("forward_kl", "bucket", dtype, layout, tested=False, shard=True)
+
+
+# --- launches ------------------------------------------------------------------------------------------------------
+
+
+class Recorded(NamedTuple):
+    """Launches of all calls."""
+
+    first: dict[str, list[sm90.Launch]]  # call: the launches whose code no call before it has
+    functions: set[str]  # public functions that were called
+    kernels: set[str]  # kernels that the package defines
+
+
+def record(chosen: Callable[[Call], bool]) -> Recorded:
+    """Make the calls. In a process that has not imported `kdloss`."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted and cannot be compiled; unset it")
+    if "kdloss" in sys.modules:
+        raise RuntimeError("kdloss is imported already; record() prepares its operators for the meta device first")
+    import torch.distributed as dist
+    import torch.fx.experimental._config as fx
+
+    with mock.patch("torch.library.register_fake"):  # so that operators run on the meta device, too
+        import kdloss
+    import kdloss._triton
+    from kdloss._distributed import sharded_inputs
+    from kdloss._softmax import backend
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    first, functions = {}, set()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(backend, "_obstacle", lambda inputs: None))
+            stack.enter_context(mock.patch.object(sharded_inputs, "check_backend", lambda *given: None))
+            stack.enter_context(mock.patch.object(fx, "meta_nonzero_assume_all_nonzero", True))
+            launches = stack.enter_context(sm90.recording())
+            for call in filter(chosen, calls()):
+                before = len(launches)
+                call.run()
+                functions.add(call.name.split(",")[0])
+                first[call.name] = launches[before:]
+    finally:
+        dist.destroy_process_group()
+    names = [f"kdloss._triton.{module.name}" for module in pkgutil.iter_modules(kdloss._triton.__path__)]
+    return Recorded(first, functions, sm90.functions_launched(map(importlib.import_module, names)))
+
+
+def functions_with_kernels() -> set[str]:
+    """Public functions that have an `impl`."""
+    import kdloss
+
+    public = {name: getattr(kdloss, name) for name in kdloss.__all__}
+    return {name for name, x in public.items() if callable(x) and "impl" in _parameters(x)}
+
+
+def _parameters(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters) if inspect.isfunction(function) else set()
+
+
+# --- costs ---------------------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """What a kernel costs per logit, or per pair of logits. A small kernel has registers and spills alone."""
+
+    kernel: str
+    call: str
+    grid: list[int]
+    registers: int
+    spilled_bytes: int
+    trips: int = 0  # tiles that a trip of the loop handles
+    read: int = 0  # bytes
+    written: int = 0
+    narrowest: int = 0  # bytes of an access
+    instructions: float = 0
+    special: float = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel}: {self.call}"
+
+    @property
+    def issue(self) -> float:
+        """Time to issue the instructions / time to move the bytes."""
+        return max(self.instructions / LANES, self.special / SPECIAL) / CYCLES * BANDWIDTH / (self.read + self.written)
+
+
+def costs(recorded: Recorded) -> list[Cost]:
+    """Of every code that the calls launch."""
+    pairs = [(call, launch) for call, launches in recorded.first.items() for launch in launches]
+    found = sm90.codes([launch for _, launch in pairs])
+    return [cost_of(call, code) for (call, _), code in zip(pairs, found, strict=True)]
+
+
+def cost_of(call: str, code: sm90.Code) -> Cost:
+    launch = code.launch
+    base = Cost(launch.name, call, list(launch.grid), code.registers, code.spilled_bytes)
+    if launch.name in SMALL:
+        return base
+    reads, writes = STREAMS[launch.name]
+    read, written = (sum(map(launch.itemsize, names)) for names in (reads, writes))
+    tile = launch.arguments.get("block") or launch.arguments["lanes"] * launch.arguments["width"]
+    loops = code.along(tile, launch.itemsize(reads[0]) or written, reads=read > 0, writes=written > 0)
+    least = min(filter(None, map(launch.itemsize, (*reads, *writes))))
+    found = [_per_logit(base, loop, read, written, tile / launch.threads, least) for loop in loops]
+    return max(found, key=lambda cost: cost.instructions)
+
+
+def _per_logit(base: Cost, loop: sm90.Loop, read: int, written: int, logits: float, least: int) -> Cost:
+    """`logits` of a tile are a thread's. ptxas may put several tiles into a trip."""
+    moved, expected = (loop.written, written) if written else (loop.read, read)
+    trips = max(1, round(moved / (logits * expected)))
+    logits *= trips
+    return base._replace(
+        trips=trips,
+        read=read,
+        written=written,
+        narrowest=loop.narrowest(logits * least),
+        instructions=round(loop.instructions / logits, 1),
+        special=round(loop.special / logits, 2),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser("python -m benchmarks.kernel_costs", description=__doc__.splitlines()[0])
+    options.add_argument("--every", action="store_true")
+    options.add_argument("--json", action="store_true")
+    given = options.parse_args(arguments)
+    recorded = record(lambda call: given.every or call.tested)
+    for cost in costs(recorded):
+        print(json.dumps(cost._asdict()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
