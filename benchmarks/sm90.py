@@ -1,5 +1,4 @@
-"""The code that a GPU of compute capability 9.0 would run, on a machine without one: which kernels calls launch, and
-what one trip of their loops executes.
+"""The code that an H200 would run, without one: the kernels that calls launch, and what a trip of their loops executes.
 
     with recording() as launches: ...      Triton's launches inside, one for each code; nothing is compiled or run
     codes(launches)                        compiled, and disassembled by one process: registers, spills, loops
@@ -7,12 +6,13 @@ what one trip of their loops executes.
 Calls take tensors on the meta device. Triton specializes the arguments as it would on the device, so this is the code
 that the GPU would run. TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled.
 
-A loop is counted along the shortest path of a trip that passes the blocks with its loads. Code that most trips jump over
-is left out: the end of a row, a label in the block, the slow path of a division. So are loops inside it.
+A loop is counted along the shortest path of a trip that passes its loads and stores. Code that most trips jump over is
+left out: the end of a row, a label in the block, the slow path of a division. So are loops inside it.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 import subprocess
@@ -119,13 +119,17 @@ class Loop:
     def written(self) -> int:
         return sum(width * n for width, n in self.stores.items())
 
-    def narrowest(self, stream: float) -> int:
-        """Bytes of the narrowest access along the vocabulary, where the smallest stream moves `stream` bytes in a trip.
+    def narrowest(self, read: float, written: float, stream: float) -> int:
+        """Bytes of the narrowest access along the vocabulary, of which a trip reads and writes so many bytes.
 
-        Accesses that move at most half of that are a label's, or another value's of the row.
+        Accesses that move at most half of the smallest `stream` are a label's, or another value's of the row. So are
+        all narrow ones if accesses of 16 bytes move everything.
         """
-        widths = {width for kind in (self.loads, self.stores) for width, n in kind.items() if 2 * width * n > stream}
-        return min(widths, default=0)
+        found = set[int]()
+        for accesses, expected in ((self.loads, read), (self.stores, written)):
+            whole = 16 * accesses[16] >= expected
+            found |= {n for n, times in accesses.items() if n == 16 or (not whole and 2 * n * times > stream)}
+        return min(found, default=0)
 
 
 @dataclass(frozen=True)
@@ -139,12 +143,13 @@ class Code:
     loops: list[Loop]  # in the order of the code
 
     def along(self, tile: int, itemsize: int, *, reads: bool, writes: bool) -> list[Loop]:
-        """The loops that step by `tile` elements or a few times that, and read or write at least that often.
+        """The loops that step by `tile` elements, or by a few times that, and read and write as asked for.
 
         The kernel itself if there is none, because its loop is unrolled or each program has one tile.
         """
         steps = {tile * times * size for times in (1, 2, 3, 4, 8) for size in (1, itemsize)}
-        found = [loop for loop in self.loops if loop.steps & steps and bool(loop.loads) >= reads and bool(loop.stores) >= writes]
+        found = [loop for loop in self.loops if loop.steps & steps]
+        found = [loop for loop in found if (loop.loads or not reads) and (loop.stores or not writes)]
         return found or [self.whole]
 
 
@@ -252,7 +257,8 @@ def _loops(lines: list[_Line]) -> tuple[Loop, list[Loop]]:
     forward = {n: [to for to in blocks[n].after if (n, to) not in back] for n in dominators}
     ends = {head: {n for n, to in back if to == head} for _, head in back}
     bodies = {head: _body(blocks, head, ends[head]) for head in ends}
-    whole = _path(blocks, forward, 0, {n for n in forward if not forward[n]}, set(forward), set().union(*bodies.values()))
+    last = {n for n in forward if not forward[n]}
+    whole = _path(blocks, forward, 0, last, set(forward), set().union(*bodies.values()))
     loops = []
     for head, body in sorted(bodies.items()):
         inner = [other for other in bodies.values() if other < body]
@@ -277,7 +283,8 @@ def _blocks(lines: list[_Line]) -> list[_Block]:
         elif line.name.startswith("BRA"):
             targets[line.address] = line.target
     wanted = {target for target in targets.values() if target is not None}
-    cut = [0, *(i for i, line in enumerate(lines) if i and (line.address in wanted or lines[i - 1].name.startswith(jumps)))]
+    starts = (line.address in wanted or last.name.startswith(jumps) for last, line in itertools.pairwise(lines))
+    cut = [0, *(i for i, starts_here in enumerate(starts, 1) if starts_here)]
     pieces = [lines[i:j] for i, j in zip(cut, [*cut[1:], len(lines)], strict=True)]
     places = {piece[0].address: n for n, piece in enumerate(pieces)}
     blocks = [_Block(piece) for piece in pieces]
@@ -286,8 +293,8 @@ def _blocks(lines: list[_Line]) -> list[_Block]:
         target = targets.get(last.address)
         if target in places:
             block.after.append(places[target])
-        ends = last.name.startswith(jumps) and not last.conditional and not (last.name.startswith("BSYNC") and target is None)
-        if not ends and n + 1 < len(blocks):
+        leaves = last.name.startswith(jumps) and not last.conditional
+        if n + 1 < len(blocks) and (not leaves or (last.name.startswith("BSYNC") and target is None)):
             block.after.append(n + 1)
     return blocks
 
