@@ -421,14 +421,16 @@ class Cost(NamedTuple):
         return max(self.instructions / LANES, self.special / SPECIAL) / CYCLES * BANDWIDTH / (self.read + self.written)
 
 
-def costs(recorded: Recorded, *, every: bool = False) -> list[Cost]:
+def costs(recorded: Recorded, *, every: bool = False) -> Iterator[Cost]:
     """Of the codes that the calls launch. Unless `every`: of several codes of one kernel in a call the first."""
     pairs = []
     for call, launches in recorded.first.items():
         names = [launch.name for launch in launches]
         pairs += [(call, launch) for i, launch in enumerate(launches) if every or launch.name not in names[:i]]
-    found = sm90.codes([launch for _, launch in pairs])
-    return [_cost(call, code) for (call, _), code in zip(pairs, found, strict=True)]
+    for start in range(0, len(pairs), 100):
+        some = pairs[start : start + 100]
+        for (call, _), code in zip(some, sm90.codes([launch for _, launch in some]), strict=True):
+            yield _cost(call, code)
 
 
 def _cost(call: str, code: sm90.Code) -> Cost:
@@ -629,16 +631,18 @@ def main(arguments: list[str] | None = None) -> int:
     group.add_argument("--every", action="store_true", help="print all calls; fails on a spill or too many registers")
     given = options.parse_args(arguments)
     recorded = record(call for call in calls() if given.every or call.tested)
-    found = costs(recorded, every=given.every)
+    if given.every:
+        failed = 0
+        for cost in costs(recorded, every=True):
+            failed += cost.spilled_bytes > 0 or cost.registers > MOST_REGISTERS
+            print(json.dumps(cost._asdict()), flush=True)
+        return int(failed > 0)
+    found = list(costs(recorded))
     if given.json:
         unlaunched = recorded.kernels - {cost.kernel for cost in found}
         missing = {"functions": sorted(functions_without_call()), "kernels": sorted(unlaunched)}
         print(json.dumps({"costs": {cost.key: cost._asdict() for cost in found}, "missing": missing}))
         return 0
-    if given.every:
-        for cost in found:
-            print(json.dumps(cost._asdict()))
-        return int(any(cost.spilled_bytes or cost.registers > MOST_REGISTERS for cost in found))
     theirs = {package: [cost._asdict() for cost in some] for package, some in peers().items()}
     now = {
         "triton": importlib.metadata.version("triton"),
