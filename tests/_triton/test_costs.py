@@ -1,10 +1,10 @@
 """Holds what the kernels cost in the code that an H200 would run: spills, registers, widths of accesses, instructions.
 
-`benchmarks.kernel_costs` calls every public function that has kernels and compiles what these calls launch for sm_90,
-which needs no GPU. A minute of a CPU does not suffice for all launches, so the tests have those in bfloat16, with the
-forms of rows and options that decide most of the code, and a few in float32. Left out are float16, most options set
-alone, three of four layouts of top-k ids, and the second and third of several launches of one kernel in one call:
-`python -m benchmarks.kernel_costs --every` compiles them in a quarter of an hour.
+`benchmarks.kernel_costs` calls the public functions that have kernels and compiles what these calls launch for sm_90,
+which needs no GPU. All launches are more than a minute's work, so the tests have bfloat16, even and odd rows, the
+options that add the most code, and some float32. Left out are float16, most options set alone, most calls with padding,
+cut rows, columns that lie apart or few rows, and of several launches of one kernel in a call all but the first.
+`python -m benchmarks.kernel_costs --every` compiles these too, in a quarter of an hour.
 """
 
 from __future__ import annotations
