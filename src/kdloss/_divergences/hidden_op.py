@@ -11,7 +11,8 @@ compute the logits again, and 4 TVD for its two products. If the student's head 
 in u: it is computed in the forward, in float32, and the backward is one multiplication.
 
 A half-precision head is widened one slice at a time, once per chunk: logits rounded to bf16 would be off by 3e-2 nats.
-dweight and dbias are summed over chunks in float32 and rounded once.
+dweight and dbias are summed over chunks in float32 and rounded once. On a CPU that multiplies bfloat16, dx of bfloat16
+hidden states and head is rounded to it before its two products (`_softmax/products.py`).
 
 If each rank holds a slice of the vocabulary of both heads:
 
