@@ -122,7 +122,7 @@ def half_leaves(scale: float) -> list[Tensor]:
 
 @needs_bfloat16
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("scale", [0.3, 1.0])  # logits of 2 and of 6: those of a trained model
+@pytest.mark.parametrize("scale", [0.3, 1.0])  # logits of about 2 and 6
 @pytest.mark.parametrize("tile", [None, 16])  # one tile, and sums over tiles and slices
 def test_bfloat16_gradients_err_no_more_than_those_of_plain_torch(name, scale, tile, monkeypatch):
     if tile is not None:
@@ -155,6 +155,19 @@ def test_a_power_of_two_in_the_incoming_gradient_changes_no_digit(name, power, m
     plain = gradients(name, leaves, upstream, monkeypatch)
     for x, y in zip(gradients(name, leaves, upstream * 2.0**power, monkeypatch), plain, strict=True):
         assert torch.equal(x, y * 2.0**power)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_tiny_incoming_gradient_keeps_its_digits(name, dtype, monkeypatch):
+    """1e-30 times the mass of a label far below the maximum is still normal; times e^-m as well it would not be."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in half_leaves(1.0)]
+    upstream = normal(T, seed=9)
+    plain = gradients(name, leaves, upstream, monkeypatch)
+    for x, y in zip(gradients(name, leaves, upstream * 2.0**-100, monkeypatch), plain, strict=True):
+        # the order of the multiplications differs; in bfloat16 by two roundings
+        close = 1e-5 if dtype == torch.float32 else 2**-7
+        assert (x.double() * 2.0**100 - y.double()).norm() <= close * y.double().norm()
 
 
 @needs_bfloat16

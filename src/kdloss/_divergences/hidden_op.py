@@ -166,6 +166,7 @@ def _linear_divergence_backward(
             gradient.add_to_weight_(d_weight[:vocab_size])
         if needs_bias:
             gradient.add_to_bias_(d_bias[:vocab_size])
+        del chunk, gradient  # they hold the logits, which are free before d_weight is rounded
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype if bias is None else bias.dtype)
 
 

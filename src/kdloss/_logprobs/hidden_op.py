@@ -188,7 +188,7 @@ def linear_logprobs_backward(
         )
         return dhidden, dhead, dshift.to(bias_dtype)
     state = RowState(maximum[index, None], peak[index, None], None if h is None else mean[index, None])
-    upstream = Upstream.of(state, columns[index], g[index], None if h is None else h[index]).unshifted()
+    upstream = _unshifted(Upstream.of(state, columns[index], g[index], None if h is None else h[index]))
     head = Head(hidden, weight, bias, softcap, logit_scale)
     slices = _HeadSlices(head, columns[index], index, temperature, row_temperature)
 
@@ -206,6 +206,8 @@ def linear_logprobs_backward(
         dz = gradients.of(tile)
         if needs[0]:
             add_product_(dhidden[tile.rows], dz, tile.weight if narrow else tile.wide)
+        if narrow:
+            gradients.add_labels_(dz, tile, dhidden[tile.rows] if needs[0] else None)
         if needs[1]:
             dw = dweight[tile.columns] if in_place else accumulator[: dz.shape[1]]
             (product_ if tile.first else add_product_)(dw, dz.T, operand[tile.rows])
@@ -328,7 +330,11 @@ class _HeadSlices:
 
 
 class _TileGradients:
-    """dz of one tile after the other, computed by blocks of rows that stay in the cache."""
+    """dz of one tile after the other, computed by blocks of rows that stay in the cache.
+
+    A bfloat16 dz is first without the incoming gradient of labels, which is the largest part of it: `add_labels_` adds
+    that part to dh in float32. Otherwise it would be rounded twice, in the product with a slice and in the sum.
+    """
 
     def __init__(
         self,
@@ -349,6 +355,9 @@ class _TileGradients:
         self._scratch = None if upstream.entropy is None else slices.scratch()
         self._loaded = None if self._recompute else slices.scratch()
         self._separate = None if softcap is None else slices.scratch()
+        self._without_labels = dtype != wide.dtype
+        self._labels = wide.new_empty(0, 1)  # (n, K) the part of dz that is left out in this tile
+        self._columns = upstream.columns[:0]  # (n, K) where it belongs
 
     def of(self, tile: _Tile) -> Tensor:
         """dz (n, v), valid until the next tile."""
@@ -357,6 +366,9 @@ class _TileGradients:
         dz = z if self._in_place else self._room[: n * v].view(n, v)
         assert dz is not None
         upstream = self._upstream.at(tile.rows).part(tile.columns.start, tile.columns.stop)
+        labels = upstream.logp
+        if self._without_labels:
+            upstream, labels = upstream._replace(logp=torch.zeros_like(labels)), labels.clone()
         sizes, start = self._slices.blocks(dz), 0
         parts = zip(dz.split(sizes), upstream.split(sizes), tile.scaling.split(sizes), strict=True)
         for target, incoming, scaling in parts:
@@ -367,12 +379,23 @@ class _TileGradients:
             else:
                 out = target if target.dtype == block.dtype else block
             scratch = None if self._scratch is None else _shaped(self._scratch, block)
+            if self._without_labels:
+                scaling.backward_(labels[rows], block.gather(-1, incoming.columns))
             gradient_of(block, incoming, out=out, seeds=_shaped(self._seeds, block), scratch=scratch)
             scaling.backward_(out, block)
             if out is not target:
                 target.copy_(out)
             start = rows.stop
+        self._labels, self._columns = labels, upstream.columns
         return dz
+
+    def add_labels_(self, dz: Tensor, tile: _Tile, dhidden: Tensor | None) -> None:
+        """Add what was left out of dz (n, v): to it and, times the head, to dhidden (n, D)."""
+        rows = self._labels.any(-1).nonzero().squeeze(-1)
+        for column, label in zip(self._columns[rows].unbind(-1), self._labels[rows].unbind(-1), strict=True):
+            if dhidden is not None:
+                dhidden.index_add_(0, rows, tile.weight[column] * label[:, None])
+            dz[rows, column] = (dz[rows, column] + label).to(dz.dtype)
 
     def _load(self, tile: _Tile, rows: slice, like: Tensor) -> Tensor:
         """A copy of some rows of the tile's kept logits."""
@@ -385,6 +408,15 @@ class _TileGradients:
 def _labelled(columns: Tensor) -> Tensor:
     """The rows (N,) that have a label."""
     return (columns >= 0).any(-1).nonzero().squeeze(-1)
+
+
+def _unshifted(upstream: Upstream) -> Upstream:
+    """`Upstream.unshifted`, unless an incoming gradient is so small that its product with e^-m loses digits."""
+    found = upstream.unshifted()
+    if found is upstream:
+        return upstream
+    normal = found.scale.abs() >= torch.finfo(found.scale.dtype).tiny
+    return found if bool((normal | (upstream.scale == 0)).all()) else upstream
 
 
 def _shaped(scratch: Tensor, like: Tensor) -> Tensor:
