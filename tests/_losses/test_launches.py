@@ -89,14 +89,14 @@ BOUNDS = {
     "segment_ids": {"base": 10},
     "segment_sum": {"base": 26},
     "segment_mean": {"base": 35},
-    "broadcast_to_tokens": {"base": 18},
+    "broadcast_to_tokens": {"base": 24},
     "cu_seqlens_from_lengths": {"base": 3},
     "next_token_labels": {"base": 17},
     "response_mask": {"base": 19},
-    "to_prediction_positions": {"base": 25},
-    "to_token_positions": {"base": 24},
-    "pack": {"base": 30, "left": 14},
-    "unpack": {"base": 30, "left": 17},
+    "to_prediction_positions": {"base": 31},
+    "to_token_positions": {"base": 30},
+    "pack": {"base": 36, "left": 20},
+    "unpack": {"base": 36, "left": 23},
 }
 
 

@@ -615,13 +615,13 @@ def _checked(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: ProcessGro
 def _sum_of_part(x: Tensor, loss_mask: Tensor, layout: Layout) -> Tensor:
     """(B,) sums of this rank's part, in the dtype for long sums; NaN if `cu_seqlens` does not fit."""
     kept = torch.where(_checks.savable(loss_mask), x, x.new_zeros(())).to(_checks.accumulator_dtype(x))
-    return _poison(kept.new_zeros(layout.size).index_add(0, layout.ids, kept), layout.fits)
+    return kept.new_zeros(layout.size).index_add(0, layout.ids, kept) * one_or_nan(layout.fits)
 
 
 def _trained_of_part(loss_mask: Tensor, layout: Layout) -> Tensor:
     """(B,) trained tokens of this rank's part, in the dtype for long sums; NaN if `cu_seqlens` does not fit."""
     counted = loss_mask.to(_checks.accumulator_dtype(loss_mask))
-    return _poison(counted.new_zeros(layout.size).index_add(0, layout.ids, counted), layout.fits)
+    return counted.new_zeros(layout.size).index_add(0, layout.ids, counted) * one_or_nan(layout.fits)
 
 
 class Layout:
@@ -669,7 +669,8 @@ def _poison(x: Tensor, fits: Tensor) -> Tensor:
     """All NaN if `fits` is False; integers and booleans, which have no NaN, become 0."""
     if x.dtype.is_floating_point:
         # a product, so that the gradient is NaN as well: 0 would look like a step without data
-        return x * one_or_nan(fits)
+        # chosen and not multiplied where it fits: a product may change the bits of a NaN
+        return torch.where(fits, x, x * one_or_nan(fits))
     # a 0-dim tensor of the same dtype: with a Python number, booleans would become integers
     return torch.where(fits, x, x.new_zeros(()))
 
