@@ -91,7 +91,9 @@ def test_gradient_is_the_oracles(name, variant, dtype):
 
 # A gradient is rounded once from float32 to the dtype of its input: by half an epsilon, or by half of fp16's smallest
 # subnormal. Where two terms add up in `logp`, or up to 7 tokens in the entry of one sequence (`copies`), each term and
-# their sum is rounded, and cancellation leaves an absolute error; the terms are smaller than 2.
+# their sum is rounded, and cancellation leaves an absolute error; the terms are smaller than 2. From bfloat16 hidden
+# states on a CPU the gradient of the logits is rounded as well, before its products: half an epsilon of each term of a
+# sum, and the terms of a sum are below 2 together. `_softmax/test_products.py` compares with plain torch's error.
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(("name", "variant"), ATTACHED)
 def test_gradient_has_the_dtype_of_its_input(name, variant, dtype):
@@ -100,6 +102,8 @@ def test_gradient_has_the_dtype_of_its_input(name, variant, dtype):
         tolerance = (4 * epsilon, 4 * epsilon)
     elif name in ("kdrl_loss", "kdrl_token_loss"):
         tolerance = (epsilon, 2 * epsilon)
+    elif dtype == torch.bfloat16 and "linear_" in name:
+        tolerance = (epsilon, epsilon)
     else:
         tolerance = (0.501 * epsilon, 2e-6)
     check_gradient(name, variant, dtype, tolerance)
