@@ -107,7 +107,7 @@ def _linear_divergence(
         assert value is not None
         out[rows] = value
         if gradient is not None:
-            d_hidden[rows] = gradient.of_hidden()
+            d_hidden[rows] = gradient.of_hidden().to(dtype)
     return out, d_hidden
 
 
