@@ -26,6 +26,7 @@ from contract import (
     public_function,
     random_upstreams,
 )
+from kdloss._softmax import products
 
 # (relative, absolute). float64: the oracle and the function sum at most 17 terms of size 10 in different orders; the
 # absolute part is for results that are differences of such terms. float32: the same, from an epsilon of 1.2e-7; a ratio
@@ -96,7 +97,7 @@ def test_gradient_is_the_oracles(name, variant, dtype):
 # sum, and the terms of a sum are below 2 together. `_softmax/test_products.py` compares with plain torch's error.
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(("name", "variant"), ATTACHED)
-def test_gradient_has_the_dtype_of_its_input(name, variant, dtype):
+def test_gradient_has_the_dtype_of_its_input(name, variant, dtype, monkeypatch):
     epsilon = torch.finfo(dtype).eps
     if TABLE[name].copies:
         tolerance = (4 * epsilon, 4 * epsilon)
@@ -106,6 +107,11 @@ def test_gradient_has_the_dtype_of_its_input(name, variant, dtype):
         tolerance = (epsilon, epsilon)
     else:
         tolerance = (0.501 * epsilon, 2e-6)
+    if dtype == torch.bfloat16 and "weight" in TABLE[name].differentiable:
+        # on a processor that multiplies bfloat16 the gradient of the logits is rounded as well, and so is each product:
+        # terms of size 1. That this errs no more than plain torch is in `_softmax/test_products.py`
+        check_gradient(name, variant, dtype, (4 * epsilon, 4 * epsilon))
+        monkeypatch.setattr(products, "_BFLOAT16", False)
     check_gradient(name, variant, dtype, tolerance)
 
 

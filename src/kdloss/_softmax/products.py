@@ -1,8 +1,8 @@
 """Matrix products of the path without kernels, by the fastest routine that the build of torch has on a CPU.
 
     float32     oneDNN's kernel where torch has it. It computes in plain float32, as `torch.mm` does, which goes to MKL.
-                MKL is slow on a processor of another vendor: on an AMD EPYC with AVX512, 97 GFLOP/s against 220. On an
-                Intel Xeon both run at about the same speed.
+                MKL is slow on a processor of another vendor: on an AMD EPYC with AVX512, 97 GFLOP/s against 220. On
+                an Intel Xeon with AMX oneDNN runs at 65 to 85 % of MKL's speed.
     bfloat16    `torch.mm`, for the gradient of the logits. It sums in float32 and rounds each result once. On a
                 processor with bfloat16 instructions it is 2 to 7 times as fast as float32.
     others      `torch.mm`
