@@ -188,7 +188,7 @@ def linear_logprobs_backward(
         )
         return dhidden, dhead, dshift.to(bias_dtype)
     state = RowState(maximum[index, None], peak[index, None], None if h is None else mean[index, None])
-    upstream = _unshifted(Upstream.of(state, columns[index], g[index], None if h is None else h[index]))
+    upstream = Upstream.of(state, columns[index], g[index], None if h is None else h[index]).unshifted()
     head = Head(hidden, weight, bias, softcap, logit_scale)
     slices = _HeadSlices(head, columns[index], index, temperature, row_temperature)
 
@@ -408,15 +408,6 @@ class _TileGradients:
 def _labelled(columns: Tensor) -> Tensor:
     """The rows (N,) that have a label."""
     return (columns >= 0).any(-1).nonzero().squeeze(-1)
-
-
-def _unshifted(upstream: Upstream) -> Upstream:
-    """`Upstream.unshifted`, unless an incoming gradient is so small that its product with e^-m loses digits."""
-    found = upstream.unshifted()
-    if found is upstream:
-        return upstream
-    normal = found.scale.abs() >= torch.finfo(found.scale.dtype).tiny
-    return found if bool((normal | (upstream.scale == 0)).all()) else upstream
 
 
 def _shaped(scratch: Tensor, like: Tensor) -> Tensor:
