@@ -52,8 +52,9 @@ def nll(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> tu
 
 
 def kdrl_tail(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """-min(rho A', clip(rho) A') with A' = A + w (log p - log q), held constant."""
-    return _clipped(logp, old_logp, advantages + DISTILL_WEIGHT * (teacher_logp - logp).detach())
+    """-min(rho A, clip(rho) A) - w rho (log p - log q), the latter difference held constant."""
+    reward = (teacher_logp - logp).detach()
+    return _clipped(logp, old_logp, advantages) - DISTILL_WEIGHT * (logp - old_logp).exp() * reward
 
 
 def grpo_tail(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:

@@ -104,8 +104,8 @@ def test_gradient_has_the_dtype_of_its_input(name, variant, dtype, monkeypatch):
     else:
         tolerance = (0.501 * epsilon, 2e-6)
     if dtype == torch.bfloat16 and "weight" in TABLE[name].differentiable:
-        # where the processor multiplies bfloat16, the gradient of the logits is rounded as well: half an epsilon of each
-        # term of a sum, whose terms are below 2 together. `_softmax/test_products.py` compares with plain torch's error
+        # where the processor multiplies bfloat16, the gradient of the logits is rounded as well: half an epsilon of
+        # each term of a sum, whose terms are below 2 together. `_softmax/test_products.py` compares with plain torch
         check_gradient(name, variant, dtype, (epsilon, epsilon))
         monkeypatch.setattr(products, "_BFLOAT16", False)
     check_gradient(name, variant, dtype, tolerance)
