@@ -23,7 +23,7 @@ from kdloss._softmax.rows import all_zero, column, flat_rows, scale_
 from kdloss._softmax.vocabulary import Softmax
 from kdloss._softmax.whole_rows import rate_of
 
-from .rows import REVERSE_KL, Form, Scratch, block_divergence, slice_gradient, slice_state, slice_terms
+from .rows import Form, Scratch, block_divergence, slice_gradient, slice_state, slice_terms
 from .sharded import whole_divergence
 
 if TYPE_CHECKING:
@@ -55,21 +55,16 @@ def _divergence(
     vocab_size: int,
     kernels: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(the divergence (...,), what the backward needs of each row).
-
-    That is (5, T) from the kernels; without them (2, T) for the reverse KL, and (0, T) for the others.
-    """
+    """(the divergence (...,), what the backward of the kernels needs of each row (5, T) or, without kernels, (0,))."""
     dtype = _checks.promoted_dtype(logits, teacher_logits)
     out = torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device)
     if kernels:
-        known = out.new_empty(_values_per_row(kind, kernels), out.numel())
+        known = out.new_empty(5, out.numel())
         for rows, pair in _pairs(logits, teacher_logits, row_temperature, kind, omega, temperature, vocab_size):
             pair.value_(out.view(-1)[rows], known[:, rows])
         return out, known
     scratch = Scratch(out.numel(), vocab_size, dtype=dtype, device=logits.device)
-    known = out.new_empty(_values_per_row(kind, kernels), out.numel())
     tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], out.unsqueeze(-1))
-    start = 0
     for student, teacher, result, tau in flat_rows(*tensors, column(row_temperature, out)):
         for rows in scratch.blocks(student.shape[0]):
             found = block_divergence(
@@ -84,23 +79,14 @@ def _divergence(
             )
             assert found.value is not None
             result[rows, 0] = found.value
-            stop = start + len(found.value)
-            if found.known is not None:
-                known[:, start:stop] = found.known
-            start = stop
-    return out, known
+    return out, out.new_empty(0)
 
 
 @_divergence.register_fake
 def _(logits: Tensor, teacher_logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    _, kind, *_, kernels = options
+    kernels = options[-1]
     out = logits.new_empty(logits.shape[:-1], dtype=_checks.promoted_dtype(logits, teacher_logits))
-    return out, out.new_empty(_values_per_row(kind, kernels), out.numel())
-
-
-def _values_per_row(kind: str, kernels: bool) -> int:
-    """How many values per row the forward leaves to the backward."""
-    return 5 if kernels else 2 if kind == REVERSE_KL else 0
+    return out, out.new_empty((5, out.numel()) if kernels else (0,))
 
 
 def _pairs(
@@ -156,11 +142,8 @@ def _divergence_backward(
     factors = upstream.contiguous().unsqueeze(-1)
     log_shares = factors if shares is None else shares  # `factors` is a placeholder that nothing reads
     others = (factors, column(row_temperature, upstream), log_shares, column(slope, upstream))
-    start = 0
     for student, teacher, result, factor, tau, share, total in flat_rows(*tensors, *others):
         for rows in scratch.blocks(student.shape[0]):
-            stop = start + student[rows].shape[0]
-            of_rows, start = known[:, start:stop] if known.numel() else None, stop
             if all_zero(factor[rows]):
                 result[rows] = 0
                 continue
@@ -168,7 +151,7 @@ def _divergence_backward(
             inputs = (Form(kind, omega), student[rows], teacher[rows], scratch)
             if shares is None:
                 found = block_divergence(
-                    *inputs, temperature=temperature, row_temperature=taus, value=False, gradient=True, known=of_rows
+                    *inputs, temperature=temperature, row_temperature=taus, value=False, gradient=True
                 )
                 dz = found.gradient
                 assert dz is not None

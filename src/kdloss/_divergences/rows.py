@@ -19,14 +19,13 @@ names is kept, α and not 1-α, because 1-α has no digits of a small α. With t
 In this form a is accurate to one rounding of ω if ω is small, and b to one rounding of 1-ω if 1-ω is small. The
 divergence is then of that order itself, so it keeps its digits; and t never overflows.
 
-A logit of -inf is a mass of 0: 0 log 0 is 0, and a mass divided by 0 gives +inf. In float32 a mass below 1e-45 is 0. A
-row with NaN, +inf or only -inf is not a distribution: value and gradient are NaN.
+A logit of -inf is a mass of 0: 0 log 0 is 0, and a mass divided by 0 gives +inf. In float32 a mass below 1e-37 may be
+0. A row with NaN, +inf or only -inf is not a distribution: value and gradient are NaN.
 
-Each pass over a block is one fast operation of torch. `softmax` and `log_softmax` cost less than one `exp`, and a mask
-costs more than both. So the NaN of 0 * inf is removed after the product, on a CPU only if a sum shows that there is
-one, and rows that must be NaN are set to it again. The backward of the reverse KL
-needs no log-softmax. The forward leaves it the value of each row and c, the log-sum-exp of the student minus that of
-the teacher: d = z_teacher - z_student + c.
+Each pass over a block is one fast operation of torch, and all cost about the same on a CPU, a mask included. So there q
+and p are e^z over its sum where that is safe (`central`), and d is the difference of the logits plus one value per row:
+two log-softmax passes fewer. Elsewhere `softmax` and `log_softmax` are used. The NaN of 0 * inf is removed after the
+product, on a CPU only if a sum shows that there is one, and rows that must be NaN are set to it again.
 
 The `slice_*` functions do the same for ranks that hold a slice of each row: a slice's softmax times its share of the
 mass is that of the row, and sums over the slices are sums over the row (`sharded.py`).
@@ -40,6 +39,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kdloss._softmax.rows import CENTRAL_SUMS
 
 FORWARD_KL = "forward_kl"
 REVERSE_KL = "reverse_kl"
@@ -85,7 +86,6 @@ class BlockResult(NamedTuple):
 
     value: Tensor | None  # (R,) nats
     gradient: Tensor | None  # (R, V) with respect to z = student / τ, in the memory of the scratch
-    known: Tensor | None = None  # (2, R) of the reverse KL's value: c and the value, for `block_divergence`
 
 
 class Scratch:
@@ -120,33 +120,35 @@ def block_divergence(
     row_temperature: Tensor | None = None,  # (R,), in place of the number
     value: bool,
     gradient: bool,
-    known: Tensor | None = None,  # (2, R) from the forward of the reverse KL: only the gradient is asked for
 ) -> BlockResult:
     """The divergence of each row and its gradient, if they are asked for. The inputs are not modified."""
     kind, _ = form
-    room, log_q, log_p, q, p = scratch.buffers(student.shape[0])
+    buffers = scratch.buffers(student.shape[0])
+    room, log_q, log_p, q, p = buffers
     tau = _tau(temperature, row_temperature, room)
-    needs_p = kind not in (REVERSE_KL, SKEWED_REVERSE_KL)
-    needs_q = gradient or kind not in (FORWARD_KL, SKEWED_FORWARD_KL)
+
+    if room.device.type == "cpu" and student.shape[1] > 1:  # a single column has exactly the mass 1
+        exponentials = _exponentials(student, teacher, tau, buffers)
+        low, high = CENTRAL_SUMS
+        sums = exponentials.sums
+        least, most = (float(x) for x in sums.aminmax())
+        if low < least and most < high:
+            return _central_divergence(form, exponentials, buffers, value, gradient)
+        central = ((sums > low) & (sums < high)).all(0).squeeze(-1)
+        if bool(central.any()):  # a row's values must not depend on the rows beside it
+            return _by_rows(form, student, teacher, scratch, temperature, row_temperature, value, gradient, central)
 
     if kind == FORWARD_KL and not value:
         _distribution(student, tau, room, probabilities=q)
         _distribution(teacher, tau, room, probabilities=p)
         return BlockResult(None, q.sub_(p))
-    if known is not None:
-        level, total = known.unsqueeze(-1)
-        x, y = _scaled(student, tau, log_q), _scaled(teacher, tau, log_p)
-        torch.softmax(x, -1, out=q)
-        slope = torch.sub(x, y, out=log_q).sub_(level + total).mul_(q)  # q (-d - sum q (-d))
-        if not _all_finite(slope):
-            _clean_(slope).masked_fill_(~total.isfinite(), math.nan)
-        return BlockResult(None, slope)
-    level = kind == REVERSE_KL and not gradient
-    level_q = _distribution(student, tau, room, logs=log_q, probabilities=q if needs_q else None, level=level)
-    level_p = _distribution(teacher, tau, room, logs=log_p, probabilities=p if needs_p else None, level=level)
+    needs_p = kind not in (REVERSE_KL, SKEWED_REVERSE_KL)
+    needs_q = gradient or kind not in (FORWARD_KL, SKEWED_FORWARD_KL)
+    _distribution(student, tau, room, logs=log_q, probabilities=q if needs_q else None)
+    _distribution(teacher, tau, room, logs=log_p, probabilities=p if needs_p else None)
     nothing = log_q[:, 0].isnan() | log_p[:, 0].isnan()  # log_softmax makes all of a row NaN or none of it
 
-    total, weighted = _terms(form, log_q.sub_(log_p), log_p, room, q, p, gradient)
+    total, weighted = _terms(form, log_p.sub_(log_q), room, log_q, q, p, value=True, gradient=gradient)
     if not gradient:
         dz = None
     elif kind == FORWARD_KL:
@@ -154,19 +156,85 @@ def block_divergence(
     else:
         dz = _through_softmax_(weighted, q, total if kind == REVERSE_KL else weighted.sum(-1), nothing)
     # a divergence is never negative, but rounding may make it so
-    total = total.clamp(min=0).masked_fill(nothing, math.nan)
-    if level_q is None or level_p is None:
-        return BlockResult(total, dz)
-    return BlockResult(total, dz, torch.stack([(level_q - level_p).squeeze(-1).to(total.dtype), total]))
+    return BlockResult(total.clamp(min=0).masked_fill(nothing, math.nan), dz)
 
 
-def _scaled(logits: Tensor, tau: float | Tensor, room: Tensor) -> Tensor:
-    """logits / τ: the logits themselves if they need no change, else in `room`."""
-    divides = isinstance(tau, Tensor) or tau != 1
-    if not divides and logits.dtype == room.dtype:
-        return logits
-    z = room.copy_(logits)
-    return z.div_(tau) if divides else z
+class _Exponentials(NamedTuple):
+    """What follows from e^z of both sides, without its maximum taken off."""
+
+    x: Tensor  # (R, V) z of the student: the logits, or in the first buffer
+    y: Tensor  # (R, V) of the teacher: the logits, or in the second buffer
+    sums: Tensor  # (2, R, 1) of e^x, which is in the fourth buffer, and of e^y, which is in the fifth
+
+
+def _exponentials(student: Tensor, teacher: Tensor, tau: float | Tensor, buffers: tuple[Tensor, ...]) -> _Exponentials:
+    first, second, _, q, p = buffers
+    x, y = _scaled(student, tau, first), _scaled(teacher, tau, second)
+    sums = q.new_empty(2, len(q), 1)
+    for z, exponential, of_rows in zip((x, y), (q, p), sums.unbind(0), strict=True):
+        torch.sum(torch.exp(z, out=exponential), -1, keepdim=True, out=of_rows)
+    return _Exponentials(x, y, sums)
+
+
+def _central_divergence(
+    form: Form, exponentials: _Exponentials, buffers: tuple[Tensor, ...], value: bool, gradient: bool
+) -> BlockResult:
+    """The divergence of rows that are all central: each is a distribution."""
+    kind, (x, y, sums) = form.kind, exponentials
+    room, spare, d, q, p = buffers
+    student_sum, teacher_sum = sums.unbind(0)
+    if gradient or kind in (GENERALIZED_JSD, SKEWED_REVERSE_KL):
+        q.div_(student_sum)
+    if kind in (GENERALIZED_JSD, SKEWED_FORWARD_KL) or (kind == FORWARD_KL and gradient):
+        p.div_(teacher_sum)
+    if kind == FORWARD_KL and not value:
+        return BlockResult(None, q.sub_(p))
+    student_level, teacher_level = sums.double().log().unbind(0)
+    level = (student_level - teacher_level).to(d.dtype)
+    torch.sub(y, x, out=d).add_(level)
+    total, weighted = _terms(form, d, room, spare, q, p, value=value, gradient=gradient)
+    if kind in (FORWARD_KL, REVERSE_KL) and not gradient:
+        total = total / (teacher_sum if kind == FORWARD_KL else student_sum).squeeze(-1)
+    if not gradient:
+        dz = None
+    elif kind == FORWARD_KL:
+        dz = q.sub_(p)
+    else:
+        slope = total if kind == REVERSE_KL else weighted.sum(-1)
+        dz = weighted.addcmul_(q, slope.unsqueeze(-1), value=-1)
+    return BlockResult(total.clamp(min=0), dz)
+
+
+def _by_rows(
+    form: Form,
+    student: Tensor,
+    teacher: Tensor,
+    scratch: Scratch,
+    temperature: float,
+    row_temperature: Tensor | None,
+    value: bool,
+    gradient: bool,
+    central: Tensor,  # (R,) bool
+) -> BlockResult:
+    """`block_divergence` of a block of which some rows are central and others are not: each kind by itself."""
+    values = scratch.buffers(len(central))[0].new_empty(len(central)) if value else None
+    gradients = torch.empty_like(scratch.buffers(len(central))[0]) if gradient else None
+    for index in (central.nonzero().squeeze(-1), (~central).nonzero().squeeze(-1)):
+        taus = None if row_temperature is None else row_temperature[index]
+        found = block_divergence(
+            form,
+            student[index],
+            teacher[index],
+            scratch,
+            temperature=temperature,
+            row_temperature=taus,
+            value=value,
+            gradient=gradient,
+        )
+        for whole, part in ((values, found.value), (gradients, found.gradient)):
+            if whole is not None and part is not None:
+                whole[index] = part
+    return BlockResult(values, gradients)
 
 
 def slice_state(
@@ -189,7 +257,8 @@ def slice_state(
     peaks += [teacher.amax(-1, keepdim=True).to(room.dtype) / tau, log_p.amax(-1, keepdim=True)]
     value = torch.zeros_like(peaks[1])
     if kind in (FORWARD_KL, REVERSE_KL):
-        value = _terms(form, log_q.sub_(log_p), log_p, room, q, p, False)[0].clamp(min=0).unsqueeze(-1)
+        terms = _terms(form, log_p.sub_(log_q), room, log_q, q, p, value=True, gradient=False)
+        value = terms[0].clamp(min=0).unsqueeze(-1)
     return torch.cat([*peaks, value], -1)
 
 
@@ -209,7 +278,7 @@ def slice_terms(
     _distribution(student, tau, room, shares[:, :1], logs=log_q, probabilities=q)
     _distribution(teacher, tau, room, shares[:, 1:], logs=log_p, probabilities=p)
     nothing = log_q[:, :1].isnan() | log_p[:, :1].isnan()
-    total, weighted = _terms(form, log_q.sub_(log_p), log_p, room, q, p, True)
+    total, weighted = _terms(form, log_p.sub_(log_q), room, log_q, q, p, value=True, gradient=True)
     return torch.stack([total, weighted.sum(-1)], -1).masked_fill(nothing, math.nan)
 
 
@@ -234,7 +303,7 @@ def slice_gradient(
     _distribution(student, tau, room, shares[:, :1], logs=log_q, probabilities=q)
     _distribution(teacher, tau, room, shares[:, 1:], logs=log_p, probabilities=p)
     nothing = log_q[:, 0].isnan() | log_p[:, 0].isnan()
-    _, weighted = _terms(form, log_q.sub_(log_p), log_p, room, q, p, True)
+    _, weighted = _terms(form, log_p.sub_(log_q), room, log_q, q, p, value=False, gradient=True)
     return _through_softmax_(weighted, q, slope, nothing)
 
 
@@ -245,58 +314,67 @@ def _tau(temperature: float, row_temperature: Tensor | None, like: Tensor) -> fl
 
 def _terms(
     form: Form,
-    ratio: Tensor,  # -d
-    spare: Tensor,
+    d: Tensor,
     room: Tensor,
+    spare: Tensor,
     q: Tensor,
     p: Tensor,
+    *,
+    value: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(sum over the columns of f(q, p), G of each column). Overwrites all buffers except q and p.
+    """(sum over the columns of f(q, p), G of each column), in `d`, `room` and `spare`.
 
-    G is undefined for the forward KL, and for the others unless `gradient` is set.
+    The sum of a mixture is undefined unless `value` is set. G is undefined for the forward KL, and for the others
+    unless `gradient` is set.
     """
     kind = form.kind
-    if kind in (FORWARD_KL, REVERSE_KL):
-        products = ratio.mul_(q) if kind == REVERSE_KL else ratio.mul_(p).neg_()
-        total = products.sum(-1)
-        if not _all_finite(total):
-            total = _clean_(products).sum(-1)
-        return total, products
+    if kind == FORWARD_KL:
+        return _sum_of_products(d.mul_(p)), d
+    if kind == REVERSE_KL:
+        products = d.mul_(q).neg_() if gradient else d.mul_(q)
+        total = _sum_of_products(products)
+        return (total if gradient else -total), products
     shares = form.shares
-    t = torch.sub(shares.log_teacher - shares.log_student, ratio, out=ratio)
+    t = d.add_(shares.log_teacher - shares.log_student)
     if not _all_finite(t):
         t.nan_to_num_(0.0, _SATURATED, -_SATURATED)
-    s = torch.abs(t, out=spare).neg_().exp_().log1p_()
-    return _MIXTURES[kind](shares, t, s, q, p, room, gradient)
+    return _MIXTURES[kind](shares, t, q, p, room, spare, value, gradient)
 
 
 def _jsd(
-    shares: Shares, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
+    shares: Shares, t: Tensor, q: Tensor, p: Tensor, room: Tensor, spare: Tensor, value: bool, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    weighted = _log_ratio(t, s, shares.log_student, out=room).mul_(q).mul_(shares.student)
+    s = _softplus_of_minus_abs(t, out=room)
+    weighted = _log_ratio(t, s, shares.log_student, out=spare).mul_(q).mul_(shares.student)
+    if not value:
+        return t, weighted
     of_teacher = _log_ratio(t.neg_(), s, shares.log_teacher, out=t).mul_(p).sum(-1)
     return weighted.sum(-1).add_(of_teacher, alpha=shares.teacher), weighted
 
 
 def _skewed_forward(
-    shares: Shares, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
+    shares: Shares, t: Tensor, q: Tensor, p: Tensor, room: Tensor, spare: Tensor, value: bool, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    weighted = torch.neg(t, out=room)
+    weighted = torch.neg(t, out=spare)
     if gradient:
         weighted.sigmoid_().mul_(p).neg_()
+    if not value:
+        return t, weighted
+    s = _softplus_of_minus_abs(t, out=room)
     return _log_ratio(t.neg_(), s, shares.log_teacher, out=t).mul_(p).sum(-1), weighted
 
 
 def _skewed_reverse(
-    shares: Shares, t: Tensor, s: Tensor, q: Tensor, p: Tensor, room: Tensor, gradient: bool
+    shares: Shares, t: Tensor, q: Tensor, p: Tensor, room: Tensor, spare: Tensor, value: bool, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    a = _log_ratio(t, s, shares.log_student, out=room)
-    total = torch.mul(a, q, out=s).sum(-1)
+    s = _softplus_of_minus_abs(t, out=room)
+    a = _log_ratio(t, s, shares.log_student, out=spare)
+    total = torch.mul(a, q, out=s).sum(-1) if value else t
     return total, a.sub_(t.neg_().sigmoid_()).mul_(q) if gradient else a
 
 
-# (shares, t, s, q, p, room, gradient) -> (value, G); all buffers except q and p are overwritten
+# (shares, t, q, p, room, spare, value, gradient) -> (value, G); all buffers except q and p are overwritten
 _MIXTURES = {
     GENERALIZED_JSD: _jsd,
     SKEWED_FORWARD_KL: _skewed_forward,
@@ -312,37 +390,47 @@ def _distribution(
     *,
     logs: Tensor | None = None,
     probabilities: Tensor | None = None,
-    level: bool = False,
-) -> Tensor | None:
-    """log softmax(logits / τ) into `logs` and softmax(logits / τ) into `probabilities`, if given. Overwrites `room`.
-
-    With `level`, return the log-sum-exp (R, 1) in float64: the difference of two must keep its digits.
-    """
-    z, found = _scaled(logits, tau, room), None
+) -> None:
+    """log softmax(logits / τ) into `logs` and softmax(logits / τ) into `probabilities`, if given. Overwrites `room`."""
+    z = _scaled(logits, tau, room)
     if logs is not None:
         torch.log_softmax(z, -1, out=logs)
-        if level:
-            found = z.amax(-1, keepdim=True).double() - logs.amax(-1, keepdim=True)
     if probabilities is not None:
         torch.softmax(z, -1, out=probabilities)
     if share is None:
-        return found
+        return
     massless = share == -math.inf  # the softmax of such a slice may be NaN
     if logs is not None:
         logs.add_(share).masked_fill_(massless, -math.inf)
     if probabilities is not None:
         probabilities.mul_(share.exp()).masked_fill_(massless, 0)
-    return found
+
+
+def _scaled(logits: Tensor, tau: float | Tensor, room: Tensor) -> Tensor:
+    """logits / τ: the logits themselves if they need no change, else in `room`."""
+    divides = isinstance(tau, Tensor) or tau != 1
+    if not divides and logits.dtype == room.dtype:
+        return logits
+    z = room.copy_(logits)
+    return z.div_(tau) if divides else z
+
+
+def _sum_of_products(products: Tensor) -> Tensor:
+    """The sums of products of a mass and a log-ratio, in which 0 * inf becomes 0, in place; infinities stay."""
+    total = products.sum(-1)
+    if _all_finite(total):
+        return total
+    return products.nan_to_num_(0.0, math.inf, -math.inf).sum(-1)
 
 
 def _all_finite(x: Tensor) -> bool:
-    """Whether x has no NaN and no infinity. False off the CPU, where to look would wait for the device."""
+    """Whether a sum shows that x has no NaN and no infinity. False off the CPU, where to look would wait."""
     return x.device.type == "cpu" and math.isfinite(float(x.sum()))
 
 
-def _clean_(products: Tensor) -> Tensor:
-    """Products of a mass and a log-ratio, in place: 0 * inf becomes 0, and infinities stay."""
-    return products.nan_to_num_(0.0, math.inf, -math.inf)
+def _softplus_of_minus_abs(t: Tensor, *, out: Tensor) -> Tensor:
+    """s = log1p(exp(-|t|))."""
+    return torch.abs(t, out=out).neg_().exp_().log1p_()
 
 
 def _log_ratio(t: Tensor, s: Tensor, log_share: float, *, out: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from kdloss import _checks
 from kdloss._distributed.collectives import gather
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.operator import operator
-from kdloss._softmax.rows import all_zero, column, flat_rows
+from kdloss._softmax.rows import CENTRAL_SUMS, all_zero, column, flat_rows, without_shift
 from kdloss._softmax.vocabulary import Softmax
 
 # entries of a scratch, per thread on a CPU
@@ -85,7 +85,7 @@ def _kept_and_rest(
                 continue
             x = _load(z[rows], scratch, divisor)
             torch.gather(x, -1, index[rows], out=z_kept[rows])
-            z_rest[rows, 0] = x.scatter_(-1, index[rows], -math.inf).logsumexp(-1)
+            z_rest[rows, 0] = _log_sum_of_others(x, index[rows], z[rows], divisor)
     return kept, rest
 
 
@@ -128,13 +128,20 @@ def _kept_and_rest_backward(
                 result[rows] = 0
                 continue
             divisor = temperature if row_temperature is None else tau[rows].to(rest.dtype)
+            incoming = upstream[rows] / divisor
             if with_rest:
-                x = _load(z[rows], scratch, divisor).scatter_(-1, index[rows], -math.inf)
-                x.sub_(lse[rows]).exp_().mul_(upstream[rows, -1:])
+                x = _load(z[rows], scratch, divisor)
+                scale = without_shift(incoming[:, -1:], lse[rows])
+                if scale is None:
+                    scale = incoming[:, -1:]
+                    x.scatter_(-1, index[rows], -math.inf).sub_(lse[rows])
+                x.exp_().mul_(scale)
             else:
                 x = scratch[: index[rows].shape[0]].zero_()
-            x.scatter_(-1, index[rows], upstream[rows, :-1]).div_(divisor)
-            x.masked_fill_((upstream[rows] == 0).all(-1, keepdim=True), 0)
+            x.scatter_(-1, index[rows], incoming[:, :-1])
+            silent = (incoming == 0).all(-1, keepdim=True)
+            if silent.device.type != "cpu" or bool(silent.any()):
+                x.masked_fill_(silent, 0)
             result[rows] = x[:, :-1]
     return grad
 
@@ -184,6 +191,23 @@ class _ShardedTopk(torch.autograd.Function):
     def backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
         grad = _kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, None, None
+
+
+def _log_sum_of_others(x: Tensor, index: Tensor, logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """(R,) log-sum-exp of the columns of x (R, V + 1) that are not in `index`. Overwrites x, loaded from `logits`.
+
+    A sum of e^z, without its maximum taken off, is all that it takes if none of its terms has overflowed and the
+    largest have not lost digits.
+    """
+    if x.device.type == "cpu":
+        mass = x.exp_().scatter_(-1, index, 0).sum(-1)
+        low, high = CENTRAL_SUMS
+        central = (mass > low) & (mass < high)
+        if bool(central.all()):
+            return mass.log()
+        others = _load(logits, x, temperature).scatter_(-1, index, -math.inf).logsumexp(-1)
+        return torch.where(central, mass.log(), others)
+    return x.scatter_(-1, index, -math.inf).logsumexp(-1)
 
 
 def ids_of_slice(ids: Tensor, start: int) -> Tensor:

@@ -70,7 +70,7 @@ class TorchChunks:
         threads = torch.get_num_threads()
         on_cpu = columns.device.type == "cpu"
         rows = max(1, min(size, max(threads, _CPU_BLOCK * threads // max(1, width)) if on_cpu else size))
-        self._scratch = [self._logits.new_empty(rows, width) for _ in range(3)]
+        self._scratch = [self._logits.new_empty(rows, width) for _ in range(2)]
 
     def chunk(self, rows: Tensor) -> TorchChunk:
         z, scratch = self._logits[: rows.shape[0]], self._scratch
@@ -87,7 +87,7 @@ class TorchChunks:
         blocks = z.split(scratch[0].shape[0])
         sizes = [len(block) for block in blocks]
         for block, part, scales in zip(blocks, sums.split(sizes), scaling.split(sizes), strict=True):
-            p, shifted, _ = (x[: len(block)] for x in scratch)
+            p, shifted = (x[: len(block)] for x in scratch)
             part.read_(scales.apply_(block), p, shifted)
         state = RowState.of(sums)
         here = labels if softmax.shard is None else softmax.shard.columns(labels, z.shape[1])
@@ -104,7 +104,7 @@ class TorchChunk(NamedTuple):
     logp: Tensor  # (n,)
     entropy: Tensor  # (n,)
     z: Tensor  # (n, V)
-    scratch: list[Tensor]  # three blocks of rows, (r, V) each
+    scratch: list[Tensor]  # two blocks of rows, (r, V) each
     given: Tensor  # (n, D) the hidden states in their dtype, 0 where the label is ignored
     head: Head
     columns: Tensor  # (n, 1) labels as columns of this slice, -100 ignored
@@ -116,16 +116,15 @@ class TorchChunk(NamedTuple):
         ignored = self.columns < 0
         g, h = (x[:, None].masked_fill(ignored, 0) for x in (g, h))
         upstream = Upstream.of(self.state, self.columns, g, h).part(0, self.z.shape[1])
-        dz, (room, scratch, seeds) = room_for_gradient(self.z, self.head), self.scratch
-        seeds.zero_()
-        blocks, targets = self.z.split(seeds.shape[0]), dz.split(seeds.shape[0])
+        dz, (room, scratch) = room_for_gradient(self.z, self.head), self.scratch
+        blocks, targets = self.z.split(scratch.shape[0]), dz.split(scratch.shape[0])
         sizes = [len(block) for block in blocks]
         parts = zip(blocks, targets, upstream.split(sizes), self.scaling.split(sizes), strict=True)
         for z, target, incoming, scaling in parts:
             # the gradient of capped logits needs them, and one of another dtype may not be written beside them
             in_place = self.head.softcap is None and target.dtype == z.dtype
-            out, free, zeros = (x[: len(z)] for x in (z if in_place else room, scratch, seeds))
-            gradient_of(z, incoming, out=out, seeds=zeros, scratch=free)
+            out, free = (x[: len(z)] for x in (z if in_place else room, scratch))
+            gradient_of(z, incoming, out=out, scratch=free)
             scaling.backward_(out, z)
             if not in_place:
                 target.copy_(out)

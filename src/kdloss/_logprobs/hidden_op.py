@@ -351,7 +351,6 @@ class _TileGradients:
         # whether dz overwrites the logits: not if it has another dtype, and not if they belong to the caller
         self._in_place = self._recompute and dtype == wide.dtype
         self._room = wide.new_empty(0 if self._in_place else slices.tile_rows * slices.width, dtype=dtype)
-        self._seeds = slices.scratch().fill_(0)
         self._scratch = None if upstream.entropy is None else slices.scratch()
         self._loaded = None if self._recompute else slices.scratch()
         self._separate = None if softcap is None else slices.scratch()
@@ -381,7 +380,7 @@ class _TileGradients:
             scratch = None if self._scratch is None else _shaped(self._scratch, block)
             if self._without_labels:
                 scaling.backward_(labels[rows], block.gather(-1, incoming.columns))
-            gradient_of(block, incoming, out=out, seeds=_shaped(self._seeds, block), scratch=scratch)
+            gradient_of(block, incoming, out=out, scratch=scratch)
             scaling.backward_(out, block)
             if out is not target:
                 target.copy_(out)

@@ -139,7 +139,7 @@ def logprobs_backward(
         .unshifted()
         .part(0, vocab_size)
     )
-    z, seeds = rows.scratch(), rows.scratch().zero_()
+    z = rows.scratch()
     dz = rows.scratch() if softcap is not None else z
     scratch = None if h is None else rows.scratch()
     make = torch.empty if rows.cover_all else torch.zeros
@@ -150,9 +150,7 @@ def logprobs_backward(
         in_place = target is not None and gradient.dtype == wide and rows.cover_all
         out = target if in_place else block.cut(dz)
         assert out is not None
-        gradient_of(
-            loaded, incoming, out=out, seeds=block.cut(seeds), scratch=None if scratch is None else block.cut(scratch)
-        )
+        gradient_of(loaded, incoming, out=out, scratch=None if scratch is None else block.cut(scratch))
         block.scaling.backward_(out, loaded)
         if target is None:
             rows.matrix_of(gradient)[block.place] = out.to(gradient.dtype)

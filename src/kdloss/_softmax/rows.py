@@ -4,19 +4,19 @@ The distribution of a row follows from four values that one pass over its logits
 (vocabulary slices here, program splits in a kernel, shards of a head) merge into those of the row:
 
     z = softcap(logit_scale * x) / temperature
-    m = max z,   s = sum_v e^(z_v - m),   u = sum_v (z_v - m) e^(z_v - m),   and z at the labels
+    s = sum_v e^(z_v - m),   u = sum_v (z_v - m) e^(z_v - m),   m of the row,   and z at the labels
     logp = (z_label - m) - log s,   entropy = log s - u / s,   p = e^(z - m) / s
 
-Everything is relative to the maximum, so logits far from 0 lose no digits: `logsumexp(z) - sum_v p_v z_v` would
-subtract two numbers as large as the offset.
+m is the maximum of z, or its log-sum-exp rounded to float32. Everything is relative to it, so logits far from 0 lose
+no digits: `logsumexp(z) - sum_v p_v z_v` would subtract two numbers as large as the offset.
 
     dz = sum_k g_k (onehot_k - p) - h p (log p + entropy),   log p + entropy = z - m - u / s
 
 where g is the gradient of the log-probs and h that of the entropy.
 
-On a CPU, `exp` dominates the cost of a row. torch's fused softmax and the backward of its log-softmax compute one `exp`
-per logit at half the price of `torch.exp`, so both directions are built on them. Passes over the block come next: if m
-is small, e^(z - m) = e^z e^-m needs no pass for the subtraction (`Upstream.unshifted`).
+On a CPU, each pass over a block costs about as much as its `exp`. So a pass is left out where that is safe: if the sum
+of e^z has neither overflowed nor lost its largest terms, it is all that a forward needs, and in the backward
+e^(z - m) = e^z e^-m needs no pass for the subtraction (`Upstream.unshifted`).
 """
 
 from __future__ import annotations
@@ -89,13 +89,20 @@ class Scaling(NamedTuple):
         return dz
 
 
-class Sums(NamedTuple):
-    """Four reductions of a block of rows, (n, 1) each, where p is torch's softmax of the block."""
+# If the sum of e^z is in this range, no large term has overflowed, and a term that has underflowed is below e^-70
+# of the sum (float32).
+CENTRAL_SUMS = (1e-7, 1e27)
+# The same of e^z for all z of rows whose m is in this range.
+_CENTRAL = (-16.0, 64.0)
 
-    maximum: Tensor  # max z
-    largest: Tensor  # max p
+
+class Sums(NamedTuple):
+    """Four reductions of a block of rows, (n, 1) each, where p is the softmax of the block."""
+
+    maximum: Tensor  # m: about log sum e^z, or max z
+    largest: Tensor  # p of a logit that is m
     mass: Tensor  # sum p: 1 up to rounding
-    weighted: Tensor | None  # sum p (z - max z); None without an entropy
+    weighted: Tensor | None  # sum p (z - m); None without an entropy
 
     @classmethod
     def empty(cls, rows: int, *, like: Tensor, with_entropy: bool) -> Sums:
@@ -109,35 +116,66 @@ class Sums(NamedTuple):
         parts = zip(self.maximum.split(sizes), self.largest.split(sizes), self.mass.split(sizes), weighted, strict=True)
         return [Sums(*part) for part in parts]
 
-    def read_(self, z: Tensor, p: Tensor, shifted: Tensor | None) -> None:
-        """Fill in the sums of a block z (n, V). p and, for the entropy, `shifted` are scratch; `shifted` may be z."""
+    def read_(self, z: Tensor, w: Tensor, shifted: Tensor | None) -> None:
+        """Fill in the sums of a block z (n, V). w and, for the entropy, `shifted` are scratch; `shifted` may be z."""
+        if z.device.type != "cpu":  # a look at the sums would wait for the device
+            return self._read_any_(z, w, shifted)
+        torch.exp(z, out=w)
+        torch.sum(w, -1, keepdim=True, out=self.mass)
+        low, high = CENTRAL_SUMS
+        central = ((self.mass > low) & (self.mass < high)).squeeze(-1)
+        if bool(central.all()):
+            return self._read_central_(z, w, shifted)
+        if not bool(central.any()):
+            return self._read_any_(z, w, shifted)
+        for index in (central.nonzero().squeeze(-1), (~central).nonzero().squeeze(-1)):
+            # a row's values must not depend on the rows beside it
+            part, rows = Sums.empty(len(index), like=z, with_entropy=self.weighted is not None), z[index]
+            part.read_(rows, torch.empty_like(rows), torch.empty_like(rows))
+            for whole, found in zip(self, part, strict=True):
+                if whole is not None and found is not None:
+                    whole[index] = found
+        return None
+
+    def _read_central_(self, z: Tensor, w: Tensor, shifted: Tensor | None) -> None:
+        """From w = e^z and its sum, which w is divided by."""
+        mass = self.mass.double()
+        # m has fewer digits than it could have, so that z - m and e^m / sum lose none
+        self.maximum.copy_(mass.log().float())
+        self.largest.copy_(self.maximum.double().exp() / mass)
+        if self.weighted is not None:
+            assert shifted is not None
+            weighted = w.mul_(torch.sub(z, self.maximum, out=shifted)).sum(-1, keepdim=True)
+            if bool(weighted.isnan().any()):  # 0 * -inf, of a logit of -inf
+                weighted = w.nan_to_num_(0.0).sum(-1, keepdim=True)
+            self.weighted.copy_(weighted / mass)
+        self.mass.fill_(1)
+
+    def _read_any_(self, z: Tensor, w: Tensor, shifted: Tensor | None) -> None:
+        """From w = softmax(z), whatever z is."""
         torch.amax(z, -1, keepdim=True, out=self.maximum)
-        torch.softmax(z, -1, out=p)
-        torch.amax(p, -1, keepdim=True, out=self.largest)
-        torch.sum(p, -1, keepdim=True, out=self.mass)
+        torch.softmax(z, -1, out=w)
+        torch.amax(w, -1, keepdim=True, out=self.largest)
+        torch.sum(w, -1, keepdim=True, out=self.mass)
         if self.weighted is not None:
             # a logit of -inf has no mass: 0 times the lowest finite number is 0, but 0 * -inf would be NaN
             assert shifted is not None
             torch.sub(z, self.maximum, out=shifted).clamp_(min=torch.finfo(z.dtype).min)
-            torch.sum(p.mul_(shifted), -1, keepdim=True, out=self.weighted)
-
-
-# If every m is in this range, e^z does not overflow, and it does not underflow where p is above e^-70 (float32).
-_CENTRAL = (-16.0, 64.0)
+            torch.sum(w.mul_(shifted), -1, keepdim=True, out=self.weighted)
 
 
 class RowState(NamedTuple):
     """(m, 1 / s, u / s) of each row, (n, 1) each. For a row without mass, where every z is -inf: (-inf, inf, 0)."""
 
     maximum: Tensor
-    peak: Tensor  # 1 / s, the probability of the largest logit: p = peak * e^(z - maximum)
+    peak: Tensor  # 1 / s, the probability of a logit that is m: p = peak * e^(z - m)
     mean: Tensor | None  # u / s, the mean of z - m under p; None without an entropy
 
     @classmethod
     def of(cls, sums: Sums) -> RowState:
         """The state that follows from the sums of a block.
 
-        torch's softmax divides by a sum whose rounding error grows with V. All entries of p share this error, so
+        torch's softmax divides by a sum whose rounding error grows with V. All of its entries share this error, so
         dividing by `mass` removes it.
         """
         empty = sums.maximum == -torch.inf
@@ -203,14 +241,10 @@ class Upstream(NamedTuple):
         Unchanged if that is unsafe in some row, because e^z may overflow or the product with e^-m loses digits; if
         there is an entropy gradient; and off the CPU, where the check would wait for the device.
         """
-        if self.maximum is None or self.entropy is not None or self.maximum.device.type != "cpu":
+        if self.maximum is None or self.entropy is not None:
             return self
-        low, high = _CENTRAL
-        if not bool(((self.maximum > low) & (self.maximum < high)).all()):
-            return self
-        scale = (self.scale.double() * (-self.maximum.double()).exp()).to(self.scale.dtype)
-        normal = (scale.abs() >= torch.finfo(scale.dtype).tiny) | (self.scale == 0)
-        return self._replace(maximum=None, scale=scale) if bool(normal.all()) else self
+        scale = without_shift(self.scale, self.maximum)
+        return self if scale is None else self._replace(maximum=None, scale=scale)
 
     def split(self, sizes: list[int]) -> list[Upstream]:
         """The gradient of each of consecutive groups of rows."""
@@ -227,36 +261,34 @@ class Upstream(NamedTuple):
         return self._replace(columns=columns, logp=self.logp.masked_fill(outside, 0))
 
 
-def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, seeds: Tensor, scratch: Tensor | None) -> Tensor:
-    """dz (n, V) into `out`, which may be z. `seeds` (n, V) is 0 before and after; `scratch` is for the entropy.
+def without_shift(factor: Tensor, m: Tensor) -> Tensor | None:
+    """factor * e^-m, so that `factor * e^(z - m)` is it times e^z, which needs no subtraction. All are (n, 1).
 
-    The backward of log-softmax is grad - e^output * sum(grad). If grad has one entry S per row, this gives -S e^output
-    in one pass over the block, except at that entry (the row's first label), which is repaired afterwards.
+    None if that is unsafe in some row, because e^z may overflow or the product loses digits; and off the CPU, where the
+    check would wait for the device.
     """
-    anchor = upstream.columns[:, :1]
+    if m.device.type != "cpu":
+        return None
+    low, high = _CENTRAL
+    if not bool(((m > low) & (m < high)).all()):
+        return None
+    scale = (factor.double() * (-m.double()).exp()).to(factor.dtype)
+    normal = (scale.abs() >= torch.finfo(scale.dtype).tiny) | (factor == 0)
+    return scale if bool(normal.all()) else None
+
+
+def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, scratch: Tensor | None) -> Tensor:
+    """dz (n, V) into `out`, which may be z. `scratch` (n, V) is for the entropy."""
     shifted = z if upstream.maximum is None else torch.sub(z, upstream.maximum, out=out)
-    repaired = shifted.gather(-1, anchor).exp_().mul_(upstream.scale).neg_()
-    seeds.scatter_(-1, anchor, upstream.scale)
     if upstream.entropy is None:
-        _negative_exp(shifted, seeds, out)
-        if upstream.columns.shape[-1] == 1:
-            out.scatter_(-1, anchor, repaired.add_(upstream.logp))
-        else:
-            out.scatter_(-1, anchor, repaired).scatter_add_(-1, upstream.columns, upstream.logp)
+        dz = torch.exp(shifted, out=out).mul_(-upstream.scale)
     else:
         assert scratch is not None
         assert upstream.offset is not None
-        _negative_exp(shifted, seeds, scratch).scatter_(-1, anchor, repaired)
+        torch.exp(shifted, out=scratch).mul_(-upstream.scale)
         # e^-1e4 is 0 in any dtype, but 0 * -inf would be NaN
-        slope = torch.clamp(shifted, min=-1e4, out=out).mul_(upstream.entropy).add_(upstream.offset)
-        torch.mul(scratch, slope, out=out).scatter_add_(-1, upstream.columns, upstream.logp)
-    seeds.scatter_(-1, anchor, 0)
-    return out
-
-
-def _negative_exp(x: Tensor, seeds: Tensor, out: Tensor) -> Tensor:
-    """-e^x times the only nonzero entry of each row of `seeds`, into `out`; wrong at that entry."""
-    return torch._log_softmax_backward_data(seeds, x, -1, x.dtype, out=out)
+        dz = torch.clamp(shifted, min=-1e4, out=out).mul_(upstream.entropy).add_(upstream.offset).mul_(scratch)
+    return dz.scatter_add_(-1, upstream.columns, upstream.logp)
 
 
 def column(rows: Tensor | None, like: Tensor) -> Tensor:
