@@ -131,10 +131,9 @@ def _kept_and_rest_backward(
             incoming = upstream[rows] / divisor
             if with_rest:
                 x = _load(z[rows], scratch, divisor)
-                scale = without_shift(incoming[:, -1:], lse[rows])
-                if scale is None:
-                    scale = incoming[:, -1:]
-                    x.scatter_(-1, index[rows], -math.inf).sub_(lse[rows])
+                shift, scale = without_shift(incoming[:, -1:], lse[rows])
+                if shift is not None:
+                    x.scatter_(-1, index[rows], -math.inf).sub_(shift)
                 x.exp_().mul_(scale)
             else:
                 x = scratch[: index[rows].shape[0]].zero_()

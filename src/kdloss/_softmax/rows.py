@@ -217,7 +217,7 @@ class RowState(NamedTuple):
 class Upstream(NamedTuple):
     """The incoming gradient of some rows, in the form that `gradient_of` takes."""
 
-    maximum: Tensor | None  # (n, 1) m; None if `scale` includes e^-m
+    maximum: Tensor | None  # (n, 1) m, or 0 in a row whose `scale` includes e^-m; None if all rows do
     scale: Tensor  # (n, 1): sum_k g_k / s; 1 / s with an entropy gradient
     columns: Tensor  # (n, K) int64, each inside the block; any column where logp is 0
     logp: Tensor  # (n, K) g, 0 where the label is ignored or in another part of the row
@@ -236,15 +236,14 @@ class Upstream(NamedTuple):
         return cls(state.maximum, state.peak, columns, logp, entropy, total - entropy * state.mean)
 
     def unshifted(self) -> Upstream:
-        """The same gradient with e^-m included in `scale`, which saves the subtraction of m.
+        """The same gradient with e^-m included in `scale` where that is safe, which saves the subtraction of m.
 
-        Unchanged if that is unsafe in some row, because e^z may overflow or the product with e^-m loses digits; if
-        there is an entropy gradient; and off the CPU, where the check would wait for the device.
+        Unchanged if there is an entropy gradient.
         """
         if self.maximum is None or self.entropy is not None:
             return self
-        scale = without_shift(self.scale, self.maximum)
-        return self if scale is None else self._replace(maximum=None, scale=scale)
+        shift, scale = without_shift(self.scale, self.maximum)
+        return self._replace(maximum=shift, scale=scale)
 
     def split(self, sizes: list[int]) -> list[Upstream]:
         """The gradient of each of consecutive groups of rows."""
@@ -261,20 +260,20 @@ class Upstream(NamedTuple):
         return self._replace(columns=columns, logp=self.logp.masked_fill(outside, 0))
 
 
-def without_shift(factor: Tensor, m: Tensor) -> Tensor | None:
-    """factor * e^-m, so that `factor * e^(z - m)` is it times e^z, which needs no subtraction. All are (n, 1).
+def without_shift(factor: Tensor, m: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(shift, scale) with `factor * e^(z - m) = scale * e^(z - shift)`, all (n, 1). A shift of None is 0 in every row.
 
-    None if that is unsafe in some row, because e^z may overflow or the product loses digits; and off the CPU, where the
-    check would wait for the device.
+    The shift is 0 in a row where that is safe: e^z does not overflow, and the product with e^-m loses no digits. Off
+    the CPU it is m, because a look at the rows would wait for the device.
     """
     if m.device.type != "cpu":
-        return None
+        return m, factor
     low, high = _CENTRAL
-    if not bool(((m > low) & (m < high)).all()):
-        return None
     scale = (factor.double() * (-m.double()).exp()).to(factor.dtype)
-    normal = (scale.abs() >= torch.finfo(scale.dtype).tiny) | (factor == 0)
-    return scale if bool(normal.all()) else None
+    safe = (m > low) & (m < high) & ((scale.abs() >= torch.finfo(scale.dtype).tiny) | (factor == 0))
+    if bool(safe.all()):
+        return None, scale
+    return m.masked_fill(safe, 0), torch.where(safe, scale, factor)
 
 
 def gradient_of(z: Tensor, upstream: Upstream, *, out: Tensor, scratch: Tensor | None) -> Tensor:
