@@ -211,7 +211,8 @@ class RowState(NamedTuple):
             total += mass
             if part.mean is not None:
                 weighted += mass * (part.mean + shift)
-        return RowState(maximum, total.reciprocal(), None if self.mean is None else weighted / total.clamp(min=1))
+        mean = None if self.mean is None else weighted / total.masked_fill(total == 0, 1)
+        return RowState(maximum, total.reciprocal(), mean)
 
 
 class Upstream(NamedTuple):
