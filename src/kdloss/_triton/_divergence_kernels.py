@@ -339,7 +339,7 @@ def pair_sum_kernel(
     write_sums(found, slope, row, value, total, part)
 
 
-@triton.jit(do_not_specialize=["factor", "total", "numbers", "size", "plane", "span"])
+@triton.jit(do_not_specialize=["factor", "total", "numbers", "size", "plane"])
 def divergence_gradient_kernel(
     x,
     y,
