@@ -121,36 +121,34 @@ def log2_1p(x):
 
 
 @triton.jit
-def mixed(q, p, rest_bits, teacher_bits):
-    """What follows from q = log2 Q and p = log2 P, with Q and P the shares of student and teacher in the mixture M.
+def mixed(q, p, odds, rest_bits, teacher_bits):
+    """(q, p, a, b, w) from log2 q and log2 p: a = log2(q / m), b = log2(p / m), w = the student's share of m.
 
-    P, Q and, with a = log2(q / M), b = log2(p / M): a, b and ratio = min(P, Q) / max(P, Q); `first` is P > Q. Two
-    exponentials: max(P, Q) and the ratio. The bits are -log2 of the shares.
+    The mixture is m = (1 - omega) q + omega p. The numbers of bits are -log2(1 - omega) and -log2 omega, and odds is
+    log2(omega / (1 - omega)). No term has the size of a large number of bits if its result has not: with a share of
+    1e-30, a JSD is of the order of 1e-30, and still has its digits.
     """
     q, p = tl.maximum(q, -SATURATED), tl.maximum(p, -SATURATED)  # so that a mass of 0 gives 0 in every product
-    t = p - q
-    ratio = tl.exp2(-tl.abs(t))
-    larger = tl.exp2(tl.maximum(q, p))
-    smaller = larger * ratio
+    d = p - q
+    t = d + odds
+    ratio = tl.exp2(-tl.abs(t))  # of the smaller part of m to the larger one
     first = t > 0
-    series = log2_1p(ratio)
-    a = rest_bits - series * ratio - tl.maximum(t, 0.0)
-    b = teacher_bits - series * ratio + tl.minimum(t, 0.0)
-    return tl.where(first, smaller, larger), tl.where(first, larger, smaller), a, b, ratio, first
+    larger = tl.where(first, teacher_bits, rest_bits) - log2_1p(ratio) * ratio  # of log2(q / m) and log2(p / m)
+    a, b = larger - tl.where(first, d, 0.0), larger + tl.where(first, 0.0, d)
+    return tl.exp2(q), tl.exp2(p), a, b, tl.where(first, ratio, 1.0) / (1 + ratio)
 
 
 @triton.jit
-def mixture_terms(kind: tl.constexpr, q, p, rest_bits, teacher_bits):
-    """(term of the value, G) up to the factors of `write_sums`."""
-    mass_q, mass_p, a, b, ratio, first = mixed(q, p, rest_bits, teacher_bits)
+def mixture_terms(kind: tl.constexpr, q, p, odds, rest_bits, teacher_bits):
+    """The two sums that `write_sums` takes, in some columns."""
+    q, p, a, b, w = mixed(q, p, odds, rest_bits, teacher_bits)
     if kind == "generalized_jsd":
-        g = mass_q * a
-        value = mass_p * b + g
-    elif kind == "skewed_forward_kl":  # P Q / M
-        value, g = mass_p * b, mass_p * tl.where(first, ratio, 1.0) / (1 + ratio)
+        found, slope = p * b, q * a
+    elif kind == "skewed_forward_kl":
+        found, slope = p * b, p * w
     else:
-        value, g = mass_q * a, mass_q * tl.where(first, ratio, 1.0) / (1 + ratio)
-    return value, g
+        found, slope = q * a, q * w
+    return found, slope
 
 
 @triton.jit
@@ -179,16 +177,16 @@ def write_state(state, row, value, total, numbers, plane, kind: tl.constexpr):
 
 
 @triton.jit
-def write_sums(found, slope, row, value, total, omega, log_omega, log_rest, kind: tl.constexpr, part: tl.constexpr):
-    """Write a mixture's value and sum of G, from the sums of the terms; only the value of a whole row is at least 0."""
+def write_sums(found, slope, row, value, total, omega, rest, kind: tl.constexpr, part: tl.constexpr):
+    """Write a mixture's value and sum of G, from the sums of its terms; only the value of a whole row is at least 0."""
     if kind == "generalized_jsd":
-        found, slope = found * LOG_2, slope * LOG_2
+        slope = slope * LOG_2 * rest
+        found = found * LOG_2 * omega + slope
     elif kind == "skewed_forward_kl":
-        found, slope = found * LOG_2 / omega, -slope / omega
+        found, slope = found * LOG_2, -slope
     else:
-        rest = 1 - omega
-        found = found * LOG_2 / rest
-        slope = found - slope / rest
+        found = found * LOG_2
+        slope = found - slope
     if not part:
         found = tl.where(found < 0, 0.0, found)
     tl.store(value + row, found)
@@ -357,9 +355,10 @@ def mixture_kernel(
     softcap,
     teacher_logit_scale,
     teacher_softcap,
-    omega,
+    omega,  # the teacher's share
+    rest,  # the student's, 1 - omega
     log_omega,
-    log_rest,  # log(1 - omega)
+    log_rest,
     size,
     plane,
     x_stride,
@@ -380,8 +379,8 @@ def mixture_kernel(
     rate2 = row_rate(row_temperature, row, temperature) * LOG2_E
     m_q, log_s_q = tl.load(numbers + row), tl.load(numbers + plane + row)
     m_p, log_s_p = tl.load(numbers + 2 * plane + row), tl.load(numbers + 3 * plane + row)
-    minus_q, minus_p = (log_rest - log_s_q) * LOG2_E, (log_omega - log_s_p) * LOG2_E
-    rest_bits, teacher_bits = -log_rest * LOG2_E, -log_omega * LOG2_E
+    minus_q, minus_p = -log_s_q * LOG2_E, -log_s_p * LOG2_E
+    odds, rest_bits, teacher_bits = (log_omega - log_rest) * LOG2_E, -log_rest * LOG2_E, -log_omega * LOG2_E
     values, gradients = tl.zeros([lanes], tl.float32), tl.zeros([lanes], tl.float32)
     found, slope = float("nan"), float("nan")
     if not no_distribution(log_s_q, log_s_p):
@@ -406,7 +405,7 @@ def mixture_kernel(
                 shifted,
             )
             q, p = (c_q - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
-            term, g = mixture_terms(kind, q, p, rest_bits, teacher_bits)
+            term, g = mixture_terms(kind, q, p, odds, rest_bits, teacher_bits)
             values += tl.sum(term, 1)
             gradients += tl.sum(g, 1)
         if whole < last:
@@ -426,7 +425,7 @@ def mixture_kernel(
                 shifted,
             )
             q, p = (c_q - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
-            term, g = mixture_terms(kind, q, p, rest_bits, teacher_bits)
+            term, g = mixture_terms(kind, q, p, odds, rest_bits, teacher_bits)
             values += tl.sum(term, 1)
             gradients += tl.sum(g, 1)
         if first == 0:
@@ -435,12 +434,12 @@ def mixture_kernel(
             end_q = side_of_ends(x, bias, column, inside, logit_scale, softcap)
             end_p = side_of_ends(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
             end_q, end_p = (end_q - m_q) * rate2 + minus_q, (end_p - m_p) * rate2 + minus_p
-            end_term, end_g = mixture_terms(kind, end_q, end_p, rest_bits, teacher_bits)
+            end_term, end_g = mixture_terms(kind, end_q, end_p, odds, rest_bits, teacher_bits)
             values += end_term
             gradients += end_g
         found, slope = tl.sum(values, 0), tl.sum(gradients, 0)
     if parts is None:
-        write_sums(found, slope, row, value, total, omega, log_omega, log_rest, kind, part)
+        write_sums(found, slope, row, value, total, omega, rest, kind, part)
     else:
         tl.store(parts + program, found)
         tl.store(parts + part_plane + program, slope)
@@ -452,8 +451,7 @@ def pair_sum_kernel(
     total,
     parts,
     omega,
-    log_omega,
-    log_rest,
+    rest,
     part_plane,
     splits,
     kind: tl.constexpr,
@@ -466,28 +464,25 @@ def pair_sum_kernel(
     place = parts + row * splits + k
     found = tl.sum(tl.load(place, mask=k < splits, other=0.0), 0)
     slope = tl.sum(tl.load(place + part_plane, mask=k < splits, other=0.0), 0)
-    write_sums(found, slope, row, value, total, omega, log_omega, log_rest, kind, part)
+    write_sums(found, slope, row, value, total, omega, rest, kind, part)
 
 
 @triton.jit
-def gradient_terms(kind: tl.constexpr, q, p, rest_bits, teacher_bits, sum_g, omega):
-    """G - q sum G, where q and p are log2 of the masses, or of the shares in a mixture."""
+def gradient_terms(kind: tl.constexpr, q, p, odds, rest_bits, teacher_bits, sum_g, rest):
+    """G - q sum G from log2 q and log2 p."""
     if kind == "forward_kl":
         found = -tl.exp2(p) - tl.exp2(q) * sum_g
     elif kind == "reverse_kl":
         mass = tl.exp2(q)
         found = weighted(mass, q, p) * LOG_2 - mass * sum_g
     else:
-        mass_q, mass_p, a, b, ratio, first = mixed(q, p, rest_bits, teacher_bits)
-        rest = 1 - omega
+        q, p, a, b, w = mixed(q, p, odds, rest_bits, teacher_bits)
         if kind == "generalized_jsd":
-            found = mass_q * (a * LOG_2 - sum_g / rest)
+            found = q * (a * (rest * LOG_2) - sum_g)
+        elif kind == "skewed_forward_kl":
+            found = -p * w - q * sum_g
         else:
-            w = tl.where(first, ratio, 1.0) / (1 + ratio)
-            if kind == "skewed_forward_kl":
-                found = -mass_p * w * (1 / omega) - mass_q * (sum_g / rest)
-            else:
-                found = mass_q * ((a * LOG_2 - w - sum_g) * (1 / rest))
+            found = q * (a * LOG_2 - w - sum_g)
     return found
 
 
@@ -513,6 +508,7 @@ def divergence_gradient_kernel(
     teacher_logit_scale,
     teacher_softcap,
     omega,
+    rest,
     log_omega,
     log_rest,
     size,
@@ -543,11 +539,8 @@ def divergence_gradient_kernel(
         rate2 = rate * LOG2_E
         m_q, log_s_q = tl.load(numbers + row), tl.load(numbers + plane + row)
         m_p, log_s_p = tl.load(numbers + 2 * plane + row), tl.load(numbers + 3 * plane + row)
-        if kind == "forward_kl" or kind == "reverse_kl":
-            minus_q, minus_p = -log_s_q * LOG2_E, -log_s_p * LOG2_E
-        else:
-            minus_q, minus_p = (log_rest - log_s_q) * LOG2_E, (log_omega - log_s_p) * LOG2_E
-        rest_bits, teacher_bits = -log_rest * LOG2_E, -log_omega * LOG2_E
+        minus_q, minus_p = -log_s_q * LOG2_E, -log_s_p * LOG2_E
+        odds, rest_bits, teacher_bits = (log_omega - log_rest) * LOG2_E, -log_rest * LOG2_E, -log_omega * LOG2_E
         sum_g = tl.load(total + row)
         weight = incoming * rate
         for start in range(first, whole, lanes):
@@ -567,7 +560,7 @@ def divergence_gradient_kernel(
                 shifted,
             )
             q, p = (c - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
-            dx = gradient_terms(kind, q, p, rest_bits, teacher_bits, sum_g, omega) * weight
+            dx = gradient_terms(kind, q, p, odds, rest_bits, teacher_bits, sum_g, rest) * weight
             store_cells(out + head, start, cells, dx * capped_slope(c, logit_scale, softcap), lanes, width, False)
         if whole < last:
             c = side_of_cells(x, bias, whole, head, cells, logit_scale, softcap, lanes, width, True, shifted, shifted)
@@ -586,12 +579,12 @@ def divergence_gradient_kernel(
                 shifted,
             )
             q, p = (c - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
-            dx = gradient_terms(kind, q, p, rest_bits, teacher_bits, sum_g, omega) * weight
+            dx = gradient_terms(kind, q, p, odds, rest_bits, teacher_bits, sum_g, rest) * weight
             store_cells(out + head, whole, cells, dx * capped_slope(c, logit_scale, softcap), lanes, width, True)
         end_c = side_of_ends(x, bias, column, at_end, logit_scale, softcap)
         end_p = side_of_ends(y, teacher_bias, column, at_end, teacher_logit_scale, teacher_softcap)
         q_end, p_end = (end_c - m_q) * rate2 + minus_q, (end_p - m_p) * rate2 + minus_p
-        d_end = gradient_terms(kind, q_end, p_end, rest_bits, teacher_bits, sum_g, omega) * weight
+        d_end = gradient_terms(kind, q_end, p_end, odds, rest_bits, teacher_bits, sum_g, rest) * weight
         d_end *= capped_slope(end_c, logit_scale, softcap)
         tl.store(out + column, d_end.to(out.dtype.element_ty), mask=at_end)
     else:

@@ -60,10 +60,11 @@ class Pair(NamedTuple):
         return _launch.any_shifted(leader, self._width, *rows, *biases)
 
     @property
-    def _shares(self) -> tuple[float, float, float]:
-        """The teacher's share, its log, and the log of the student's."""
-        log, log_rest = math.log(self.share), math.log1p(-self.share)
-        return (1 - self.share, log_rest, log) if self.kind == "skewed_reverse_kl" else (self.share, log, log_rest)
+    def _shares(self) -> tuple[float, float, float, float]:
+        """The shares of teacher and student, and their logs."""
+        share, rest = self.share, 1 - self.share
+        log, log_rest = math.log(share), math.log1p(-share)
+        return (rest, share, log_rest, log) if self.kind == "skewed_reverse_kl" else (share, rest, log, log_rest)
 
     def value_(self, out: Tensor, known: Tensor) -> None:
         """Write the divergence to `out` (R,), and the five values per row that the gradient needs to `known` (5, R)."""
@@ -167,7 +168,7 @@ class Pair(NamedTuple):
                     out,
                     known[4],
                     parts,
-                    *self._shares,
+                    *self._shares[:2],
                     rows * launch.splits,
                     launch.splits,
                     self.kind,

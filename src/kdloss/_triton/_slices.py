@@ -267,26 +267,16 @@ def gradient_kernel(
         body_bias = bias
         if bias is not None:
             body_bias = bias + start + head
-        for begin in range(first, whole, lanes):
+        for begin in range(first, last, lanes):
             c = logits_of_cells(
-                x + head, body_bias, begin, cells, logit_scale, softcap, lanes, width, False, shifted, shifted
+                x + head, body_bias, begin, cells, logit_scale, softcap, lanes, width, True, shifted, shifted
             )
             dz = slope_of_row(c, rate, m, top, average, total, h, entropy_gradient is not None)
             column = start + head + columns_of(begin, lanes, width)
             begins = start + head + begin * width
             dz = with_labels(dz, column, begins, columns, logp_gradient, row, n_labels, lanes * width, block_labels)
             dx = dz * rate * capped_slope(c, logit_scale, softcap)
-            store_cells(body, begin, cells, dx, lanes, width, False)
-        if whole < last:
-            c = logits_of_cells(
-                x + head, body_bias, whole, cells, logit_scale, softcap, lanes, width, True, shifted, shifted
-            )
-            dz = slope_of_row(c, rate, m, top, average, total, h, entropy_gradient is not None)
-            column = start + head + columns_of(whole, lanes, width)
-            begins = start + head + whole * width
-            dz = with_labels(dz, column, begins, columns, logp_gradient, row, n_labels, lanes * width, block_labels)
-            dx = dz * rate * capped_slope(c, logit_scale, softcap)
-            store_cells(body, whole, cells, dx, lanes, width, True)
+            store_cells(body, begin, cells, dx, lanes, width, True)
         end = tl.load(x + here, mask=at_end, other=0.0)
         c_end = logit_of(end, bias, start + here, at_end, logit_scale, softcap)
         d_end = slope_of_row(c_end, rate, m, top, average, total, h, entropy_gradient is not None)
