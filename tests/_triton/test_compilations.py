@@ -60,9 +60,9 @@ def test_shapes_share_their_code():
     for launch in compiled("_triton.test_compilations:calls"):
         codes[launch.kernel].add(launch.code)
     assert {kernel: len(found) for kernel, found in codes.items()} == {
-        "forward_kernel": 3,  # many even rows, many odd rows, few rows
+        "forward_kernel": 2,  # many rows, few rows; even vocabularies and odd ones share their code
         "merge_kernel": 1,
-        "backward_kernel": 3,
+        "backward_kernel": 2,
         "order_kernel": 1,
         "take_kernel": 1,
         "fold_kernel": 3,  # the first slice, the last, and those in between
@@ -71,7 +71,7 @@ def test_shapes_share_their_code():
         "state_kernel": 1,
         "mixture_kernel": 1,
         "divergence_gradient_kernel": 1,
-        "kept_and_rest_kernel": 3,  # many even rows, many odd rows, few rows
+        "kept_and_rest_kernel": 2,
         "finish_kernel": 1,
-        "kept_and_rest_backward_kernel": 3,
+        "kept_and_rest_backward_kernel": 2,
     }

@@ -39,7 +39,7 @@ from ._row_math import (
     body_of,
     capped,
     capped_slope,
-    clear_cells,
+    clear_row,
     columns_of,
     end_columns,
     load_cells,
@@ -529,8 +529,6 @@ def divergence_gradient_kernel(
     first = tl.program_id(1) * blocks * lanes
     last = tl.minimum(first + blocks * lanes, cells)
     whole = first + tl.maximum(last - first, 0) // lanes * lanes
-    column = end_columns(head, cells, width, 4 * width)
-    at_end = (column < size) & (first == 0)
     incoming = tl.load(factor + row).to(tl.float32)
     if incoming != 0:
         x += row.to(tl.int64) * x_stride
@@ -581,6 +579,8 @@ def divergence_gradient_kernel(
             q, p = (c - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
             dx = gradient_terms(kind, q, p, odds, rest_bits, teacher_bits, sum_g, rest) * weight
             store_cells(out + head, whole, cells, dx * capped_slope(c, logit_scale, softcap), lanes, width, True)
+        column = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
+        at_end = (column < size) & (first == 0)
         end_c = side_of_ends(x, bias, column, at_end, logit_scale, softcap)
         end_p = side_of_ends(y, teacher_bias, column, at_end, teacher_logit_scale, teacher_softcap)
         q_end, p_end = (end_c - m_q) * rate2 + minus_q, (end_p - m_p) * rate2 + minus_p
@@ -588,11 +588,8 @@ def divergence_gradient_kernel(
         d_end *= capped_slope(end_c, logit_scale, softcap)
         tl.store(out + column, d_end.to(out.dtype.element_ty), mask=at_end)
     else:
-        clear_cells(out, column, at_end, out + head, first, whole, last, cells, lanes, width)
+        clear_row(out, size, head, cells, first, last, lanes, width)
     if (first == 0) & (out_columns > size):
         padding = out + size
         pad_head, pad_cells = body_of(padding, out_columns - size, width, False)
-        pad_column = end_columns(pad_head, pad_cells, width, 4 * width)
-        pad_end = pad_column < out_columns - size
-        pad_whole = pad_cells // lanes * lanes
-        clear_cells(padding, pad_column, pad_end, padding + pad_head, 0, pad_whole, pad_cells, pad_cells, lanes, width)
+        clear_row(padding, out_columns - size, pad_head, pad_cells, 0, pad_cells, lanes, width)

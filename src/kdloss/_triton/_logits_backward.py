@@ -32,7 +32,7 @@ from ._row_math import (
     body_of,
     capped,
     capped_slope,
-    clear_cells,
+    clear_row,
     columns_of,
     end_columns,
     load_cells,
@@ -43,19 +43,47 @@ from ._row_math import (
 
 
 @triton.jit
-def incoming(gradient, columns, row, n_labels, row_stride, label_stride, label_stop, block_labels: tl.constexpr):
-    """(sum of the gradients of a row's labels below `label_stop`, whether any is not 0, whether there is a label)."""
-    total, active, labelled = 0.0, 0, 0
+def owned(label, head, first, last, cells, vocab_size, width: tl.constexpr):
+    """Which labels are columns that this program writes: in its cells, or at the ends if it is the first."""
+    place = label - head
+    mine = (place >= first * width) & (place < last * width)
+    mine = mine | ((first == 0) & ((place < 0) | (place >= cells * width)))
+    return mine & (label >= 0) & (label < vocab_size)
+
+
+@triton.jit
+def incoming(
+    gradient,
+    columns,
+    row,
+    n_labels,
+    row_stride,
+    label_stride,
+    part,
+    head,
+    first,
+    last,
+    cells,
+    vocab_size,
+    width: tl.constexpr,
+    block_labels: tl.constexpr,
+):
+    """(sum of the gradients of a row's labels, whether any is not 0, whether there is a label, how many are `owned`).
+
+    All sums over threads are taken here, where none of them has branched off: elsewhere ptxas spilled.
+    """
+    total, active, labelled, mine = 0.0, 0, 0, 0
     for start in range(0, n_labels, block_labels):
         k = start + tl.arange(0, block_labels)
         label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
         labelled += tl.sum((label != -100).to(tl.int32), 0)
         if gradient is not None:
-            inside = (label >= 0) & (label < label_stop)
+            inside = (label >= 0) & (label < vocab_size + part)
             g = tl.load(gradient + row.to(tl.int64) * row_stride + k * label_stride, mask=inside, other=0.0)
             total += tl.sum(g.to(tl.float32), 0)
             active += tl.sum((g != 0).to(tl.int32), 0)
-    return total, active > 0, labelled > 0
+            mine += tl.sum(owned(label, head, first, last, cells, vocab_size, width).to(tl.int32), 0)
+    return total, active > 0, labelled > 0, mine
 
 
 @triton.jit
@@ -120,10 +148,21 @@ def backward_kernel(
     first = (program % chunks) * blocks * lanes
     last = tl.minimum(first + blocks * lanes, cells)
     whole = first + tl.maximum(last - first, 0) // lanes * lanes
-    column = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
-    at_end = (column < all_columns) & (first == 0)
-    total, active, labelled = incoming(
-        logp_gradient, columns, row, n_labels, g_row_stride, g_label_stride, vocab_size + part, block_labels
+    total, active, labelled, n_owned = incoming(
+        logp_gradient,
+        columns,
+        row,
+        n_labels,
+        g_row_stride,
+        g_label_stride,
+        part,
+        head,
+        first,
+        last,
+        cells,
+        vocab_size,
+        width,
+        block_labels,
     )
     h = 0.0
     if entropy_gradient is not None:
@@ -152,21 +191,20 @@ def backward_kernel(
             dx = slope_of(x, softcap, m, rate, offset, share, 0.0, with_entropy)
             dx = tl.where(head + columns_of(whole, lanes, width) < vocab_size, dx, 0.0)
             store_cells(body, whole, cells, dx, lanes, width, True)
+        column = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
+        at_end = (column < all_columns) & (first == 0)
         end = tl.load(row_logits + column, mask=at_end, other=0.0)
         d_end = slope_of(end, softcap, m, rate, offset, share, 0.0, with_entropy)
         d_end = tl.where(column < vocab_size, d_end, 0.0)
         tl.store(out + column, d_end.to(out.dtype.element_ty), mask=at_end)
         if logp_gradient is not None:
-            g_row = logp_gradient + row.to(tl.int64) * g_row_stride
-            for start in range(0, n_labels, block_labels):
-                k = start + tl.arange(0, block_labels)
-                label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
-                place = label - head
-                mine = (place >= first * width) & (place < last * width)
-                mine = mine | ((first == 0) & ((place < 0) | (place >= cells * width)))
-                here = mine & (label >= 0) & (label < vocab_size)
-                if tl.sum(here.to(tl.int32), 0) > 0:  # rare: K labels over all chunks
-                    tl.debug_barrier()  # the loop above also wrote at the labels, and must finish first
+            if n_owned > 0:  # rare: K labels over all chunks
+                tl.debug_barrier()  # the loop above also wrote at the labels, and must finish first
+                g_row = logp_gradient + row.to(tl.int64) * g_row_stride
+                for start in range(0, n_labels, block_labels):
+                    k = start + tl.arange(0, block_labels)
+                    label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
+                    here = owned(label, head, first, last, cells, vocab_size, width)
                     g = tl.zeros([block_labels], tl.float32)
                     for other in range(n_labels):
                         same = label == tl.load(columns + row.to(tl.int64) * n_labels + other)
@@ -175,7 +213,7 @@ def backward_kernel(
                     changed = slope_of(at_label, softcap, m, rate, offset, share, g * rate, with_entropy)
                     tl.store(out + label, changed.to(out.dtype.element_ty), mask=here)
     else:
-        clear_cells(out, column, at_end, body, first, whole, last, cells, lanes, width)
+        clear_row(out, all_columns, head, cells, first, last, lanes, width)
 
 
 def backward(

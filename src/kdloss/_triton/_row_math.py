@@ -279,14 +279,17 @@ def store_cells(x, start, cells, value, lanes: tl.constexpr, width: tl.constexpr
 
 
 @triton.jit
-def clear_cells(row, column, at_end, x, first, whole, last, cells, lanes: tl.constexpr, width: tl.constexpr):
-    """Write 0 to the cells from `first` to `last`, of which x is the first of the row, and to the ends of the row."""
+def clear_row(row, columns, head, cells, first, last, lanes: tl.constexpr, width: tl.constexpr):
+    """Write 0 to the cells of a row from `first` to `last`, and to its ends if `first` is 0."""
     zero = tl.zeros([lanes, width], tl.float32)
+    whole = first + tl.maximum(last - first, 0) // lanes * lanes
     for start in range(first, whole, lanes):
-        store_cells(x, start, cells, zero, lanes, width, False)
+        store_cells(row + head, start, cells, zero, lanes, width, False)
     if whole < last:
-        store_cells(x, whole, cells, zero, lanes, width, True)
-    tl.store(row + column, tl.zeros([column.shape[0]], row.dtype.element_ty), mask=at_end)
+        store_cells(row + head, whole, cells, zero, lanes, width, True)
+    column = end_columns(head, cells, width, 4 * width)
+    zeros = tl.zeros([4 * width], row.dtype.element_ty)
+    tl.store(row + column, zeros, mask=(column < columns) & (first == 0))
 
 
 @triton.jit

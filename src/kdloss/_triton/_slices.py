@@ -37,7 +37,7 @@ from ._row_math import (
     body_of,
     capped,
     capped_slope,
-    clear_cells,
+    clear_row,
     columns_of,
     empty_state,
     end_columns,
@@ -232,11 +232,19 @@ def gradient_kernel(
     shifted: tl.constexpr,  # whether rows of x, or the bias, may begin elsewhere between multiples of 4 than those of out
     block_labels: tl.constexpr,
 ):
+    tl.static_assert(blocks <= 4)
+    tl.static_assert(block_labels < 256)
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + place)
+    out += place * out_stride
+    head, cells = body_of(out, size, width, shifted)
+    first = tl.program_id(1) * blocks * lanes
+    last = tl.minimum(first + blocks * lanes, cells)
+    body = out + head
     total = 0.0
     wanted = 0
     n_found = 0
+    near = 0  # a byte for each block of this program: not 0 if there is a label in it
     for label_start in range(0, n_labels, block_labels):
         k = label_start + tl.arange(0, block_labels)
         label = tl.load(columns + row * n_labels + k, mask=k < n_labels, other=-100)
@@ -244,20 +252,16 @@ def gradient_kernel(
         total += tl.sum(g, 0)
         wanted += tl.sum((g != 0).to(tl.int32), 0)
         n_found += tl.sum((label >= 0).to(tl.int32), 0)
+        away = label - (start + head + first * width)
+        inside = (away >= 0) & (away < (last - first) * width)
+        block = tl.where(inside, away, 0).to(tl.int32) // (lanes * width)
+        near = near | tl.sum(tl.where(inside, 1 << (8 * block), 0), 0)
     h = 0.0
     if entropy_gradient is not None:
         if n_found > 0:
             h = tl.load(entropy_gradient + row)
         wanted += tl.where(h != 0, 1, 0)
 
-    out += place * out_stride
-    head, cells = body_of(out, size, width, shifted)
-    first = tl.program_id(1) * blocks * lanes
-    last = tl.minimum(first + blocks * lanes, cells)
-    whole = first + tl.maximum(last - first, 0) // lanes * lanes
-    here = end_columns(head, cells, width, 4 * width)
-    at_end = (here < size) & (first == 0)
-    body = out + head
     if wanted > 0:
         x += (place if places is None else tl.load(places + place)) * x_stride
         rate = row_rate(row_temperature, row, temperature)
@@ -272,40 +276,30 @@ def gradient_kernel(
                 x + head, body_bias, begin, cells, logit_scale, softcap, lanes, width, True, shifted, shifted
             )
             dz = slope_of_row(c, rate, m, top, average, total, h, entropy_gradient is not None)
-            column = start + head + columns_of(begin, lanes, width)
-            begins = start + head + begin * width
-            dz = with_labels(dz, column, begins, columns, logp_gradient, row, n_labels, lanes * width, block_labels)
+            if near & 255 != 0:  # rare: K labels over V columns
+                column = start + head + columns_of(begin, lanes, width)
+                dz = add_labels(dz, column, columns, logp_gradient, row, n_labels)
+            near = near >> 8
             dx = dz * rate * capped_slope(c, logit_scale, softcap)
             store_cells(body, begin, cells, dx, lanes, width, True)
+        here = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
+        at_end = (here < size) & (first == 0)
         end = tl.load(x + here, mask=at_end, other=0.0)
         c_end = logit_of(end, bias, start + here, at_end, logit_scale, softcap)
         d_end = slope_of_row(c_end, rate, m, top, average, total, h, entropy_gradient is not None)
-        if first == 0:
-            d_end = with_labels(
-                d_end, start + here, start, columns, logp_gradient, row, n_labels, size, block_labels
-            )
+        if (first == 0) & (cells * width < size):  # most slices have no ends
+            d_end = add_labels(d_end, start + here, columns, logp_gradient, row, n_labels)
         d_end *= rate * capped_slope(c_end, logit_scale, softcap)
         tl.store(out + here, d_end.to(out.dtype.element_ty), mask=at_end)
     else:
-        clear_cells(out, here, at_end, body, first, whole, last, cells, lanes, width)
+        clear_row(out, size, head, cells, first, last, lanes, width)
 
 
 @triton.jit
-def with_labels(dz, column, begin, columns, gradient, row, n_labels, block, block_labels: tl.constexpr):
-    """dz + sum_k g_k onehot_k in a block of columns from `begin` on."""
-    if block_labels == 1:
-        label = tl.load(columns + row)
-        g = tl.load(gradient + row, mask=label >= 0, other=0.0)
+def add_labels(dz, column, columns, gradient, row, n_labels):
+    """dz + sum_k g_k onehot_k, one label after the other."""
+    for k in range(n_labels):
+        label = tl.load(columns + row * n_labels + k)
+        g = tl.load(gradient + row * n_labels + k, mask=label >= 0, other=0.0)
         dz += tl.where(column == label, g, 0.0)
-    else:
-        near = 0
-        for start in range(0, n_labels, block_labels):
-            k = start + tl.arange(0, block_labels)
-            label = tl.load(columns + row * n_labels + k, mask=k < n_labels, other=-100)
-            near += tl.sum(((label >= begin) & (label < begin + block)).to(tl.int32), 0)
-        if near > 0:  # rare: K labels over V columns
-            for k in range(n_labels):
-                label = tl.load(columns + row * n_labels + k)
-                g = tl.load(gradient + row * n_labels + k, mask=label >= 0, other=0.0)
-                dz += tl.where(column == label, g, 0.0)
     return dz

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._row_math import LOG2_E, body_of, clear_cells, end_columns, columns_of, load_cells, row_offset, row_rate, store_cells
+from ._row_math import LOG2_E, body_of, clear_row, end_columns, columns_of, load_cells, row_offset, row_rate, store_cells
 from ._topk_forward import rows_of
 
 
@@ -65,8 +65,6 @@ def kept_and_rest_backward_kernel(
     first = (program % chunks) * blocks * lanes
     last = tl.minimum(first + blocks * lanes, cells)
     whole = first + tl.maximum(last - first, 0) // lanes * lanes
-    column = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
-    at_end = (column < all_columns) & (first == 0)
     rate = row_rate(row_temperature, row, temperature)
     h = 0.0
     if logits is not None:
@@ -88,12 +86,14 @@ def kept_and_rest_backward_kernel(
                 dx = tl.exp2((x * rate - shift) * LOG2_E) * weight
                 dx = tl.where(head + columns_of(whole, lanes, width) < vocab_size, dx, 0.0)
                 store_cells(body, whole, cells, dx, lanes, width, True)
+            column = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
+            at_end = (column < all_columns) & (first == 0)
             end = tl.load(row_logits + column, mask=at_end, other=0.0)
             d_end = tl.exp2((end.to(tl.float32) * rate - shift) * LOG2_E) * weight
             d_end = tl.where(column < vocab_size, d_end, 0.0)
             tl.store(out + column, d_end.to(out.dtype.element_ty), mask=at_end)
     else:
-        clear_cells(out, column, at_end, body, first, whole, last, cells, lanes, width)
+        clear_row(out, all_columns, head, cells, first, last, lanes, width)
     tl.debug_barrier()  # the loops above also wrote at the ids, and must finish first
     for start in range(0, n_ids, block_ids):
         k = start + tl.arange(0, block_ids)
