@@ -230,7 +230,6 @@ def test_the_next_tokens_of_sequences_are_read_where_they_are():
     torch.testing.assert_close(found.flatten(0, 1), expected, rtol=torch.finfo(torch.bfloat16).eps, atol=32 * EPS)
 
 
-
 def test_rows_far_apart_are_read_and_written_where_they_are():
     """Row 2 begins past 2^31 elements, though the stride is smaller: forward, backward and in the gradient."""
     stride, labelled = 2**30 + 16, torch.tensor([0, 1, 4, 5], device=DEVICE)
@@ -322,7 +321,9 @@ def test_rows_are_written_past_their_end_where_no_other_row_lies():
     assert (room.shape, room.stride()) == ((3, 37), (48, 1))
     assert _launch.writable(room) == 48
     assert _launch.writable(torch.zeros(3, 37)) == 37
-    assert _launch.writable(torch.zeros(2 * 48 + 37).as_strided((3, 37), (48, 1))) == 37  # memory ends with the last row
+    assert (
+        _launch.writable(torch.zeros(2 * 48 + 37).as_strided((3, 37), (48, 1))) == 37
+    )  # memory ends with the last row
 
 
 def test_which_rows_are_shifted():

@@ -40,7 +40,6 @@ from ._row_math import (
     capped,
     capped_slope,
     clear_row,
-    columns_of,
     end_columns,
     load_cells,
     log_of,
@@ -227,7 +226,18 @@ def side_of_ends(x, bias, column, inside, logit_scale, softcap):
 
 @triton.jit(
     do_not_specialize=[
-        "x", "y", "value", "total", "numbers", "size", "plane", "x_stride", "y_stride", "part_plane", "blocks", "splits"
+        "x",
+        "y",
+        "value",
+        "total",
+        "numbers",
+        "size",
+        "plane",
+        "x_stride",
+        "y_stride",
+        "part_plane",
+        "blocks",
+        "splits",
     ]
 )
 def state_kernel(
@@ -255,7 +265,7 @@ def state_kernel(
     kind: tl.constexpr,
     lanes: tl.constexpr,
     width: tl.constexpr,
-    shifted: tl.constexpr,  # whether a row of y may begin elsewhere between multiples of `width` elements than that of x
+    shifted: tl.constexpr,  # whether rows of y, or a bias, may begin elsewhere between multiples of `width` than x's
 ):
     program = tl.program_id(0)
     row = program // splits
@@ -272,7 +282,18 @@ def state_kernel(
     for start in range(first, whole, lanes):
         of = side_of_cells(x, bias, start, head, cells, logit_scale, softcap, lanes, width, False, False, shifted)
         to = side_of_cells(
-            y, teacher_bias, start, head, cells, teacher_logit_scale, teacher_softcap, lanes, width, False, shifted, shifted
+            y,
+            teacher_bias,
+            start,
+            head,
+            cells,
+            teacher_logit_scale,
+            teacher_softcap,
+            lanes,
+            width,
+            False,
+            shifted,
+            shifted,
         )
         if kind == "forward_kl":  # the expectation is over the teacher
             of, to = to, of
@@ -280,7 +301,18 @@ def state_kernel(
     if whole < last:
         of = side_of_cells(x, bias, whole, head, cells, logit_scale, softcap, lanes, width, True, False, shifted)
         to = side_of_cells(
-            y, teacher_bias, whole, head, cells, teacher_logit_scale, teacher_softcap, lanes, width, True, shifted, shifted
+            y,
+            teacher_bias,
+            whole,
+            head,
+            cells,
+            teacher_logit_scale,
+            teacher_softcap,
+            lanes,
+            width,
+            True,
+            shifted,
+            shifted,
         )
         if kind == "forward_kl":
             of, to = to, of
@@ -337,7 +369,18 @@ def pair_merge_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "x", "y", "value", "total", "numbers", "size", "plane", "x_stride", "y_stride", "part_plane", "blocks", "splits"
+        "x",
+        "y",
+        "value",
+        "total",
+        "numbers",
+        "size",
+        "plane",
+        "x_stride",
+        "y_stride",
+        "part_plane",
+        "blocks",
+        "splits",
     ]
 )
 def mixture_kernel(
@@ -476,7 +519,7 @@ def gradient_terms(kind: tl.constexpr, q, p, odds, rest_bits, teacher_bits, sum_
         mass = tl.exp2(q)
         found = weighted(mass, q, p) * LOG_2 - mass * sum_g
     else:
-        q, p, a, b, w = mixed(q, p, odds, rest_bits, teacher_bits)
+        q, p, a, _, w = mixed(q, p, odds, rest_bits, teacher_bits)
         if kind == "generalized_jsd":
             found = q * (a * (rest * LOG_2) - sum_g)
         elif kind == "skewed_forward_kl":
@@ -488,8 +531,19 @@ def gradient_terms(kind: tl.constexpr, q, p, odds, rest_bits, teacher_bits, sum_
 
 @triton.jit(
     do_not_specialize=[
-        "x", "y", "factor", "total", "numbers", "out", "size", "out_columns", "plane", "x_stride", "y_stride",
-        "out_stride", "blocks"
+        "x",
+        "y",
+        "factor",
+        "total",
+        "numbers",
+        "out",
+        "size",
+        "out_columns",
+        "plane",
+        "x_stride",
+        "y_stride",
+        "out_stride",
+        "blocks",
     ]
 )
 def divergence_gradient_kernel(
@@ -521,7 +575,7 @@ def divergence_gradient_kernel(
     kind: tl.constexpr,
     lanes: tl.constexpr,
     width: tl.constexpr,
-    shifted: tl.constexpr,  # whether a row of x or y may begin elsewhere between multiples of `width` than that of out
+    shifted: tl.constexpr,  # whether rows of x or y, or a bias, may begin elsewhere between multiples of it than out's
 ):
     row = tl.program_id(0)
     out += row.to(tl.int64) * out_stride

@@ -25,7 +25,7 @@ KLS = ("forward_kl", "reverse_kl")
 
 # Chosen by arithmetic, not measured: each of 256 threads holds 16 logits of either side; 4 in the mixture, which also
 # keeps two sums (with 8, ptxas spilled one form to stay within 80 registers); 8 in the gradient.
-_TILE, _MIXTURE, _BLOCK = 4096, 4096, 2048
+_TILE, _MIXTURE, _BLOCK = 4096, 2048, 2048
 
 
 class Pair(NamedTuple):

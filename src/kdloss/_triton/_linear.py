@@ -89,17 +89,13 @@ def gradient_(
     transform: LogitTransform,
     start: int,
 ) -> Tensor:
-    """The gradient of the products x, into `out`, which may be x itself if every row of x is wanted.
-
-    """
+    """The gradient of the products x, into `out`, which may be x itself if every row of x is wanted."""
     n_labels = state.columns.shape[1]
     if places is None:
         shifted = _launch.any_shifted(out, WIDTH, x[: out.shape[0]], bias_rows(transform, start, out))
     else:  # any row of x may meet any row of out
         first = x[:1].expand(out.shape)
-        shifted = x.stride(0) % WIDTH != 0 or _launch.any_shifted(
-            out, WIDTH, first, bias_rows(transform, start, out)
-        )
+        shifted = x.stride(0) % WIDTH != 0 or _launch.any_shifted(out, WIDTH, first, bias_rows(transform, start, out))
     gradient_kernel[rows.shape[0], triton.cdiv(x.shape[1], BLOCKS * GRADIENT_LANES * WIDTH)](
         x,
         places,

@@ -104,8 +104,19 @@ def slope_of(x, softcap, m, rate, offset, share, extra, with_entropy: tl.constex
 
 @triton.jit(
     do_not_specialize=[
-        "logits", "gradient", "vocab_size", "all_columns", "inner", "outer_stride", "inner_stride", "g_row_stride",
-        "g_label_stride", "h_stride", "gradient_stride", "chunks", "blocks"
+        "logits",
+        "gradient",
+        "vocab_size",
+        "all_columns",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "g_row_stride",
+        "g_label_stride",
+        "h_stride",
+        "gradient_stride",
+        "chunks",
+        "blocks",
     ],
     do_not_specialize_on_alignment=["n_labels"],
 )
@@ -135,7 +146,7 @@ def backward_kernel(
     blocks,  # per chunk, of lanes * width columns
     lanes: tl.constexpr,
     width: tl.constexpr,
-    shifted: tl.constexpr,  # whether a row of logits may begin elsewhere between multiples of 16 bytes than its gradient
+    shifted: tl.constexpr,  # whether rows of logits may begin elsewhere between multiples of 16 bytes than out's
     block_labels: tl.constexpr,
     part: tl.constexpr,  # whether the label vocab_size is in another slice of the row, rather than in none
 ):
@@ -198,9 +209,9 @@ def backward_kernel(
         d_end = tl.where(column < vocab_size, d_end, 0.0)
         tl.store(out + column, d_end.to(out.dtype.element_ty), mask=at_end)
         if logp_gradient is not None:
+            g_row = logp_gradient + row.to(tl.int64) * g_row_stride
             if n_owned > 0:  # rare: K labels over all chunks
                 tl.debug_barrier()  # the loop above also wrote at the labels, and must finish first
-                g_row = logp_gradient + row.to(tl.int64) * g_row_stride
                 for start in range(0, n_labels, block_labels):
                     k = start + tl.arange(0, block_labels)
                     label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)

@@ -93,7 +93,14 @@ def write_ignored_row(row, n_labels, out, block_labels: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "logits", "vocab_size", "inner", "outer_stride", "inner_stride", "part_stride", "blocks", "splits"
+        "logits",
+        "vocab_size",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "part_stride",
+        "blocks",
+        "splits",
     ],
     do_not_specialize_on_alignment=["n_labels"],
 )

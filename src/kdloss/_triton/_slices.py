@@ -229,7 +229,7 @@ def gradient_kernel(
     blocks: tl.constexpr,  # per program, of lanes * width columns
     lanes: tl.constexpr,
     width: tl.constexpr,
-    shifted: tl.constexpr,  # whether rows of x, or the bias, may begin elsewhere between multiples of 4 than those of out
+    shifted: tl.constexpr,  # whether rows of x, or the bias, may begin elsewhere between multiples of 4 than out's
     block_labels: tl.constexpr,
 ):
     tl.static_assert(blocks <= 4)

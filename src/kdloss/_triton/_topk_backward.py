@@ -20,14 +20,36 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._row_math import LOG2_E, body_of, clear_row, end_columns, columns_of, load_cells, row_offset, row_rate, store_cells
+from ._row_math import (
+    LOG2_E,
+    body_of,
+    clear_row,
+    columns_of,
+    end_columns,
+    load_cells,
+    row_offset,
+    row_rate,
+    store_cells,
+)
 from ._topk_forward import rows_of
 
 
 @triton.jit(
     do_not_specialize=[
-        "logits", "gradient", "vocab_size", "all_columns", "n_ids", "inner", "outer_stride", "inner_stride",
-        "g_row_stride", "g_id_stride", "h_stride", "gradient_stride", "chunks", "blocks"
+        "logits",
+        "gradient",
+        "vocab_size",
+        "all_columns",
+        "n_ids",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "g_row_stride",
+        "g_id_stride",
+        "h_stride",
+        "gradient_stride",
+        "chunks",
+        "blocks",
     ],
 )
 def kept_and_rest_backward_kernel(
@@ -53,7 +75,7 @@ def kept_and_rest_backward_kernel(
     blocks,  # per chunk, of lanes * width columns
     lanes: tl.constexpr,
     width: tl.constexpr,
-    shifted: tl.constexpr,  # whether a row of logits may begin elsewhere between multiples of 16 bytes than its gradient
+    shifted: tl.constexpr,  # whether rows of logits may begin elsewhere between multiples of 16 bytes than out's
     block_ids: tl.constexpr,
 ):
     """One program per chunk of a row."""

@@ -158,7 +158,15 @@ def end_held(ids, pointer, n_ids, stop, column):
 
 @triton.jit(
     do_not_specialize=[
-        "logits", "vocab_size", "n_ids", "inner", "outer_stride", "inner_stride", "part_stride", "blocks", "splits"
+        "logits",
+        "vocab_size",
+        "n_ids",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "part_stride",
+        "blocks",
+        "splits",
     ]
 )
 def kept_and_rest_kernel(
@@ -229,7 +237,14 @@ def kept_and_rest_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "logits", "vocab_size", "n_ids", "inner", "outer_stride", "inner_stride", "part_stride", "splits"
+        "logits",
+        "vocab_size",
+        "n_ids",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "part_stride",
+        "splits",
     ]
 )
 def finish_kernel(
