@@ -18,7 +18,7 @@ from torch import Tensor
 from kdloss._triton import _launch, _logits_backward as backward_kernels, _logits_forward as forward_kernels
 from kdloss._triton._row_math import State
 from triton_aot import assert_within_bounds, compiled
-from triton_harness import DEVICE, far_apart, normal, poisoned
+from triton_harness import DEVICE, amid_nan, far_apart, normal, poisoned
 
 ROWS = 6
 EPS = torch.finfo(torch.float32).eps
@@ -187,11 +187,11 @@ def test_an_incoming_nan_is_no_zero():
 
 @pytest.mark.parametrize(
     ("vocab", "dtype"),
-    [*itertools.product((1, 8, 31), (torch.float32, torch.bfloat16)), (31, torch.float16), (1050, torch.bfloat16)],
+    [(1, torch.bfloat16), (8, torch.float32), (31, torch.float16), (31, torch.float32), (1050, torch.bfloat16)],
     ids=str,
 )
 def test_rows_may_begin_and_end_anywhere(vocab, dtype):
-    """Each offset from a multiple of 16 bytes, and memory that ends with the last row. All around it holds NaN.
+    """At each offset from a multiple of 16 bytes, with the end of the last row as the end of memory, amid NaN.
 
     A gradient at the same offsets is written in its own rows and nowhere else, and so is one at other offsets.
     """
@@ -200,22 +200,15 @@ def test_rows_may_begin_and_end_anywhere(vocab, dtype):
     incoming = backward_arguments(given)
     gradient = backward_kernels.backward_in_torch(*incoming)
     for offset in range(8):
-        gap = offset % 3
-        size = (ROWS - 1) * (vocab + gap) + vocab
-        space = torch.full((8 + offset + size,), torch.nan, dtype=dtype, device=DEVICE)
-        logits = space.as_strided((ROWS, vocab), (vocab + gap, 1), 8 + offset).copy_(given[0])
-        here = (logits, *given[1:])
+        logits = amid_nan(given[0], offset, gap=offset % 3)
         with poisoned():
-            found = forward_kernels.forward(*here)
+            found = forward_kernels.forward(logits, *given[1:])
         assert_same(found, expected, scale=80)
-        for apart in (offset, offset + 3):
-            around = torch.full((8 + apart + size + 8,), torch.nan, dtype=dtype, device=DEVICE)
-            out = around.as_strided((ROWS, vocab), (vocab + gap, 1), 8 + apart)
-            backward_kernels.backward(*incoming[:2], logits, *incoming[3:], out=out)
-            close = {"rtol": torch.finfo(dtype).eps, "atol": 8 * EPS * 4}
-            torch.testing.assert_close(out, gradient, **close)
-            out.fill_(torch.nan)
-            assert around.isnan().all()
+        out = amid_nan(torch.full_like(given[0], torch.nan), offset + 3 * (offset % 2), gap=offset % 3)
+        backward_kernels.backward(*incoming[:2], logits, *incoming[3:], out=out)
+        torch.testing.assert_close(out, gradient, rtol=torch.finfo(dtype).eps, atol=8 * EPS * 4)
+        out.fill_(torch.nan)
+        assert torch.tensor([], dtype=dtype, device=DEVICE).set_(out.untyped_storage()).isnan().all()
 
 
 def test_the_next_tokens_of_sequences_are_read_where_they_are():
