@@ -16,11 +16,21 @@ kernels, each with one program per row, or several if rows are few:
 The splits of a row give a state or two sums each; one more program per row merges them in a fixed tree.
 
     bytes       state and mixture: both rows; gradient: both rows, and the student's written
-    operations  state: two exponentials and some 20 more per pair of logits; mixture and gradient: three or four, a
-                short series for log(1 + x), and some 40 more. While 2 + 2 bytes arrive at 4.3 TB/s, a multiprocessor
-                has time for 27 per pair
+    operations  state: two exponentials and 18 more per pair of logits; gradient: one or two exponentials and 12 to 15
+                more, for a mixture 30; mixture: three exponentials and 30 more. While 2 + 2 bytes arrive at 4.3 TB/s,
+                a multiprocessor has time for 27 per pair
 
-So the KLs are bound by memory, and the mixtures nearly as much by arithmetic.
+So the KLs are bound by memory. The 33 instructions of a pair in the JSD's mixture, in bfloat16, are
+
+     2    unpack                                8    the series of log2(1 + x)
+     4    log2 q and log2 p                     6    a and b: the larger of the two from the series, d for the other
+     2    their clamps, for masses of 0         2    the sums of q a and p b
+     2    d, and the log-odds t                 3    exponentials: q, p, and the ratio e^-|t|
+     1    the sign of t                         3    loads, addresses, the loop, and sums over a cell
+
+Everything is computed in base 2, so that no exponential needs a factor of its own, and neither shares nor log 2 are
+multiplied before the end. `q` and `p` could come from one exponential and the ratio. That takes more instructions, and
+a small share would cost them their digits.
 
 If ranks hold a slice of each row, `state` gives the values of the slice, and the other two take (m, log s) of whole
 rows as input. They sum the slice's terms, and those of the value may be below 0.

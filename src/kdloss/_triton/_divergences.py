@@ -23,8 +23,8 @@ from ._row_math import LogitTransform
 
 KLS = ("forward_kl", "reverse_kl")
 
-# Chosen by arithmetic, not measured: each of 256 threads holds 16 logits of either side; 4 in the mixture, which also
-# keeps two sums (with 8, ptxas spilled one form to stay within 80 registers); 8 in the gradient.
+# Chosen by arithmetic, not measured: each of 256 threads holds 16 logits of either side; 8 in the mixture and in the
+# gradient, which are longer (with 16, one form of the mixture takes 125 registers).
 _TILE, _MIXTURE, _BLOCK = 4096, 2048, 2048
 
 

@@ -6,7 +6,8 @@
 with g the gradient of the log-probs and h that of the entropy; `_row_math.py` defines the rest. A program takes some
 consecutive blocks of one row. Every logit costs one exponential and a multiply-add with two values of its row. The
 program then writes the columns of its labels again, now with g. It adds up all g of one label in their order, so a
-label given twice is rounded once, and no block has to search for labels.
+label given twice is rounded once, and no block has to search for labels. Blocks are of cells of the gradient
+(`_row_math.py`). The first program of a row also has the ends of the row.
 
 A row is not read if its incoming gradient is 0 or all of its labels are ignored: its zeros are written.
 

@@ -1,10 +1,10 @@
 """Logits to log-probs and entropies: one read.
 
-A program takes one row, or one split of a row, in blocks of (lanes, width) logits, where `width` logits are 16 bytes.
-Each lane has its own state (m, s, u) (`_row_math.py`), so threads exchange nothing inside the loop. Every logit costs
-one exponential: a lane first takes the maximum of its `width` new logits, then rescales its state once for all of them.
+A program takes one row, or one split of a row, in blocks of (lanes, width) logits. `width` logits are a cell of 16
+bytes (`_row_math.py`), wherever the row begins. The columns before the first cell and after the last one come last. Each
+lane has its own state (m, s, u), so threads exchange nothing inside the loop. Every logit costs one exponential: a lane first takes the maximum of its `width` new logits, then rescales its state once for all of them.
 After the loop the lanes are merged in a tree. A second kernel merges the splits of a row in the same way. Neither uses
-atomics: the same shapes give the same bits.
+atomics: the same shapes give the same bits, if rows begin at the same offsets from multiples of 16 bytes.
 
 The program that has the state of the whole row reads the logits at the labels again, K per row. A row whose labels are
 all ignored is not read.
@@ -12,9 +12,8 @@ all ignored is not read.
     bytes       V logits read per row; 12 per split written and read again if there are several; 16 + 4 K written
     operations  about 8 per logit with the entropy (widen, subtract, scale, e^x, add, clamp, multiply-add, and the max)
 
-At 2 bytes per logit and 4.3 TB/s, a multiprocessor has time for 13 instructions per logit. ptxas makes 9 of this, or 11
-with the entropy; a softcap adds about 20. That is for rows that begin at multiples of 16 elements. In other rows each
-logit is loaded by itself, in the same lanes: 1 load per logit instead of 1/8, with its address and mask.
+At 2 bytes per logit and 4.3 TB/s, a multiprocessor has time for 13 instructions per logit. ptxas makes 7.4 of this, or
+9.8 with the entropy; a softcap adds about 20.
 """
 
 from __future__ import annotations

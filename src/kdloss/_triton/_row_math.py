@@ -1,4 +1,4 @@
-"""What kernels over rows of logits share: a logit, the state of a row, and where a row begins.
+"""What kernels over rows of logits share: a logit, the state of a row, and how rows are read and written.
 
     c = softcap(logit_scale * x),   z = rate * c,   rate = 1 / temperature
 
@@ -119,6 +119,15 @@ def row_offset(row, inner, outer_stride, inner_stride):
 
 
 # Cells: how rows are read and written 16 bytes at a time, wherever they begin
+#
+# Triton loads 16 bytes at a time if it knows that the address is a multiple of 16, and that a mask is the same for all
+# of them. So a row is cut into cells of 16 bytes that begin at such multiples. The loop along the row reads whole cells
+# without a mask, and its last block masks whole cells. The columns before the first cell and after the last one are
+# read once per row, one by one, with their own mask. Nothing outside the row is read or written.
+#
+# Rows of two tensors may begin at different offsets from such a multiple, as those of x[:, :-1] and of its gradient do.
+# Then the cells are those of the tensor that leads: of the gradient, or of the student's logits. `load_cells` shifts
+# the other one in registers. The launcher tells from addresses and strides whether any row needs that.
 
 
 @triton.jit

@@ -5,9 +5,9 @@
 The kept logits must not enter the sum: subtracting them afterwards would leave no digits where little remains.
 
 A program takes one row, or one split of a row, in blocks of (lanes, width) logits as in `_logits_forward.py`, with a
-state (m, s) per lane (`_row_math.py`). A *cell* is the `width` logits, 16 bytes, that a lane takes from a block. The
-ids of a row ascend, so a pointer advances along them with the blocks. The ids in a block mark their cells, and marked
-cells are left out entirely, at the cost of two selections per lane. The program that has the state of the whole row (in
+state (m, s) per lane (`_row_math.py`). A lane takes a *cell* from a block: `width` logits, 16 bytes. In the columns
+before the first cell and after the last one, each id is left out by itself. The ids of a row ascend, so a pointer
+advances along them with the blocks. The ids in a block mark their cells, and marked cells are left out entirely, at the cost of two selections per lane. The program that has the state of the whole row (in
 a second kernel if there are splits) reads `kept` at the ids. It also reads the marked cells again, K at most, and adds
 their logits to the state, except those at the ids. Splits and cells are merged in a fixed order without atomics: the
 same shapes give the same bits.
