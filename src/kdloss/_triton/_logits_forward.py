@@ -1,10 +1,11 @@
 """Logits to log-probs and entropies: one read.
 
 A program takes one row, or one split of a row, in blocks of (lanes, width) logits. `width` logits are a cell of 16
-bytes (`_row_math.py`), wherever the row begins. The columns before the first cell and after the last one come last. Each
-lane has its own state (m, s, u), so threads exchange nothing inside the loop. Every logit costs one exponential: a lane first takes the maximum of its `width` new logits, then rescales its state once for all of them.
-After the loop the lanes are merged in a tree. A second kernel merges the splits of a row in the same way. Neither uses
-atomics: the same shapes give the same bits, if rows begin at the same offsets from multiples of 16 bytes.
+bytes (`_row_math.py`), wherever the row begins. The columns before the first cell and after the last one come last.
+Each lane has its own state (m, s, u), so threads exchange nothing inside the loop. Every logit costs one exponential:
+a lane first takes the maximum of its `width` new logits, then rescales its state once for all of them. After the loop
+the lanes are merged in a tree. A second kernel merges the splits of a row in the same way. Neither uses atomics: the
+same shapes give the same bits, if rows begin at the same offsets from multiples of 16 bytes.
 
 The program that has the state of the whole row reads the logits at the labels again, K per row. A row whose labels are
 all ignored is not read.

@@ -5,12 +5,13 @@
 The kept logits must not enter the sum: subtracting them afterwards would leave no digits where little remains.
 
 A program takes one row, or one split of a row, in blocks of (lanes, width) logits as in `_logits_forward.py`, with a
-state (m, s) per lane (`_row_math.py`). A lane takes a *cell* from a block: `width` logits, 16 bytes. In the columns
-before the first cell and after the last one, each id is left out by itself. The ids of a row ascend, so a pointer
-advances along them with the blocks. The ids in a block mark their cells, and marked cells are left out entirely, at the cost of two selections per lane. The program that has the state of the whole row (in
-a second kernel if there are splits) reads `kept` at the ids. It also reads the marked cells again, K at most, and adds
-their logits to the state, except those at the ids. Splits and cells are merged in a fixed order without atomics: the
-same shapes give the same bits.
+state (m, s) per lane (`_row_math.py`). A lane takes a *cell* from a block: `width` logits, 16 bytes. The ids of a row
+ascend, so a pointer advances along them with the blocks. The ids in a block mark their cells, and marked cells are left
+out entirely, at the cost of two selections per lane. In the columns before the first cell and after the last one, each
+id is left out by itself. The program that has the state of the whole row (in a second kernel if there are splits) reads
+`kept` at the ids. It also reads the marked cells again, K at most, and adds their logits to the state, except those at
+the ids. Splits and cells are merged in a fixed order without atomics: the same shapes give the same bits, if rows begin
+at the same offsets from multiples of 16 bytes.
 
 The alternatives, in instructions per logit for V = 151936 in bfloat16. A multiprocessor has time for 13 while 2 bytes
 arrive at 4.3 TB/s, and the fold takes 10. Each of 256 threads has two lanes, so 16 logits of a block:
