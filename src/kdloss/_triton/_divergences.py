@@ -24,7 +24,8 @@ from ._row_math import LogitTransform
 KLS = ("forward_kl", "reverse_kl")
 
 # Chosen by arithmetic, not measured: each of 256 threads holds 16 logits of either side; 8 in the mixture and in the
-# gradient, which are longer (with 16, one form of the mixture takes 125 registers).
+# gradient, which are longer (with 16, one form of the mixture takes 125 registers). Half as many in state and mixture if
+# there are biases or softcaps: ptxas spilled one form.
 _TILE, _MIXTURE, _BLOCK = 4096, 2048, 2048
 
 
@@ -53,6 +54,10 @@ class Pair(NamedTuple):
     def _width(self) -> int:
         """Logits in a cell: 16 bytes of the wider side."""
         return 16 // max(self.x.element_size(), self.y.element_size())
+
+    def _block(self, most: int) -> int:
+        sides = self.student, self.teacher
+        return most if all(side.bias is None and side.softcap is None for side in sides) else most // 2
 
     def _shifted(self, leader: Tensor, *rows: Tensor) -> bool:
         """Whether rows, or a bias, begin elsewhere between multiples of a cell than the rows of `leader`."""
@@ -99,7 +104,7 @@ class Pair(NamedTuple):
         if rows == 0:
             return
         width = self._width
-        launch = _launch.pairs(rows, self.vocab_size, _TILE)
+        launch = _launch.pairs(rows, self.vocab_size, self._block(_TILE))
         parts = out.new_empty(5, rows, launch.splits) if launch.splits > 1 else None
         with _launch.on_device(out):
             state_kernel[(rows * launch.splits,)](
@@ -140,7 +145,7 @@ class Pair(NamedTuple):
         rows = out.shape[0]
         if rows == 0:
             return
-        launch = _launch.pairs(rows, self.vocab_size, _MIXTURE)
+        launch = _launch.pairs(rows, self.vocab_size, self._block(_MIXTURE))
         parts = out.new_empty(2, rows, launch.splits) if launch.splits > 1 else None
         with _launch.on_device(out):
             mixture_kernel[(rows * launch.splits,)](
