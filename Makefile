@@ -73,14 +73,14 @@ compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests on the oldest and th
 	    .venv-$$name/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS); \
 	done
 
-bench: $(VENV)/bench.stamp  ## Speed and memory beside peers, in benchmarks/results/; ARGS="--quick" takes a minute
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/bench.stamp $(VENV)/peers.stamp  ## Renew benchmarks/results/ (half an hour); ARGS="--quick" only looks
+	$(BIN)/python -m benchmarks $(or $(ARGS),--core --save)
 
 # Here kernels run on the GPU; `make test` on a machine without one interprets them.
 gpu: $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/peers.stamp  ## On a GPU: kernel tests, then figures beside peers
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
 	$(BIN)/pytest tests/_triton tests/_losses/test_compiled_tail.py
-	$(BIN)/python -m benchmarks --core $(ARGS)
+	$(BIN)/python -m benchmarks --core --save $(ARGS)
 
 # 100,000 examples in total; `make test` draws a hundred per test.
 fuzz: $(VENV)/test.stamp  ## The hypothesis tests with many more examples: make fuzz EXAMPLES=100000

@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from unittest import mock
 import hypothesis
 import pytest
 import torch
-from sybil import Document, Region, Sybil
+from sybil import Document, Example, Region, Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
 
 from reader import comments
@@ -72,9 +75,31 @@ _python_blocks = PythonCodeBlockParser()
 def _blocks_seen(document: Document) -> Iterable[Region]:
     """The `python` blocks that the rendered page shows: all but those inside an HTML comment."""
     hidden = comments(document.text)
-    return (
-        region for region in _python_blocks(document) if not any(start < region.start < end for start, end in hidden)
-    )
+    for region in _python_blocks(document):
+        if not any(start < region.start < end for start, end in hidden):
+            region.evaluator = functools.partial(_run_and_compare, region.evaluator)
+            yield region
+
+
+# The `text` block that follows a block on its page: what the block prints.
+_PRINTED = re.compile(r"\n\n```text\n(.*?)```", flags=re.DOTALL)
+
+
+def _run_and_compare(run: Callable[[Example], str | None] | None, example: Example) -> str | None:
+    """Runs a block. Returns what is wrong if it prints something else than the `text` block that follows it."""
+    assert run is not None
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        failure = run(example)
+    stated = _PRINTED.match(example.document.text, example.region.end)
+    if failure or stated is None or _rounding_hidden(printed.getvalue()) == _rounding_hidden(stated[1]):
+        return failure
+    return f"the block prints\n\n{printed.getvalue()}\nand its page says\n\n{stated[1]}"
+
+
+def _rounding_hidden(text: str) -> str:
+    """Replaces residuals of rounding, which differ from machine to machine."""
+    return re.sub(r"\b\de-1[4-9]\b", "0e+00", text)
 
 
 # A page may replace a trainer's function with `mock.patch(...).start()`; the patch ends with the page.

@@ -1,8 +1,4 @@
-"""The points that are measured: grids, and their fit to the device. Needs no torch.
-
-A grid moves one axis at a time from a centre, V = 151936 (Qwen), because a full product would measure the same laws
-over and over: time is linear in V and D, and in T once the device is full.
-"""
+"""The points that are measured, and the grids of them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,23 +8,21 @@ from dataclasses import dataclass, replace
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 MIN_TOKENS = 64
-FRACTIONS = (1.0, 0.5, 0.3, 0.1)  # of tokens trained
-TAIL_TOKENS = 32768
 
 
 @dataclass(frozen=True)
 class Case:
-    """One point. `path` says what is computed, the rest how large it is."""
+    """One point: `path` says what is computed, the other fields how large it is."""
 
-    path: str  # "logits" | "hidden" | "fractions" | "fused" | "ce" | "tail", or a divergence
-    tokens: int  # T; of the gather, for "tail"
+    path: str  # a key of `peers.PATHS`
+    tokens: int  # T
     vocab: int  # V
-    width: int = 0  # D, of the student; 0 on paths from logits
-    teacher_width: int = 0  # D of the teacher, for divergences
+    width: int = 0  # D of the student; 0 on paths from logits
+    teacher_width: int = 0  # D of the teacher, for divergences from hidden states
     dtype: str = "bfloat16"
-    entropy: bool = False  # log-probs and entropy, or log-probs
-    compiled: bool = True  # also under torch.compile
-    kept: int = 0  # K, of a teacher that gives so many log-probs a token
+    entropy: bool = False  # log-probs and entropies, or log-probs alone
+    trained: float = 1.0  # fraction of tokens that the mask trains
+    kept: int = 0  # K log-probs per token that a top-k teacher gives
 
     @property
     def name(self) -> str:
@@ -36,45 +30,37 @@ class Case:
         parts += [f"D{self.width}"] if self.width else []
         parts += [f"teacherD{self.teacher_width}"] if self.teacher_width else []
         parts += [f"K{self.kept}"] if self.kept else []
+        parts += [f"trained{self.trained:.0%}"] if self.trained < 1 else []
         return "-".join([*parts, self.dtype])
 
     @property
     def logits_bytes(self) -> int:
-        """The unit of extra memory: T·V elements of the inputs' dtype, also where no such tensor is made."""
+        """T·V elements of the inputs' dtype: the unit of extra memory, also where no such tensor is made."""
         return self.tokens * self.vocab * ITEM_BYTES[self.dtype]
 
-    @property
-    def input_bytes(self) -> int:
-        rows = self.tokens + self.vocab
-        heads = rows * (self.width + self.teacher_width) * ITEM_BYTES[self.dtype]
-        return heads if self.width else self.logits_bytes
-
-    @property
-    def least_bytes(self) -> int:
-        """What the case needs at the very least: inputs, their gradients, and a float32 gradient of the head."""
-        return 2 * self.input_bytes + 4 * self.vocab * self.width + 2**28
-
     def floor_seconds(self, ceilings: dict[str, float]) -> float:
-        """No implementation can be faster on a machine with these ceilings.
+        """A lower bound of the time on a machine with these ceilings; 0 where none is known.
 
-        From logits: forward reads them once, backward reads and writes them once. From hidden states: three products
-        of 2·T·V·D operations (logits, dH, dW); recomputing the logits in the backward makes it four, so that path ends
-        at 75 %. The teacher of a divergence adds one of its own width.
+        From logits: the forward reads them once, the backward reads and writes them once. From hidden states: three
+        products of 2·T·V·D operations (logits, dH, dW) for the trained tokens, and one of the teacher's width.
         """
+        if self.path == "tail":
+            return 0.0
         if not self.width:
             return 3 * self.logits_bytes / ceilings["copy"]
-        operations = 2 * self.tokens * self.vocab * (3 * self.width + self.teacher_width)
+        operations = 2 * self.trained * self.tokens * self.vocab * (3 * self.width + self.teacher_width)
         return operations / ceilings[f"matmul {self.dtype}"]
 
 
-def fitted(case: Case, *, free_bytes: int, ceilings: dict[str, float], gpu: bool, call_seconds: float) -> Case:
-    """The case with T halved until it fits the free memory, and a naive call is expected to end in `call_seconds`."""
-    while case.tokens // 2 >= MIN_TOKENS:
-        seconds = 8 * case.floor_seconds(ceilings) if gpu or not case.width else 2 * case.floor_seconds(ceilings)
-        if not gpu:
-            seconds += 2e-9 * case.tokens * case.vocab  # two exponentials an element
-        if case.least_bytes <= 0.8 * free_bytes and seconds <= call_seconds:
-            break
+def fitted(case: Case, free_bytes: int) -> Case:
+    """The case with T halved until plain torch fits into the free memory."""
+
+    def need(case: Case) -> int:
+        heads = case.vocab * (case.width + case.teacher_width) * ITEM_BYTES[case.dtype]
+        plain = 10 if case.dtype != "float32" else 5  # float32 copies, log-probs and their gradients
+        return plain * case.logits_bytes + 4 * heads + 2**28
+
+    while need(case) > 0.8 * free_bytes and case.tokens // 2 >= MIN_TOKENS:
         case = replace(case, tokens=case.tokens // 2)
     return case
 
@@ -88,17 +74,17 @@ def distinct(cases: list[Case]) -> list[Case]:
 
 
 def matching(cases: list[Case], pattern: str | None) -> list[Case]:
-    """Cases whose name holds the regular expression.
+    """Cases whose name matches the regular expression somewhere.
 
     Raises:
-        ValueError: it is no regular expression, or no case has it.
+        ValueError: it is not a regular expression, or no case matches it.
     """
     if pattern is None:
         return cases
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"--only {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"--only {pattern!r} is not a regular expression: {error}") from None
     found = [case for case in cases if expression.search(case.name)]
     if not found:
         names = "\n  ".join(case.name for case in cases)
@@ -106,74 +92,74 @@ def matching(cases: list[Case], pattern: str | None) -> list[Case]:
     return found
 
 
-QWEN, LLAMA, SMALL = 151936, 128256, 32000
+QWEN, ODD, LLAMA, SMALL, HEAD = 151936, 151669, 128256, 32000, 16384
+KINDS = ("forward-kl", "reverse-kl", "jsd")
 
-# A minute on two cores: one point a path, and no compilation, which alone can take half of it.
+# One tiny point per path: does everything run, and agree?
 QUICK = [
-    Case("logits", 256, QWEN, compiled=False),
-    Case("logits", 512, SMALL, dtype="float32", compiled=False),
-    Case("tail", 256, QWEN, compiled=False),
-    Case("hidden", 256, SMALL, 256, compiled=False),
-    Case("fractions", 256, SMALL, 256, compiled=False),
-    Case("fused", 256, SMALL, 256, compiled=False),
+    Case("logits", 128, SMALL),
+    Case("logits", 128, SMALL, dtype="float32", entropy=True),
+    Case("hidden", 128, 4096, 128),
+    Case("hidden", 128, 4096, 128, trained=0.3),
+    Case("ce", 128, 4096, 128),
+    Case("kdrl", 128, 4096, 128),
+    Case("grpo", 128, 4096, 128),
+    Case("reverse-kl", 64, 4096),
+    Case("linear-jsd", 64, 4096, 128, 128),
+    Case("topk-forward-kl", 64, 4096, kept=16),
+    Case("tail", 128, 4096),
 ]
 
-# Ten minutes on a GPU: every bar once, each path at the shape where it is hardest to be good.
-CORE = [
-    Case("logits", 8192, QWEN),
-    Case("logits", 8192, SMALL, dtype="float32"),
-    Case("fractions", 8192, QWEN, 1024, compiled=False),
-    Case("fused", 8192, QWEN, 1024),
-    Case("tail", TAIL_TOKENS, QWEN),
-    Case("hidden", 8192, QWEN, 4096),
-    Case("hidden", 8192, QWEN, 1024),
-    Case("logits", 8192, QWEN, entropy=True),
-    Case("jsd", 8192, QWEN, 1024, 4096, compiled=False),
-    Case("ce", 8192, LLAMA, 4096, compiled=False),
-    Case("logits", 8192, LLAMA, compiled=False),
-    Case("hidden", 8192, SMALL, 2048, compiled=False),
-]
-
-# Half an hour on two cores: the same bars at shapes that say something there. From hidden states a small vocabulary
-# and many tokens; with few tokens the head alone is what is read and written, whatever is trained.
+# The regimes that matter, at sizes that one core computes in about a second.
 CORE_CPU = [
-    Case("logits", 2048, QWEN),
-    Case("logits", 4096, SMALL, dtype="float32"),
-    Case("tail", TAIL_TOKENS, SMALL, dtype="float32"),
-    Case("fractions", 4096, SMALL, 512, compiled=False),
-    Case("fused", 4096, SMALL, 512, compiled=False),
-    Case("hidden", 2048, SMALL, 1024, compiled=False),
-    Case("hidden", 2048, SMALL, 1024, dtype="float32", compiled=False),
+    Case("logits", 2048, SMALL, dtype="float32"),
+    Case("logits", 1024, QWEN),
+    Case("logits", 1024, ODD),
     Case("logits", 512, QWEN, entropy=True),
-    Case("logits", 1024, SMALL, dtype="float32", entropy=True),
-    Case("ce", 2048, SMALL, 512, compiled=False),
-    Case("jsd", 1024, SMALL, 512, 1024, compiled=False),
-    Case("forward-kl", 1024, SMALL, 512, 1024, compiled=False),
+    Case("hidden", 1024, HEAD, 1024, dtype="float32"),
+    *(Case("hidden", 1024, HEAD, 1024, trained=share) for share in (1.0, 0.3, 0.1)),
+    Case("ce", 1024, HEAD, 1024),
+    Case("kdrl", 1024, HEAD, 1024, dtype="float32"),
+    Case("kdrl", 1024, HEAD, 1024),
+    Case("grpo", 1024, HEAD, 1024),
+    *(Case(kind, 1024, SMALL) for kind in KINDS),
+    Case("linear-reverse-kl", 512, HEAD, 1024, 1024, dtype="float32"),
+    *(Case(f"linear-{kind}", 512, HEAD, 1024, 1024) for kind in KINDS),
+    Case("topk-forward-kl", 1024, SMALL, kept=64),
+    Case("tail", 4096, SMALL, dtype="float32"),
 ]
 
-FULL = distinct(
+# Every path at the shape where it is hardest to be fast, within ten minutes on a data-centre GPU.
+CORE_GPU = [
+    Case("logits", 8192, QWEN),
+    Case("logits", 8192, ODD),
+    Case("logits", 8192, QWEN, entropy=True),
+    Case("logits", 8192, SMALL, dtype="float32"),
+    Case("hidden", 8192, QWEN, 1024),
+    Case("hidden", 8192, QWEN, 4096),
+    Case("hidden", 8192, QWEN, 1024, trained=0.3),
+    Case("ce", 8192, LLAMA, 4096),
+    Case("kdrl", 8192, QWEN, 1024),
+    Case("grpo", 8192, QWEN, 1024),
+    Case("reverse-kl", 8192, QWEN),
+    Case("jsd", 8192, QWEN),
+    Case("linear-jsd", 8192, QWEN, 1024, 4096),
+    Case("topk-forward-kl", 8192, QWEN, kept=64),
+    Case("tail", 32768, QWEN),
+]
+
+FULL_GPU = distinct(
     [
-        *CORE,
-        # T, at the largest and the smallest vocabulary: where launches, then caches, stop mattering
-        *(Case("logits", T, QWEN) for T in (256, 2048, 32768)),
-        *(Case("logits", T, SMALL, dtype="float32") for T in (256, 2048, 32768)),
+        *CORE_GPU,
+        *(Case("logits", T, QWEN) for T in (256, 2048, 32768)),  # launches, then caches, stop mattering
         *(Case("hidden", T, QWEN, 1024) for T in (256, 2048, 32768)),
-        # D
-        Case("hidden", 8192, QWEN, 2048),
-        Case("fused", 8192, QWEN, 2048),
-        Case("fused", 8192, QWEN, 4096),
-        Case("fractions", 8192, QWEN, 4096, compiled=False),
-        Case("ce", 8192, QWEN, 1024, compiled=False),
-        Case("jsd", 8192, QWEN, 2048, 4096, compiled=False),
-        Case("forward-kl", 8192, QWEN, 1024, 4096, compiled=False),
-        Case("reverse-kl", 8192, QWEN, 1024, 4096, compiled=False),
-        # K: what a server gives, and where walking along the ids costs as much as the logits
-        *(Case("topk-forward-kl", 8192, QWEN, kept=K, compiled=False) for K in (20, 64, 256)),
-        # the other dtype, the entropy, the other vocabulary
-        Case("hidden", 2048, SMALL, 1024, dtype="float32"),
-        Case("hidden", 8192, QWEN, 2048, entropy=True, compiled=False),
+        *(Case("kdrl", 8192, QWEN, D) for D in (2048, 4096)),
+        *(Case("hidden", 8192, QWEN, 1024, trained=share) for share in (0.5, 0.1)),
+        *(Case(f"linear-{kind}", 8192, QWEN, 2048, 4096) for kind in KINDS),
+        *(Case("topk-forward-kl", 8192, QWEN, kept=K) for K in (20, 256)),
+        Case("forward-kl", 8192, QWEN),
+        Case("hidden", 8192, QWEN, 2048, entropy=True),
         Case("logits", 2048, SMALL, dtype="float32", entropy=True),
-        Case("hidden", 8192, LLAMA, 4096, compiled=False),
     ]
 )
 
@@ -183,24 +169,18 @@ class Grid:
     """A list of cases and the time they may take."""
 
     cases: list[Case]
-    seconds: float  # the whole run ends before this
-    sample_seconds: float  # of samples a case
-    call_seconds: float  # of a naive call, see `fitted`; on a CPU
-    max_rounds: int
-    peers_memory: bool  # memory of every contender, or of ours and naive only
+    seconds: float = math.inf  # no case is begun after this
+    sample_seconds: float = 10  # of samples per case
+    min_rounds: int = 5
+    max_rounds: int = 25
+    quick: bool = False  # one process for all cases, without the contenders whose first call compiles
 
 
 GRIDS = {
-    "quick": Grid(QUICK, 52, 1.0, 0.4, 7, peers_memory=False),
-    "core": Grid(CORE, 570, 8, 1.0, 25, peers_memory=True),
-    "full": Grid(FULL, math.inf, 30, 4.0, 41, peers_memory=True),
+    ("quick", "cpu"): Grid(QUICK, 52, sample_seconds=0.4, min_rounds=3, max_rounds=5, quick=True),
+    ("quick", "cuda"): Grid(QUICK, 52, sample_seconds=0.4, min_rounds=3, max_rounds=5, quick=True),
+    ("core", "cpu"): Grid(CORE_CPU),
+    ("core", "cuda"): Grid(CORE_GPU, 570, sample_seconds=8),
+    ("full", "cpu"): Grid(CORE_CPU, sample_seconds=60),
+    ("full", "cuda"): Grid(FULL_GPU, sample_seconds=30),
 }
-# where a CPU measures something else
-CPU_GRIDS = {
-    "core": Grid(CORE_CPU, 1700, 8, 16, 25, peers_memory=True),
-    "full": Grid(distinct([*CORE_CPU, *FULL]), math.inf, 30, 16, 41, peers_memory=True),
-}
-
-
-def grid_of(name: str, device: str) -> Grid:
-    return CPU_GRIDS[name] if device == "cpu" and name in CPU_GRIDS else GRIDS[name]

@@ -52,6 +52,28 @@ def test_the_suite_runs_what_the_reader_sees(pytestconfig, tmp_path):
         assert collected == [block.line for block in blocks(page) if block.seen]
 
 
+PRINTS = "```python\nprint(1e-16)\n```\n\n```text\n{}\n```\n"
+
+
+@pytest.mark.parametrize(("stated", "right"), [("1e-16", True), ("5e-17", True), ("1e-06", False), ("", False)])
+def test_a_block_prints_what_its_page_says(pytestconfig, stated, right):
+    """Up to residuals of rounding."""
+    from sybil import Document, Example
+
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+    document = Document(PRINTS.format(stated), "page.md")
+    (region,) = conftest._blocks_seen(document)
+    failure = region.evaluator(Example(document, 1, 1, region, {}))
+    assert (failure is None) == right
+    assert right or "the block prints\n\n1e-16" in failure
+
+
+@every_page
+def test_an_output_follows_the_block_that_prints_it(page):
+    text = page.read_text("utf-8")
+    assert len(re.findall(r"^```text$", text, re.MULTILINE)) == len(re.findall(r"^```\n\n```text$", text, re.MULTILINE))
+
+
 @every_page
 def test_no_block_is_hidden_or_fenced_in_another_way(page):
     text = page.read_text("utf-8")

@@ -1,7 +1,7 @@
 """Runs kernels on a GPU if there is one, else in the interpreter on the CPU (see `conftest.py`).
 
 A test calls a launcher, or a public function with `impl="triton"`, on tensors of `DEVICE`, inside `poisoned()`.
-`triton_aot.compiled` compiles the same launches for sm_90.
+`benchmarks.kernel_costs` compiles launches for sm_90.
 """
 
 from __future__ import annotations

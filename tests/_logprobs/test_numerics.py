@@ -455,3 +455,15 @@ def test_half_precision_logits_are_widened_before_the_subtraction():
     narrow = torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
     assert error < 2e-6
     assert (narrow.double() - exact).abs().max() > 1e-2  # without widening
+
+
+def test_a_tiny_incoming_gradient_keeps_its_digits():
+    """Its product with the mass of a far label is normal, and would not be if it were multiplied by e^-m as well."""
+    random = torch.Generator().manual_seed(0)
+    logits = (12 * torch.randn(6, 500, generator=random)).requires_grad_()
+    labels = torch.randint(0, 500, (6,), generator=random)
+    logp = kdloss.token_logprobs(logits, labels)
+    upstream = torch.randn(6, generator=random)
+    (plain,) = torch.autograd.grad((logp * upstream).sum(), logits, retain_graph=True)
+    (tiny,) = torch.autograd.grad((logp * upstream * 2.0**-100).sum(), logits)
+    assert (tiny.double() * 2.0**100 - plain.double()).norm() <= 1e-5 * plain.double().norm()

@@ -7,7 +7,6 @@ multiplied by a head, once before it. (The interpreter truncates bfloat16 where 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,9 +20,6 @@ import kdloss
 from decimals import MIXTURES, SHARES, assert_mixture
 from kdloss._divergences import hidden_op, logits_op
 from kdloss._triton import _launch
-from kdloss._triton._divergences import Pair
-from kdloss._triton._row_math import LogitTransform
-from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, amid_nan, far_apart, normal, poisoned
 
 # If both sides are -inf, or a lane or a row has no mass, the interpreter's numpy warns about unused values.
@@ -348,67 +344,3 @@ def test_at_full_size_it_is_the_torch_path_and_the_same_bits_twice(name):
 def test_opcheck():
     x, y = normal(3, 20).requires_grad_(), normal(3, 20, seed=1)
     torch.library.opcheck(logits_op._divergence.overload, (x, y, None, "generalized_jsd", 0.3, 0.7, 19, True))
-
-
-def step(kind: str, x: Tensor, y: Tensor, vocab: int, *, everything: bool = False) -> None:
-    """Value and gradient of rows on the meta device."""
-    bias = torch.empty(x.shape[1], dtype=torch.bfloat16, device="meta")
-    transform = LogitTransform(bias, 0.7, 30.0) if everything else LogitTransform()
-    value, known = torch.empty(x.shape[0], device="meta"), torch.empty(5, x.shape[0], device="meta")
-    taus = value if everything else None
-    pair = Pair(kind, 0.3, x, y, transform, transform, 1.0, taus, vocab)
-    pair.value_(value, known)
-    out = x if everything else torch.empty(x.shape, dtype=x.dtype, device="meta")  # in place, as from hidden states
-    pair.gradient_(out, known, value)
-    if everything and kind == "generalized_jsd":
-        pair.slice_terms(pair.slice_state()[:, :4])
-
-
-def aot_layouts(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
-    """(logits, vocabulary): rows of a multiple of 16 bytes, the same rows cut off, odd rows."""
-    x = torch.empty(rows, 151936, dtype=dtype, device="meta")
-    return {
-        "even": (x, 151936),
-        "cut": (x[:, :151669], 151669),
-        "odd": (torch.empty(rows, 128257, dtype=dtype, device="meta"), 128257),
-    }
-
-
-def aot_calls() -> None:
-    """Each form from half-precision logits, and from products with every option on both sides; odd rows."""
-    for kind in FORMS:
-        for dtype, everything in ((torch.bfloat16, False), (torch.float32, True)):
-            x, vocab = aot_layouts(8192, dtype)["even"]
-            step(kind, x, x, vocab, everything=everything)
-    for kind in ("forward_kl", "skewed_reverse_kl"):
-        x, vocab = aot_layouts(8192, torch.bfloat16)["odd"]
-        step(kind, x, x, vocab)
-    for kind, layout, rows in (("forward_kl", "odd", 1), ("generalized_jsd", "even", 64)):  # split
-        x, vocab = aot_layouts(rows, torch.bfloat16)[layout]
-        step(kind, x, x, vocab)
-    x, vocab = aot_layouts(8192, torch.float32)["odd"]
-    step("skewed_reverse_kl", x, x, vocab, everything=True)
-    x, vocab = aot_layouts(8192, torch.float32)["cut"]
-    step("generalized_jsd", x, aot_layouts(8192, torch.bfloat16)["odd"][0][:, :vocab], 128257)
-
-
-def aot_table() -> None:
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    for kind, dtype, teacher, rows in itertools.product(FORMS, dtypes, dtypes, (64, 8192)):
-        sides = aot_layouts(rows, dtype), aot_layouts(rows, teacher)
-        for layout, everything in itertools.product(sides[0], (False, True)):
-            (x, vocab), (y, _) = (side[layout] for side in sides)
-            if not everything or dtype == teacher == torch.float32:  # only products have these options
-                step(kind, x, y, vocab, everything=everything)
-
-
-def test_nothing_spills_and_every_grid_is_legal():
-    launches = compiled("_triton.test_divergences:aot_calls")
-    assert {launch.kernel for launch in launches} == {
-        "state_kernel",
-        "pair_merge_kernel",
-        "mixture_kernel",
-        "pair_sum_kernel",
-        "divergence_gradient_kernel",
-    }
-    assert_within_bounds(launches)

@@ -8,7 +8,6 @@ and the result once more. (The interpreter truncates bfloat16 where a GPU rounds
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +17,9 @@ from torch import Tensor
 
 import kdloss
 from kdloss._logprobs import from_hidden, hidden_op
-from kdloss._logprobs.fused_passes import KernelChunks
-from kdloss._softmax.head import Head
-from kdloss._softmax.vocabulary import Softmax
-from kdloss._triton import _compaction, _launch, _linear as kernels, _products
+from kdloss._triton import _linear as kernels, _products
 from kdloss._triton._row_math import LogitTransform, State
 from kdloss.testing import reference
-from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, far_apart, normal, poisoned
 
 T, D = 6, 5
@@ -389,69 +384,3 @@ def test_opcheck():
     torch.library.opcheck(
         hidden_op.linear_logprobs.overload, (*given.leaves, given.labels.clamp(max=35), rows, *options)
     )
-
-
-def step(
-    dtype: torch.dtype,
-    vocab: int,
-    *,
-    tokens: int = 8192,
-    rows: int | None = None,
-    labels: int = 1,
-    everything: bool = False,
-    kept: bool = False,
-    fused: bool = False,
-) -> None:
-    """Forward and backward on the meta device, where `rows` rows take part; or a chunk of `fused_linear_loss`."""
-    meta, rows, width = torch.device("meta"), tokens if rows is None else rows, 1024
-    bias = torch.empty(151936, dtype=dtype, device=meta) if everything else None
-    taus = torch.empty(tokens, device=meta) if everything else None
-    hidden, weight = (torch.empty(n, width, dtype=dtype, device=meta) for n in (tokens, 151936))
-    columns = torch.empty(tokens, labels, dtype=torch.int64, device=meta)
-    if fused:
-        head = Head(hidden, weight[:vocab], bias, *((30.0, 1.3) if everything else (None, 1.0)))
-        chunks = KernelChunks(head, columns, Softmax.of(vocab, 1.0 if taus is None else taus), 1024)
-        chunks.chunk(torch.empty(1024, dtype=torch.int64, device=meta)).gradient(*torch.empty(2, 1024, device=meta))
-        return
-    transform = LogitTransform(bias, *((1.3, 30.0) if everything else (1.0, None)))
-    products = _launch.room(tokens if kept else 0, vocab, dtype=torch.float32, device=meta)
-    index, active = (torch.empty(n, dtype=torch.int64, device=meta) for n in (tokens if kept else rows, rows))
-    known = kernels.forward(hidden, weight, columns, index, transform, 1.0, taus, products, everything)
-    state = State(columns, 1.0, taus, *known[2:4], known[4] if everything else None)
-    incoming = torch.empty(tokens, labels, device=meta), torch.empty(tokens, device=meta) if everything else None
-    places = active if kept else None
-    kernels.backward(*incoming, state, hidden, weight, active, places, transform, products, [True, True, True])
-
-
-def aot_calls() -> None:
-    """The kernels with no option and with all, one label and several, few rows and many, kept logits, fused."""
-    step(torch.float32, 151936)
-    step(torch.bfloat16, 151936)
-    step(torch.bfloat16, 151669, everything=True, kept=True, rows=64)
-    step(torch.bfloat16, 151669, labels=8, kept=True, tokens=512)
-    step(torch.bfloat16, 151669, labels=64, tokens=512)
-    step(torch.float16, 128257, labels=300, everything=True)
-    for everything in (False, True):
-        step(torch.bfloat16, 128257, everything=everything, fused=True)
-    _compaction.order(torch.empty(8192, dtype=torch.bool, device="meta"), 500)
-
-
-def aot_table() -> None:
-    flags = list(itertools.product((False, True), repeat=2))
-    for dtype, vocab in itertools.product((torch.float32, torch.bfloat16, torch.float16), (151936, 151669, 128257)):
-        for everything, fused in flags:
-            step(dtype, vocab, everything=everything, fused=fused)
-        for tokens, labels, (everything, kept) in itertools.product((64, 512, 8192, 1 << 18), (1, 8, 64, 300), flags):
-            step(dtype, vocab, tokens=tokens, labels=labels, everything=everything, kept=kept)
-
-
-def test_nothing_spills_and_every_grid_is_legal():
-    launches = compiled("_triton.test_linear:aot_calls")
-    assert {launch.kernel for launch in launches} == {
-        "order_kernel",
-        "take_kernel",
-        "fold_kernel",
-        "gradient_kernel",
-        "put_back_kernel",
-    }
-    assert_within_bounds(launches)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kdloss._triton import _launch, _logits_backward as backward_kernels, _logits_forward as forward_kernels
 from kdloss._triton._row_math import State
-from triton_aot import assert_within_bounds, compiled
 from triton_harness import DEVICE, amid_nan, far_apart, normal, poisoned
 
 ROWS = 6
@@ -250,63 +249,6 @@ def test_columns_far_apart_are_read_where_they_are():
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     gradients = [backward_kernels.backward(*backward_arguments(x)) for x in (spread, given)]
     assert torch.equal(*gradients)
-
-
-def step(logits: Tensor, vocab: int, *, labels: int = 1, with_entropy: bool = True, every_option: bool = False) -> None:
-    """Forward and backward of logits on the meta device."""
-    rows = logits.shape[0]
-    columns = torch.empty(rows, labels, dtype=torch.int64, device="meta")
-    known = [torch.empty(rows, device="meta") for _ in range(3)]
-    row_temperature, *options = (known[0], 30.0, vocab) if every_option else (None, None, vocab)
-    forward_kernels.forward(logits, columns, row_temperature, 1.0, *options, with_entropy)
-    g, h = torch.empty(columns.shape, device="meta"), known[0] if with_entropy else None
-    state = State(columns, 1.0, row_temperature, *known)
-    backward_kernels.backward(g, h, logits, state, *options, part=every_option)
-
-
-def aot_layouts(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, int]]:
-    """(logits, vocabulary): even rows, the same with padding or cut off, odd rows, and columns that lie apart."""
-    x = torch.empty(rows, 151936, dtype=dtype, device="meta")
-    odd, apart = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((rows, 128257), (151936, rows)))
-    return {"even": (x, 151936), "padded": (x, 151669), "cut": (x[:, :151669], 151669), "odd": (odd, 128257)} | {
-        "apart": (apart.T, 151936)
-    }
-
-
-def aot_calls() -> None:
-    """Few rows and many, each part of the kernels on and off; the layouts that need the most registers."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for rows, with_entropy, every_option in itertools.product((1, 256, 8192), (False, True), (False, True)):
-            vocab = 151936 - 267 * every_option
-            logits = torch.empty(rows, 151936, dtype=dtype, device="meta")
-            labels = 1 + 3 * every_option
-            step(logits, vocab, labels=labels, with_entropy=with_entropy, every_option=every_option)
-    layouts = aot_layouts(8192, torch.bfloat16)
-    step(*layouts["odd"])
-    step(*layouts["odd"], with_entropy=False, labels=8)
-    step(*layouts["odd"], every_option=True, labels=64)
-    step(*layouts["apart"])
-    step(*layouts["cut"], labels=64)
-    step(*layouts["cut"], labels=64, with_entropy=False)  # loaded 16 bytes at a time, and stored one by one
-    # the gradient of an entropy alone
-    x, known = layouts["odd"][0], [torch.empty(8192, device="meta") for _ in range(3)]
-    columns = torch.empty(8192, 1, dtype=torch.int64, device="meta")
-    backward_kernels.backward(None, known[0], x, State(columns, 1.0, None, *known), None, 128257)
-
-
-def aot_table() -> None:
-    dtypes, options = (torch.bfloat16, torch.float16, torch.float32), itertools.product((False, True), repeat=2)
-    rows_and_labels = itertools.product((32, 8192), (1, 64, 300))
-    for dtype, (rows, labels), (with_entropy, every_option) in itertools.product(dtypes, rows_and_labels, options):
-        for logits, vocab in aot_layouts(rows, dtype).values():
-            step(logits, vocab, labels=labels, with_entropy=with_entropy, every_option=every_option)
-
-
-def test_nothing_spills():
-    launches = compiled("_triton.test_logits:aot_calls")
-    assert {launch.kernel for launch in launches} == {"forward_kernel", "merge_kernel", "backward_kernel"}
-    assert_within_bounds(launches)
-    assert all(len(launch.grid) == 1 for launch in launches)
 
 
 def test_rows_are_written_past_their_end_where_no_other_row_lies():

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdloss
-from benchmarks import ours
+from benchmarks.cases import Case
+from benchmarks.formulas import ours_logits
 from cases import TABLE
 from contract import as_numpy, cast, fields, oracle
 from kdloss import _checks
@@ -373,7 +374,8 @@ def test_on_a_gpu_the_benchmarks_time_the_kernels(entropy):
     """The calls of `python -m benchmarks`, with fake tensors on a GPU; the backward follows the forward."""
     with FakeTensorMode(), Operators() as operators:
         logits = torch.empty(64, 151936, device="cuda", dtype=torch.bfloat16)
-        ours.logits(entropy=entropy)(logits, torch.empty(64, device="cuda", dtype=torch.int64))
+        function = ours_logits(Case("logits", 64, 151936, entropy=entropy))["kdloss"]
+        function(logits, torch.empty(64, device="cuda", dtype=torch.int64))
     assert operators.called == [("logprobs", True)]
 
 

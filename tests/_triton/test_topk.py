@@ -21,7 +21,6 @@ import kdloss
 from kdloss._divergences import topk_op
 from kdloss._triton import _launch, _topk_backward as backward_kernels, _topk_forward as forward_kernels
 from kdloss.testing import reference
-from triton_aot import compiled
 from triton_harness import DEVICE, amid_nan, far_apart, normal, poisoned
 
 # If a lane or a row has no mass, the interpreter's numpy warns about values that are not stored.
@@ -403,47 +402,3 @@ def test_nothing_waits_for_the_device():
         outcome(of, logits, logp, ids, factor)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def step(logits: Tensor, vocab: int, k: int, *, row_temperature: bool = False) -> None:
-    """Forward and backward."""
-    rows, device = logits.shape[0], logits.device
-    ids = torch.empty(rows, k, dtype=torch.int64, device=device)
-    taus = torch.empty(rows, device=device) if row_temperature else None
-    kept, rest = forward_kernels.forward(logits, ids, taus, 1.0, vocab, True)
-    backward_kernels.backward(kept, rest, logits, ids, taus, rest, 1.0, vocab, True)
-
-
-def aot_calls() -> None:
-    """Rows that begin at multiples of 16 bytes and rows that do not, few and many, with every option and with none."""
-    meta, k = {"device": "meta"}, 300
-    cases = [
-        (8192, 151936, torch.bfloat16),
-        (8192, 128257, torch.bfloat16),
-        (8192, 128257, torch.float32),
-        (1, 128257, torch.bfloat16),
-    ]
-    for rows, vocab, dtype in cases:
-        step(torch.empty(rows, vocab, dtype=dtype, **meta), vocab, k, row_temperature=rows == 1)
-    # strides that allow no vector load; and without the rest
-    logits, ids = (
-        torch.empty(151, 65536, dtype=torch.bfloat16, **meta).T,
-        torch.empty(65536, 1, dtype=torch.int64, **meta),
-    )
-    forward_kernels.forward(logits, ids, None, 1.0, 151, True)
-    kept, rest = forward_kernels.forward(logits, ids, None, 1.0, 151, False)
-    backward_kernels.backward(kept, rest, logits, ids, None, rest, 1.0, 151, False)
-
-
-def test_nothing_spills_and_every_grid_is_legal():
-    launches = compiled("_triton.test_topk:aot_calls")
-    assert {launch.kernel for launch in launches} == {
-        "kept_and_rest_kernel",
-        "finish_kernel",
-        "kept_and_rest_backward_kernel",
-    }
-    for launch in launches:
-        assert launch.spilled_bytes == 0, launch
-        assert launch.registers <= 128, launch
-        assert len(launch.grid) == 1, launch
-        assert launch.grid[0] < 2**31, launch

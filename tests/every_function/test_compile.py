@@ -166,9 +166,8 @@ class Module(torch.nn.Module):
         return tuple(fields(self.function(**tensors, **self.options)).values())
 
 
-# `discounted_returns` doubles its steps up to T, so it is a graph for each power of two; what takes `total_tokens` is
-# told T as a number, `length` bounds it, and advantages are per response.
-NOT_DYNAMIC = {"discounted_returns", "unpack", *(name for name, entry in TABLE.items() if "advantages" in name)}
+# What takes `total_tokens` is told T as a number, `length` bounds it, and advantages are per response.
+NOT_DYNAMIC = {"unpack", *(name for name, entry in TABLE.items() if "advantages" in name)}
 EXPORTED = {
     name: (public_function(name), cast(entry.variants["base"], torch.float32))
     for name, entry in TABLE.items()

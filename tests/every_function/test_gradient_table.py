@@ -1,14 +1,10 @@
-"""Holds docs/gradients.md and docs/joint-mode.md to the code: the generated table, and every printed output."""
+"""Holds the generated table of docs/gradients.md to the code."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -38,21 +34,3 @@ def test_every_loss_of_the_library_has_a_row(generator):
     losses = [name for name in kdloss.__all__ if name.endswith(endings) or name.startswith("kl_k")]
     assert len(losses) >= 18  # the name endings still match
     assert [name for name in losses if f"`{name}`" not in names] == []
-
-
-@pytest.mark.parametrize(("page", "outputs"), [("gradients.md", 4), ("joint-mode.md", 1)])
-def test_the_printed_output_is_what_the_blocks_print(page, outputs):
-    text = (DOCS / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", text, flags=re.DOTALL)
-    assert sum(bool(printed) for _, printed in blocks) == outputs
-    names: dict[str, Any] = {}
-    for code, printed in blocks:
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            exec(code, names)
-        assert rounding_hidden(output.getvalue()) == rounding_hidden(printed)
-
-
-def rounding_hidden(text: str) -> str:
-    """Replaces residuals of rounding, which differ from machine to machine."""
-    return re.sub(r"\b\de-1[4-9]\b", "0e+00", text)

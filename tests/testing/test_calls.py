@@ -27,6 +27,15 @@ def both(loss, tree, match, **keywords):
             call(loss, tree, **keywords)
 
 
+def test_what_is_written_to_a_batch_reaches_no_other(tree):
+    first, again = tree.batch([0, 1]).named(), tree.batch([0, 1]).named()
+    for name in first:
+        first[name].detach().zero_()
+    later = tree.batch([0, 1]).named()
+    for name in first:
+        assert torch.equal(later[name].nan_to_num(9), again[name].nan_to_num(9)), name
+
+
 def trained(x, loss_mask):
     return x[loss_mask]
 

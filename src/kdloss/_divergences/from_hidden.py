@@ -7,9 +7,10 @@ memory does not grow with T * V, and tokens that `loss_mask` leaves out cost not
 once.
 
 Everything is computed in float32, or float64 where any input is. Half-precision heads are widened slice by slice; the
-kernels multiply them as they are, into float32. The student's hidden states, weight and bias get gradients in their
-dtypes; the teacher's get none. A token that is masked out, or whose incoming gradient is 0, leaves no trace, even if
-its hidden states hold NaN. `from_logits.py` says what logits of -inf (from a bias) do.
+kernels multiply them as they are, into float32. What bfloat16 rounds on a CPU is in `_softmax/products.py`. The
+student's hidden states, weight and bias get gradients in their dtypes; the teacher's get none. A token that is masked
+out, or whose incoming gradient is 0, leaves no trace, even if its hidden states hold NaN. `from_logits.py` says what
+logits of -inf (from a bias) do.
 """
 
 from __future__ import annotations
@@ -93,8 +94,9 @@ def linear_forward_kl(
         where the teacher has mass on what the student excludes.
 
     Expected gradient:
-        ∇KL(p || q) = (q - p) / temperature in the logits, carried through softcap, scale and head. Gradients of weight
-        and bias are summed in float32 and rounded once.
+        ∇KL(p || q) = (q - p) / temperature in the logits, carried through softcap, scale and head.
+        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
+        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}
@@ -166,7 +168,8 @@ def linear_reverse_kl(
 
     Expected gradient:
         ∇KL(q || p) = q (log q/p - KL(q || p)) / temperature in the logits, carried through softcap, scale and head.
-        Gradients of weight and bias are summed in float32 and rounded once.
+        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
+        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}
@@ -241,7 +244,8 @@ def linear_generalized_jsd(
 
     Expected gradient:
         ∇JSD = (1-β) q (log q/m - KL(q || m)) / temperature in the logits, carried through softcap, scale and head.
-        Gradients of weight and bias are summed in float32 and rounded once.
+        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
+        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}
@@ -317,7 +321,9 @@ def linear_skewed_forward_kl(
 
     Expected gradient:
         ∇KL(p || m) = (q sum_u p_u w_u - p w) / temperature in the logits, w = (1-α) q/m, carried through softcap, scale
-        and head. Gradients of weight and bias are summed in float32 and rounded once.
+        and head.
+        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
+        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}
@@ -393,7 +399,9 @@ def linear_skewed_reverse_kl(
 
     Expected gradient:
         ∇KL(q || m) = q (h - sum_u q_u h_u) / temperature in the logits, h = log q/m - α q/m, carried through softcap,
-        scale and head. Gradients of weight and bias are summed in float32 and rounded once.
+        scale and head.
+        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
+        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}

@@ -11,7 +11,8 @@ compute the logits again, and 4 TVD for its two products. If the student's head 
 in u: it is computed in the forward, in float32, and the backward is one multiplication.
 
 A half-precision head is widened one slice at a time, once per chunk: logits rounded to bf16 would be off by 3e-2 nats.
-dweight and dbias are summed over chunks in float32 and rounded once.
+dweight and dbias are summed over chunks in float32 and rounded once. On a CPU that multiplies bfloat16, dx of bfloat16
+hidden states and head is rounded to it before its two products (`_softmax/products.py`).
 
 If each rank holds a slice of the vocabulary of both heads:
 
@@ -106,7 +107,7 @@ def _linear_divergence(
         assert value is not None
         out[rows] = value
         if gradient is not None:
-            d_hidden[rows] = gradient.of_hidden()
+            d_hidden[rows] = gradient.of_hidden().to(dtype)
     return out, d_hidden
 
 
@@ -165,6 +166,7 @@ def _linear_divergence_backward(
             gradient.add_to_weight_(d_weight[:vocab_size])
         if needs_bias:
             gradient.add_to_bias_(d_bias[:vocab_size])
+        del chunk, gradient  # they hold the logits, which are free before d_weight is rounded
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype if bias is None else bias.dtype)
 
 

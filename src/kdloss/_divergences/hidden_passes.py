@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from kdloss import _checks
-from kdloss._softmax.head import Head, HeadGradient, KernelHeadGradient, TorchHeadGradient, head_product_
+from kdloss._softmax.head import (
+    Head,
+    HeadGradient,
+    KernelHeadGradient,
+    TorchHeadGradient,
+    head_product_,
+    room_for_gradient,
+)
 from kdloss._softmax.rows import Scaling, scale_
 
 from .rows import Form, Scratch, block_divergence, slice_gradient, slice_state, slice_terms
@@ -55,7 +62,7 @@ class PairChunks(Protocol):
 
 
 class TorchPairChunks:
-    """By torch, in float32 or float64; half-precision heads are widened one slice at a time."""
+    """By torch. Logits are exact: half-precision operands are widened, the head one slice at a time."""
 
     def __init__(self, student: Head, teacher: Head, options: Options, size: int) -> None:
         self._heads = [head.without_padding(options.vocab_size) for head in (student, teacher)]
@@ -64,9 +71,9 @@ class TorchPairChunks:
 
     def chunk(self, rows: Tensor) -> TorchPairChunk:
         y, teacher_y = self._room[:, : rows.shape[0]].unbind(0)
-        hidden = [head.hidden.index_select(0, rows).to(self._dtype) for head in self._heads]
+        hidden = [head.hidden.index_select(0, rows) for head in self._heads]
         for out, x, head in zip((y, teacher_y), hidden, self._heads, strict=True):
-            head_product_(out, x, head.weight, head.bias)
+            head_product_(out, x.to(self._dtype), head.weight, head.bias)
             Scaling(head.softcap, head.logit_scale, 1.0).apply_(out)
         tau = self._options.row_temperature
         taus = None if tau is None else tau.index_select(0, rows)
@@ -79,7 +86,7 @@ class TorchPairChunk(NamedTuple):
     rows: Tensor  # (n,) of the T
     y: Tensor  # (n, V) logits of the student
     teacher_y: Tensor  # (n, V) of the teacher
-    hidden: Tensor  # (n, D) of the student
+    hidden: Tensor  # (n, D) of the student, in their dtype
     student: Head
     taus: Tensor | None  # (n,)
     options: Options
@@ -87,7 +94,7 @@ class TorchPairChunk(NamedTuple):
     def divergence(self, upstream: Tensor | None, *, gradient: bool) -> tuple[Tensor | None, HeadGradient | None]:
         """Blocks of rows are computed in a smaller scratch; dx overwrites the logits of the student."""
         form, temperature, _, _, shares, slope = self.options
-        values = []
+        values, dx = [], room_for_gradient(self.y, self.student)
         for part, logits, taus in self._blocks():
             if shares is None or slope is None:
                 found = block_divergence(form, *logits, **taus, value=upstream is None, gradient=gradient)
@@ -105,12 +112,13 @@ class TorchPairChunk(NamedTuple):
             tau = temperature if self.taus is None else self.taus[part].unsqueeze(-1).to(y.dtype)
             dz = scale_(dz, factor * self.student.logit_scale, tau)
             c = self.student.softcap
-            if c is None:
-                y.copy_(dz)
-            else:
-                y.div_(c).square_().neg_().add_(1).mul_(dz)
+            if c is not None:
+                dz.mul_(y.div_(c).square_().neg_().add_(1))
+            dx[part] = dz
         value = None if upstream is not None else torch.cat(values)
-        return value, TorchHeadGradient(self.y, self.hidden, self.student.weight) if gradient else None
+        if not gradient:
+            return value, None
+        return value, TorchHeadGradient(dx, self.hidden.to(dx.dtype), self.student.weight)
 
     def slice_values(self) -> Tensor:
         form, _, _, _, shares, _ = self.options

@@ -11,7 +11,9 @@ products.
 
 A chunk is some rows by the whole vocabulary, because the loss of a token needs its complete log-prob; so dw is summed
 over chunks, in float32. The gradients stay in float32 until the backward, which multiplies them by the incoming
-gradient and only then rounds them to the dtypes of their inputs: a gradient scaler loses no digits.
+gradient and only then rounds them to the dtypes of their inputs: a gradient scaler loses no digits. On a CPU that
+multiplies bfloat16, dz of bfloat16 hidden states and head is rounded to it before its two products, which have the
+exponents of float32 (`_softmax/products.py`).
 
 If the head is sharded, the states of a chunk's rows are merged before the loss, by one all-gather per chunk. A slice of
 the vocabulary is narrow, so chunks have many rows and are few. The gradient of hidden states is summed over the ranks
@@ -39,8 +41,11 @@ from .from_hidden import check_head_labels, logprobs_from_hidden, select_rows
 from .fused_passes import Chunks, KernelChunks, TorchChunks, put_back
 from .token_loss import TokenLoss, UserLoss
 
-# Bytes of a chunk of logits. Each chunk reads and writes all of dw once, so chunks are few and large.
+# Bytes of a chunk of logits, at most. Each chunk reads and writes all of dw once, so chunks are few and large.
 _CHUNK_BYTES = {"cpu": 1 << 28, "other": 1 << 30}
+# On a CPU a chunk has at most as many rows as hidden states have entries, so that its logits take no more memory than
+# dw, and not less than this many rows.
+_CPU_ROWS = 512
 
 
 class FusedLoss(NamedTuple):
@@ -236,7 +241,8 @@ class _Fused(torch.autograd.Function):
         kind = "cpu" if mask.device.type == "cpu" else "other"
         # all ranks use the same chunks, because results are merged chunk by chunk
         widest = vocab_size if shard is None else shard.widest
-        size = max(1, min(_CHUNK_BYTES[kind] // (widest * dtype.itemsize), rows.shape[0]))
+        most = max(hidden.shape[1], _CPU_ROWS) if kind == "cpu" else rows.shape[0]
+        size = max(1, min(_CHUNK_BYTES[kind] // (widest * dtype.itemsize), most, rows.shape[0]))
         make = KernelChunks if softmax.kernels else TorchChunks
         head = Head(hidden, weight, bias, softcap, logit_scale).without_padding(vocab_size)
         chunks: Chunks = make(head, columns, softmax, size)

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
-from kdloss._softmax.head import Head, HeadGradient, KernelHeadGradient, TorchHeadGradient, head_product_
+from kdloss._softmax.head import (
+    Head,
+    HeadGradient,
+    KernelHeadGradient,
+    TorchHeadGradient,
+    head_product_,
+    room_for_gradient,
+)
 from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, gradient_of
 from kdloss._softmax.vocabulary import Softmax
 from kdloss._softmax.whole_rows import rate_of, whole_rows
@@ -43,8 +50,12 @@ class Chunks(Protocol):
     def chunk(self, rows: Tensor) -> Chunk: ...
 
 
+# Logits of a block of rows on a CPU, per thread: 2 MiB of float32, which stay in the cache from pass to pass.
+_CPU_BLOCK = 1 << 19
+
+
 class TorchChunks:
-    """By torch, in full precision: half-precision operands are widened, the head one slice at a time."""
+    """By torch. Logits are exact: half-precision operands are widened, the head one slice at a time."""
 
     def __init__(
         self,
@@ -54,31 +65,37 @@ class TorchChunks:
         size: int,  # rows of a chunk, at most
     ) -> None:
         self._head, self._columns, self._softmax = head, columns, softmax
-        shape, dtype = (size, head.weight.shape[0]), _checks.promoted_dtype(*head[:3])
-        # the logits, two scratch blocks, and the gradient of capped logits, which may not overwrite them
-        count = 3 if head.softcap is None else 4
-        self._buffers = [torch.empty(shape, dtype=dtype, device=columns.device) for _ in range(count)]
+        width, dtype = head.weight.shape[0], _checks.promoted_dtype(*head[:3])
+        self._logits = torch.empty(size, width, dtype=dtype, device=columns.device)
+        threads = torch.get_num_threads()
+        on_cpu = columns.device.type == "cpu"
+        rows = max(1, min(size, max(threads, _CPU_BLOCK * threads // max(1, width)) if on_cpu else size))
+        self._scratch = [self._logits.new_empty(rows, width) for _ in range(3)]
 
     def chunk(self, rows: Tensor) -> TorchChunk:
-        z, *spare = [x[: rows.shape[0]] for x in self._buffers]
+        z, scratch = self._logits[: rows.shape[0]], self._scratch
         head, softmax = self._head, self._softmax
         labels = self._columns[rows]
         labelled = labels >= 0
-        x = head.hidden[rows].to(z.dtype).masked_fill_(~labelled, 0)
+        given = head.hidden[rows].masked_fill_(~labelled, 0)
         scaling = Scaling(head.softcap, head.logit_scale, softmax.temperature)
         if softmax.row_temperature is not None:
             divisor = torch.where(labelled, softmax.row_temperature.flatten()[rows].to(z.dtype)[:, None], 1)
             scaling = scaling._replace(temperature=divisor)
-        scaling.apply_(head_product_(z, x, head.weight, head.bias))
+        head_product_(z, given.to(z.dtype), head.weight, head.bias)
         sums = Sums.empty(rows.shape[0], like=z, with_entropy=True)
-        sums.read_(z, spare[0], spare[1])
+        blocks = z.split(scratch[0].shape[0])
+        sizes = [len(block) for block in blocks]
+        for block, part, scales in zip(blocks, sums.split(sizes), scaling.split(sizes), strict=True):
+            p, shifted, _ = (x[: len(block)] for x in scratch)
+            part.read_(scales.apply_(block), p, shifted)
         state = RowState.of(sums)
         here = labels if softmax.shard is None else softmax.shard.columns(labels, z.shape[1])
         logp = state.logp(z.gather(-1, here.clamp(0, z.shape[1] - 1))).masked_fill(~labelled, 0)
         if softmax.shard is not None:
             state, logp = whole_rows(state, logp, labels, softmax.shard)
         entropy = state.entropy().masked_fill(~labelled, 0)
-        return TorchChunk(logp.squeeze(-1), entropy.squeeze(-1), z, spare, x, head.weight, here, state, scaling)
+        return TorchChunk(logp.squeeze(-1), entropy.squeeze(-1), z, scratch, given, head, here, state, scaling)
 
 
 class TorchChunk(NamedTuple):
@@ -87,22 +104,32 @@ class TorchChunk(NamedTuple):
     logp: Tensor  # (n,)
     entropy: Tensor  # (n,)
     z: Tensor  # (n, V)
-    spare: list[Tensor]  # (n, V) each: scratch, seeds and, with a softcap, room for dz
-    x: Tensor  # (n, D) the hidden states, 0 where the label is ignored
-    weight: Tensor  # (V, D)
+    scratch: list[Tensor]  # three blocks of rows, (r, V) each
+    given: Tensor  # (n, D) the hidden states in their dtype, 0 where the label is ignored
+    head: Head
     columns: Tensor  # (n, 1) labels as columns of this slice, -100 ignored
     state: RowState  # of whole rows
     scaling: Scaling
 
     def gradient(self, g: Tensor, h: Tensor) -> HeadGradient:
+        """dz overwrites the logits."""
         ignored = self.columns < 0
         g, h = (x[:, None].masked_fill(ignored, 0) for x in (g, h))
         upstream = Upstream.of(self.state, self.columns, g, h).part(0, self.z.shape[1])
-        scratch, seeds, *separate = self.spare
-        dz = separate[0] if separate else self.z
-        gradient_of(self.z, upstream, out=dz, seeds=seeds.zero_(), scratch=scratch)
-        self.scaling.backward_(dz, self.z)
-        return TorchHeadGradient(dz, self.x, self.weight)
+        dz, (room, scratch, seeds) = room_for_gradient(self.z, self.head), self.scratch
+        seeds.zero_()
+        blocks, targets = self.z.split(seeds.shape[0]), dz.split(seeds.shape[0])
+        sizes = [len(block) for block in blocks]
+        parts = zip(blocks, targets, upstream.split(sizes), self.scaling.split(sizes), strict=True)
+        for z, target, incoming, scaling in parts:
+            # the gradient of capped logits needs them, and one of another dtype may not be written beside them
+            in_place = self.head.softcap is None and target.dtype == z.dtype
+            out, free, zeros = (x[: len(z)] for x in (z if in_place else room, scratch, seeds))
+            gradient_of(z, incoming, out=out, seeds=zeros, scratch=free)
+            scaling.backward_(out, z)
+            if not in_place:
+                target.copy_(out)
+        return TorchHeadGradient(dz, self.given.to(dz.dtype), self.head.weight)
 
 
 class KernelChunks:

@@ -6,8 +6,10 @@ The vocabulary is processed in slices, so only one tile of the (N, V) logits exi
     backward   for each slice, for each tile of rows:  z again, dz from it, dh += dz @ w, dw += dz.T @ h
 
 This is one matrix product forward and three backward, or two if the logits were kept. Slices are the outer loop, so
-each slice of the head is widened once, and each slice of its gradient is written once, from a float32 accumulator; dh
-is accumulated in float32 too. The width of a slice depends on D, V and the device type, never on the mask.
+each slice of the head is widened once, and each slice of its gradient is written once, from one product or from a
+float32 accumulator; dh is accumulated in float32 too. On a CPU that multiplies bfloat16, dz of bfloat16 hidden states
+and head is rounded to it before its two products (`_softmax/products.py`). The width of a slice depends on D, V and the
+device type, never on the mask.
 
 N rows are gathered and computed: those with a label. The backward gathers those of them whose incoming gradient is not
 0, so clipped tokens and groups without advantage cost nothing.
@@ -26,6 +28,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._softmax.head import Head
 from kdloss._softmax.operator import operator
+from kdloss._softmax.products import add_product_, product, product_, rounds_gradient
 from kdloss._softmax.rows import RowState, Scaling, Sums, Upstream, gradient_of
 
 
@@ -37,10 +40,12 @@ class _Budget(NamedTuple):
     slice_elements: int
 
 
-# On a CPU, a slice of at most 32 MiB and a tile of at most 16 MiB are about the size of the last-level cache. An
-# accelerator needs fewer and larger products.
-_CPU = _Budget(512, 1 << 13, 1 << 23)
+# On a CPU a slice and a tile take at most 16 MiB of float32. Tiles are square, because dh is summed over the slices and
+# dw over the tiles of a slice. An accelerator needs fewer and larger products.
+_CPU = _Budget(1 << 11, 1 << 11, 1 << 22)
 _DEVICE = _Budget(8192, 1 << 15, 1 << 26)
+# Logits of a block of rows, per thread: 2 MiB of float32.
+_CPU_BLOCK = 1 << 19
 
 
 @operator("linear_logprobs")
@@ -93,11 +98,13 @@ def linear_logprobs(
         outside = (local < 0) | (local >= z.shape[-1])
         picked[tile.rows] += z.gather(-1, local.masked_fill(outside, 0)).masked_fill(outside, 0)
         sums = Sums.empty(z.shape[0], like=z, with_entropy=with_entropy)
-        sums.read_(z, _shaped(p, z), z if with_entropy else None)
+        for block, part in zip(z.split(slices.block_rows), sums.split(slices.blocks(z)), strict=True):
+            part.read_(block, _shaped(p, block), block if with_entropy else None)
         merged = state.at(tile.rows).merge(RowState.of(sums))
-        for whole, part in zip(state, merged, strict=True):
-            if whole is not None and part is not None:
-                whole[tile.rows] = part
+        for whole, found in zip(state, merged, strict=True):
+            if whole is not None and found is not None:
+                whole[tile.rows] = found
+        del z, block  # before the next tile is allocated
 
     def put_back(x: Tensor) -> Tensor:  # (N, ...) -> (T, ...), 0 elsewhere
         return x.new_zeros(n_tokens, *x.shape[1:]).index_copy_(0, index, x)
@@ -186,29 +193,29 @@ def linear_logprobs_backward(
     slices = _HeadSlices(head, columns[index], index, temperature, row_temperature)
 
     x = slices.hidden
+    narrow = rounds_gradient(hidden, weight, x.dtype)
+    operand = slices.given if narrow else x
+    gradients = _TileGradients(slices, upstream, kept, places, dtype=operand.dtype)
     dhidden = torch.zeros_like(x) if needs[0] else x.new_empty(0)
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
     dbias = x.new_zeros(weight.shape[0] if needs[2] else 0)
-    seeds = slices.scratch().fill_(0)
-    separate = slices.scratch() if softcap is not None else None
-    scratch = slices.scratch() if h is not None else None
-    accumulator = x.new_empty(slices.width if needs[1] else 0, x.shape[1])
-    for tile in slices.tiles(vocab_size):
-        z = tile.logits() if kept.shape[0] == 0 else tile.kept_logits(kept, places)
-        part = upstream.at(tile.rows).part(tile.columns.start, tile.columns.stop)
-        dz = z if separate is None else _shaped(separate, z)
-        entropy_scratch = None if scratch is None else _shaped(scratch, z)
-        gradient_of(z, part, out=dz, seeds=_shaped(seeds, z), scratch=entropy_scratch)
-        tile.scaling.backward_(dz, z)
+    # sums over tiles are in the dtype of x; a single tile, or a head of that dtype, needs no other memory for them
+    in_place = x.shape[0] <= slices.tile_rows or weight.dtype == x.dtype
+    accumulator = x.new_empty(slices.width if needs[1] and not in_place else 0, x.shape[1])
+    for tile in slices.tiles(vocab_size, widen=kept.shape[0] == 0 or (needs[0] and not narrow)):
+        dz = gradients.of(tile)
         if needs[0]:
-            dhidden[tile.rows].addmm_(dz, tile.weight)
+            add_product_(dhidden[tile.rows], dz, tile.weight if narrow else tile.wide)
+        if narrow:
+            gradients.add_labels_(dz, tile, dhidden[tile.rows] if needs[0] else None)
         if needs[1]:
-            dw = accumulator[: z.shape[1]]
-            torch.addmm(dw, dz.T, x[tile.rows], beta=0 if tile.first else 1, out=dw)
-            if tile.last:
+            dw = dweight[tile.columns] if in_place else accumulator[: dz.shape[1]]
+            (product_ if tile.first else add_product_)(dw, dz.T, operand[tile.rows])
+            if tile.last and not in_place:
                 dweight[tile.columns] = dw
         if needs[2]:
-            dbias[tile.columns] += dz.sum(0)
+            dbias[tile.columns] += dz.sum(0, dtype=x.dtype)
+        del dz  # before the next tile is allocated
     if needs[0]:
         dhidden = hidden.new_zeros(hidden.shape).index_copy_(0, index, dhidden.to(hidden.dtype))
     return dhidden, dweight, dbias.to(bias_dtype)
@@ -253,30 +260,20 @@ class _Tile(NamedTuple):
 
     rows: slice  # of the N
     columns: slice  # of the vocabulary
-    hidden: Tensor  # (n, D)
-    weight: Tensor  # (v, D), widened
+    hidden: Tensor  # (n, D), widened
+    weight: Tensor  # (v, D) in the dtype of the head
+    wide: Tensor  # (v, D), widened; the same as `weight` if nobody reads it
     bias: Tensor | None  # (v,)
     scaling: Scaling
-    scratch: Tensor  # flat, for the logits
     first: bool  # whether it is the first tile of its slice
     last: bool
 
     def logits(self) -> Tensor:
-        """z (n, v), computed in the scratch."""
-        z = self._room()
-        torch.mm(self.hidden, self.weight.T, out=z)
+        """z (n, v), in new memory."""
+        z = product(self.hidden, self.wide.T)
         if self.bias is not None:
             z.add_(self.bias)
         return self.scaling.apply_(z)
-
-    def kept_logits(self, kept: Tensor, places: Tensor | None) -> Tensor:
-        """z (n, v), copied to the scratch from `kept` (M, V). The N rows are `places` of it; None: all of it."""
-        return self._room().copy_(kept[self.rows if places is None else places[self.rows], self.columns])
-
-    def _room(self) -> Tensor:
-        """The scratch as (n, v)."""
-        rows, columns = self.hidden.shape[0], self.weight.shape[0]
-        return self.scratch[: rows * columns].view(rows, columns)
 
 
 class _HeadSlices:
@@ -293,32 +290,119 @@ class _HeadSlices:
         dtype = _checks.promoted_dtype(*head[:3])
         used = (columns >= 0).any(-1, keepdim=True)
         # set to 0, because NaN in an unlabelled row, times 0, would reach the gradient of the weight
-        self.hidden = head.hidden.index_select(0, index).to(dtype).masked_fill_(~used, 0)
+        self.given = head.hidden.index_select(0, index).masked_fill_(~used, 0)
+        self.hidden = self.given.to(dtype)
         self._weight, self._bias = head.weight, head.bias
-        self._scaling = Scaling(head.softcap, head.logit_scale, temperature)
+        self.scaling = Scaling(head.softcap, head.logit_scale, temperature)
         if row_temperature is not None:
             divisor = torch.where(used, row_temperature.index_select(0, index).to(dtype)[:, None], 1)
-            self._scaling = self._scaling._replace(temperature=divisor)
-        budget = _CPU if index.device.type == "cpu" else _DEVICE
+            self.scaling = self.scaling._replace(temperature=divisor)
+        on_cpu = index.device.type == "cpu"
+        budget = _CPU if on_cpu else _DEVICE
         columns_that_fit = budget.slice_elements // max(1, self.hidden.shape[1]) // 256 * 256
         self.width = min(max(256, columns_that_fit), budget.tile_columns, head.weight.shape[0])
-        self._tile_rows = min(budget.tile_rows, index.shape[0])
+        self.tile_rows = min(budget.tile_rows, index.shape[0])
+        threads = torch.get_num_threads()
+        block_rows = max(threads, _CPU_BLOCK * threads // max(1, self.width)) if on_cpu else self.tile_rows
+        self.block_rows = max(1, min(block_rows, self.tile_rows))
 
     def scratch(self) -> Tensor:
-        """Uninitialised memory for a tile, flat."""
-        return self.hidden.new_empty(self._tile_rows * self.width)
+        """Uninitialised memory for a block of rows of a tile, flat."""
+        return self.hidden.new_empty(self.block_rows * self.width)
 
-    def tiles(self, vocab_size: int) -> Iterator[_Tile]:
-        """All tiles, slice by slice; they share one scratch."""
-        count, scratch, dtype = self.hidden.shape[0], self.scratch(), self.hidden.dtype
+    def blocks(self, z: Tensor) -> list[int]:
+        """The numbers of rows of the blocks that a tile z (n, v) is computed in."""
+        return [block.shape[0] for block in z.split(self.block_rows)]
+
+    def tiles(self, vocab_size: int, *, widen: bool = True) -> Iterator[_Tile]:
+        """All tiles, slice by slice. `widen`: whether `_Tile.wide` is read."""
+        count, dtype = self.hidden.shape[0], self.hidden.dtype
         for start in range(0, vocab_size if count else 0, self.width):
             columns = slice(start, min(start + self.width, vocab_size))
-            weight = self._weight[columns].to(dtype)
+            weight = self._weight[columns]
+            wide = weight.to(dtype) if widen else weight
             bias = None if self._bias is None else self._bias[columns].to(dtype)
-            for first in range(0, count, self._tile_rows):
-                rows = slice(first, min(first + self._tile_rows, count))
-                hidden, scaling = self.hidden[rows], self._scaling.at(rows)
-                yield _Tile(rows, columns, hidden, weight, bias, scaling, scratch, first == 0, rows.stop == count)
+            for first in range(0, count, self.tile_rows):
+                rows = slice(first, min(first + self.tile_rows, count))
+                hidden, scaling = self.hidden[rows], self.scaling.at(rows)
+                yield _Tile(rows, columns, hidden, weight, wide, bias, scaling, first == 0, rows.stop == count)
+            del wide  # before the next slice is widened
+
+
+class _TileGradients:
+    """dz of one tile after the other, computed by blocks of rows that stay in the cache.
+
+    A bfloat16 dz is first without the incoming gradient of labels, which is the largest part of it: `add_labels_` adds
+    that part to dh in float32. Otherwise it would be rounded twice, in the product with a slice and in the sum.
+    """
+
+    def __init__(
+        self,
+        slices: _HeadSlices,
+        upstream: Upstream,  # of the N rows
+        kept: Tensor,  # (M, V) logits, or (0, V)
+        places: Tensor | None,  # (N,) of the rows among the M. None: all of them
+        *,
+        dtype: torch.dtype,  # of dz: that of the logits, or bfloat16
+    ) -> None:
+        self._slices, self._upstream, self._kept, self._places = slices, upstream, kept, places
+        self._recompute = kept.shape[0] == 0
+        wide, softcap = slices.hidden, slices.scaling.softcap
+        # whether dz overwrites the logits: not if it has another dtype, and not if they belong to the caller
+        self._in_place = self._recompute and dtype == wide.dtype
+        self._room = wide.new_empty(0 if self._in_place else slices.tile_rows * slices.width, dtype=dtype)
+        self._seeds = slices.scratch().fill_(0)
+        self._scratch = None if upstream.entropy is None else slices.scratch()
+        self._loaded = None if self._recompute else slices.scratch()
+        self._separate = None if softcap is None else slices.scratch()
+        self._without_labels = dtype != wide.dtype
+        self._labels = wide.new_empty(0, 1)  # (n, K) the part of dz that is left out in this tile
+        self._columns = upstream.columns[:0]  # (n, K) where it belongs
+
+    def of(self, tile: _Tile) -> Tensor:
+        """dz (n, v), valid until the next tile."""
+        n, v = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
+        z = tile.logits() if self._recompute else None
+        dz = z if self._in_place else self._room[: n * v].view(n, v)
+        assert dz is not None
+        upstream = self._upstream.at(tile.rows).part(tile.columns.start, tile.columns.stop)
+        labels = upstream.logp
+        if self._without_labels:
+            upstream, labels = upstream._replace(logp=torch.zeros_like(labels)), labels.clone()
+        sizes, start = self._slices.blocks(dz), 0
+        parts = zip(dz.split(sizes), upstream.split(sizes), tile.scaling.split(sizes), strict=True)
+        for target, incoming, scaling in parts:
+            rows = slice(start, start + target.shape[0])
+            block = self._load(tile, rows, target) if z is None else z[rows]
+            if self._separate is not None:
+                out = _shaped(self._separate, block)
+            else:
+                out = target if target.dtype == block.dtype else block
+            scratch = None if self._scratch is None else _shaped(self._scratch, block)
+            if self._without_labels:
+                scaling.backward_(labels[rows], block.gather(-1, incoming.columns))
+            gradient_of(block, incoming, out=out, seeds=_shaped(self._seeds, block), scratch=scratch)
+            scaling.backward_(out, block)
+            if out is not target:
+                target.copy_(out)
+            start = rows.stop
+        self._labels, self._columns = labels, upstream.columns
+        return dz
+
+    def add_labels_(self, dz: Tensor, tile: _Tile, dhidden: Tensor | None) -> None:
+        """Add what was left out of dz (n, v): to it and, times the head, to dhidden (n, D)."""
+        rows = self._labels.any(-1).nonzero().squeeze(-1)
+        for column, label in zip(self._columns[rows].unbind(-1), self._labels[rows].unbind(-1), strict=True):
+            if dhidden is not None:
+                dhidden.index_add_(0, rows, tile.weight[column] * label[:, None])
+            dz[rows, column] = (dz[rows, column] + label).to(dz.dtype)
+
+    def _load(self, tile: _Tile, rows: slice, like: Tensor) -> Tensor:
+        """A copy of some rows of the tile's kept logits."""
+        assert self._loaded is not None
+        of_all = slice(tile.rows.start + rows.start, tile.rows.start + rows.stop)
+        index = of_all if self._places is None else self._places[of_all]
+        return _shaped(self._loaded, like).copy_(self._kept[index, tile.columns])
 
 
 def _labelled(columns: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ A group is the set of responses to one prompt. It is given by `group_size` (cons
 from __future__ import annotations
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from kdloss import _checks
@@ -57,16 +56,16 @@ def group_relative_advantages(
     _checks.non_negative(eps=eps)
     _checks.flag(scale_by_std=scale_by_std)
     groups = _Groups(rewards, group_size, group_ids)
-    centred = groups.centred
+    advantages = groups.centred
     # tested on the rewards, not on the std: a rounded mean can leave 1e-9 / 1e-9
-    equal = groups.spread == 0
+    spread = groups.spread
     if scale_by_std:
-        variance = groups.sum(centred.square()) / (groups.size - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + eps)
+        variance = groups.sum(advantages.square()) / groups.others
+        advantages = advantages / (variance.sqrt() + eps)
         # one ulp between rewards of 10 is 1e-6, which the division would turn into an advantage of 0.6
-        # (an infinite reward is a fault, which shows as NaN)
-        equal = (groups.spread <= 4 * torch.finfo(groups.dtype).eps * groups.largest) & groups.largest.isfinite()
-    return torch.where(equal, 0, centred).to(groups.dtype)
+        # (an infinite reward is a fault, which shows as NaN: inf - inf is not <= 0)
+        spread = spread.sub(groups.largest, alpha=4 * torch.finfo(groups.dtype).eps)
+    return groups.result(advantages, spread <= 0)
 
 
 def leave_one_out_advantages(
@@ -103,8 +102,8 @@ def leave_one_out_advantages(
     """
     groups = _Groups(rewards, group_size, group_ids)
     # r_i - (S - r_i)/(n - 1) = (r_i - S/n) * n/(n - 1)
-    advantages = groups.centred * groups.size / (groups.size - 1).clamp(min=1)
-    return torch.where(groups.spread == 0, 0, advantages).to(groups.dtype)
+    advantages = groups.centred * groups.size / groups.others
+    return groups.result(advantages, groups.spread <= 0)
 
 
 def fold_kd_reward(
@@ -148,17 +147,25 @@ def fold_kd_reward(
     _checks.finite(rl_loss_weight=rl_loss_weight)
     _checks.weight("advantages", advantages, distill_loss_weight=distill_loss_weight)
     dtype = _checks.promoted_dtype(advantages, kd_reward)
-    folded = torch.zeros_like(advantages, dtype=dtype)
+    parts = []
     if rl_loss_weight != 0:
-        folded = folded + rl_loss_weight * advantages.detach().to(dtype)
+        parts.append(rl_loss_weight * advantages.detach().to(dtype))
     if isinstance(distill_loss_weight, Tensor):
         weight = distill_loss_weight.detach().to(dtype)
-        return folded + torch.where(weight == 0, 0, weight * kd_reward.detach().to(dtype))
-    return folded + distill_loss_weight * kd_reward.detach().to(dtype) if distill_loss_weight != 0 else folded
+        parts.append(torch.where(weight == 0, weight.new_zeros(()), weight * kd_reward.detach().to(dtype)))
+    elif distill_loss_weight != 0:
+        parts.append(distill_loss_weight * kd_reward.detach().to(dtype))
+    if not parts:
+        return torch.zeros_like(advantages, dtype=dtype)
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 class _Groups:
-    """Group sums without a device sync: at most B groups exist, so B buckets are a static shape."""
+    """Statistics of the group of each reward, without a device sync.
+
+    Rewards of groups of one size are a (P, G) tensor, P prompts. With ids at most B groups exist, so B buckets are a
+    static shape.
+    """
 
     def __init__(self, rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
         _checks.tensors(rewards=rewards)
@@ -170,36 +177,48 @@ class _Groups:
             raise ValueError(f"exactly one of group_size and group_ids must be given, got {given}")
         self.dtype = _checks.promoted_dtype(rewards)
         rewards = rewards.detach().to(_checks.accumulator_dtype(rewards))
-
-        # `order` puts the members of a group side by side; `bucket` numbers the groups in that order
+        self._bucket: Tensor | None = None
+        self.size: int | Tensor
+        self.others: int | Tensor  # the size less 1, at least 1
         if group_ids is None:
-            order = torch.arange(rewards.shape[0], device=rewards.device)
-            bucket = _consecutive(order, group_size)
+            self.size = size = _size_of_groups(rewards, group_size)
+            self.others = max(size - 1, 1)
+            rewards = rewards.reshape(-1, size)
+            lowest, highest = rewards.aminmax(dim=1, keepdim=True)
+            self.largest = torch.linalg.vector_norm(rewards, torch.inf, dim=1, keepdim=True)  # max |r|
         else:
             _checks.integral(group_ids=group_ids)
             _checks.same_shape("rewards", rewards, group_ids=group_ids)
-            ordered, order = torch.sort(group_ids, stable=True)
-            bucket = torch.cat([ordered.new_zeros(ordered[:1].shape), ordered.diff().ne(0).cumsum(0)])
-        self._bucket = torch.empty_like(order).index_copy(0, order, bucket)
+            ordered = group_ids.sort().values
+            # a group is numbered by the place of its first member
+            self._bucket = torch.searchsorted(ordered, group_ids)
+            self.size = (torch.searchsorted(ordered, group_ids, right=True) - self._bucket).to(rewards.dtype)
+            self.others = (self.size - 1).clamp(min=1)
+            both = torch.stack([rewards, -rewards])
+            index = self._bucket.expand_as(both)
+            ends = torch.zeros_like(both).scatter_reduce(1, index, both, "amax", include_self=False).gather(1, index)
+            highest, lowest = ends[0], -ends[1]
+            self.largest = ends.amax(0)
 
-        self.size = self.sum(torch.ones_like(rewards))
-        centred = rewards - self.sum(rewards) / self.size
-        # centred twice: the mean has a rounding error of the size of the rewards, which matters where they nearly agree
-        self.centred = centred - self.sum(centred) / self.size
-        both = torch.stack([rewards, -rewards])
-        index = self._bucket.expand_as(both)
-        ends = torch.zeros_like(both).scatter_reduce(1, index, both, "amax", include_self=False).gather(1, index)
-        self.spread, self.largest = ends.sum(0), ends.amax(0)  # max r - min r, and max |r|
+        self.spread = highest - lowest  # max r - min r
+        # from the middle, because a mean has a rounding error of the size of what is summed
+        rewards = rewards - torch.lerp(lowest, highest, 0.5)
+        self.centred = rewards - self.sum(rewards) / self.size
 
     def sum(self, x: Tensor) -> Tensor:
-        """(B,) -> (B,): the sum over the group of each entry."""
-        return torch.zeros_like(x).index_add(0, self._bucket, x)[self._bucket]
+        """The sum over the group of each entry."""
+        if self._bucket is None:
+            return x.sum(1, keepdim=True)
+        return torch.zeros_like(x).index_add(0, self._bucket, x).index_select(0, self._bucket)
+
+    def result(self, advantages: Tensor, equal: Tensor) -> Tensor:
+        """(B,) advantages, 0 in groups of equal rewards."""
+        return torch.where(equal, advantages.new_zeros(()), advantages).flatten().to(self.dtype)
 
 
-def _consecutive(index: Tensor, group_size: int | None) -> Tensor:
+def _size_of_groups(rewards: Tensor, group_size: int | None) -> int:
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
-    if group_size < 1 or index.shape[0] % group_size != 0:
-        raise ValueError(f"group_size must be >= 1 and divide the {index.shape[0]} rewards, got {group_size}")
-    prompts = torch.arange(index.shape[0] // group_size, device=index.device)
-    return repeat(prompts, "prompt -> (prompt g)", g=group_size)
+    if group_size < 1 or rewards.shape[0] % group_size != 0:
+        raise ValueError(f"group_size must be >= 1 and divide the {rewards.shape[0]} rewards, got {group_size}")
+    return group_size

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._docs import documented
-from kdloss._packing.reductions import token_mean
 
-from .estimators import masked_log_ratio
+from .estimators import difference
 from .texts import LOSS_ARGS
 
 # Nats. Servers write -9999 for -inf, which bfloat16 rounds to this. Real log-probs are above: the logits of a language
@@ -73,37 +72,56 @@ def diagnostics(
     logp = logp.detach()
     old_logp = logp if old_logp is None else old_logp.detach()
 
-    def mean(x: Tensor, mask: Tensor = loss_mask) -> Tensor:
-        return token_mean(x.detach(), loss_mask=mask)
-
-    log_ratio = masked_log_ratio("logp", logp, loss_mask, old_logp=old_logp)
+    log_ratio = difference(logp, old_logp)
+    zero, lowest = log_ratio.new_zeros(()), log_ratio.new_full((1,), -torch.inf)
+    # maxima over trained tokens of log rho and -log rho, -inf without any (the appended entry also allows T = 0)
+    both = torch.where(loss_mask, torch.stack([log_ratio, -log_ratio]), lowest).flatten(1)
+    largest, minus_smallest = torch.cat([both, lowest.expand(2, 1)], 1).amax(1).unbind()
+    log_ratio = torch.where(loss_mask, log_ratio, zero)
     ratio = log_ratio.exp()
-    tokens = loss_mask.sum()
-    smallest = -_largest(-log_ratio, loss_mask)
-    largest = _largest(log_ratio, loss_mask)
     # scaled by the largest ratio, so that squares of large ratios stay finite
     scaled = (log_ratio - largest).exp()
+    averaged = {
+        "logp": logp,
+        "old_logp": old_logp,
+        "ratio_mean": ratio,
+        "approx_kl": torch.expm1(log_ratio) - log_ratio,
+        "scaled": scaled,
+        "squares": scaled.square(),
+    }
+    excluded = None
+    if teacher_logp is not None:
+        teacher_logp = teacher_logp.detach()
+        excluded = loss_mask & (teacher_logp <= EXCLUDED)
+        averaged["reverse_kl"] = difference(logp, teacher_logp)
+        averaged["teacher_logp"] = torch.where(excluded, teacher_logp.new_zeros(()), teacher_logp)
+    if entropy is not None:
+        averaged["entropy"] = entropy.detach()
+
+    tokens = loss_mask.sum()
+    counts = tokens.clamp(min=1)
+    # one sum for all of them; untrained tokens are 0 in it
+    sums = torch.where(loss_mask, torch.stack([*averaged.values()]), zero).flatten(1).sum(1)
+    means = {
+        name: mean.to(_checks.promoted_dtype(x))
+        for (name, x), mean in zip(averaged.items(), (sums / counts).unbind(), strict=True)
+    }
+    # without a trained token, the smallest ratio would be exp(inf), and the sample size 0 / 0
+    trained = tokens > 0
+    effective = means.pop("scaled").square() / means.pop("squares")
     statistics = {
         "tokens": tokens,
-        "logp": mean(logp),
-        "old_logp": mean(old_logp),
-        "ratio_mean": mean(ratio),
-        "ratio_min": torch.where(tokens > 0, smallest.exp(), 0),
-        "ratio_max": torch.where(tokens > 0, largest.exp(), 0),
-        "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
-        "effective_sample_size": torch.where(tokens > 0, mean(scaled).square() / mean(scaled.square()), 0),
+        "logp": means.pop("logp"),
+        "old_logp": means.pop("old_logp"),
+        "ratio_mean": means.pop("ratio_mean"),
+        "ratio_min": torch.where(trained, (-minus_smallest).exp(), zero),
+        "ratio_max": largest.exp(),
+        "approx_kl": means.pop("approx_kl"),
+        "effective_sample_size": torch.where(trained, effective, zero),
     }
-    if teacher_logp is not None:
-        excluded = loss_mask & (teacher_logp <= EXCLUDED)
-        statistics["reverse_kl"] = mean(masked_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp))
-        statistics["teacher_logp"] = mean(teacher_logp, loss_mask & ~excluded)
-        statistics["teacher_neg_inf"] = excluded.sum()
-    if entropy is not None:
-        statistics["entropy"] = mean(entropy)
-    return statistics
-
-
-def _largest(x: Tensor, loss_mask: Tensor) -> Tensor:
-    """The maximum over trained tokens, -inf without any (the appended entry also allows T = 0)."""
-    kept = torch.where(loss_mask, x, -torch.inf).flatten()
-    return torch.cat([kept, kept.new_full((1,), -torch.inf)]).amax()
+    if excluded is not None:
+        number = excluded.sum()
+        total = sums[[*averaged].index("teacher_logp")].to(means["teacher_logp"].dtype)
+        means["teacher_logp"] = total / (tokens - number).clamp(min=1)  # a denominator of its own
+        means["teacher_neg_inf"] = number
+    return statistics | means

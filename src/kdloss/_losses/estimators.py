@@ -21,10 +21,11 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.agreement import in_step
 from kdloss._docs import documented
-from kdloss._packing.layout import SEQUENCES, at_starts, segment_ids_and_fit
+from kdloss._packing.layout import SEQUENCES, Layout, at_starts, fits, one_or_nan
 from kdloss._packing.parts import returns_of_later_parts
 from kdloss._packing.texts import PACKING_ARGS
 
+from .returns_op import discounted_scan
 from .texts import LOSS_ARGS
 
 if TYPE_CHECKING:
@@ -222,7 +223,8 @@ def discounted_returns(
     Only trained tokens count as steps, so a tool's output or a later prompt between two of them is not discounted.
 
     Computed by a segmented doubling scan: ceil(log2 T) vector steps, exact to rounding at any T. A difference of two
-    global cumulative sums would lose digits, and a Python loop would wait for every token.
+    global cumulative sums would lose digits, and a Python loop would wait for every token. Infinite rewards stay in
+    their sequence, but a sum of finite ones must not exceed float64.
 
     Args:
         rewards: (T,) rewards per token.
@@ -257,35 +259,28 @@ def discounted_returns(
         _checks.per_token("rewards", rewards, loss_mask=loss_mask)
         _checks.packed_stream("rewards", rewards, cu_seqlens)
         _checks.unit_interval(discount=discount)
-        total = rewards.shape[0]
-        ids, fits = segment_ids_and_fit(cu_seqlens, total_tokens=total)
+        _checks.cumulative_lengths(cu_seqlens, total_tokens=rewards.shape[0])
         agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1, "discount": discount})
 
-    dtype = _checks.promoted_dtype(rewards)
-    # float64 where the device has it: a discount rounded to float32 would add a relative error at every step
-    returns = torch.where(loss_mask, rewards.detach().to(_checks.accumulator_dtype(rewards)), 0)
+    dtype, intact = _checks.promoted_dtype(rewards), one_or_nan(fits(cu_seqlens, rewards.shape[0]))
+    rewards = rewards.detach().to(dtype)
     if discount == 0:
-        return torch.where(fits, returns, torch.nan).to(dtype)
-    # After k rounds returns[t] covers the 2^k positions from t on, and decay[t] is the discount across them.
-    decay = torch.where(loss_mask, torch.full_like(returns, discount), 1)
-    step = 1
-    while step < total:
-        same_sequence = ids[:-step] == ids[step:]
-        # where, not a product with 0: an infinite reward of the next sequence must not become NaN here
-        ahead = torch.where(same_sequence, decay[:-step] * returns[step:], 0)
-        returns = torch.cat([returns[:-step] + ahead, returns[-step:]])
-        decay = torch.cat([decay[:-step] * decay[step:], decay[-step:]])
-        step *= 2
-    returns = torch.where(fits, returns, torch.nan)
-    if group is not None:
-        returns = returns + _from_later_parts(returns, ids, loss_mask, cu_seqlens, discount, group)
-    return torch.where(fits & ~loss_mask, 0, returns).to(dtype)
+        returns = rewards
+    else:
+        # float64 where the device has it: a discount rounded to float32 would add a relative error at every step
+        returns = discounted_scan(rewards, loss_mask, cu_seqlens, float(discount))
+        if group is not None:
+            returns = returns * intact  # on every rank, if it does not fit on one
+            returns = returns + _from_later_parts(returns, loss_mask, cu_seqlens, discount, group)
+    # the mask before the NaN, which also goes to untrained tokens
+    return (torch.where(loss_mask, returns, returns.new_zeros(())) * intact).to(dtype)
 
 
 def _from_later_parts(
-    returns: Tensor, ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, discount: float, group: ProcessGroup
+    returns: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, discount: float, group: ProcessGroup
 ) -> Tensor:
     """(T,): what later ranks' parts add to the returns within this part."""
+    ids = Layout(cu_seqlens, returns.shape[0]).ids
     before = torch.cat([loss_mask.new_zeros(1, dtype=torch.int64), loss_mask.cumsum(0)])  # trained tokens before t
     ends = before.index_select(0, cu_seqlens.clamp(0, ids.shape[0]))
     head, _ = at_starts(returns, cu_seqlens)
@@ -310,7 +305,12 @@ def masked_log_ratio(
     The difference is taken in float32 or wider, and masked before any non-linearity.
     """
     _checks.per_token(name, logp, loss_mask=loss_mask, **other)
-    (reference,) = other.values()
+    log_ratio = difference(logp, *other.values())
+    return torch.where(_checks.savable(loss_mask), log_ratio, log_ratio.new_zeros(()))
+
+
+def difference(logp: Tensor, reference: Tensor | None) -> Tensor:
+    """log q - log of the other policy, in float32 or wider, with what untrained tokens hold."""
     reference = logp if reference is None else reference
     dtype = _checks.promoted_dtype(logp, reference)
-    return torch.where(_checks.savable(loss_mask), logp.to(dtype) - reference.detach().to(dtype), 0)
+    return logp.to(dtype) - reference.detach().to(dtype)

@@ -8,7 +8,6 @@ ignores the teacher. It exists for parity, as `direct_penalty=True`, and warns.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
@@ -16,16 +15,17 @@ from torch import Tensor
 
 from kdloss import _checks
 from kdloss._distributed.agreement import in_step
-from kdloss._distributed.collectives import global_sum
 from kdloss._docs import documented
-from kdloss._packing.layout import SEQUENCES, segment_sum
-from kdloss._packing.reductions import Reduction, mean_of_sequences, token_mean
+from kdloss._packing.layout import SEQUENCES, Layout
+from kdloss._packing.reductions import Reduction, SequenceMean, TokenMean, token_mean
 
-from .estimators import discounted_returns, kl_k1, reverse_kl_reward
-from .surrogates import Surrogate, clipped_surrogate, importance_sampled_surrogate
+from .estimators import difference, discounted_returns
+from .surrogates import Clips, Surrogate, clipped_loss, importance_sampled_loss
 from .texts import OBJECTIVE_ARGS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed import ProcessGroup
 
 _DIRECT_PENALTY_WARNING = (
@@ -419,10 +419,14 @@ def kdrl_token_loss(
     reduce = _Reduction("token_mean", loss_mask, None, None, None)
     _check_terms(logp, old_logp, rl, kd, reduce)
     logp = _widened(logp)
-    rl_loss, term = _rl_term(logp, old_logp, rl, reduce).loss, _kd_term(logp, old_logp, kd, reduce)
+    surrogate, term = _terms(logp, old_logp, rl, kd, reduce)
     if direct_penalty:
         _checks.warn(_DIRECT_PENALTY_WARNING)
-    return rl.weight * rl_loss + (kd.weight * term.loss if term.weighted is None else term.weighted)
+    if surrogate is None and term is None:
+        return _attached_zeros(logp)
+    rl_loss = None if surrogate is None else surrogate.loss
+    kd_loss, weighted = (None, None) if term is None else (term.loss, term.weighted)
+    return _weighted_sum(rl, kd, rl_loss, kd_loss, weighted)
 
 
 class _RL(NamedTuple):
@@ -462,7 +466,7 @@ class _Reduction:
     ) -> None:
         self.form, self.loss_mask, self.cu_seqlens, self.normalizer = form, loss_mask, cu_seqlens, normalizer
         self.group = group
-        self.trained: Tensor | None = None  # (B,) trained tokens of each whole sequence, counted once
+        self._mean: Callable[[Tensor], Tensor] | None = None  # made once, for all terms
 
     def check(self, logp: Tensor) -> None:
         _checks.per_token("logp", logp, loss_mask=self.loss_mask)
@@ -480,15 +484,15 @@ class _Reduction:
         return {"reduction": self.form, "normalizer=None": self.normalizer is None, SEQUENCES: sequences}
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.form == "token_mean":
-            if self.normalizer is None and self.group is not None:
-                self.normalizer = global_sum(self.loss_mask.sum(), self.group)
-            return token_mean(x, loss_mask=self.loss_mask, normalizer=self.normalizer)
-        assert self.cu_seqlens is not None
-        sequences = {"loss_mask": self.loss_mask, "cu_seqlens": self.cu_seqlens}
-        if self.trained is None:
-            self.trained = segment_sum(torch.ones_like(x), **sequences, group=self.group)
-        return mean_of_sequences(x, self.trained, **sequences, normalizer=self.normalizer)
+        """The mean of `x`, which is 0 at untrained tokens."""
+        if self._mean is None:
+            if self.form == "token_mean":
+                self._mean = TokenMean(self.loss_mask, self.normalizer, x.dtype, self.group)
+            else:
+                assert self.cu_seqlens is not None
+                layout = Layout(self.cu_seqlens, x.shape[0])
+                self._mean = SequenceMean(self.loss_mask, layout, self.normalizer, x.dtype, self.group)
+        return self._mean(x)
 
 
 class _KDTerm(NamedTuple):
@@ -507,20 +511,33 @@ def _objective(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD | 
             agreed.update({"kd_discount": kd.discount, "distill_loss_weight=0": _skipped(kd.weight)})
     if rl is not None and kd is not None:
         logp = _widened(logp)
-
-    parts = []
-    surrogate = rl_loss = kd_loss = reverse_kl = None
+    surrogate, term = _terms(logp, old_logp, rl, kd, reduce)
     # weights multiply the reduced terms, so that loss = weights * (rl, kd) holds to the last bit
-    if rl is not None:
-        surrogate = _rl_term(logp, old_logp, rl, reduce)
+    rl_loss = kd_loss = reverse_kl = weighted = None
+    if surrogate is not None:
         rl_loss = reduce(surrogate.loss)
-        parts.append(rl.weight * rl_loss)
-    if kd is not None:
-        term = _kd_term(logp, old_logp, kd, reduce)
+    if term is not None:
         kd_loss, reverse_kl = reduce(term.loss), reduce(term.reverse_kl)
-        parts.append(kd.weight * kd_loss if term.weighted is None else reduce(term.weighted))
-    loss = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        weighted = None if term.weighted is None else reduce(term.weighted)
+    if rl_loss is None and kd_loss is None:
+        loss = reduce(_attached_zeros(logp))  # reduced, because other ranks of the group may have a term to reduce
+    else:
+        loss = _weighted_sum(rl, kd, rl_loss, kd_loss, weighted)
     return _output(logp, loss, rl=rl_loss, kd=kd_loss, reverse_kl=reverse_kl, surrogate=surrogate)
+
+
+def _weighted_sum(
+    rl: _RL | None, kd: _KD | None, rl_loss: Tensor | None, kd_loss: Tensor | None, weighted: Tensor | None
+) -> Tensor:
+    """The weights times the terms that are not skipped, of which there is one at least."""
+    parts = []
+    if rl is not None and rl_loss is not None:
+        parts.append(rl_loss if rl.weight == 1 else rl.weight * rl_loss)
+    if weighted is not None:
+        parts.append(weighted)
+    elif kd is not None and kd_loss is not None:
+        parts.append(kd.weight * kd_loss)
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _widened(logp: Tensor) -> Tensor:
@@ -563,54 +580,59 @@ def _check_terms(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD 
             _checks.packed_stream("logp", logp, reduce.cu_seqlens)
 
 
-def _rl_term(logp: Tensor, old_logp: Tensor | None, rl: _RL, reduce: _Reduction) -> Surrogate:
-    """The RL term per token, before its weight; attached zeros if the weight is 0."""
-    if rl.weight == 0:
-        return _no_surrogate(logp)._replace(loss=_attached_zeros(logp))
-    assert rl.advantages is not None
-    return clipped_surrogate(
-        logp,
-        old_logp if rl.prox_logp is None else rl.prox_logp,
-        rl.advantages,
-        loss_mask=reduce.loss_mask,
-        clip_low=rl.clip_low,
-        clip_high=rl.clip_high,
-        dual_clip=rl.dual_clip,
-        weights=rl.weights,
-    )
+def _terms(
+    logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD | None, reduce: _Reduction
+) -> tuple[Surrogate | None, _KDTerm | None]:
+    """The terms per token, before their weights; None for one that is not given or has a weight of 0."""
+    surrogate = term = None
+    log_ratio = difference(logp, old_logp)
+    zero = log_ratio.new_zeros(())
+    if rl is not None and rl.weight != 0:
+        assert rl.advantages is not None
+        surrogate = clipped_loss(
+            log_ratio if rl.prox_logp is None else difference(logp, rl.prox_logp),
+            rl.advantages,
+            reduce.loss_mask,
+            rl.weights,
+            clips=Clips(rl.clip_low, rl.clip_high, rl.dual_clip),
+            zero=zero,
+        )
+    if kd is not None and not _skipped(kd.weight):
+        term = _kd_term(logp, log_ratio, kd, reduce, zero)
+    return surrogate, term
 
 
-def _kd_term(logp: Tensor, old_logp: Tensor | None, kd: _KD, reduce: _Reduction) -> _KDTerm:
-    """The distillation term per token; attached zeros if the weight is 0."""
-    if _skipped(kd.weight):
-        nothing = _attached_zeros(logp)
-        return _KDTerm(nothing, None, nothing.detach())
+def _kd_term(logp: Tensor, log_ratio: Tensor, kd: _KD, reduce: _Reduction, zero: Tensor) -> _KDTerm:
     assert kd.teacher_logp is not None
     teacher_mask = reduce.loss_mask if kd.mask is None else reduce.loss_mask & kd.mask
-    penalty = kl_k1(logp, kd.teacher_logp, loss_mask=teacher_mask)
+    penalty = difference(logp if kd.direct_penalty else logp.detach(), kd.teacher_logp)
+    penalty = torch.where(_checks.savable(teacher_mask), penalty, zero.to(penalty.dtype))
     reverse_kl = penalty.detach()
+    weight = kd.weight.detach() if isinstance(kd.weight, Tensor) else None
     if kd.direct_penalty:
-        if not isinstance(kd.weight, Tensor):
+        if weight is None:
             return _KDTerm(penalty, None, reverse_kl)
-        weight = torch.where(teacher_mask, kd.weight.detach().to(penalty.dtype), 0)
-        return _KDTerm(reverse_kl, weight * torch.where(weight == 0, 0, penalty), reverse_kl)
+        weight = torch.where(teacher_mask, weight.to(penalty.dtype), zero)
+        return _KDTerm(reverse_kl, weight * torch.where(weight == 0, zero, penalty), reverse_kl)
 
-    returns = reverse_kl_reward(logp, kd.teacher_logp, loss_mask=teacher_mask, clip=kd.reward_clip)
+    costs = reverse_kl if kd.reward_clip is None else reverse_kl.clamp(-kd.reward_clip, kd.reward_clip)
     if kd.discount != 0:
         assert reduce.cu_seqlens is not None
-        returns = discounted_returns(
-            returns,
-            loss_mask=reduce.loss_mask,
-            cu_seqlens=reduce.cu_seqlens,
-            discount=kd.discount,
-            group=reduce.group,
+        costs = discounted_returns(
+            costs, loss_mask=reduce.loss_mask, cu_seqlens=reduce.cu_seqlens, discount=kd.discount, group=reduce.group
         )
-    descend = partial(
-        importance_sampled_surrogate, logp, old_logp, returns, loss_mask=reduce.loss_mask, max_ratio=kd.max_ratio
-    )
-    # given to the surrogate, as a weight of 0 then also makes an infinite reward 0
-    weighted = descend(weights=kd.weight.expand_as(logp)).loss if isinstance(kd.weight, Tensor) else None
-    return _KDTerm(descend().loss, weighted, reverse_kl)
+    dtype = _checks.promoted_dtype(log_ratio, costs, weight)
+    costs, zero, bounded = costs.to(dtype), zero.to(dtype), None
+    if kd.max_ratio is not None:
+        ratio = torch.where(reduce.loss_mask, log_ratio.detach().to(dtype), zero).exp()
+        bounded = ratio.clamp(max=kd.max_ratio)
+    if weight is None:
+        return _KDTerm(importance_sampled_loss(logp, log_ratio, costs, bounded, zero), None, reverse_kl)
+    loss = importance_sampled_loss(logp.detach(), log_ratio.detach(), costs, bounded, zero)
+    # per token, as a weight of 0 then also makes an infinite reward 0
+    weight = torch.where(reduce.loss_mask, weight.to(dtype), zero)
+    weighted = torch.where(weight == 0, zero, weight * costs)
+    return _KDTerm(loss, importance_sampled_loss(logp, log_ratio, weighted, bounded, zero), reverse_kl)
 
 
 def _skipped(weight: float | Tensor) -> bool:
@@ -627,7 +649,7 @@ def _output(
     surrogate: Surrogate | None = None,
 ) -> LossOutput:
     """Detach all fields but `loss`; those of a term that is not given are 0."""
-    zero = torch.zeros_like(loss)
+    zero = torch.zeros_like(loss) if rl is None or kd is None or reverse_kl is None else loss
     rl, kd, reverse_kl = (zero if x is None else x.detach() for x in (rl, kd, reverse_kl))
     surrogate = _no_surrogate(logp) if surrogate is None else surrogate
     return LossOutput(loss, rl, kd, reverse_kl, surrogate.ratio, surrogate.clipped, surrogate.dual_clipped)

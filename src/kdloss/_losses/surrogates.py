@@ -9,6 +9,7 @@ bound).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.agreement import in_step
 from kdloss._docs import documented
-from kdloss._packing.layout import broadcast_to_tokens, segment_mean
+from kdloss._packing.layout import SEQUENCES, Layout, mean_of_tokens
 
-from .estimators import masked_log_ratio
+from .estimators import difference
 from .texts import LOSS_ARGS
 
 if TYPE_CHECKING:
@@ -94,13 +95,14 @@ def importance_sampled_surrogate(
         KDRL (arXiv 2506.02208), J_RKL, with A = R; the bound: CISPO (arXiv 2506.13585).
     """
     _checks.positive(max_ratio=max_ratio)
-    log_ratio, ratio, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
+    log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)
+    given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()))
     never = torch.zeros_like(loss_mask)
-    if max_ratio is None:
-        live = weighted != 0
-        return Surrogate(-torch.where(live, log_ratio, 0).exp() * weighted, ratio, never, never)
-    loss = _stopped_ratio_loss(logp, ratio.clamp(max=max_ratio), weighted)
-    return Surrogate(loss, ratio, loss_mask & (ratio > max_ratio), never)
+    clipped, bounded = never, None
+    if max_ratio is not None:
+        clipped, bounded = loss_mask & (given.ratio > max_ratio), given.ratio.clamp(max=max_ratio)
+    loss = importance_sampled_loss(logp, given.log_ratio, -given.weighted, bounded, given.zero)
+    return Surrogate(loss, given.ratio, clipped, never)
 
 
 @documented(LOSS_ARGS)
@@ -154,14 +156,9 @@ def clipped_surrogate(
         (arXiv 1912.09729).
     """
     _checks.ppo_clips(clip_low, clip_high, dual_clip)
-    log_ratio, ratio, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
-    clipped, bound = _clip(ratio, advantages, clip_low, clip_high)
-    dual_clipped = torch.zeros_like(clipped) if dual_clip is None else (advantages < 0) & (ratio > dual_clip)
-    if dual_clip is not None:
-        bound = torch.where(dual_clipped, dual_clip, bound)
-    stopped = clipped | dual_clipped
-    live_ratio = torch.where((weighted != 0) & ~stopped, log_ratio, 0).exp()
-    return Surrogate(-torch.where(stopped, bound, live_ratio) * weighted, ratio, clipped, dual_clipped)
+    log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)
+    clips = Clips(clip_low, clip_high, dual_clip)
+    return clipped_loss(log_ratio, advantages, loss_mask, weights, clips=clips, zero=log_ratio.new_zeros(()))
 
 
 @documented(LOSS_ARGS)
@@ -222,19 +219,21 @@ def sequence_clipped_surrogate(
     Source:
         GSPO (arXiv 2507.18071), eqs. 5, 7 and 13.
     """
-    with in_step(group, logp):
+    with in_step(group, logp) as agreed:
         _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
         _checks.packed_stream("logp", logp, cu_seqlens)
-        log_ratio, _, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
-    mean = segment_mean(log_ratio.detach(), loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
-    mean = broadcast_to_tokens(mean, cu_seqlens=cu_seqlens, total_tokens=logp.shape[0])
-    ratio = torch.where(_checks.savable(loss_mask), mean, 0).exp()
-    clipped, bound = _clip(ratio, advantages, clip_low, clip_high)
-    live = (weighted != 0) & ~clipped
+        log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)
+        layout = Layout(cu_seqlens, logp.shape[0])
+        agreed.update({SEQUENCES: layout.size})
+    mean = mean_of_tokens(log_ratio.detach(), loss_mask, layout, group).index_select(0, layout.ids)
+    given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()), mean)
+    clipped, bound, _ = _clip(given.ratio, given.advantages, clip_low, clip_high)
+    dead = clipped | (given.weighted == 0)
     # log q_t - sg(log q_t) is 0 and carries the gradient; left out where it is inf - inf, as s_b is 0 or inf there
-    attached = torch.where(live & log_ratio.isfinite(), log_ratio, 0)
-    live_ratio = torch.where(live, ratio.log() + (attached - attached.detach()), 0).exp()
-    return Surrogate(-torch.where(clipped, bound, live_ratio) * weighted, ratio, clipped, torch.zeros_like(clipped))
+    attached = torch.where(~dead & (log_ratio.detach().abs() < math.inf), given.log_ratio, given.zero)
+    live_ratio = torch.where(dead, given.zero, given.ratio.log() + (attached - attached.detach())).exp()
+    loss = live_ratio * _coefficient(clipped, bound, given.weighted)
+    return Surrogate(loss, given.ratio, clipped, torch.zeros_like(clipped))
 
 
 @documented(LOSS_ARGS)
@@ -283,12 +282,14 @@ def cispo_surrogate(
         MiniMax-M1 (arXiv 2506.13585), eq. 4.
     """
     _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
-    _, ratio, _, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
-    low = None if clip_low is None else 1 - clip_low
-    bounded = ratio.clamp(min=low, max=1 + clip_high)
-    clipped = ratio > 1 + clip_high if low is None else (ratio > 1 + clip_high) | (ratio < low)
-    loss = _stopped_ratio_loss(logp, bounded, weighted)
-    return Surrogate(loss, ratio, loss_mask & clipped, torch.zeros_like(loss_mask))
+    # its gradient is through log q alone
+    log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights).detach()
+    given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()))
+    ratio = given.ratio
+    bounded = ratio.clamp(min=None if clip_low is None else 1 - clip_low, max=1 + clip_high)
+    clipped = (ratio > bounded) | (ratio < bounded)
+    loss = importance_sampled_loss(logp, log_ratio, -given.weighted, bounded, given.zero)
+    return Surrogate(loss, ratio, clipped, torch.zeros_like(loss_mask))
 
 
 @documented(LOSS_ARGS)
@@ -339,46 +340,108 @@ def sapo_surrogate(
     """
     _checks.positive(tau_positive=tau_positive, tau_negative=tau_negative)
     _checks.finite(tau_positive=tau_positive, tau_negative=tau_negative)
-    log_ratio, ratio, advantages, weighted = _prepare(logp, old_logp, advantages, loss_mask, weights)
-    tau = _either(advantages > 0, tau_positive, tau_negative, ratio)
+    log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)
+    given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()))
+    tau = _either(given.advantages > 0, tau_positive, tau_negative, given.ratio)
     # past the bound the sigmoid is exactly 1 and its slope 0: the clamp keeps 0 * inf out of the gradient
-    live_ratio = torch.where(weighted != 0, log_ratio, 0).clamp(max=_SATURATED_LOG_RATIO).exp()
-    gate = 4 / tau * torch.sigmoid(tau * (live_ratio - 1))
+    dead = given.weighted == 0
+    live_ratio = torch.where(dead, given.zero, given.log_ratio).clamp(max=_SATURATED_LOG_RATIO).exp()
+    gate = torch.sigmoid(tau * (live_ratio - 1))
     never = torch.zeros_like(loss_mask)
-    return Surrogate(-gate * weighted, ratio, never, never)
+    return Surrogate(gate * (-4 / tau * given.weighted), given.ratio, never, never)
 
 
-def _prepare(
+class Clips(NamedTuple):
+    """The bounds of `clipped_surrogate`."""
+
+    low: float
+    high: float
+    dual: float | None
+
+
+def clipped_loss(
+    log_ratio: Tensor, advantages: Tensor, loss_mask: Tensor, weights: Tensor | None, *, clips: Clips, zero: Tensor
+) -> Surrogate:
+    """`clipped_surrogate` of `difference(logp, old_logp)`, after its checks. `zero` () is shared between terms."""
+    given = _given(log_ratio, advantages, loss_mask, weights, zero)
+    clipped, bound, signed = _clip(given.ratio, given.advantages, clips.low, clips.high)
+    stopped = clipped
+    if clips.dual is None:
+        dual_clipped = torch.zeros_like(clipped)
+    else:
+        dual_clipped = signed < -clips.dual
+        bound = torch.where(dual_clipped, bound.new_full((), clips.dual), bound)
+        stopped = clipped | dual_clipped
+    live_ratio = torch.where(stopped | (given.weighted == 0), given.zero, given.log_ratio).exp()
+    return Surrogate(live_ratio * _coefficient(stopped, bound, given.weighted), given.ratio, clipped, dual_clipped)
+
+
+def importance_sampled_loss(
+    logp: Tensor, log_ratio: Tensor, costs: Tensor, bounded: Tensor | None, zero: Tensor
+) -> Tensor:
+    """exp(log ratio) * cost, or sg(bounded ratio) * cost * logp if one is given, for detached costs -w_t A_t.
+
+    0 where the cost is 0, which it is at untrained tokens.
+    """
+    dead = costs == 0
+    if bounded is None:
+        return torch.where(dead, zero, log_ratio.to(costs.dtype)).exp() * costs
+    return torch.where(dead, zero, bounded * costs) * torch.where(dead, zero, logp.to(costs.dtype))
+
+
+class _Given(NamedTuple):
+    """What surrogates are computed from, all in the compute dtype."""
+
+    zero: Tensor  # () 0
+    log_ratio: Tensor  # attached, with what untrained tokens hold: `weighted` is 0 there
+    ratio: Tensor  # detached, 1 where untrained
+    advantages: Tensor  # A, detached, 0 where untrained
+    weighted: Tensor  # w * A, detached, 0 where untrained
+
+
+def _log_ratio(
     logp: Tensor, old_logp: Tensor | None, advantages: Tensor, loss_mask: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-ratio (attached), ratio, A and w * A (detached), all in the compute dtype; 0, 1, 0, 0 where untrained."""
+) -> Tensor:
+    """`difference(logp, old_logp)`, after the checks that surrogates share."""
     _checks.tensors(advantages=advantages)
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, advantages=advantages, weights=weights)
-    dtype = _checks.promoted_dtype(logp, old_logp, advantages, weights)
-    log_ratio = masked_log_ratio("logp", logp, loss_mask, old_logp=old_logp).to(dtype)
-    advantages = torch.where(loss_mask, advantages.detach().to(dtype), 0)
+    return difference(logp, old_logp)
+
+
+def _given(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    weights: Tensor | None,
+    zero: Tensor,  # ()
+    log_of_ratio: Tensor | None = None,  # None: log_ratio
+) -> _Given:
+    dtype = _checks.promoted_dtype(log_ratio, advantages, weights)
+    log_ratio, zero = log_ratio.to(dtype), zero.to(dtype)
+    ratio = torch.where(loss_mask, log_ratio.detach() if log_of_ratio is None else log_of_ratio.to(dtype), zero).exp()
+    advantages = torch.where(loss_mask, advantages.detach().to(dtype), zero)
     weighted = advantages
     if weights is not None:
-        weights = torch.where(loss_mask, weights.detach().to(dtype), 0)
+        weights = torch.where(loss_mask, weights.detach().to(dtype), zero)
         # a weight of 0 also makes an infinite advantage 0
-        weighted = torch.where(weights == 0, 0, advantages * weights)
-    return log_ratio, log_ratio.detach().exp(), advantages, weighted
+        weighted = torch.where(weights == 0, zero, advantages * weights)
+    return _Given(zero, log_ratio, ratio, advantages, weighted)
 
 
-def _clip(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Where PPO's clip stops the gradient, and the bound that replaces the ratio there."""
-    low, high = 1 - clip_low, 1 + clip_high
-    clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
-    return clipped, _either(advantages > 0, high, low, ratio)
+def _clip(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Where PPO's clip stops the gradient, the bound that replaces the ratio there, and sign(A) * ratio."""
+    bound = ratio.clamp(1 - clip_low, 1 + clip_high)
+    sign = advantages.sign()
+    # products with a sign are exact; 0 * inf is NaN, which is not greater than anything
+    signed = sign * ratio
+    return signed > sign * bound, bound, signed
+
+
+def _coefficient(stopped: Tensor, bound: Tensor, weighted: Tensor) -> Tensor:
+    """What exp(log ratio) is multiplied by, where the log ratio is 0 if it is stopped: -wA, and -bound * wA there."""
+    return -torch.where(stopped, bound * weighted, weighted)
 
 
 def _either(condition: Tensor, true: float, false: float, like: Tensor) -> Tensor:
     """`where` of two numbers, in the dtype of `like`; torch would make float32 of two Python numbers."""
     return torch.where(condition, like.new_full((), true), like.new_full((), false))
-
-
-def _stopped_ratio_loss(logp: Tensor, ratio: Tensor, weighted: Tensor) -> Tensor:
-    """-sg(ratio) * wA * logp, 0 where wA is 0."""
-    live = weighted != 0
-    coefficient = torch.where(live, ratio * weighted, 0)
-    return -coefficient * torch.where(live, logp.to(ratio.dtype), 0)

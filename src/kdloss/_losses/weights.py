@@ -19,7 +19,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.agreement import in_step
 from kdloss._docs import documented
-from kdloss._packing.layout import broadcast_to_tokens, segment_mean, segment_sum
+from kdloss._packing.layout import SEQUENCES, Layout, mean_of_tokens, sum_of_tokens
 from kdloss._packing.texts import PACKING_ARGS
 
 from .estimators import masked_log_ratio
@@ -179,14 +179,15 @@ def sequence_importance_weights(
         _checks.interval(("min_weight", min_weight), ("max_weight", max_weight))
         _checks.packed_stream("prox_logp", prox_logp, cu_seqlens)
         log_ratio = _detached_log_ratio(prox_logp, old_logp, loss_mask)
-        agreed.update({"aggregate": aggregate})
-    reduce = segment_sum if aggregate == "sum" else segment_mean
-    weight = reduce(log_ratio, loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group).exp()
+        layout = Layout(cu_seqlens, prox_logp.shape[0])
+        agreed.update({"aggregate": aggregate, SEQUENCES: layout.size})
+    reduce = sum_of_tokens if aggregate == "sum" else mean_of_tokens
+    weight = reduce(log_ratio, loss_mask, layout, group).exp()
     if action == "truncate":
         weight = weight.clamp(min_weight, max_weight)
     else:
         weight = _drop_outside(weight, min_weight, max_weight)
-    return broadcast_to_tokens(weight, cu_seqlens=cu_seqlens, total_tokens=prox_logp.shape[0])
+    return weight.index_select(0, layout.ids)  # NaN already where cu_seqlens does not fit
 
 
 def _weight(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
@@ -200,4 +201,4 @@ def _detached_log_ratio(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) 
 
 def _drop_outside(weight: Tensor, min_weight: float, max_weight: float) -> Tensor:
     # tests for being outside the bounds, so that a NaN weight stays NaN instead of becoming 0
-    return torch.where((weight < min_weight) | (weight > max_weight), 0, weight)
+    return torch.where((weight < min_weight) | (weight > max_weight), weight.new_zeros(()), weight)

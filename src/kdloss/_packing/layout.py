@@ -14,7 +14,7 @@ Sequences may be split across ranks: each rank then passes its own parts of the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -92,13 +92,7 @@ def segment_ids(
         >>> kdloss.segment_ids(cu_seqlens, total_tokens=5).tolist()
         [0, 0, 2, 2, 2]
     """
-    return _layout(cu_seqlens, total_tokens).ids
-
-
-def segment_ids_and_fit(cu_seqlens: Tensor, *, total_tokens: int) -> tuple[Tensor, Tensor]:
-    """`segment_ids`, and () bool: whether `cu_seqlens` fits the stream. For callers that write the NaN themselves."""
-    layout = _layout(cu_seqlens, total_tokens)
-    return layout.ids, layout.fits
+    return Layout(cu_seqlens, total_tokens).ids
 
 
 @documented(PACKING_ARGS)
@@ -140,8 +134,8 @@ def segment_sum(
         >>> kdloss.segment_sum(x, loss_mask=loss_mask, cu_seqlens=torch.tensor([0, 3, 4])).tolist()
         [3.0, 8.0]
     """
-    total = sum_of_parts(_sum_of_part(x, loss_mask, cu_seqlens, group), group)
-    return total.to(_checks.promoted_dtype(x))
+    layout = _checked(x, loss_mask, cu_seqlens, group)
+    return sum_of_tokens(x, loss_mask, layout, group)
 
 
 @documented(PACKING_ARGS)
@@ -181,10 +175,26 @@ def segment_mean(
         >>> kdloss.segment_mean(x, loss_mask=loss_mask, cu_seqlens=torch.tensor([0, 3, 4])).tolist()
         [1.5, 8.0]
     """
-    total = _sum_of_part(x, loss_mask, cu_seqlens, group)
-    count = _sum_of_part(torch.ones_like(x), loss_mask, cu_seqlens, None)
-    total, count = sum_of_parts(torch.stack([total, count]), group).to(_checks.promoted_dtype(x)).unbind(0)
-    return total / count.clamp(min=1)
+    layout = _checked(x, loss_mask, cu_seqlens, group)
+    return mean_of_tokens(x, loss_mask, layout, group)
+
+
+def sum_of_tokens(x: Tensor, loss_mask: Tensor, layout: Layout, group: ProcessGroup | None) -> Tensor:
+    """`segment_sum` after its checks."""
+    return sum_of_parts(_sum_of_part(x, loss_mask, layout), group).to(_checks.promoted_dtype(x))
+
+
+def mean_of_tokens(x: Tensor, loss_mask: Tensor, layout: Layout, group: ProcessGroup | None) -> Tensor:
+    """`segment_mean` after its checks."""
+    total, count = _sum_of_part(x, loss_mask, layout), _trained_of_part(loss_mask, layout)
+    if group is not None:
+        total, count = sum_of_parts(torch.stack([total, count]), group).unbind(0)
+    return (total / count.clamp(min=1)).to(_checks.promoted_dtype(x))
+
+
+def trained_tokens(loss_mask: Tensor, layout: Layout, group: ProcessGroup | None) -> Tensor:
+    """(B,) trained tokens of each whole sequence, in the dtype for long sums; NaN if `cu_seqlens` does not fit."""
+    return sum_of_parts(_trained_of_part(loss_mask, layout), group)
 
 
 @documented(PACKING_ARGS)
@@ -216,10 +226,11 @@ def broadcast_to_tokens(
     """
     _checks.tensors(x=x, cu_seqlens=cu_seqlens)
     _checks.same_device("cu_seqlens", cu_seqlens, x=x)
-    layout = _layout(cu_seqlens, total_tokens)
+    layout = Layout(cu_seqlens, total_tokens)
     if x.shape != (cu_seqlens.shape[0] - 1,):
         raise ValueError(f"x must have one entry per sequence ({cu_seqlens.shape[0] - 1},), got {tuple(x.shape)}")
-    return _poison(x.index_select(0, layout.ids), layout.fits)
+    # the entries are fewer than the tokens
+    return _poison(x, layout.fits).index_select(0, layout.ids)
 
 
 @documented(PACKING_ARGS)
@@ -267,8 +278,8 @@ def next_token_labels(
         return labels
     first, present = at_starts(input_ids, cu_seqlens)
     following = first_of_later_parts(first, present, ignore_index, group)
-    layout = _layout(cu_seqlens, input_ids.shape[0])
-    at_cut = layout.fits & (layout.offset + 1 == layout.length)
+    layout = Layout(cu_seqlens, input_ids.shape[0])
+    at_cut = layout.fits & (layout.position + 1 == layout.stop)
     return torch.where(at_cut, following.index_select(0, layout.ids), labels)
 
 
@@ -306,7 +317,7 @@ def response_mask(
     """
     _checks.integral(prompt_lengths=prompt_lengths, cu_seqlens=cu_seqlens)
     _checks.same_device("cu_seqlens", cu_seqlens, prompt_lengths=prompt_lengths)
-    layout = _layout(cu_seqlens, total_tokens)
+    layout = Layout(cu_seqlens, total_tokens)
     if prompt_lengths.shape != (cu_seqlens.shape[0] - 1,):
         raise ValueError(
             f"prompt_lengths must have one entry per sequence ({cu_seqlens.shape[0] - 1},), "
@@ -314,9 +325,9 @@ def response_mask(
         )
     if _checks.value_checks_allowed(prompt_lengths) and (prompt_lengths < 0).any():
         raise ValueError(f"prompt_lengths must be >= 0, got {prompt_lengths.tolist()}")
-    next_offset = layout.offset + 1
-    is_response = next_offset >= prompt_lengths.index_select(0, layout.ids)
-    return is_response & (next_offset < layout.length) & layout.fits
+    following = layout.position + 1
+    is_response = following - layout.start >= prompt_lengths.index_select(0, layout.ids)
+    return is_response & (following < layout.stop) & layout.fits
 
 
 @documented(PACKING_ARGS)
@@ -350,7 +361,7 @@ def to_prediction_positions(
         [-1.0, -2.0, 9.0, -4.0, 9.0]
     """
     layout = _layout_of("x", x, cu_seqlens)
-    return _shifted(x, -1, layout.offset + 1 < layout.length, fill, layout.fits)
+    return _shifted(x, -1, layout.position + 1 < layout.stop, fill, layout.fits)
 
 
 @documented(PACKING_ARGS)
@@ -383,7 +394,7 @@ def to_token_positions(
         [0.0, -1.0, -2.0, 0.0, -4.0]
     """
     layout = _layout_of("x", x, cu_seqlens)
-    return _shifted(x, 1, layout.offset > 0, fill, layout.fits)
+    return _shifted(x, 1, layout.position > layout.start, fill, layout.fits)
 
 
 @documented(PACKING_ARGS)
@@ -454,13 +465,13 @@ def pack(
     assert cu_seqlens is not None
     _checks.tensors(cu_seqlens=cu_seqlens)
     _checks.same_device("padded", padded, cu_seqlens=cu_seqlens)
-    layout = _layout(cu_seqlens, total_tokens)
+    layout = Layout(cu_seqlens, total_tokens)
     if cu_seqlens.shape != (size + 1,):
         raise ValueError(f"cu_seqlens must have one sequence per row ({size + 1},), got {tuple(cu_seqlens.shape)}")
     lengths = cu_seqlens.diff()
     _no_longer(lengths, length)
     fits = layout.fits & (lengths <= length).all()
-    return _selected(padded, layout.ids * length + layout.offset.clamp(0, max(length - 1, 0)), fits)
+    return _selected(padded, layout.ids * length + (layout.position - layout.start).clamp(0, max(length - 1, 0)), fits)
 
 
 @documented(PACKING_ARGS)
@@ -588,46 +599,65 @@ def at_starts(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     present = cu_seqlens[1:] > cu_seqlens[:-1]
     x = torch.cat([x, x.new_zeros(1)])  # read for an empty sequence at the end
     first = x.index_select(0, cu_seqlens[:-1].clamp(0, x.shape[0] - 1))
-    return torch.where(present, first, 0), present
+    return torch.where(present, first, first.new_zeros(())), present
 
 
-def _sum_of_part(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: ProcessGroup | None) -> Tensor:
-    """(B,) sums of this rank's part, in the dtype for long sums. Checks agree with the other ranks of `group`."""
+def _checked(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: ProcessGroup | None) -> Layout:
+    """The layout of the stream, after checks that agree with the other ranks of `group`."""
     with in_step(group, x) as agreed:
         _checks.per_token("x", x, loss_mask=loss_mask)
         _checks.packed_stream("x", x, cu_seqlens)
-        layout = _layout(cu_seqlens, x.shape[0])
+        layout = Layout(cu_seqlens, x.shape[0])
         agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1})
-    kept = torch.where(_checks.savable(loss_mask), x, 0).to(_checks.accumulator_dtype(x))
-    sums = kept.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, layout.ids, kept)
-    return _poison(sums, layout.fits)
+    return layout
 
 
-class _Layout(NamedTuple):
-    ids: Tensor  # (T,) int64: the sequence of each token, always a valid index
-    offset: Tensor  # (T,): its position in that sequence
-    length: Tensor  # (T,): the length of that sequence
-    fits: Tensor  # () bool: cu_seqlens describes exactly T tokens
+def _sum_of_part(x: Tensor, loss_mask: Tensor, layout: Layout) -> Tensor:
+    """(B,) sums of this rank's part, in the dtype for long sums; NaN if `cu_seqlens` does not fit."""
+    kept = torch.where(_checks.savable(loss_mask), x, x.new_zeros(())).to(_checks.accumulator_dtype(x))
+    return kept.new_zeros(layout.size).index_add(0, layout.ids, kept) * one_or_nan(layout.fits)
 
 
-def _layout(cu_seqlens: Tensor, total_tokens: int | None) -> _Layout:
-    total_tokens = _checks.cumulative_lengths(cu_seqlens, total_tokens=total_tokens)
-    position = torch.arange(total_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    # right=True: the last sequence that starts at or before the token, which skips empty sequences
-    ids = torch.searchsorted(cu_seqlens.contiguous(), position, right=True) - 1
-    ids = ids.clamp(0, max(cu_seqlens.shape[0] - 2, 0))
-    start = cu_seqlens.index_select(0, ids)
-    stop = cu_seqlens[1:].index_select(0, ids)
-    fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total_tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-    return _Layout(ids, position - start, stop - start, fits)
+def _trained_of_part(loss_mask: Tensor, layout: Layout) -> Tensor:
+    """(B,) trained tokens of this rank's part, in the dtype for long sums; NaN if `cu_seqlens` does not fit."""
+    counted = loss_mask.to(_checks.accumulator_dtype(loss_mask))
+    return counted.new_zeros(layout.size).index_add(0, layout.ids, counted) * one_or_nan(layout.fits)
 
 
-def _layout_of(name: str, x: Tensor, cu_seqlens: Tensor) -> _Layout:
+class Layout:
+    """Where each of T tokens is in its sequence, and whether `cu_seqlens` describes exactly T tokens."""
+
+    def __init__(self, cu_seqlens: Tensor, total_tokens: int | None) -> None:
+        total_tokens = _checks.cumulative_lengths(cu_seqlens, total_tokens=total_tokens)
+        self._cu_seqlens, self.size = cu_seqlens, cu_seqlens.shape[0] - 1
+        self.position = torch.arange(total_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)  # (T,)
+        # right=True: the last sequence that starts at or before the token, which skips empty sequences
+        ids = torch.searchsorted(cu_seqlens.contiguous(), self.position, right=True) - 1
+        self.ids = ids.clamp(0, max(self.size - 1, 0))  # (T,) int64: the sequence of each token, always a valid index
+        self.fits = fits(cu_seqlens, total_tokens)
+
+    @property
+    def start(self) -> Tensor:
+        """(T,): the first token of the sequence of each token."""
+        return self._cu_seqlens.index_select(0, self.ids)
+
+    @property
+    def stop(self) -> Tensor:
+        """(T,): the first token after the sequence of each token."""
+        return self._cu_seqlens[1:].index_select(0, self.ids)
+
+
+def fits(cu_seqlens: Tensor, total_tokens: int) -> Tensor:
+    """() bool: whether `cu_seqlens` describes exactly T tokens."""
+    return (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total_tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+
+
+def _layout_of(name: str, x: Tensor, cu_seqlens: Tensor) -> Layout:
     _checks.tensors(**{name: x}, cu_seqlens=cu_seqlens)
     if x.ndim < 1:
         raise ValueError(f"{name} must be (T, ...), got {tuple(x.shape)}")
     _checks.same_device("cu_seqlens", cu_seqlens, **{name: x})
-    return _layout(cu_seqlens, x.shape[0])
+    return Layout(cu_seqlens, x.shape[0])
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:
@@ -639,9 +669,15 @@ def _poison(x: Tensor, fits: Tensor) -> Tensor:
     """All NaN if `fits` is False; integers and booleans, which have no NaN, become 0."""
     if x.dtype.is_floating_point:
         # a product, so that the gradient is NaN as well: 0 would look like a step without data
-        return torch.where(fits, x, x * torch.where(fits, 0.0, torch.nan))
+        # chosen and not multiplied where it fits: a product may change the bits of a NaN
+        return torch.where(fits, x, x * one_or_nan(fits))
     # a 0-dim tensor of the same dtype: with a Python number, booleans would become integers
     return torch.where(fits, x, x.new_zeros(()))
+
+
+def one_or_nan(valid: Tensor) -> Tensor:
+    """1 where `valid`, else NaN."""
+    return valid / valid  # 1 / 1 or 0 / 0, which takes fewer launches than a choice between two numbers
 
 
 def _shifted(x: Tensor, steps: int, moved: Tensor, fill: float, fits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ averages), so that the parts sum to the whole exactly.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from kdloss._distributed.agreement import check_group, in_step
 from kdloss._distributed.collectives import all_ranks, global_sum
 from kdloss._docs import documented
 
-from .layout import segment_sum
+from .layout import SEQUENCES, Layout, one_or_nan, segment_sum, trained_tokens
 from .texts import PACKING_ARGS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed import ProcessGroup
 
 Reduction = Literal["token_mean", "sequence_mean"]
@@ -62,8 +64,9 @@ def token_mean(
     """
     _checks.per_token("x", x, loss_mask=loss_mask)
     _checks.normalizer(normalizer)
-    total = torch.where(_checks.savable(loss_mask), x.to(_checks.promoted_dtype(x)), 0).sum()
-    return _divide(total, loss_mask.sum() if normalizer is None else normalizer)
+    dtype = _checks.promoted_dtype(x)
+    kept = torch.where(_checks.savable(loss_mask), x.to(dtype), x.new_zeros((), dtype=dtype))
+    return TokenMean(loss_mask, normalizer, dtype)(kept)
 
 
 @documented(PACKING_ARGS)
@@ -108,21 +111,55 @@ def sequence_mean(
         >>> kdloss.sequence_mean(x, loss_mask=loss_mask, cu_seqlens=torch.tensor([0, 2, 3])).item()  # (2 + 8) / 2
         5.0
     """
-    with in_step(group, x):
+    with in_step(group, x) as agreed:
         _checks.tensors(x=x)
         _checks.normalizer(normalizer)
-    trained = segment_sum(torch.ones_like(x), loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=group)
-    return mean_of_sequences(x, trained, loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer)
+        _checks.per_token("x", x, loss_mask=loss_mask)
+        _checks.packed_stream("x", x, cu_seqlens)
+        layout = Layout(cu_seqlens, x.shape[0])
+        agreed.update({SEQUENCES: cu_seqlens.shape[0] - 1})
+    kept = torch.where(_checks.savable(loss_mask), x, x.new_zeros(()))
+    return SequenceMean(loss_mask, layout, normalizer, _checks.promoted_dtype(x), group)(kept)
 
 
-def mean_of_sequences(
-    x: Tensor, trained: Tensor, *, loss_mask: Tensor, cu_seqlens: Tensor, normalizer: float | Tensor | None
-) -> Tensor:
-    """`sequence_mean`, given the trained tokens (B,) of each whole sequence."""
-    means = segment_sum(x, loss_mask=loss_mask, cu_seqlens=cu_seqlens) / trained.clamp(min=1)
-    if normalizer is None:
-        normalizer = (trained != 0).sum()  # NaN counts, where cu_seqlens does not fit: the mean must be NaN and not 0
-    return _divide(means.sum(), normalizer)
+class SequenceMean:
+    """`sequence_mean` of several per-token tensors, all 0 at untrained tokens."""
+
+    def __init__(
+        self,
+        loss_mask: Tensor,
+        layout: Layout,
+        normalizer: float | Tensor | None,
+        dtype: torch.dtype,
+        group: ProcessGroup | None,
+    ) -> None:
+        trained = trained_tokens(loss_mask, layout, group)
+        self._weights = trained.clamp(min=1).reciprocal().index_select(0, layout.ids)  # (T,) 1 / |o_b|
+        # NaN is not 0, where cu_seqlens does not fit
+        self._denominator = denominator(normalizer, (trained != 0).sum, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # in the dtype for long sums, which the weights have
+        return self._denominator.divide((x * self._weights).sum().to(_checks.promoted_dtype(x)))
+
+
+class TokenMean:
+    """`token_mean` of several per-token tensors, all 0 at untrained tokens. The count is over all ranks of `group`."""
+
+    def __init__(
+        self,
+        loss_mask: Tensor,
+        normalizer: float | Tensor | None,
+        dtype: torch.dtype,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        def count() -> Tensor:
+            return loss_mask.sum() if group is None else global_sum(loss_mask.sum(), group)
+
+        self._denominator = denominator(normalizer, count, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._denominator.divide(x.sum())
 
 
 @documented(PACKING_ARGS)
@@ -173,12 +210,33 @@ def global_sequence_count(
     return global_sum(count if counts else torch.zeros_like(count), group)
 
 
-def _divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
+class Denominator(NamedTuple):
+    """A denominator that may divide several totals."""
+
+    divisor: float | Tensor  # a tensor is not 0
+    empty: Tensor | None = None  # () bool: the quotient is 0, also of a total that is not finite
+    zero: Tensor | None = None  # () that quotient, shared, where `empty` is given
+
+    def divide(self, total: Tensor) -> Tensor:
+        """The total (), divided; an attached 0 where the denominator is 0."""
+        if not isinstance(self.divisor, Tensor) and self.divisor == 0:
+            return torch.where(torch.zeros_like(total, dtype=torch.bool), total, 0)
+        quotient = (total / self.divisor).to(total.dtype)
+        return quotient if self.empty is None or self.zero is None else torch.where(self.empty, self.zero, quotient)
+
+
+def denominator(normalizer: float | Tensor | None, count: Callable[[], Tensor], dtype: torch.dtype) -> Denominator:
+    """`normalizer`, or the local `count`, which is called where `normalizer` is None.
+
+    A total over nothing is 0 already, so a count of 0 needs no choice. `dtype` is that of the totals.
+    """
+    if normalizer is None:
+        return Denominator(count().clamp(min=1))
     if not isinstance(normalizer, Tensor):
-        return total / normalizer if normalizer > 0 else torch.where(torch.zeros_like(total).bool(), total, 0)
-    normalizer = normalizer.detach().to(total)
-    # a denominator that is refused on the CPU is NaN elsewhere
-    normalizer = torch.where((normalizer >= 0) & (normalizer < math.inf), normalizer, math.nan)
+        return Denominator(normalizer)
+    normalizer = normalizer.detach().to(dtype)
+    # a denominator that is refused on the CPU is NaN elsewhere; the root of a negative one is NaN, which is not < inf
+    valid = normalizer.sqrt() < math.inf
     # == 0 and not > 0, which is False for NaN: a NaN normalizer must give NaN
     empty = normalizer == 0
-    return torch.where(empty, 0, total / torch.where(empty, 1, normalizer))
+    return Denominator((normalizer + empty) * one_or_nan(valid), empty, normalizer.new_zeros(()))

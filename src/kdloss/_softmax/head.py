@@ -17,6 +17,7 @@ from kdloss._distributed.sharded_inputs import head_shard
 from kdloss._distributed.vocab_shard import VocabShard
 
 from .backend import Impl, takes_triton
+from .products import add_product_, product_, rounds_gradient
 from .vocabulary import Softmax, true_vocab_size
 
 # Entries of a half-precision head that are widened at a time: 16 MiB of float32.
@@ -148,7 +149,7 @@ def _flat_and_cast(head: Head) -> Head:
 def head_product_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`hidden @ weight.T + bias` into `out` (n, V), in the dtype that `out` and hidden (n, D) share."""
     for columns, part in _widened_slices(weight, out.dtype):
-        torch.mm(hidden, part.T, out=out[:, columns])
+        product_(out[:, columns], hidden, part.T)
     return out if bias is None else out.add_(bias.to(out.dtype))
 
 
@@ -156,7 +157,7 @@ def times_head(gradient: Tensor, weight: Tensor) -> Tensor:
     """`gradient @ weight` (n, D), in the dtype of the gradient (n, V)."""
     out = gradient.new_zeros(gradient.shape[0], weight.shape[1])
     for columns, part in _widened_slices(weight, gradient.dtype):
-        out.addmm_(gradient[:, columns], part)
+        add_product_(out, gradient[:, columns], part)
     return out
 
 
@@ -171,7 +172,7 @@ class HeadGradient(Protocol):
 
 
 class TorchHeadGradient(NamedTuple):
-    """Products by torch, in the dtype of dz."""
+    """Products by torch, in the dtype of dz: that of the logits or, if `rounds_gradient`, bfloat16."""
 
     dz: Tensor  # (n, V)
     hidden: Tensor  # (n, D) in the dtype of dz
@@ -181,10 +182,21 @@ class TorchHeadGradient(NamedTuple):
         return times_head(self.dz, self.weight)
 
     def add_to_weight_(self, total: Tensor) -> None:
-        total.addmm_(self.dz.T, self.hidden)
+        add_product_(total, self.dz.T, self.hidden)
 
     def add_to_bias_(self, total: Tensor) -> None:
-        total += self.dz.sum(0)
+        total += self.dz.sum(0, dtype=total.dtype)
+
+
+def room_for_gradient(z: Tensor, head: Head) -> Tensor:
+    """Contiguous memory for dz (n, V) in that of the logits z (n, V): z itself or, if `rounds_gradient`, bfloat16.
+
+    Row i of the latter is in the memory of row i / 2 of z, so it may be written once rows 0 to i of z have been read.
+    It is contiguous because oneDNN reads past the end of a row, and NaN there, times 0, is NaN.
+    """
+    if not rounds_gradient(head.hidden, head.weight, z.dtype):
+        return z
+    return z.view(-1).view(torch.bfloat16)[: z.numel()].view(z.shape)
 
 
 class KernelHeadGradient(NamedTuple):

@@ -200,17 +200,17 @@ class Upstream(NamedTuple):
     def unshifted(self) -> Upstream:
         """The same gradient with e^-m included in `scale`, which saves the subtraction of m.
 
-        Unchanged if that is unsafe in some row, if there is an entropy gradient, or off the CPU, where the check would
-        wait for the device.
+        Unchanged if that is unsafe in some row, because e^z may overflow or the product with e^-m loses digits; if
+        there is an entropy gradient; and off the CPU, where the check would wait for the device.
         """
         if self.maximum is None or self.entropy is not None or self.maximum.device.type != "cpu":
             return self
         low, high = _CENTRAL
         if not bool(((self.maximum > low) & (self.maximum < high)).all()):
             return self
-        return self._replace(
-            maximum=None, scale=(self.scale.double() * (-self.maximum.double()).exp()).to(self.scale.dtype)
-        )
+        scale = (self.scale.double() * (-self.maximum.double()).exp()).to(self.scale.dtype)
+        normal = (scale.abs() >= torch.finfo(scale.dtype).tiny) | (self.scale == 0)
+        return self._replace(maximum=None, scale=scale) if bool(normal.all()) else self
 
     def split(self, sizes: list[int]) -> list[Upstream]:
         """The gradient of each of consecutive groups of rows."""

@@ -24,8 +24,8 @@ from ._row_math import LogitTransform
 KLS = ("forward_kl", "reverse_kl")
 
 # Chosen by arithmetic, not measured: each of 256 threads holds 16 logits of either side; 8 in the mixture and in the
-# gradient, which are longer (with 16, one form of the mixture takes 125 registers). Half as many in state and mixture if
-# there are biases or softcaps: ptxas spilled one form.
+# gradient, which are longer (with 16, one form of the mixture takes 125 registers). Half as many in state and mixture
+# if there are biases or softcaps: ptxas spilled one form.
 _TILE, _MIXTURE, _BLOCK = 4096, 2048, 2048
 
 

@@ -10,12 +10,14 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdloss._packing.layout import broadcast_to_tokens, cu_seqlens_from_lengths
+from kdloss._packing.layout import cu_seqlens_from_lengths
+
+_KEPT_LAYOUTS = 1024  # of batches of one tree; all batches of two sequences of a tree of 32
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,17 @@ class TokenBatch:
     def named(self) -> dict[str, Any]:
         """The fields as keyword arguments."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+class _Layout(NamedTuple):
+    """Where the N response tokens of a batch of B sequences lie in its stream of T tokens."""
+
+    row: Tensor  # (N,) the prefix before each response token: a row of the policies
+    token: Tensor  # (N,) the response tokens
+    position: Tensor  # (N,) their prediction positions
+    owner: Tensor  # (T,) the sequence of each token
+    lengths: Tensor  # (B,) response tokens
+    cu_seqlens: Tensor  # (B + 1,) of prompts and responses
 
 
 class SequenceTree:
@@ -121,6 +134,7 @@ class SequenceTree:
         self.vocab_size, self.max_length, self.eos = vocab_size, max_length, eos
         self.prompt_lengths, self.garbage = tuple(prompt_lengths), garbage
         self.prefixes, self.sequences = self._enumerate()
+        self._layouts: dict[tuple[int, ...], _Layout] = {}
         self._row = {prefix: row for row, prefix in enumerate(self.prefixes)}
 
         generator = torch.Generator().manual_seed(seed)
@@ -163,42 +177,56 @@ class SequenceTree:
         Returns:
             `TokenBatch`.
         """
-        paths = [self._path(self.sequences[i]) for i in indices]
-        prompts = [self.prompt_lengths[self.sequences[i][0]] for i in indices]
-        lengths = torch.tensor([prompt + len(rows) for prompt, (rows, _) in zip(prompts, paths, strict=True)])
-        cu_seqlens = cu_seqlens_from_lengths(lengths.to(torch.int64))
-        total = int(cu_seqlens[-1])
-
-        # the last prompt token predicts the first response token, the last response token predicts nothing
-        positions: list[int] = []
-        for start, prompt, (rows, _) in zip(cu_seqlens.tolist(), prompts, paths, strict=False):
-            positions.extend(range(start + prompt - 1, start + prompt - 1 + len(rows)))
-        position = torch.tensor(positions)
-        row = torch.cat([rows for rows, _ in paths])
-        token = torch.cat([tokens for _, tokens in paths])
+        layout = self._layout(tuple(indices))
+        row, token, position = layout.row, layout.token, layout.position
 
         def stream(values: Tensor, fill: float) -> Tensor:
-            return values.new_full((total, *values.shape[1:]), fill).index_copy(0, position, values)
+            return values.new_full((len(layout.owner), *values.shape[1:]), fill).index_copy(0, position, values)
 
         def logp_of(policy: Tensor) -> Tensor:
             return stream(policy.log_softmax(-1)[row, token], self.garbage)
 
         log_student = self.student.log_softmax(-1)
-        old_logp = {"student": self.student, "behaviour": self.behaviour}[under]
+        behaviour = {"student": self.student, "behaviour": self.behaviour}[under]
         rewards = self.rewards[list(indices)]
         return TokenBatch(
             logits=stream(self.student[row], self.garbage),
             labels=stream(token, -100),
-            logp=logp_of(self.student),
-            old_logp=logp_of(old_logp.detach()),
+            logp=stream(log_student[row, token], self.garbage),
+            old_logp=logp_of(behaviour.detach()),
             teacher_logp=logp_of(self.teacher),
             entropy=stream(-(log_student.exp() * log_student).sum(-1)[row], self.garbage),
             rewards=rewards,
-            advantages=broadcast_to_tokens(rewards, cu_seqlens=cu_seqlens, total_tokens=total),
-            loss_mask=torch.zeros(total, dtype=torch.bool).index_fill(0, position, True),
-            cu_seqlens=cu_seqlens,
-            lengths=torch.tensor([len(rows) for rows, _ in paths]),
+            advantages=rewards[layout.owner],
+            loss_mask=torch.zeros(len(layout.owner), dtype=torch.bool).index_fill(0, position, True),
+            cu_seqlens=layout.cu_seqlens.clone(),  # a loss that writes to it changes no other batch
+            lengths=layout.lengths.clone(),
         )
+
+    def _layout(self, indices: tuple[int, ...]) -> _Layout:
+        """The layout of a batch, kept: the same batches are asked for again and again."""
+        if indices in self._layouts:
+            return self._layouts[indices]
+        paths = [self._path(self.sequences[i]) for i in indices]
+        prompts = [self.prompt_lengths[self.sequences[i][0]] for i in indices]
+        lengths = torch.tensor([prompt + len(rows) for prompt, (rows, _) in zip(prompts, paths, strict=True)])
+        cu_seqlens = cu_seqlens_from_lengths(lengths.to(torch.int64))
+
+        # the last prompt token predicts the first response token, the last response token predicts nothing
+        positions: list[int] = []
+        for start, prompt, (rows, _) in zip(cu_seqlens.tolist(), prompts, paths, strict=False):
+            positions.extend(range(start + prompt - 1, start + prompt - 1 + len(rows)))
+        layout = _Layout(
+            row=torch.cat([rows for rows, _ in paths]),
+            token=torch.cat([tokens for _, tokens in paths]),
+            position=torch.tensor(positions),
+            owner=torch.repeat_interleave(lengths),
+            lengths=torch.tensor([len(rows) for rows, _ in paths]),
+            cu_seqlens=cu_seqlens,
+        )
+        if len(self._layouts) < _KEPT_LAYOUTS:
+            self._layouts[indices] = layout
+        return layout
 
     def _enumerate(self) -> tuple[list[tuple[int, tuple[int, ...]]], list[tuple[int, tuple[int, ...]]]]:
         prefixes: list[tuple[int, tuple[int, ...]]] = []

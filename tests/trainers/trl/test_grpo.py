@@ -14,8 +14,10 @@ from torch.testing import assert_close
 from trl import GRPOTrainer
 
 import kdloss
+from kdloss import _checks
 from kdloss.integrations import trl as adapter
 from kdloss.integrations.trl import KDRLMixin, KDRLTrainer
+from launches import Launches
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
@@ -390,3 +392,34 @@ def test_direct_penalty_is_the_literal_form(student, teacher, tmp_path):
     oracle_value, oracle = gradient(trainer, literal, inputs)
     assert_close(value, oracle_value, atol=1e-6, rtol=1e-5)
     assert_close(ours, oracle, atol=2e-6, rtol=1e-4)
+
+
+def test_launches_beside_trls_loss(student, tmp_path, monkeypatch):
+    """Forward and backward from the log-probs, as on a GPU. TRL's loss gathers metrics and reads them."""
+    monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)
+    trainer = tiny.grpo(GRPOTrainer, student, tmp_path, loss_type="dapo", beta=0.0)
+    inputs = generated(trainer, off_policy=0.3)
+    old, mask = inputs["old_per_token_logps"], inputs["completion_mask"].bool()
+    entropies, advantages = torch.rand(old.shape), inputs["advantages"][:, None].expand_as(old).contiguous()
+    normalizer = torch.tensor(float(mask.sum()))
+
+    def trls(logp):
+        monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (logp, entropies, None))
+        return GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+
+    def grpo(logp):
+        return kdloss.grpo_loss(logp, old, advantages, loss_mask=mask, normalizer=normalizer).loss
+
+    def with_statistics(logp):
+        kdloss.diagnostics(logp, old, loss_mask=mask, entropy=entropies)
+        return grpo(logp)
+
+    counted = {}
+    for name, loss in {"trl": trls, "grpo": grpo, "statistics": with_statistics}.items():
+        leaf = (old + 0.1).requires_grad_()
+        with Launches() as counted[name]:
+            loss(leaf).backward()
+    print({name: (launches.total, launches.syncs.total()) for name, launches in counted.items()})
+    assert counted["trl"].syncs.total() > 0 == counted["grpo"].syncs.total() == counted["statistics"].syncs.total()
+    assert counted["grpo"].total <= 38 < counted["trl"].total
+    assert counted["statistics"].total <= 67 < counted["trl"].total

@@ -6,6 +6,7 @@ Tolerances: rtol 1e-9 in float64, because verl's means add 1e-8 to their denomin
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding
 
 import kdloss
+from kdloss import _checks
 from kdloss.integrations import verl as adapter
 from kdloss.testing import SequenceTree, expected_gradient
+from launches import Launches
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 STEPS = {
@@ -259,3 +262,34 @@ def test_what_each_of_verls_estimators_descends() -> None:
     for under in ("student", "behaviour"):
         for use_policy_gradient in (False, True):
             close(of("kdloss_reverse_kl", use_policy_gradient=use_policy_gradient, under=under), reverse)
+
+
+def test_launches_beside_verls_policy_loss(monkeypatch) -> None:
+    """Forward and backward, as on a GPU. verl's loss reads three metrics, which waits for the device three times."""
+    monkeypatch.setattr(_checks, "value_checks_allowed", lambda x: False)
+    old, advantages = -torch.rand(4, 64) - 0.1, torch.randn(4, 64)
+    mask = torch.arange(64) < torch.tensor([64, 30, 1, 50])[:, None]
+
+    def ppo(name: str) -> Callable[[Tensor], Tensor]:
+        options = {"loss_agg_mode": "token-mean", "config": actor_config(clip_ratio_c=3.0)}
+        return lambda logp: get_policy_loss_fn(name)(old, logp, advantages, mask, **options)[0]
+
+    def grpo(logp: Tensor) -> Tensor:
+        return kdloss.grpo_loss(logp, old, advantages, loss_mask=mask, clip_high=0.28, dual_clip=3.0).loss
+
+    def with_statistics(logp: Tensor) -> Tensor:
+        kdloss.diagnostics(logp, old, loss_mask=mask)
+        return grpo(logp)
+
+    losses = {"verl": ppo("vanilla"), "adapter": ppo("kdloss_ppo"), "grpo": grpo, "statistics": with_statistics}
+    counted = {}
+    for name, loss in losses.items():
+        logp = (old + 0.1).requires_grad_()
+        with Launches() as counted[name]:
+            loss(logp).backward()
+    print({name: (launches.total, launches.syncs.total()) for name, launches in counted.items()})
+    assert counted["verl"].syncs.total() == 3
+    assert {counted[name].syncs.total() for name in ("adapter", "grpo", "statistics")} == {0}
+    assert counted["adapter"].total <= 61 < counted["verl"].total
+    assert counted["grpo"].total <= 33 < counted["verl"].total
+    assert counted["statistics"].total <= 62 < counted["verl"].total
