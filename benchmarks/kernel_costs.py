@@ -459,7 +459,7 @@ def _per_logit(base: Cost, code: sm90.Code, tile: int, names: Streams, *, passes
     for loop in code.along(tile, lanes, each * sum(read), 0 if passes else each * sum(write)):
         written = sum(write) if loop.stores else 0
         logits = each
-        # ptxas may put several tiles into a trip; a tile of rows that are shifted in registers is loaded up to 1.5 times
+        # ptxas may put several tiles into a trip; rows that are shifted in registers are loaded twice, the others once
         trips = max(1, int((loop.written / written if written else loop.read / sum(read)) / logits + 0.2))
         logits *= trips
         cost = base._replace(

@@ -145,8 +145,8 @@ class Code:
     def along(self, tile: int, lanes: int, read: float, written: float) -> list[Loop]:
         """The loops that handle a tile, or some: a thread reads and writes at least so many bytes in a trip.
 
-        They step by elements, by bytes, or by the lanes of a tile. The kernel itself if there is none, because its loop is
-        unrolled or each program has one tile.
+        They step by elements, by bytes, or by the lanes of a tile. The kernel itself if there is none, because its loop
+        is unrolled or each program has one tile.
         """
         steps = {n * times for n in (tile, 2 * tile, 4 * tile, lanes) for times in (1, 2, 3, 4, 8)}
         found = [loop for loop in self.loops if loop.steps & steps and loop.read >= read and loop.written >= written]
@@ -343,11 +343,10 @@ def _path(
 
     Only the widest loads and stores count: in a kernel that moves 16 bytes at a time, narrower ones may be a label's.
     """
-    outer = [blocks[n] for n in body - inner]
-    widest = [max((n for block in outer for n in getattr(block, name)), default=0) for name in ("loads", "stores")]
-    moved = {
-        n: sum(w * getattr(blocks[n], name)[w] for w, name in zip(widest, ("loads", "stores"))) for n in body - inner
-    }
+    moved = dict.fromkeys(body - inner, 0)
+    for accesses in ({n: blocks[n].loads for n in moved}, {n: blocks[n].stores for n in moved}):
+        widest = max(itertools.chain(*accesses.values()), default=0)
+        moved = {n: moved[n] + widest * accesses[n][widest] for n in moved}
     least = max(1, MANDATORY * max(moved.values(), default=0))
     best: dict[int, tuple[int, int, list[int]]] = {}  # block: (bytes passed, minus the instructions, blocks)
 
@@ -366,7 +365,7 @@ def _path(
     for n in reversed(order):
         block = blocks[n]
         passed, minus, way = best[n]
-        passed += moved[n] if n in moved and moved[n] >= least else 0
+        passed += moved[n] if moved.get(n, 0) >= least else 0
         here = best[n] = (passed, minus - block.instructions, [*way, n])
         for to in forward[n]:
             if to in body and (to not in best or here[:2] > best[to][:2]):

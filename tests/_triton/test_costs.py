@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 
 from benchmarks import kernel_costs
 from benchmarks.kernel_costs import MOST_REGISTERS, ROOT, SMALL, STREAMS, Cost
+from kdloss._triton import _divergence_kernels
 
 RENEW = "look at what changed, then run: python -m benchmarks.kernel_costs --write"
 FEWEST = 8  # bytes of an access along the vocabulary
@@ -71,6 +73,13 @@ def test_costs_are_those_recorded(compiled):
     assert now.keys() == then.keys(), RENEW
     changed = {key: {name: (x, now[key][name]) for name, x in then[key].items() if x != now[key][name]} for key in then}
     assert {key: fields for key, fields in changed.items() if fields} == {}, RENEW
+
+
+def test_the_list_of_what_a_mixture_takes_is_complete():
+    """In the docstring of the kernels: instructions by what they are for."""
+    listed = re.findall(r"  (\d+) {4}(?=\S)", _divergence_kernels.__doc__ or "")
+    cost = Cost(**kernel_costs.stored()["costs"]["mixture_kernel: generalized_jsd, bf16, even"])
+    assert sum(map(int, listed)) == round(cost.instructions)
 
 
 def test_the_page_has_the_recorded_costs():

@@ -16,21 +16,20 @@ kernels, each with one program per row, or several if rows are few:
 The splits of a row give a state or two sums each; one more program per row merges them in a fixed tree.
 
     bytes       state and mixture: both rows; gradient: both rows, and the student's written
-    operations  state: two exponentials and 18 more per pair of logits; gradient: one or two exponentials and 12 to 15
-                more, for a mixture 30; mixture: three exponentials and 30 more. While 2 + 2 bytes arrive at 4.3 TB/s,
-                a multiprocessor has time for 27 per pair
+    operations  `docs/kernels.md` has the instructions of each kernel per pair of logits
 
-So the KLs are bound by memory. The 33 instructions of a pair in the JSD's mixture, in bfloat16, are
+The KLs are bound by memory. The 31 instructions of a pair in the JSD's mixture, in bfloat16, are
 
      2    unpack                                8    the series of log2(1 + x)
-     4    log2 q and log2 p                     6    a and b: the larger of the two from the series, d for the other
-     2    their clamps, for masses of 0         2    the sums of q a and p b
-     2    d, and the log-odds t                 3    exponentials: q, p, and the ratio e^-|t|
-     1    the sign of t                         3    loads, addresses, the loop, and sums over a cell
+     4    log2 q and log2 p                     2    `larger`: a choice, and the series' product
+     2    their clamps, for masses of 0         4    the sums of q log2(q / m) and p log2(p / m)
+     2    d, and the log-odds t                 3    exponentials: q, p, and the ratio 2^-|t|
+     2    -|t|, and the sign of t               2    loads, addresses, the loop
 
 Everything is computed in base 2, so that no exponential needs a factor of its own, and neither shares nor log 2 are
-multiplied before the end. `q` and `p` could come from one exponential and the ratio. That takes more instructions, and
-a small share would cost them their digits.
+multiplied before the end. The sums take `larger` of every pair, and d of the pairs that have it, under a predicate. `q`
+and `p` could come from one exponential and the ratio. That takes more instructions, and a small share would cost them
+their digits.
 
 If ranks hold a slice of each row, `state` gives the values of the slice, and the other two take (m, log s) of whole
 rows as input. They sum the slice's terms, and those of the value may be below 0.
@@ -131,32 +130,40 @@ def log2_1p(x):
 
 @triton.jit
 def mixed(q, p, odds, rest_bits, teacher_bits):
-    """(q, p, a, b, w) from log2 q and log2 p: a = log2(q / m), b = log2(p / m), w = the student's share of m.
+    """(q, p, d, larger, first, w) from log2 q and log2 p, for the mixture m = (1 - omega) q + omega p.
 
-    The mixture is m = (1 - omega) q + omega p. The numbers of bits are -log2(1 - omega) and -log2 omega, and odds is
-    log2(omega / (1 - omega)). No term has the size of a large number of bits if its result has not: with a share of
-    1e-30, a JSD is of the order of 1e-30, and still has its digits.
+    log2(q / m) and log2(p / m) are larger - d and larger where the teacher's part of m is the larger one (`first`), and
+    larger and larger + d elsewhere. w is the student's share of m. The numbers of bits are -log2(1 - omega) and
+    -log2 omega, and odds is log2(omega / (1 - omega)). No term has the size of a large number of bits if its result has
+    not: with a share of 1e-30, a JSD is of the order of 1e-30, and still has its digits.
     """
     q, p = tl.maximum(q, -SATURATED), tl.maximum(p, -SATURATED)  # so that a mass of 0 gives 0 in every product
     d = p - q
     t = d + odds
     ratio = tl.exp2(-tl.abs(t))  # of the smaller part of m to the larger one
     first = t > 0
-    larger = tl.where(first, teacher_bits, rest_bits) - log2_1p(ratio) * ratio  # of log2(q / m) and log2(p / m)
-    a, b = larger - tl.where(first, d, 0.0), larger + tl.where(first, 0.0, d)
-    return tl.exp2(q), tl.exp2(p), a, b, tl.where(first, ratio, 1.0) / (1 + ratio)
+    bits = log2_1p(ratio) * ratio
+    larger = tl.where(first, teacher_bits, rest_bits) - bits
+    # the quotient by 1 + ratio would take two instructions more
+    return tl.exp2(q), tl.exp2(p), d, larger, first, tl.where(first, ratio, 1.0) * tl.exp2(-bits)
 
 
 @triton.jit
-def mixture_terms(kind: tl.constexpr, q, p, odds, rest_bits, teacher_bits):
-    """The two sums that `write_sums` takes, in some columns."""
-    q, p, a, b, w = mixed(q, p, odds, rest_bits, teacher_bits)
-    if kind == "generalized_jsd":
-        found, slope = p * b, q * a
-    elif kind == "skewed_forward_kl":
-        found, slope = p * b, p * w
+def add_mixture(found, slope, kind: tl.constexpr, q, p, odds, rest_bits, teacher_bits):
+    """The two sums that `write_sums` takes, after more columns. To leave a sum as it is costs no instruction."""
+    q, p, d, larger, first, w = mixed(q, p, odds, rest_bits, teacher_bits)
+    if kind == "skewed_reverse_kl":
+        found += q * larger
+        found = tl.where(first, found - q * d, found)
+        slope += q * w
     else:
-        found, slope = q * a, q * w
+        found += p * larger
+        found = tl.where(first, found, found + p * d)
+        if kind == "generalized_jsd":
+            slope += q * larger
+            slope = tl.where(first, slope - q * d, slope)
+        else:
+            slope += p * w
     return found, slope
 
 
@@ -434,7 +441,7 @@ def mixture_kernel(
     m_p, log_s_p = tl.load(numbers + 2 * plane + row), tl.load(numbers + 3 * plane + row)
     minus_q, minus_p = -log_s_q * LOG2_E, -log_s_p * LOG2_E
     odds, rest_bits, teacher_bits = (log_omega - log_rest) * LOG2_E, -log_rest * LOG2_E, -log_omega * LOG2_E
-    values, gradients = tl.zeros([lanes], tl.float32), tl.zeros([lanes], tl.float32)
+    values, gradients = tl.zeros([lanes, width], tl.float32), tl.zeros([lanes, width], tl.float32)
     found, slope = float("nan"), float("nan")
     if not no_distribution(log_s_q, log_s_p):
         head, cells = body_of(x, size, width, shifted)
@@ -458,9 +465,7 @@ def mixture_kernel(
                 shifted,
             )
             q, p = (c_q - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
-            term, g = mixture_terms(kind, q, p, odds, rest_bits, teacher_bits)
-            values += tl.sum(term, 1)
-            gradients += tl.sum(g, 1)
+            values, gradients = add_mixture(values, gradients, kind, q, p, odds, rest_bits, teacher_bits)
         if whole < last:
             c_q = side_of_cells(x, bias, whole, head, cells, logit_scale, softcap, lanes, width, True, False, shifted)
             c_p = side_of_cells(
@@ -478,19 +483,19 @@ def mixture_kernel(
                 shifted,
             )
             q, p = (c_q - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
-            term, g = mixture_terms(kind, q, p, odds, rest_bits, teacher_bits)
-            values += tl.sum(term, 1)
-            gradients += tl.sum(g, 1)
+            values, gradients = add_mixture(values, gradients, kind, q, p, odds, rest_bits, teacher_bits)
+        end_values, end_gradients = tl.zeros([lanes], tl.float32), tl.zeros([lanes], tl.float32)
         if first == 0:
             column = end_columns(head, cells, width, lanes)
             inside = column < size
             end_q = side_of_ends(x, bias, column, inside, logit_scale, softcap)
             end_p = side_of_ends(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
             end_q, end_p = (end_q - m_q) * rate2 + minus_q, (end_p - m_p) * rate2 + minus_p
-            end_term, end_g = mixture_terms(kind, end_q, end_p, odds, rest_bits, teacher_bits)
-            values += end_term
-            gradients += end_g
-        found, slope = tl.sum(values, 0), tl.sum(gradients, 0)
+            end_values, end_gradients = add_mixture(
+                end_values, end_gradients, kind, end_q, end_p, odds, rest_bits, teacher_bits
+            )
+        found = tl.sum(tl.sum(values, 1) + end_values, 0)
+        slope = tl.sum(tl.sum(gradients, 1) + end_gradients, 0)
     if parts is None:
         write_sums(found, slope, row, value, total, omega, rest, kind, part)
     else:
@@ -529,7 +534,8 @@ def gradient_terms(kind: tl.constexpr, q, p, odds, rest_bits, teacher_bits, sum_
         mass = tl.exp2(q)
         found = weighted(mass, q, p) * LOG_2 - mass * sum_g
     else:
-        q, p, a, _, w = mixed(q, p, odds, rest_bits, teacher_bits)
+        q, p, d, larger, first, w = mixed(q, p, odds, rest_bits, teacher_bits)
+        a = tl.where(first, larger - d, larger)  # log2(q / m)
         if kind == "generalized_jsd":
             found = q * (a * (rest * LOG_2) - sum_g)
         elif kind == "skewed_forward_kl":
