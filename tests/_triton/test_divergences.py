@@ -172,11 +172,11 @@ def test_grids_fill_the_device(rows):
 def test_rows_may_begin_and_end_anywhere(name, dtypes):
     """Student and teacher at the same offset from a multiple of 16 bytes and at others, amid NaN."""
     factor = torch.ones(2, device=DEVICE)
-    for vocab, offset in ((1, 3), (45, 0), *((1101, offset) for offset in range(8))):
+    for vocab, offset in ((1, 3), *((45, offset) for offset in range(4)), (1101, 1)):
         student, teacher = normal(2, vocab, dtype=dtypes[0]), normal(2, vocab, seed=1, dtype=dtypes[1])
         expected = outcome(from_logits(name), [student.requires_grad_()], [teacher], factor, impl="torch")
         x = amid_nan(student.detach(), offset).requires_grad_()
-        y = amid_nan(teacher, offset + 3 * (offset % 2), gap=offset % 2)
+        y = amid_nan(teacher, 2 * offset, gap=offset % 2)
         with poisoned():
             found = outcome(from_logits(name), [x], [y], factor, impl="triton")
         torch.testing.assert_close(found[0], expected[0], rtol=ROUNDING, atol=ROUNDING)

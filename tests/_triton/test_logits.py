@@ -186,7 +186,7 @@ def test_an_incoming_nan_is_no_zero():
 
 @pytest.mark.parametrize(
     ("vocab", "dtype"),
-    [(1, torch.bfloat16), (8, torch.float32), (31, torch.float16), (31, torch.float32), (1050, torch.bfloat16)],
+    [(1, torch.bfloat16), (31, torch.float16), (31, torch.float32), (1050, torch.bfloat16)],
     ids=str,
 )
 def test_rows_may_begin_and_end_anywhere(vocab, dtype):
@@ -194,11 +194,12 @@ def test_rows_may_begin_and_end_anywhere(vocab, dtype):
 
     A gradient at the same offsets is written in its own rows and nowhere else, and so is one at other offsets.
     """
-    given = arguments(normal(ROWS, vocab, dtype=dtype, scale=3), {"row_temperature": TEMPERATURES})
+    logits, columns, taus, *options = arguments(normal(ROWS, vocab, dtype=dtype), {"row_temperature": TEMPERATURES})
+    given = (logits[:3], columns[:3], taus[:3], *options)
     expected = forward_kernels.forward_in_torch(*given)
     incoming = backward_arguments(given)
     gradient = backward_kernels.backward_in_torch(*incoming)
-    for offset in range(8):
+    for offset in range(0, 16 // dtype.itemsize, 1 if vocab == 31 else 3):
         logits = amid_nan(given[0], offset, gap=offset % 3)
         with poisoned():
             found = forward_kernels.forward(logits, *given[1:])

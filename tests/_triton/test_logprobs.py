@@ -241,15 +241,14 @@ def test_strides_do_not_matter(layout, dtype):
     ],
 )
 def test_leading_axes_are_walked_over_without_a_copy(cut):
-    whole = normal(6, 4, V)
+    whole = normal(6, 4, V + 3)[..., :V]  # rows begin at multiples of 16 bytes, so that each has the same bits anywhere
     x = cut(whole)
     labels = torch.randint(0, V, x.shape[:-1], generator=torch.Generator().manual_seed(3)).to(DEVICE)
     with poisoned():
         found = outcome(x, labels)
-    flat = outcome(x.reshape(-1, V), labels.reshape(-1))
+    flat = outcome(torch.nn.functional.pad(x.reshape(-1, V), (0, 3))[:, :V], labels.reshape(-1))
     assert found[2].shape == x.shape
-    assert_close([found[0].flatten(), found[1].flatten(), found[2].reshape(-1, V)], flat)
-    assert x.numel() == 0 or same(found, row_by_row(x, labels))
+    assert same([found[0].flatten(), found[1].flatten(), found[2].reshape(-1, V)], flat)
 
 
 def test_strides_of_labels_temperatures_and_incoming_gradients_do_not_matter():

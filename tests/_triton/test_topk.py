@@ -74,7 +74,7 @@ def test_rows_may_begin_and_end_anywhere(vocab, k, dtype):
     kept, rest = forward_kernels.forward_in_torch(*given, True)
     incoming = backward_arguments(given, rest)
     gradient = backward_kernels.backward_in_torch(*incoming)
-    for offset in range(8):
+    for offset in range(0, 16 // dtype.itemsize, 3 if vocab == 1 else 1):
         logits = amid_nan(given[0], offset, gap=offset % 3)
         with poisoned():
             found = forward_kernels.forward(logits, *given[1:], True)
