@@ -15,7 +15,8 @@ The logits may be a slice of their rows, with m, s and u of whole rows. The labe
 it counts in sum_k g_k and adds no onehot_k here.
 
     bytes       V logits read and V written per row; some 20 + 12 K per program for the values of its row
-    operations  about 6 per logit, 8 with an entropy (widen, subtract, scale, e^x, multiply, round; clamp, multiply-add)
+    operations  widen, subtract, scale, e^x, multiply, round; with an entropy also clamp and multiply-add; counted in
+                `docs/kernels.md`
 """
 
 from __future__ import annotations

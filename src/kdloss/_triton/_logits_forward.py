@@ -11,10 +11,9 @@ The program that has the state of the whole row reads the logits at the labels a
 all ignored is not read.
 
     bytes       V logits read per row; 12 per split written and read again if there are several; 16 + 4 K written
-    operations  about 8 per logit with the entropy (widen, subtract, scale, e^x, add, clamp, multiply-add, and the max)
+    operations  widen, subtract, scale, e^x, add, and the max; with the entropy also clamp and multiply-add
 
-At 2 bytes per logit and 4.3 TB/s, a multiprocessor has time for 13 instructions per logit. ptxas makes 7.4 of this, or
-9.8 with the entropy; a softcap adds about 20.
+`docs/kernels.md` has the instructions per logit that ptxas makes of this.
 """
 
 from __future__ import annotations

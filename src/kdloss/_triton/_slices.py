@@ -17,7 +17,7 @@ atomics, so the same shapes give the same bits. A program of `gradient` has `BLO
 
     bytes       fold: 4 per logit read, 12 per row and slice read and written
                 gradient: 4 per logit read, 2 or 4 written
-    operations  about 10 per logit forward and 12 backward, beside the 2 D and 4 D of the products
+    operations  beside the 2 D and 4 D per logit of the products; counted in `docs/kernels.md`
 
 In either direction the product writes each float32 logit once and a kernel reads it once. Forward that is 8 bytes
 against 2 D operations. At 4.3 TB/s and 790 TFLOP/s the two take equally long at D = 735, so hidden sizes below about

@@ -9,7 +9,7 @@ the columns at the ids. So no block searches for ids, and their order does not m
 If the rest of a row has no incoming gradient, the row is not read: zeros are written, and g at the ids.
 
     bytes       V logits read and V written per row, 12 K read per program; only V written if the rest was not wanted
-    operations  about 6 per logit (widen, scale and subtract, scale, e^x, multiply, round)
+    operations  widen, scale and subtract, scale, e^x, multiply, round; counted in `docs/kernels.md`
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from ._topk_forward import rows_of
 @triton.jit(
     do_not_specialize=[
         "logits",
+        "kept_gradient",
+        "rest_gradient",  # lies K numbers after the one before it, so at any address
         "gradient",
         "vocab_size",
         "all_columns",

@@ -13,8 +13,8 @@ id is left out by itself. The program that has the state of the whole row (in a 
 the ids. Splits and cells are merged in a fixed order without atomics: the same shapes give the same bits, if rows begin
 at the same offsets from multiples of 16 bytes.
 
-The alternatives, in instructions per logit for V = 151936 in bfloat16. A multiprocessor has time for 13 while 2 bytes
-arrive at 4.3 TB/s, and the fold takes 10. Each of 256 threads has two lanes, so 16 logits of a block:
+The alternatives, in instructions per logit for V = 151936 in bfloat16, beside those of the fold. Each of 256 threads
+has two lanes, so 16 logits of a block:
 
     mark cells, pointer     17 per id and thread: 2 per logit at K = 64, 7 at 256; plus 1/4 to leave cells out
     mask logits, pointer    one compare per logit instead of per lane: 3 at K = 64, 13 at 256; plus 1 to mask
@@ -24,8 +24,7 @@ So up to about 100 ids the first is bound by memory, like the gather; at 256 ids
 
     bytes       V logits read per row, 48 K for ids and cells, 8 per split written and read again, 4 + 4 K written.
                 Without the rest, only the logits at the ids are read
-    operations  10 per logit and 17 per id and thread, counted in what ptxas makes for sm_90; some 300 per id for its
-                cell
+    operations  17 per id and thread, and some 300 per id for its cell; those per logit are in `docs/kernels.md`
 
 A row whose ids are all padding is not read: its rest is -inf.
 """
