@@ -249,7 +249,7 @@ def load_cells(
     """The numbers of some cells as float32, (lanes, width), with -inf past the last one. A thread loads a whole cell.
 
     If x is `shifted`, the two aligned cells that contain a cell of x are loaded, and their words are moved in
-    registers: two instructions more per logit, and memory is still read once, as the second cell is in the cache.
+    registers: 3 to 4 instructions more per logit, and memory is still read once, as the second cell is in the cache.
     """
     element: tl.constexpr = x.dtype.element_ty
     bits: tl.constexpr = element.primitive_bitwidth
