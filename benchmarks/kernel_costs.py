@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernel_costs                 the tables, with the peers that are installed (`peers.txt`)
     python -m benchmarks.kernel_costs --write         writes them to docs/kernels.md, and all costs for the tests
-    python -m benchmarks.kernel_costs --every         all calls, some 950 codes: costs, one JSON a line
+    python -m benchmarks.kernel_costs --every         all calls, some 1000 codes: costs, one JSON a line
 
 `calls` calls every public function that has kernels, on the meta device, and the launches are compiled (`sm90.py`). One
 trip of the loop along the vocabulary, divided by the logits that a thread handles in it, gives the costs per logit, or
