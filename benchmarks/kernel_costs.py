@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernel_costs                 the tables, with the peers that are installed (`peers.txt`)
     python -m benchmarks.kernel_costs --write         writes them to docs/kernels.md, and all costs for the tests
-    python -m benchmarks.kernel_costs --every         all calls, some 1600 codes: costs, one JSON a line
+    python -m benchmarks.kernel_costs --every         all calls, some 1000 codes: costs, one JSON a line
 
 `calls` calls every public function that has kernels, on the meta device, and the launches are compiled (`sm90.py`). One
 trip of the loop along the vocabulary, divided by the logits that a thread handles in it, gives the costs per logit, or
@@ -178,8 +178,12 @@ def _logits_calls() -> Iterator[Call]:
     ):
         half = dtype == "bfloat16"
         plain = layout in ("even", "odd")
+        cut = layout == "cut"  # rows of the gradient begin at other offsets from multiples of 16 bytes
         yield call(
-            name, dtype, layout, tested=(half and plain) or (dtype == "float32" and layout == "even" and name == two)
+            name,
+            dtype,
+            layout,
+            tested=(half and (plain or cut)) or (dtype == "float32" and layout == "even" and name == two),
         )
         yield call(name, dtype, layout, tested=False, labels=8)
         yield call(name, dtype, layout, tested=False, temperature=True)
@@ -248,7 +252,9 @@ def _divergence_calls() -> Iterator[Call]:
         label = ", ".join((name, kinds, layout, *(("few rows",) if rows == FEW else ()), *given))
 
         def run() -> None:
-            (x, options), (y, _) = (_rows(layout, dtype, rows) for dtype in dtypes)
+            x, options = _rows(layout, dtypes[0], rows)
+            # beside rows that were cut, those of a teacher begin at other offsets from multiples of 16 bytes
+            y = _new(rows, PADDED, dtype=dtypes[1]) if layout == "cut" else _rows(layout, dtypes[1], rows)[0]
             if given.get("temperature"):
                 options["temperature"] = _new(rows)
             if given.get("shard"):
@@ -277,7 +283,7 @@ def _divergence_calls() -> Iterator[Call]:
     dtypes = ("bfloat16", "float32", "float16")
     # the skewed KLs differ from the JSD in a few instructions
     tested = {*itertools.product(("forward_kl", "reverse_kl", "generalized_jsd"), ("even", "odd"))}
-    tested.add(("skewed_reverse_kl", "even"))
+    tested |= {("skewed_reverse_kl", "even"), ("forward_kl", "cut"), ("generalized_jsd", "cut")}
     for name, pair, layout in itertools.product(DIVERGENCES, itertools.product(dtypes, dtypes), ("even", "odd", "cut")):
         half = pair == ("bfloat16", "bfloat16")
         yield call(name, pair, layout, tested=half and (name, layout) in tested)
@@ -325,8 +331,9 @@ def _topk_calls() -> Iterator[Call]:
     layouts = ("even", "odd", "padded", "cut", "apart")
     for dtype, layout in itertools.product(("bfloat16", "float32", "float16"), layouts):
         half, even, odd = dtype == "bfloat16", layout == "even", layout == "odd"
+        plain = ("even", "odd", "cut")
         yield call(
-            "forward_kl", "bucket", dtype, layout, tested=(half and (even or odd)) or (dtype == "float32" and even)
+            "forward_kl", "bucket", dtype, layout, tested=(half and layout in plain) or (dtype == "float32" and even)
         )
         yield call("forward_kl", "bucket", dtype, layout, tested=False, temperature=True)
         yield call("forward_kl", "bucket", dtype, layout, tested=half and odd, rows=FEW, temperature=True, k=300)
@@ -447,11 +454,13 @@ def _per_logit(base: Cost, code: sm90.Code, tile: int, names: Streams, *, passes
     """The costs of the loops along the vocabulary; with `passes`, also of those that only read, if others write."""
     launch, out = code.launch, []
     read, write = ([n for n in map(launch.itemsize, some) if n] for some in names)
-    for loop in code.along(tile, max(read + write), reads=bool(read), writes=bool(write) and not passes):
+    each = tile / launch.threads  # logits of a thread
+    lanes = launch.arguments.get("lanes", tile)
+    for loop in code.along(tile, lanes, each * sum(read), 0 if passes else each * sum(write)):
         written = sum(write) if loop.stores else 0
-        logits = tile / launch.threads  # of a thread
-        # ptxas may put several tiles into a trip
-        trips = max(1, round((loop.written / written if written else loop.read / sum(read)) / logits))
+        logits = each
+        # ptxas may put several tiles into a trip; rows that are shifted in registers are loaded twice, the others once
+        trips = max(1, int((loop.written / written if written else loop.read / sum(read)) / logits + 0.2))
         logits *= trips
         cost = base._replace(
             trips=trips,

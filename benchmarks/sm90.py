@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-# A block of a loop with at least this share of its bytes is passed by every trip.
+# A block of a loop is passed by every trip if it moves this share of what the largest one moves by its widest accesses.
 MANDATORY = 0.25
 
 
@@ -142,14 +142,14 @@ class Code:
     whole: Loop  # from the start to the end, without repetitions
     loops: list[Loop]  # in the order of the code
 
-    def along(self, tile: int, itemsize: int, *, reads: bool, writes: bool) -> list[Loop]:
-        """The loops that step by `tile` elements, or by a few times that, and read and write as asked for.
+    def along(self, tile: int, lanes: int, read: float, written: float) -> list[Loop]:
+        """The loops that handle a tile, or some: a thread reads and writes at least so many bytes in a trip.
 
-        The kernel itself if there is none, because its loop is unrolled or each program has one tile.
+        They step by elements, by bytes, or by the lanes of a tile. The kernel itself if there is none, because its loop
+        is unrolled or each program has one tile.
         """
-        steps = {tile * times * size for times in (1, 2, 3, 4, 8) for size in (1, itemsize)}
-        found = [loop for loop in self.loops if loop.steps & steps]
-        found = [loop for loop in found if (loop.loads or not reads) and (loop.stores or not writes)]
+        steps = {n * times for n in (tile, 2 * tile, 4 * tile, lanes) for times in (1, 2, 3, 4, 8)}
+        found = [loop for loop in self.loops if loop.steps & steps and loop.read >= read and loop.written >= written]
         return found or [self.whole]
 
 
@@ -339,8 +339,15 @@ def _body(blocks: list[_Block], head: int, ends: set[int]) -> set[int]:
 def _path(
     blocks: list[_Block], forward: dict[int, list[int]], head: int, ends: set[int], body: set[int], inner: set[int]
 ) -> Loop:
-    """The shortest way from `head` to one of `ends` that passes the loads and stores outside of `inner` loops."""
-    least = max(1, MANDATORY * max((blocks[n].bytes for n in body - inner), default=0))
+    """The shortest way from `head` to one of `ends` that passes the loads and stores outside of `inner` loops.
+
+    Only the widest loads and stores count: in a kernel that moves 16 bytes at a time, narrower ones may be a label's.
+    """
+    moved = dict.fromkeys(body - inner, 0)
+    for accesses in ({n: blocks[n].loads for n in moved}, {n: blocks[n].stores for n in moved}):
+        widest = max(itertools.chain(*accesses.values()), default=0)
+        moved = {n: moved[n] + widest * accesses[n][widest] for n in moved}
+    least = max(1, MANDATORY * max(moved.values(), default=0))
     best: dict[int, tuple[int, int, list[int]]] = {}  # block: (bytes passed, minus the instructions, blocks)
 
     order: list[int] = []
@@ -358,7 +365,7 @@ def _path(
     for n in reversed(order):
         block = blocks[n]
         passed, minus, way = best[n]
-        passed += block.bytes if block.bytes >= least and n not in inner else 0
+        passed += moved[n] if moved.get(n, 0) >= least else 0
         here = best[n] = (passed, minus - block.instructions, [*way, n])
         for to in forward[n]:
             if to in body and (to not in best or here[:2] > best[to][:2]):

@@ -35,6 +35,14 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale
     return x.to(DEVICE, dtype)
 
 
+def amid_nan(rows: Tensor, offset: int, gap: int = 0) -> Tensor:
+    """A copy of (n, V) that begins at any element of memory, where all else is NaN and which ends with the last row."""
+    n, columns = rows.shape
+    size = (n - 1) * (columns + gap) + columns
+    space = torch.full((16 + offset + size,), torch.nan, dtype=rows.dtype, device=rows.device)
+    return space.as_strided((n, columns), (columns + gap, 1), 16 + offset).copy_(rows)
+
+
 def far_apart(rows: Tensor, stride: int) -> Tensor:
     """A copy of (n, V) whose rows lie `stride` elements apart, in mapped memory that is mostly never touched."""
     n, columns = rows.shape

@@ -72,9 +72,9 @@ def test_shapes_share_their_code():
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == {
-        "token_logprobs_and_entropy: forward_kernel": 3,  # many even rows, many odd rows, few rows
+        "token_logprobs_and_entropy: forward_kernel": 2,  # many rows, few rows; whatever the vocabulary
         "token_logprobs_and_entropy: merge_kernel": 1,
-        "token_logprobs_and_entropy: backward_kernel": 3,
+        "token_logprobs_and_entropy: backward_kernel": 2,
         "linear_token_logprobs: order_kernel": 1,
         "linear_token_logprobs: take_kernel": 1,
         "linear_token_logprobs: fold_kernel": 3,  # the first slice, the last, and those in between
@@ -83,12 +83,11 @@ def test_shapes_share_their_code():
         "generalized_jsd: state_kernel": 1,
         "generalized_jsd: mixture_kernel": 1,
         "generalized_jsd: divergence_gradient_kernel": 1,
-        "topk_forward_kl: kept_and_rest_kernel": 3,  # many even rows, many odd rows, few rows
+        "topk_forward_kl: kept_and_rest_kernel": 2,
         "topk_forward_kl: finish_kernel": 1,
         "topk_forward_kl: state_kernel": 1,
         "topk_forward_kl: divergence_gradient_kernel": 1,
-        # for few rows also by K: the gradient of the rest lies K numbers after that of the ids, so at any address
-        "topk_forward_kl: kept_and_rest_backward_kernel": 4,
+        "topk_forward_kl: kept_and_rest_backward_kernel": 2,
     }
 
 

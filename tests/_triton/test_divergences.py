@@ -20,7 +20,7 @@ import kdloss
 from decimals import MIXTURES, SHARES, assert_mixture
 from kdloss._divergences import hidden_op, logits_op
 from kdloss._triton import _launch
-from triton_harness import DEVICE, far_apart, normal, poisoned
+from triton_harness import DEVICE, amid_nan, far_apart, normal, poisoned
 
 # If both sides are -inf, or a lane or a row has no mass, the interpreter's numpy warns about unused values.
 pytestmark = [
@@ -165,6 +165,22 @@ def test_grids_fill_the_device(rows):
     taken = launch.blocks * launch.block
     assert (launch.splits - 1) * taken < vocab <= launch.splits * taken
     assert _launch.pairs(1, 1 << 22, 2048).splits == _launch.SPLITS
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "generalized_jsd"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
+def test_rows_may_begin_and_end_anywhere(name, dtypes):
+    """Student and teacher at the same offset from a multiple of 16 bytes and at others, amid NaN."""
+    factor = torch.ones(2, device=DEVICE)
+    for vocab, offset in ((1, 3), *((45, offset) for offset in range(4)), (1101, 1)):
+        student, teacher = normal(2, vocab, dtype=dtypes[0]), normal(2, vocab, seed=1, dtype=dtypes[1])
+        expected = outcome(from_logits(name), [student.requires_grad_()], [teacher], factor, impl="torch")
+        x = amid_nan(student.detach(), offset).requires_grad_()
+        y = amid_nan(teacher, 2 * offset, gap=offset % 2)
+        with poisoned():
+            found = outcome(from_logits(name), [x], [y], factor, impl="triton")
+        torch.testing.assert_close(found[0], expected[0], rtol=ROUNDING, atol=ROUNDING)
+        torch.testing.assert_close(found[1], expected[1], rtol=2 * unit(dtypes[0]) + ROUNDING, atol=4 * ROUNDING)
 
 
 @every_form

@@ -210,6 +210,17 @@ def test_inputs_may_have_any_strides():
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_may_begin_anywhere(dtype):
+    given = problem(601, dtype, bias=True, count=3)
+    expected = outcome(given, "triton")
+    bias = torch.nn.functional.pad(given.leaves[2].detach(), (3, 0), value=torch.nan)[3:].requires_grad_()
+    with poisoned():
+        found = outcome(given._replace(leaves=[*given.leaves[:2], bias]), "triton")
+    assert bias.data_ptr() % 16 != 0
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_none_and_one_token(rows):
     leaves = [normal(rows, D).requires_grad_(), normal(300, D, seed=1).requires_grad_()]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdloss._triton import _launch, _logits_backward as backward_kernels, _logits_forward as forward_kernels
 from kdloss._triton._row_math import State
-from triton_harness import DEVICE, far_apart, normal, poisoned
+from triton_harness import DEVICE, amid_nan, far_apart, normal, poisoned
 
 ROWS = 6
 EPS = torch.finfo(torch.float32).eps
@@ -184,10 +184,50 @@ def test_an_incoming_nan_is_no_zero():
 # Addresses
 
 
+@pytest.mark.parametrize(
+    ("vocab", "dtype"),
+    [(1, torch.bfloat16), (31, torch.float16), (31, torch.float32), (1050, torch.bfloat16)],
+    ids=str,
+)
+def test_rows_may_begin_and_end_anywhere(vocab, dtype):
+    """At each offset from a multiple of 16 bytes, with the end of the last row as the end of memory, amid NaN.
+
+    A gradient at the same offsets is written in its own rows and nowhere else, and so is one at other offsets.
+    """
+    logits, columns, taus, *options = arguments(normal(ROWS, vocab, dtype=dtype), {"row_temperature": TEMPERATURES})
+    given = (logits[:3], columns[:3], taus[:3], *options)
+    expected = forward_kernels.forward_in_torch(*given)
+    incoming = backward_arguments(given)
+    gradient = backward_kernels.backward_in_torch(*incoming)
+    for offset in range(0, 16 // dtype.itemsize, 1 if vocab == 31 else 3):
+        logits = amid_nan(given[0], offset, gap=offset % 3)
+        with poisoned():
+            found = forward_kernels.forward(logits, *given[1:])
+        assert_same(found, expected, scale=80)
+        out = amid_nan(torch.full_like(given[0], torch.nan), offset + 3 * (offset % 2), gap=offset % 3)
+        backward_kernels.backward(*incoming[:2], logits, *incoming[3:], out=out)
+        torch.testing.assert_close(out, gradient, rtol=torch.finfo(dtype).eps, atol=8 * EPS * 4)
+        out.fill_(torch.nan)
+        assert torch.tensor([], dtype=dtype, device=DEVICE).set_(out.untyped_storage()).isnan().all()
+
+
+def test_the_next_tokens_of_sequences_are_read_where_they_are():
+    """Rows of a (B, L, V)[:, :-1] begin elsewhere than those of its gradient."""
+    given = arguments(normal(ROWS, 1050, dtype=torch.bfloat16), {})
+    sequences = torch.full((2, 4, 1050), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    sequences[:, :-1] = given[0].view(2, 3, 1050)
+    there = (sequences[:, :-1], *given[1:])
+    assert_same(forward_kernels.forward(*there), forward_kernels.forward(*given), scale=80)
+    expected = backward_kernels.backward(*backward_arguments(given))
+    found = backward_kernels.backward(*backward_arguments(there))
+    torch.testing.assert_close(found.flatten(0, 1), expected, rtol=torch.finfo(torch.bfloat16).eps, atol=32 * EPS)
+
+
 def test_rows_far_apart_are_read_and_written_where_they_are():
     """Row 2 begins past 2^31 elements, though the stride is smaller: forward, backward and in the gradient."""
     stride, labelled = 2**30 + 16, torch.tensor([0, 1, 4, 5], device=DEVICE)
-    rows = normal(4, 33, dtype=torch.bfloat16)
+    rows = _launch.room(4, 33, dtype=torch.bfloat16, device=torch.device(DEVICE))  # begin at multiples of 16 elements
+    rows.copy_(normal(4, 33, dtype=torch.bfloat16))
     given = arguments(rows, {})
     near = (rows, given[1][labelled], *given[2:])
     spread = (far_apart(rows, stride), *near[1:])
@@ -212,24 +252,26 @@ def test_columns_far_apart_are_read_where_they_are():
     assert torch.equal(*gradients)
 
 
-def test_rows_are_read_past_their_end_where_memory_goes_on():
-    """And written only where no other row lies: which columns a kernel may touch, and whether 16 bytes at a time."""
+def test_rows_are_written_past_their_end_where_no_other_row_lies():
     room = _launch.room(3, 37, dtype=torch.bfloat16, device=torch.device(DEVICE))
     assert (room.shape, room.stride()) == ((3, 37), (48, 1))
-    assert (_launch.readable(room, 37), _launch.writable(room)) == (48, 48)
-    assert _launch.aligned(room, 48)
-    assert not _launch.aligned(room, 37)
-    tight = torch.zeros(3 * 37, device=DEVICE).view(3, 37)
-    assert (_launch.readable(tight, 37), _launch.writable(tight)) == (37, 37)
-    assert (_launch.readable(tight[:2], 37), _launch.writable(tight[:2])) == (48, 37)  # loads reach into the third row
-    assert not _launch.aligned(tight[:2], 48)
-    last = torch.zeros(2 * 48 + 37, device=DEVICE).as_strided((3, 37), (48, 1))  # memory ends with the last row
-    assert (_launch.readable(last, 37), _launch.writable(last)) == (37, 37)
-    assert not _launch.aligned(room[:, 1:], 32)  # does not begin at a multiple of 16 bytes
-    assert _launch.aligned(tight[:1, :32], 32)  # the stride of a single row is never used
-    apart = torch.zeros(64, 4, device=DEVICE).T
-    assert _launch.readable(apart, 37) == 37
-    assert not _launch.aligned(apart, 64)
+    assert _launch.writable(room) == 48
+    assert _launch.writable(torch.zeros(3, 37)) == 37
+    assert (
+        _launch.writable(torch.zeros(2 * 48 + 37).as_strided((3, 37), (48, 1))) == 37
+    )  # memory ends with the last row
+
+
+def test_which_rows_are_shifted():
+    """Against rows of a gradient: in their first address, or by either stride; strides of single rows never count."""
+    space = torch.zeros(3 * 5 * 37 + 1, dtype=torch.bfloat16, device=DEVICE)
+    x, y = space[:-1].view(3, 5, 37), torch.empty(15, 37, dtype=torch.bfloat16, device=DEVICE)
+    assert not _launch.shifted(x, y, 8)
+    assert _launch.shifted(space[1:].view(3, 5, 37), y, 8)
+    assert _launch.shifted(x[:, :-1], y[:12], 8)
+    assert not _launch.shifted(x[:1, :-1], y[:4], 8)
+    assert _launch.shifted(x[..., :-1], torch.empty(15, 36, device=DEVICE), 8)
+    assert not _launch.shifted(x[:1, :1, :-1], torch.empty(1, 36, device=DEVICE), 8)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 256, 2048, 65536, 2**20])
@@ -241,6 +283,7 @@ def test_grids_are_legal_and_fill_the_device(rows, dtype):
     assert 132 <= rows * forward.splits < 2**31
     assert 132 <= rows * backward.chunks < 2**31
     assert (forward.splits - 1) * forward.blocks(vocab) * forward.lanes * forward.width < vocab
-    assert (backward.chunks - 1) * backward.blocks * backward.block < vocab
+    block = backward.lanes * backward.width
+    assert (backward.chunks - 1) * backward.blocks * block < vocab
     assert forward.splits * forward.blocks(vocab) * forward.lanes * forward.width >= vocab
-    assert backward.chunks * backward.blocks * backward.block >= vocab
+    assert backward.chunks * backward.blocks * block >= vocab

@@ -21,7 +21,7 @@ import kdloss
 from kdloss._divergences import topk_op
 from kdloss._triton import _launch, _topk_backward as backward_kernels, _topk_forward as forward_kernels
 from kdloss.testing import reference
-from triton_harness import DEVICE, far_apart, normal, poisoned
+from triton_harness import DEVICE, amid_nan, far_apart, normal, poisoned
 
 # If a lane or a row has no mass, the interpreter's numpy warns about values that are not stored.
 pytestmark = [
@@ -63,6 +63,28 @@ def backward_arguments(given: tuple[Any, ...], rest: Tensor, *, with_rest: bool 
     h[1], h[3], g[3] = 0, 0, 0
     h[2], g[2] = 0, 0  # row 2 has only padding
     return g, h, *given[:3], rest, *given[3:], with_rest
+
+
+@pytest.mark.parametrize(
+    ("vocab", "k", "dtype"), [(1, 1, torch.bfloat16), (37, 9, torch.bfloat16), (37, 9, torch.float32)]
+)
+def test_rows_may_begin_and_end_anywhere(vocab, k, dtype):
+    """At each offset from a multiple of 16 bytes, amid NaN, with ids at the ends of rows and in their cells."""
+    given = arguments(vocab, k, dtype)
+    kept, rest = forward_kernels.forward_in_torch(*given, True)
+    incoming = backward_arguments(given, rest)
+    gradient = backward_kernels.backward_in_torch(*incoming)
+    for offset in range(0, 16 // dtype.itemsize, 3 if vocab == 1 else 1):
+        logits = amid_nan(given[0], offset, gap=offset % 3)
+        with poisoned():
+            found = forward_kernels.forward(logits, *given[1:], True)
+        torch.testing.assert_close(found[0], kept, rtol=ROUNDING, atol=ROUNDING)
+        torch.testing.assert_close(found[1], rest, rtol=ROUNDING, atol=ROUNDING)
+        out = amid_nan(torch.full_like(given[0], torch.nan), offset + 3 * (offset % 2), gap=offset % 3)
+        backward_kernels.backward(*incoming[:2], logits, *incoming[3:], out=out)
+        torch.testing.assert_close(out, gradient, rtol=2 * torch.finfo(dtype).eps, atol=ROUNDING)
+        out.fill_(torch.nan)
+        assert torch.tensor([], dtype=dtype, device=DEVICE).set_(out.untyped_storage()).isnan().all()
 
 
 @pytest.mark.parametrize(

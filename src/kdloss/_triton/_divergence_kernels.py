@@ -16,11 +16,20 @@ kernels, each with one program per row, or several if rows are few:
 The splits of a row give a state or two sums each; one more program per row merges them in a fixed tree.
 
     bytes       state and mixture: both rows; gradient: both rows, and the student's written
-    operations  state: two exponentials and some 20 more per pair of logits; mixture and gradient: three or four, a
-                short series for log(1 + x), and some 40 more. While 2 + 2 bytes arrive at 4.3 TB/s, a multiprocessor
-                has time for 27 per pair
+    operations  `docs/kernels.md` has the instructions of each kernel per pair of logits
 
-So the KLs are bound by memory, and the mixtures nearly as much by arithmetic.
+The KLs are bound by memory. The 31 instructions of a pair in the JSD's mixture, in bfloat16, are
+
+     2    unpack                                8    the series of log2(1 + x)
+     4    log2 q and log2 p                     2    `larger`: a choice, and the series' product
+     2    their clamps, for masses of 0         4    the sums of q log2(q / m) and p log2(p / m)
+     2    d, and the log-odds t                 3    exponentials: q, p, and the ratio 2^-|t|
+     2    -|t|, and the sign of t               2    loads, addresses, the loop
+
+Everything is computed in base 2, so that no exponential needs a factor of its own, and neither shares nor log 2 are
+multiplied before the end. The sums take `larger` of every pair, and d of the pairs that have it, under a predicate. `q`
+and `p` could come from one exponential and the ratio. That takes more instructions, and a small share would cost them
+their digits.
 
 If ranks hold a slice of each row, `state` gives the values of the slice, and the other two take (m, log s) of whole
 rows as input. They sum the slice's terms, and those of the value may be below 0.
@@ -34,10 +43,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._row_math import LOG2_E, capped, capped_slope, load_tile, log_of, row_rate, tile_columns
+from ._row_math import (
+    LOG2_E,
+    body_of,
+    capped,
+    capped_slope,
+    clear_row,
+    end_columns,
+    load_cells,
+    log_of,
+    row_rate,
+    store_cells,
+)
 
 # Beyond this, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in float32.
 SATURATED = tl.constexpr(1e4)
+LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -58,73 +79,92 @@ def finite(m):
 @triton.jit
 def weighted(e, first, second):
     """e (first - second), and 0 where there is no mass."""
-    return tl.where(e > 0, e * (first - second), 0.0)
+    return e * tl.where(e > 0, first - second, 0.0)
 
 
 @triton.jit
 def fold_pair(m_of, s_of, m_to, s_to, w, of, to, rate, with_value: tl.constexpr):
-    """The states (n,) of both sides after one more block (n, E), and w of KL(of || to)."""
+    """The states (n,) of both sides after one more block (n, E), and w of KL(of || to) in units of log 2."""
+    rate2 = rate * LOG2_E + tl.zeros_like(s_of)
     top_of, top_to = tl.maximum(m_of, tl.max(of, 1)), tl.maximum(m_to, tl.max(to, 1))
     base_of, base_to = finite(top_of), finite(top_to)
-    d_of, d_to = (of - base_of[:, None]) * rate, (to - base_to[:, None]) * rate
-    e_of, e_to = tl.exp2(d_of * LOG2_E), tl.exp2(d_to * LOG2_E)
-    moved_of, moved_to = (m_of - base_of) * rate, (m_to - base_to) * rate
-    a = tl.exp2(moved_of * LOG2_E)
+    d_of, d_to = (of - base_of[:, None]) * rate2[:, None], (to - base_to[:, None]) * rate2[:, None]
+    e_of, e_to = tl.exp2(d_of), tl.exp2(d_to)
+    moved_of, moved_to = (m_of - base_of) * rate2, (m_to - base_to) * rate2
+    a = tl.exp2(moved_of)
+    s_before = a * s_of
     if with_value:
-        w = tl.where(a > 0, a * w, 0.0) + weighted(a * s_of, moved_of, moved_to)
+        w = tl.where(a > 0, a * w, 0.0) + weighted(s_before, moved_of, moved_to)
         w += tl.sum(weighted(e_of, d_of, d_to), 1)
-    s_of = a * s_of + tl.sum(e_of, 1)
-    s_to = tl.exp2(moved_to * LOG2_E) * s_to + tl.sum(e_to, 1)
+    s_of = s_before + tl.sum(e_of, 1)
+    s_to = tl.exp2(moved_to) * s_to + tl.sum(e_to, 1)
     return top_of, s_of, top_to, s_to, w
 
 
 @triton.jit
 def merge_pair(m_of, s_of, m_to, s_to, w, rate, with_value: tl.constexpr):
     """One state () from those of lanes (n,)."""
+    rate2 = rate * LOG2_E
     top_of, top_to = tl.max(m_of, 0), tl.max(m_to, 0)
-    moved_of, moved_to = (m_of - finite(top_of)) * rate, (m_to - finite(top_to)) * rate
-    a = tl.exp2(moved_of * LOG2_E)
+    moved_of, moved_to = (m_of - finite(top_of)) * rate2, (m_to - finite(top_to)) * rate2
+    a = tl.exp2(moved_of)
     if with_value:
         w = tl.sum(tl.where(a > 0, a * w, 0.0) + weighted(a * s_of, moved_of, moved_to), 0)
     else:
         w = 0.0
-    return top_of, tl.sum(a * s_of, 0), top_to, tl.sum(tl.exp2(moved_to * LOG2_E) * s_to, 0), w
+    return top_of, tl.sum(a * s_of, 0), top_to, tl.sum(tl.exp2(moved_to) * s_to, 0), w
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for 0 <= x <= 1, accurate to three roundings: 2 artanh(x / (2 + x)), as a series up to r^15."""
-    r = x / (2 + x)
-    square = r * r
-    series = square * (1.0 / 13 + square * (1.0 / 15))
-    series = square * (1.0 / 7 + square * (1.0 / 9 + square * (1.0 / 11) + square * series))
-    return 2 * r + 2 * r * square * (1.0 / 3 + square * (1.0 / 5) + square * series)
+def log2_1p(x):
+    """log2(1 + x) / x for 0 <= x <= 1, off by 2e-7 of itself: a fit of degree 8 that makes log2(2) exactly 1."""
+    series = -0.04204043745994568 + 0.0074095344170928 * x
+    series = 0.112052783370018 + series * x
+    series = -0.1964838057756424 + series * x
+    series = 0.27536478638648987 + series * x
+    series = -0.3583434522151947 + series * x
+    series = 0.4806855022907257 + series * x
+    series = -0.7213398814201355 + series * x
+    return 1.4426950216293335 + series * x
 
 
 @triton.jit
-def terms(kind: tl.constexpr, q, p, log_q, log_p, omega, log_omega, log_rest):
-    """(term of the value, G) in some columns."""
-    if kind == "forward_kl":
-        value, g = weighted(p, log_p, log_q), -p
-    elif kind == "reverse_kl":
-        g = -weighted(q, log_p, log_q)
-        value = g
+def mixed(q, p, odds, rest_bits, teacher_bits):
+    """(q, p, d, larger, first, w) from log2 q and log2 p, for the mixture m = (1 - omega) q + omega p.
+
+    log2(q / m) and log2(p / m) are larger - d and larger where the teacher's part of m is the larger one (`first`), and
+    larger and larger + d elsewhere. w is the student's share of m. The numbers of bits are -log2(1 - omega) and
+    -log2 omega, and odds is log2(omega / (1 - omega)). No term has the size of a large number of bits if its result has
+    not: with a share of 1e-30, a JSD is of the order of 1e-30, and still has its digits.
+    """
+    q, p = tl.maximum(q, -SATURATED), tl.maximum(p, -SATURATED)  # so that a mass of 0 gives 0 in every product
+    d = p - q
+    t = d + odds
+    ratio = tl.exp2(-tl.abs(t))  # of the smaller part of m to the larger one
+    first = t > 0
+    bits = log2_1p(ratio) * ratio
+    larger = tl.where(first, teacher_bits, rest_bits) - bits
+    # the quotient by 1 + ratio would take two instructions more
+    return tl.exp2(q), tl.exp2(p), d, larger, first, tl.where(first, ratio, 1.0) * tl.exp2(-bits)
+
+
+@triton.jit
+def add_mixture(found, slope, kind: tl.constexpr, q, p, odds, rest_bits, teacher_bits):
+    """The two sums that `write_sums` takes, after more columns. To leave a sum as it is costs no instruction."""
+    q, p, d, larger, first, w = mixed(q, p, odds, rest_bits, teacher_bits)
+    if kind == "skewed_reverse_kl":
+        found += q * larger
+        found = tl.where(first, found - q * d, found)
+        slope += q * w
     else:
-        t = log_p - log_q + (log_omega - log_rest)
-        t = tl.where(t == t, tl.minimum(tl.maximum(t, -SATURATED), SATURATED), 0.0)
-        decay = tl.exp2(-tl.abs(t) * LOG2_E)
-        s = log1p(decay)
-        a = -log_rest - tl.maximum(t, 0.0) - s
-        b = -log_omega - tl.maximum(-t, 0.0) - s
-        w = tl.where(t > 0, decay, 1.0) / (1 + decay)  # sigmoid(-t)
+        found += p * larger
+        found = tl.where(first, found, found + p * d)
         if kind == "generalized_jsd":
-            g = (1 - omega) * q * a
-            value = omega * p * b + g
-        elif kind == "skewed_forward_kl":
-            value, g = p * b, -p * w
+            slope += q * larger
+            slope = tl.where(first, slope - q * d, slope)
         else:
-            value, g = q * a, q * (a - w)
-    return value, g
+            slope += p * w
+    return found, slope
 
 
 @triton.jit
@@ -139,7 +179,7 @@ def write_state(state, row, value, total, numbers, plane, kind: tl.constexpr):
     m_of, s_of, m_to, s_to, w = state
     log_of_s, log_to_s = log_of(s_of), log_of(s_to)
     if kind == "forward_kl" or kind == "reverse_kl":
-        kl = w / s_of - log_of_s + log_to_s
+        kl = w * LOG_2 / s_of - log_of_s + log_to_s
         kl = tl.where(kl < 0, 0.0, kl)  # NaN stays
         kl = tl.where(no_distribution(log_of_s, log_to_s), float("nan"), kl)
         tl.store(value + row, kl)
@@ -153,15 +193,70 @@ def write_state(state, row, value, total, numbers, plane, kind: tl.constexpr):
 
 
 @triton.jit
-def write_sums(found, slope, row, value, total, part: tl.constexpr):
-    """Write a mixture's value and sum of G; only the value of a whole row is clamped to at least 0."""
+def write_sums(found, slope, row, value, total, omega, rest, kind: tl.constexpr, part: tl.constexpr):
+    """Write a mixture's value and sum of G, from the sums of its terms; only the value of a whole row is at least 0."""
+    if kind == "generalized_jsd":
+        slope = slope * LOG_2 * rest
+        found = found * LOG_2 * omega + slope
+    elif kind == "skewed_forward_kl":
+        found, slope = found * LOG_2, -slope
+    else:
+        found = found * LOG_2
+        slope = found - slope
     if not part:
         found = tl.where(found < 0, 0.0, found)
     tl.store(value + row, found)
     tl.store(total + row, slope)
 
 
-@triton.jit(do_not_specialize=["value", "total", "numbers", "size", "plane", "part_plane", "blocks", "splits"])
+@triton.jit
+def side_of_cells(
+    x,
+    bias,
+    start,
+    head,
+    cells,
+    logit_scale,
+    softcap,
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    masked: tl.constexpr,
+    shifted: tl.constexpr,  # x
+    bias_shifted: tl.constexpr,
+):
+    """c of one side in some cells of a row, (lanes, width); -inf past the last cell if `masked`."""
+    value = load_cells(x + head, start, cells, lanes, width, masked, shifted)
+    if bias is not None:
+        value += load_cells(bias + head, start, cells, lanes, width, masked, bias_shifted)
+    c = capped(value, logit_scale, softcap)
+    if masked:
+        c = tl.where((start + tl.arange(0, lanes) < cells)[:, None], c, float("-inf"))
+    return c
+
+
+@triton.jit
+def side_of_ends(x, bias, column, inside, logit_scale, softcap):
+    """c of one side in the ends of a row (n,); -inf where they are not `inside`."""
+    value = tl.load(x + column, mask=inside, other=0.0)
+    return tl.where(inside, side(value, bias, column, inside, logit_scale, softcap), float("-inf"))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "x",
+        "y",
+        "value",
+        "total",
+        "numbers",
+        "size",
+        "plane",
+        "x_stride",
+        "y_stride",
+        "part_plane",
+        "blocks",
+        "splits",
+    ]
+)
 def state_kernel(
     x,  # (R, V) logits of the student, or products with its head
     y,  # (R, V) of the teacher
@@ -178,8 +273,6 @@ def state_kernel(
     teacher_logit_scale,
     teacher_softcap,
     size,
-    x_columns,  # columns that are safe to load: `size`, and some that have no effect
-    y_columns,
     plane,
     x_stride,
     y_stride,
@@ -189,32 +282,67 @@ def state_kernel(
     kind: tl.constexpr,
     lanes: tl.constexpr,
     width: tl.constexpr,
-    aligned: tl.constexpr,
+    shifted: tl.constexpr,  # whether rows of y, or a bias, may begin elsewhere between multiples of `width` than x's
 ):
     program = tl.program_id(0)
     row = program // splits
-    first = (program % splits) * blocks * (lanes * width)
     x += row.to(tl.int64) * x_stride
     y += row.to(tl.int64) * y_stride
     rate = row_rate(row_temperature, row, temperature)
     zero = tl.zeros([lanes], tl.float32)
     m_of, s_of, m_to, s_to, w = zero + float("-inf"), zero, zero + float("-inf"), zero, zero
-    for start in range(first, min(first + blocks * (lanes * width), size), lanes * width):
-        column = tile_columns(start, lanes, width)
-        inside = column < size
-        of = load_tile(x, start, 1, x_columns, lanes, width, aligned)
-        to = load_tile(y, start, 1, y_columns, lanes, width, aligned)
-        of = tl.where(inside, side(of, bias, column, inside, logit_scale, softcap), float("-inf"))
-        to = side(to, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
-        to = tl.where(inside, to, float("-inf"))
+    with_value: tl.constexpr = kind == "forward_kl" or kind == "reverse_kl"
+    head, cells = body_of(x, size, width, shifted)
+    first = (program % splits) * blocks * lanes
+    last = tl.minimum(first + blocks * lanes, cells)
+    whole = first + tl.maximum(last - first, 0) // lanes * lanes
+    for start in range(first, whole, lanes):
+        of = side_of_cells(x, bias, start, head, cells, logit_scale, softcap, lanes, width, False, False, shifted)
+        to = side_of_cells(
+            y,
+            teacher_bias,
+            start,
+            head,
+            cells,
+            teacher_logit_scale,
+            teacher_softcap,
+            lanes,
+            width,
+            False,
+            shifted,
+            shifted,
+        )
         if kind == "forward_kl":  # the expectation is over the teacher
             of, to = to, of
-        m_of, s_of, m_to, s_to, w = fold_pair(
-            m_of, s_of, m_to, s_to, w, of, to, rate, kind == "forward_kl" or kind == "reverse_kl"
+        m_of, s_of, m_to, s_to, w = fold_pair(m_of, s_of, m_to, s_to, w, of, to, rate, with_value)
+    if whole < last:
+        of = side_of_cells(x, bias, whole, head, cells, logit_scale, softcap, lanes, width, True, False, shifted)
+        to = side_of_cells(
+            y,
+            teacher_bias,
+            whole,
+            head,
+            cells,
+            teacher_logit_scale,
+            teacher_softcap,
+            lanes,
+            width,
+            True,
+            shifted,
+            shifted,
         )
-    m_of, s_of, m_to, s_to, w = merge_pair(
-        m_of, s_of, m_to, s_to, w, rate, kind == "forward_kl" or kind == "reverse_kl"
-    )
+        if kind == "forward_kl":
+            of, to = to, of
+        m_of, s_of, m_to, s_to, w = fold_pair(m_of, s_of, m_to, s_to, w, of, to, rate, with_value)
+    if first == 0:
+        column = end_columns(head, cells, width, lanes)
+        inside = column < size
+        end_of = side_of_ends(x, bias, column, inside, logit_scale, softcap)[:, None]
+        end_to = side_of_ends(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)[:, None]
+        if kind == "forward_kl":
+            end_of, end_to = end_to, end_of
+        m_of, s_of, m_to, s_to, w = fold_pair(m_of, s_of, m_to, s_to, w, end_of, end_to, rate, with_value)
+    m_of, s_of, m_to, s_to, w = merge_pair(m_of, s_of, m_to, s_to, w, rate, with_value)
     if parts is None:
         write_state((m_of, s_of, m_to, s_to, w), row, value, total, numbers, plane, kind)
     else:
@@ -256,7 +384,22 @@ def pair_merge_kernel(
     write_state(state, row, value, total, numbers, plane, kind)
 
 
-@triton.jit(do_not_specialize=["value", "total", "numbers", "size", "plane", "part_plane", "blocks", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "x",
+        "y",
+        "value",
+        "total",
+        "numbers",
+        "size",
+        "plane",
+        "x_stride",
+        "y_stride",
+        "part_plane",
+        "blocks",
+        "splits",
+    ]
+)
 def mixture_kernel(
     x,
     y,
@@ -266,18 +409,17 @@ def mixture_kernel(
     value,
     total,
     numbers,  # read
-    parts,  # (2, R, splits): the value and sum G of each split, or None
+    parts,  # (2, R, splits): the sums of each split, or None
     temperature,
     logit_scale,
     softcap,
     teacher_logit_scale,
     teacher_softcap,
-    omega,
+    omega,  # the teacher's share
+    rest,  # the student's, 1 - omega
     log_omega,
-    log_rest,  # log(1 - omega)
+    log_rest,
     size,
-    x_columns,
-    y_columns,
     plane,
     x_stride,
     y_stride,
@@ -285,36 +427,77 @@ def mixture_kernel(
     blocks,
     splits,
     kind: tl.constexpr,
-    block: tl.constexpr,
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    shifted: tl.constexpr,
     part: tl.constexpr,  # whether x and y are a slice of the rows
 ):
     program = tl.program_id(0)
     row = program // splits
     x += row.to(tl.int64) * x_stride
     y += row.to(tl.int64) * y_stride
-    rate = row_rate(row_temperature, row, temperature)
+    rate2 = row_rate(row_temperature, row, temperature) * LOG2_E
     m_q, log_s_q = tl.load(numbers + row), tl.load(numbers + plane + row)
     m_p, log_s_p = tl.load(numbers + 2 * plane + row), tl.load(numbers + 3 * plane + row)
-    values, gradients = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
+    minus_q, minus_p = -log_s_q * LOG2_E, -log_s_p * LOG2_E
+    odds, rest_bits, teacher_bits = (log_omega - log_rest) * LOG2_E, -log_rest * LOG2_E, -log_omega * LOG2_E
+    values, gradients = tl.zeros([lanes, width], tl.float32), tl.zeros([lanes, width], tl.float32)
     found, slope = float("nan"), float("nan")
     if not no_distribution(log_s_q, log_s_p):
-        first = (program % splits) * blocks * block
-        for start in range(first, min(first + blocks * block, size), block):
-            column = start + tl.arange(0, block)
+        head, cells = body_of(x, size, width, shifted)
+        first = (program % splits) * blocks * lanes
+        last = tl.minimum(first + blocks * lanes, cells)
+        whole = first + tl.maximum(last - first, 0) // lanes * lanes
+        for start in range(first, whole, lanes):
+            c_q = side_of_cells(x, bias, start, head, cells, logit_scale, softcap, lanes, width, False, False, shifted)
+            c_p = side_of_cells(
+                y,
+                teacher_bias,
+                start,
+                head,
+                cells,
+                teacher_logit_scale,
+                teacher_softcap,
+                lanes,
+                width,
+                False,
+                shifted,
+                shifted,
+            )
+            q, p = (c_q - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
+            values, gradients = add_mixture(values, gradients, kind, q, p, odds, rest_bits, teacher_bits)
+        if whole < last:
+            c_q = side_of_cells(x, bias, whole, head, cells, logit_scale, softcap, lanes, width, True, False, shifted)
+            c_p = side_of_cells(
+                y,
+                teacher_bias,
+                whole,
+                head,
+                cells,
+                teacher_logit_scale,
+                teacher_softcap,
+                lanes,
+                width,
+                True,
+                shifted,
+                shifted,
+            )
+            q, p = (c_q - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
+            values, gradients = add_mixture(values, gradients, kind, q, p, odds, rest_bits, teacher_bits)
+        end_values, end_gradients = tl.zeros([lanes], tl.float32), tl.zeros([lanes], tl.float32)
+        if first == 0:
+            column = end_columns(head, cells, width, lanes)
             inside = column < size
-            c = tl.load(x + column, mask=column < x_columns, other=0.0)
-            log_q = (side(c, bias, column, inside, logit_scale, softcap) - m_q) * rate - log_s_q
-            c = tl.load(y + column, mask=column < y_columns, other=0.0)
-            c = side(c, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
-            log_p = (c - m_p) * rate - log_s_p
-            log_q, log_p = tl.where(inside, log_q, float("-inf")), tl.where(inside, log_p, float("-inf"))
-            q, p = tl.exp2(log_q * LOG2_E), tl.exp2(log_p * LOG2_E)
-            term, g = terms(kind, q, p, log_q, log_p, omega, log_omega, log_rest)
-            values += term
-            gradients += g
-        found, slope = tl.sum(values, 0), tl.sum(gradients, 0)
+            end_q = side_of_ends(x, bias, column, inside, logit_scale, softcap)
+            end_p = side_of_ends(y, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
+            end_q, end_p = (end_q - m_q) * rate2 + minus_q, (end_p - m_p) * rate2 + minus_p
+            end_values, end_gradients = add_mixture(
+                end_values, end_gradients, kind, end_q, end_p, odds, rest_bits, teacher_bits
+            )
+        found = tl.sum(tl.sum(values, 1) + end_values, 0)
+        slope = tl.sum(tl.sum(gradients, 1) + end_gradients, 0)
     if parts is None:
-        write_sums(found, slope, row, value, total, part)
+        write_sums(found, slope, row, value, total, omega, rest, kind, part)
     else:
         tl.store(parts + program, found)
         tl.store(parts + part_plane + program, slope)
@@ -325,8 +508,11 @@ def pair_sum_kernel(
     value,
     total,
     parts,
+    omega,
+    rest,
     part_plane,
     splits,
+    kind: tl.constexpr,
     part: tl.constexpr,
     block_splits: tl.constexpr,  # at least `splits`
 ):
@@ -336,10 +522,46 @@ def pair_sum_kernel(
     place = parts + row * splits + k
     found = tl.sum(tl.load(place, mask=k < splits, other=0.0), 0)
     slope = tl.sum(tl.load(place + part_plane, mask=k < splits, other=0.0), 0)
-    write_sums(found, slope, row, value, total, part)
+    write_sums(found, slope, row, value, total, omega, rest, kind, part)
 
 
-@triton.jit(do_not_specialize=["factor", "total", "numbers", "size", "plane"])
+@triton.jit
+def gradient_terms(kind: tl.constexpr, q, p, odds, rest_bits, teacher_bits, sum_g, rest):
+    """G - q sum G from log2 q and log2 p."""
+    if kind == "forward_kl":
+        found = -tl.exp2(p) - tl.exp2(q) * sum_g
+    elif kind == "reverse_kl":
+        mass = tl.exp2(q)
+        found = weighted(mass, q, p) * LOG_2 - mass * sum_g
+    else:
+        q, p, d, larger, first, w = mixed(q, p, odds, rest_bits, teacher_bits)
+        a = tl.where(first, larger - d, larger)  # log2(q / m)
+        if kind == "generalized_jsd":
+            found = q * (a * (rest * LOG_2) - sum_g)
+        elif kind == "skewed_forward_kl":
+            found = -p * w - q * sum_g
+        else:
+            found = q * (a * LOG_2 - w - sum_g)
+    return found
+
+
+@triton.jit(
+    do_not_specialize=[
+        "x",
+        "y",
+        "factor",
+        "total",
+        "numbers",
+        "out",
+        "size",
+        "out_columns",
+        "plane",
+        "x_stride",
+        "y_stride",
+        "out_stride",
+        "blocks",
+    ]
+)
 def divergence_gradient_kernel(
     x,
     y,
@@ -356,47 +578,88 @@ def divergence_gradient_kernel(
     teacher_logit_scale,
     teacher_softcap,
     omega,
+    rest,
     log_omega,
     log_rest,
     size,
-    x_columns,
-    y_columns,
-    out_columns,  # columns to write; the last of them may be padding
+    out_columns,  # columns to write; those from `size` on are padding
     plane,
     x_stride,
     y_stride,
     out_stride,
-    span,  # columns per program, a multiple of a block
+    blocks,  # per program, of lanes * width columns
     kind: tl.constexpr,
-    block: tl.constexpr,
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    shifted: tl.constexpr,  # whether rows of x or y, or a bias, may begin elsewhere between multiples of it than out's
 ):
     row = tl.program_id(0)
     out += row.to(tl.int64) * out_stride
-    first = tl.program_id(1) * span
+    head, cells = body_of(out, size, width, shifted)
+    first = tl.program_id(1) * blocks * lanes
+    last = tl.minimum(first + blocks * lanes, cells)
+    whole = first + tl.maximum(last - first, 0) // lanes * lanes
     incoming = tl.load(factor + row).to(tl.float32)
     if incoming != 0:
         x += row.to(tl.int64) * x_stride
         y += row.to(tl.int64) * y_stride
         rate = row_rate(row_temperature, row, temperature)
+        rate2 = rate * LOG2_E
         m_q, log_s_q = tl.load(numbers + row), tl.load(numbers + plane + row)
         m_p, log_s_p = tl.load(numbers + 2 * plane + row), tl.load(numbers + 3 * plane + row)
+        minus_q, minus_p = -log_s_q * LOG2_E, -log_s_p * LOG2_E
+        odds, rest_bits, teacher_bits = (log_omega - log_rest) * LOG2_E, -log_rest * LOG2_E, -log_omega * LOG2_E
         sum_g = tl.load(total + row)
-        for start in range(first, min(first + span, out_columns), block):
-            column = start + tl.arange(0, block)
-            inside = column < size
-            c = tl.load(x + column, mask=column < x_columns, other=0.0)
-            c = side(c, bias, column, inside, logit_scale, softcap)
-            log_q = (c - m_q) * rate - log_s_q
-            c_p = tl.load(y + column, mask=column < y_columns, other=0.0)
-            c_p = side(c_p, teacher_bias, column, inside, teacher_logit_scale, teacher_softcap)
-            log_p = (c_p - m_p) * rate - log_s_p
-            log_q, log_p = tl.where(inside, log_q, float("-inf")), tl.where(inside, log_p, float("-inf"))
-            q, p = tl.exp2(log_q * LOG2_E), tl.exp2(log_p * LOG2_E)
-            _, g = terms(kind, q, p, log_q, log_p, omega, log_omega, log_rest)
-            dx = (g - q * sum_g) * (incoming * rate) * capped_slope(c, logit_scale, softcap)
-            dx = tl.where(inside, dx, 0.0)
-            tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < out_columns)
+        weight = incoming * rate
+        for start in range(first, whole, lanes):
+            c = side_of_cells(x, bias, start, head, cells, logit_scale, softcap, lanes, width, False, shifted, shifted)
+            c_p = side_of_cells(
+                y,
+                teacher_bias,
+                start,
+                head,
+                cells,
+                teacher_logit_scale,
+                teacher_softcap,
+                lanes,
+                width,
+                False,
+                shifted,
+                shifted,
+            )
+            q, p = (c - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
+            dx = gradient_terms(kind, q, p, odds, rest_bits, teacher_bits, sum_g, rest) * weight
+            store_cells(out + head, start, cells, dx * capped_slope(c, logit_scale, softcap), lanes, width, False)
+        if whole < last:
+            c = side_of_cells(x, bias, whole, head, cells, logit_scale, softcap, lanes, width, True, shifted, shifted)
+            c_p = side_of_cells(
+                y,
+                teacher_bias,
+                whole,
+                head,
+                cells,
+                teacher_logit_scale,
+                teacher_softcap,
+                lanes,
+                width,
+                True,
+                shifted,
+                shifted,
+            )
+            q, p = (c - m_q) * rate2 + minus_q, (c_p - m_p) * rate2 + minus_p
+            dx = gradient_terms(kind, q, p, odds, rest_bits, teacher_bits, sum_g, rest) * weight
+            store_cells(out + head, whole, cells, dx * capped_slope(c, logit_scale, softcap), lanes, width, True)
+        column = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
+        at_end = (column < size) & (first == 0)
+        end_c = side_of_ends(x, bias, column, at_end, logit_scale, softcap)
+        end_p = side_of_ends(y, teacher_bias, column, at_end, teacher_logit_scale, teacher_softcap)
+        q_end, p_end = (end_c - m_q) * rate2 + minus_q, (end_p - m_p) * rate2 + minus_p
+        d_end = gradient_terms(kind, q_end, p_end, odds, rest_bits, teacher_bits, sum_g, rest) * weight
+        d_end *= capped_slope(end_c, logit_scale, softcap)
+        tl.store(out + column, d_end.to(out.dtype.element_ty), mask=at_end)
     else:
-        for start in range(first, min(first + span, out_columns), block):
-            column = start + tl.arange(0, block)
-            tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < out_columns)
+        clear_row(out, size, head, cells, first, last, lanes, width)
+    if (first == 0) & (out_columns > size):
+        padding = out + size
+        pad_head, pad_cells = body_of(padding, out_columns - size, width, False)
+        clear_row(padding, out_columns - size, pad_head, pad_cells, 0, pad_cells, lanes, width)

@@ -23,9 +23,10 @@ from ._row_math import LogitTransform
 
 KLS = ("forward_kl", "reverse_kl")
 
-# Chosen by arithmetic, not measured: each of 256 threads holds 16 logits of either side; 4 in the mixture, which also
-# keeps two sums (with 8, ptxas spilled one form to stay within 80 registers); 8 in the gradient.
-_TILE, _MIXTURE, _BLOCK = 4096, 1024, 2048
+# Chosen by arithmetic, not measured: each of 256 threads holds 16 logits of either side; 8 in the mixture and in the
+# gradient, which are longer (with 16, one form of the mixture takes 125 registers). Half as many in state and mixture
+# if there are biases or softcaps: ptxas spilled one form.
+_TILE, _MIXTURE, _BLOCK = 4096, 2048, 2048
 
 
 class Pair(NamedTuple):
@@ -50,15 +51,25 @@ class Pair(NamedTuple):
         return self.temperature, *self.student.numbers, *self.teacher.numbers
 
     @property
-    def _columns(self) -> tuple[int, int, int]:
-        size = self.vocab_size
-        return size, _launch.readable(self.x, size), _launch.readable(self.y, size)
+    def _width(self) -> int:
+        """Logits in a cell: 16 bytes of the wider side."""
+        return 16 // max(self.x.element_size(), self.y.element_size())
+
+    def _block(self, most: int) -> int:
+        sides = self.student, self.teacher
+        return most if all(side.bias is None and side.softcap is None for side in sides) else most // 2
+
+    def _shifted(self, leader: Tensor, *rows: Tensor) -> bool:
+        """Whether rows, or a bias, begin elsewhere between multiples of a cell than the rows of `leader`."""
+        biases = [x.expand(leader.shape[0], -1) for x in (self.student.bias, self.teacher.bias) if x is not None]
+        return _launch.any_shifted(leader, self._width, *rows, *biases)
 
     @property
-    def _shares(self) -> tuple[float, float, float]:
-        """The teacher's share, its log, and the log of the student's."""
-        log, log_rest = math.log(self.share), math.log1p(-self.share)
-        return (1 - self.share, log_rest, log) if self.kind == "skewed_reverse_kl" else (self.share, log, log_rest)
+    def _shares(self) -> tuple[float, float, float, float]:
+        """The shares of teacher and student, and their logs."""
+        share, rest = self.share, 1 - self.share
+        log, log_rest = math.log(share), math.log1p(-share)
+        return (rest, share, log_rest, log) if self.kind == "skewed_reverse_kl" else (share, rest, log, log_rest)
 
     def value_(self, out: Tensor, known: Tensor) -> None:
         """Write the divergence to `out` (R,), and the five values per row that the gradient needs to `known` (5, R)."""
@@ -92,11 +103,8 @@ class Pair(NamedTuple):
         rows = out.shape[0]
         if rows == 0:
             return
-        size, *bounds = self._columns
-        sides = zip((self.x, self.y), bounds, strict=True)
-        aligned = all(_launch.aligned(x, bound) for x, bound in sides)
-        width = 16 // max(self.x.element_size(), self.y.element_size())
-        launch = _launch.pairs(rows, size, _TILE)
+        width = self._width
+        launch = _launch.pairs(rows, self.vocab_size, self._block(_TILE))
         parts = out.new_empty(5, rows, launch.splits) if launch.splits > 1 else None
         with _launch.on_device(out):
             state_kernel[(rows * launch.splits,)](
@@ -106,8 +114,7 @@ class Pair(NamedTuple):
                 known,
                 parts,
                 *self._numbers,
-                size,
-                *bounds,
+                self.vocab_size,
                 *self._strides(known),
                 rows * launch.splits,
                 launch.blocks,
@@ -115,7 +122,7 @@ class Pair(NamedTuple):
                 self.kind,
                 launch.block // width,
                 width,
-                aligned,
+                self._shifted(self.x, self.y),
                 num_warps=launch.warps,
             )
             if parts is not None:
@@ -138,7 +145,7 @@ class Pair(NamedTuple):
         rows = out.shape[0]
         if rows == 0:
             return
-        launch = _launch.pairs(rows, self.vocab_size, _MIXTURE)
+        launch = _launch.pairs(rows, self.vocab_size, self._block(_MIXTURE))
         parts = out.new_empty(2, rows, launch.splits) if launch.splits > 1 else None
         with _launch.on_device(out):
             mixture_kernel[(rows * launch.splits,)](
@@ -149,13 +156,15 @@ class Pair(NamedTuple):
                 parts,
                 *self._numbers,
                 *self._shares,
-                *self._columns,
+                self.vocab_size,
                 *self._strides(known),
                 rows * launch.splits,
                 launch.blocks,
                 launch.splits,
                 self.kind,
-                launch.block,
+                launch.block // self._width,
+                self._width,
+                self._shifted(self.x, self.y),
                 1 if part else 0,
                 num_warps=launch.warps,
             )
@@ -164,8 +173,10 @@ class Pair(NamedTuple):
                     out,
                     known[4],
                     parts,
+                    *self._shares[:2],
                     rows * launch.splits,
                     launch.splits,
+                    self.kind,
                     1 if part else 0,
                     _launch.SPLITS,
                     num_warps=1,
@@ -180,6 +191,7 @@ class Pair(NamedTuple):
         If rows of `out` lie further apart than its width, the gap between them is 0, too, up to a multiple of 16.
         """
         rows, columns = out.shape
+        width = self._width
         if rows:
             launch = _launch.pairs_backward(rows, columns, _BLOCK)
             with _launch.on_device(out):
@@ -191,13 +203,15 @@ class Pair(NamedTuple):
                     out,
                     *self._numbers,
                     *self._shares,
-                    *self._columns,
+                    self.vocab_size,
                     _launch.writable(out),
                     *self._strides(known),
                     out.stride(0),
-                    launch.blocks * launch.block,
+                    launch.blocks,
                     self.kind,
-                    launch.block,
+                    launch.block // width,
+                    width,
+                    self._shifted(out, self.x, self.y),
                     num_warps=launch.warps,
                 )
         return out

@@ -41,14 +41,13 @@ class Forward(NamedTuple):
         return -(-vocab_size // (self.lanes * self.width * self.splits))
 
 
-def forward(rows: int, vocab_size: int, dtype: torch.dtype, *, apart: bool = False) -> Forward:
-    """Launch shape of the kernel that reads each row once.
-
-    Columns that lie `apart` need an address each, so a thread takes half as many.
-    """
+def forward(rows: int, vocab_size: int, dtype: torch.dtype, *, most: int = 1024) -> Forward:
+    """Launch shape of the kernel that reads each row once, with `most` lanes at most."""
     width = 16 // dtype.itemsize
+    if dtype == torch.float16:
+        most = min(most, 512)  # ptxas spilled a value of the row
     few = rows * vocab_size <= FEW_LOGITS
-    lanes, warps = (1024 // width, 4) if few else (512 if apart else 1024, 8)
+    lanes, warps = (1024 // width, 4) if few else (most, 8)
     blocks = -(-vocab_size // (lanes * width))
     return Forward(lanes, width, -(-blocks // _blocks_a_split(blocks, rows)), warps)
 
@@ -60,24 +59,21 @@ def _blocks_a_split(blocks: int, rows: int) -> int:
 class Backward(NamedTuple):
     """How gradients are written."""
 
-    block: int  # logits that a program handles at a time
-    blocks: int  # blocks per program, one after the other
+    lanes: int  # cells of 16 bytes that a program handles at a time
+    width: int  # logits in a cell
+    blocks: int  # blocks of lanes * width logits per program, one after the other
     chunks: int  # programs per row
     warps: int
 
 
-def backward(rows: int, columns: int, dtype: torch.dtype, *, even: bool = True) -> Backward:
-    """Launch shape of the kernel that reads and writes each row once: a thread handles twice 16 bytes at a time.
-
-    Half of that if the rows that are read, or those that are written, are not `even` (`aligned`). Logits then need an
-    address each, and if only one side is uneven, threads exchange logits between load and store, which spilled.
-    """
+def backward(rows: int, columns: int, dtype: torch.dtype) -> Backward:
+    """Launch shape of the kernel that reads and writes each row once: a thread handles twice 16 bytes at a time."""
+    width = 16 // dtype.itemsize
     few = rows * columns <= FEW_LOGITS
-    block, warps = (1024, 4) if few else (512 * 16 // dtype.itemsize, 8)
-    block = block if even else block // 2
-    blocks = -(-columns // block)
+    lanes, warps = (1024 // width, 4) if few else (512, 8)
+    blocks = -(-columns // (lanes * width))
     blocks_a_chunk = max(1, min(8, blocks * rows // PROGRAMS))
-    return Backward(block, blocks_a_chunk, -(-blocks // blocks_a_chunk), warps)
+    return Backward(lanes, width, blocks_a_chunk, -(-blocks // blocks_a_chunk), warps)
 
 
 class Pairs(NamedTuple):
@@ -116,17 +112,20 @@ class Piece(NamedTuple):
     x: Tensor
     rows: int
     inner: int
-    strides: tuple[int, ...]  # of outer, inner, column
+    strides: tuple[int, int]  # of outer and inner
 
 
 def pieces(x: Tensor) -> Iterator[tuple[slice, Piece]]:
-    """(which rows, piece) of a (..., V) tensor, never a copy: one piece, unless the rows need more than two strides."""
+    """(which rows, piece) of a (..., V) tensor: one piece, unless the rows need more than two strides.
+
+    A copy only if the logits of a row lie apart: each would be fetched from memory with its 32 neighbours.
+    """
     start = 0
-    for part in _matrices(x):
+    for part in _matrices(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()):
         outer, inner, _ = part.shape
         # the stride of an axis of size 1 is never used; as 0 it is aligned and has one type for all shapes
-        strides = [stride if n > 1 else 0 for n, stride in zip((outer, inner), part.stride()[:2], strict=True)]
-        yield slice(start, start + outer * inner), Piece(part, outer * inner, max(1, inner), (*strides, part.stride(2)))
+        strides = part.stride(0) if outer > 1 else 0, part.stride(1) if inner > 1 else 0
+        yield slice(start, start + outer * inner), Piece(part, outer * inner, max(1, inner), strides)
         start += outer * inner
 
 
@@ -146,8 +145,7 @@ def _view(x: Tensor, outer: int, inner: int) -> Tensor | None:
         return None
 
 
-# Triton loads and stores 16 bytes at a time if it knows that 16 divides the address in bytes, and the strides and
-# bounds in elements. It checks for no other divisor.
+# Rows of our own memory begin at multiples of so many elements, as cuBLAS likes them.
 _UNIT = 16
 
 
@@ -157,26 +155,31 @@ def room(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(*rows, _rounded(columns), dtype=dtype, device=device)[..., :columns]
 
 
-def readable(x: Tensor, columns: int) -> int:
-    """Number of columns of the rows (..., V) that are safe to load, with padding: a multiple of 16 if memory allows."""
-    last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    fits = x.stride(-1) == 1 and (last + _rounded(columns)) * x.element_size() <= x.untyped_storage().nbytes()
-    return _rounded(columns) if fits else columns
-
-
 def writable(x: Tensor) -> int:
     """Number of columns of the rows (R, V) that are safe to store: a multiple of 16 if rows lie that far apart.
 
     Only for memory that belongs to this package, such as `room` allocates.
     """
     rounded = _rounded(x.shape[1])
-    return rounded if x.stride(0) >= rounded == readable(x, x.shape[1]) else x.shape[1]
+    end = (x.storage_offset() + (x.shape[0] - 1) * x.stride(0) + rounded) * x.element_size()
+    return rounded if x.stride(0) >= rounded and end <= x.untyped_storage().nbytes() else x.shape[1]
 
 
-def aligned(x: Tensor, columns: int) -> bool:
-    """Whether the first `columns` of the rows (..., V) are loaded 16 bytes at a time."""
-    strides = (stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
-    return x.stride(-1) == 1 and x.data_ptr() % _UNIT == columns % _UNIT == 0 and all(n % _UNIT == 0 for n in strides)
+def shifted(x: Tensor, y: Tensor, width: int) -> bool:
+    """Whether a row of x (outer, inner, V) begins elsewhere between multiples of `width` elements than its row of y.
+
+    y is (outer * inner, V).
+    """
+    outer, inner, _ = x.shape
+    apart = x.data_ptr() // x.element_size() - y.data_ptr() // y.element_size()
+    along = x.stride(1) - y.stride(0) if inner > 1 else 0
+    across = x.stride(0) - inner * y.stride(0) if outer > 1 else 0
+    return any(n % width != 0 for n in (apart, along, across))
+
+
+def any_shifted(leader: Tensor, width: int, *others: Tensor | None) -> bool:
+    """Whether rows (R, V) of any of the others are `shifted` against those of `leader`."""
+    return any(shifted(x[None], leader, width) for x in others if x is not None)
 
 
 def _rounded(columns: int) -> int:

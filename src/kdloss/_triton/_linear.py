@@ -29,7 +29,12 @@ from . import _launch
 from ._compaction import put_back, take
 from ._products import add_product_, product_, product_dtype, slices, widest_slice
 from ._row_math import LogitTransform, State
-from ._slices import BLOCK, LABELS_AT_A_TIME, LANES, SPAN, WARPS, WIDTH, fold_kernel, gradient_kernel
+from ._slices import BLOCKS, GRADIENT_LANES, LABELS_AT_A_TIME, LANES, WARPS, WIDTH, fold_kernel, gradient_kernel
+
+
+def bias_rows(transform: LogitTransform, start: int, x: Tensor) -> Tensor | None:
+    """The bias of a slice, beside each row of x (N, size)."""
+    return None if transform.bias is None else transform.bias[start : start + x.shape[1]].expand(x.shape)
 
 
 def fold_(
@@ -46,7 +51,6 @@ def fold_(
 ) -> None:
     """Fold one slice into the state. After the last one, the state, the log-probs and the entropies are complete."""
     n_labels = state.columns.shape[1]
-    x_columns = _launch.readable(x, x.shape[1])
     fold_kernel[(rows.shape[0],)](
         x,
         rows,
@@ -62,14 +66,13 @@ def fold_(
         *transform.numbers,
         start,
         x.shape[1],
-        x_columns,
         n_labels,
         x.stride(0),
         first,
         last,
         LANES,
         WIDTH,
-        _launch.aligned(x, x_columns),
+        _launch.any_shifted(x, WIDTH, bias_rows(transform, start, x)),
         _launch.block_labels(n_labels, LABELS_AT_A_TIME),
         num_warps=WARPS,
     )
@@ -86,12 +89,14 @@ def gradient_(
     transform: LogitTransform,
     start: int,
 ) -> Tensor:
-    """The gradient of the products x, into `out`, which may be x itself if every row of x is wanted.
-
-    If rows of `out` lie further apart than `size`, the gap between them is overwritten, up to a multiple of 16.
-    """
+    """The gradient of the products x, into `out`, which may be x itself if every row of x is wanted."""
     n_labels = state.columns.shape[1]
-    gradient_kernel[rows.shape[0], triton.cdiv(x.shape[1], SPAN)](
+    if places is None:
+        shifted = _launch.any_shifted(out, WIDTH, x[: out.shape[0]], bias_rows(transform, start, out))
+    else:  # any row of x may meet any row of out
+        first = x[:1].expand(out.shape)
+        shifted = x.stride(0) % WIDTH != 0 or _launch.any_shifted(out, WIDTH, first, bias_rows(transform, start, out))
+    gradient_kernel[rows.shape[0], triton.cdiv(x.shape[1], BLOCKS * GRADIENT_LANES * WIDTH)](
         x,
         places,
         rows,
@@ -108,13 +113,13 @@ def gradient_(
         *transform.numbers,
         start,
         x.shape[1],
-        _launch.readable(x, x.shape[1]),
-        _launch.writable(out),
         n_labels,
         x.stride(0),
         out.stride(0),
-        SPAN,
-        BLOCK,
+        BLOCKS,
+        GRADIENT_LANES,
+        WIDTH,
+        shifted,
         _launch.block_labels(n_labels, LABELS_AT_A_TIME),
         num_warps=WARPS,
     )

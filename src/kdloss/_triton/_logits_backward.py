@@ -6,7 +6,8 @@
 with g the gradient of the log-probs and h that of the entropy; `_row_math.py` defines the rest. A program takes some
 consecutive blocks of one row. Every logit costs one exponential and a multiply-add with two values of its row. The
 program then writes the columns of its labels again, now with g. It adds up all g of one label in their order, so a
-label given twice is rounded once, and no block has to search for labels.
+label given twice is rounded once, and no block has to search for labels. Blocks are of cells of the gradient
+(`_row_math.py`). The first program of a row also has the ends of the row.
 
 A row is not read if its incoming gradient is 0 or all of its labels are ignored: its zeros are written.
 
@@ -14,7 +15,8 @@ The logits may be a slice of their rows, with m, s and u of whole rows. The labe
 it counts in sum_k g_k and adds no onehot_k here.
 
     bytes       V logits read and V written per row; some 20 + 12 K per program for the values of its row
-    operations  about 6 per logit, 8 with an entropy (widen, subtract, scale, e^x, multiply, round; clamp, multiply-add)
+    operations  widen, subtract, scale, e^x, multiply, round; with an entropy also clamp and multiply-add; counted in
+                `docs/kernels.md`
 """
 
 from __future__ import annotations
@@ -26,23 +28,64 @@ from torch import Tensor
 
 from . import _launch
 from ._logits_forward import IGNORE_INDEX
-from ._row_math import LOG2_E, State, capped, capped_slope, row_offset, row_rate
+from ._row_math import (
+    LOG2_E,
+    State,
+    body_of,
+    capped,
+    capped_slope,
+    clear_row,
+    columns_of,
+    end_columns,
+    load_cells,
+    row_offset,
+    row_rate,
+    store_cells,
+)
 
 
 @triton.jit
-def incoming(gradient, columns, row, n_labels, row_stride, label_stride, label_stop, block_labels: tl.constexpr):
-    """(sum of the gradients of a row's labels below `label_stop`, whether any is not 0, whether there is a label)."""
-    total, active, labelled = 0.0, 0, 0
+def owned(label, head, first, last, cells, vocab_size, width: tl.constexpr):
+    """Which labels are columns that this program writes: in its cells, or at the ends if it is the first."""
+    place = label - head
+    mine = (place >= first * width) & (place < last * width)
+    mine = mine | ((first == 0) & ((place < 0) | (place >= cells * width)))
+    return mine & (label >= 0) & (label < vocab_size)
+
+
+@triton.jit
+def incoming(
+    gradient,
+    columns,
+    row,
+    n_labels,
+    row_stride,
+    label_stride,
+    part,
+    head,
+    first,
+    last,
+    cells,
+    vocab_size,
+    width: tl.constexpr,
+    block_labels: tl.constexpr,
+):
+    """(sum of the gradients of a row's labels, whether any is not 0, whether there is a label, how many are `owned`).
+
+    All sums over threads are taken here, where none of them has branched off: elsewhere ptxas spilled.
+    """
+    total, active, labelled, mine = 0.0, 0, 0, 0
     for start in range(0, n_labels, block_labels):
         k = start + tl.arange(0, block_labels)
         label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
         labelled += tl.sum((label != -100).to(tl.int32), 0)
         if gradient is not None:
-            inside = (label >= 0) & (label < label_stop)
+            inside = (label >= 0) & (label < vocab_size + part)
             g = tl.load(gradient + row.to(tl.int64) * row_stride + k * label_stride, mask=inside, other=0.0)
             total += tl.sum(g.to(tl.float32), 0)
             active += tl.sum((g != 0).to(tl.int32), 0)
-    return total, active > 0, labelled > 0
+            mine += tl.sum(owned(label, head, first, last, cells, vocab_size, width).to(tl.int32), 0)
+    return total, active > 0, labelled > 0, mine
 
 
 @triton.jit
@@ -62,7 +105,21 @@ def slope_of(x, softcap, m, rate, offset, share, extra, with_entropy: tl.constex
 
 
 @triton.jit(
-    do_not_specialize=["vocab_size", "inner", "chunks", "blocks", "g_row_stride", "g_label_stride", "h_stride"],
+    do_not_specialize=[
+        "logits",
+        "gradient",
+        "vocab_size",
+        "all_columns",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "g_row_stride",
+        "g_label_stride",
+        "h_stride",
+        "gradient_stride",
+        "chunks",
+        "blocks",
+    ],
     do_not_specialize_on_alignment=["n_labels"],
 )
 def backward_kernel(
@@ -83,25 +140,42 @@ def backward_kernel(
     inner,
     outer_stride: tl.int64,
     inner_stride,
-    column_stride,
     g_row_stride,
     g_label_stride: tl.int64,
     h_stride,
     gradient_stride,
     chunks,  # programs per row
-    blocks,  # per chunk
-    block: tl.constexpr,
+    blocks,  # per chunk, of lanes * width columns
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    shifted: tl.constexpr,  # whether rows of logits may begin elsewhere between multiples of 16 bytes than out's
     block_labels: tl.constexpr,
     part: tl.constexpr,  # whether the label vocab_size is in another slice of the row, rather than in none
 ):
     """One program per chunk of a row."""
     program = tl.program_id(0)
     row = program // chunks
-    first = (program % chunks) * blocks * block
-    last = min(first + blocks * block, all_columns)
     out = gradient + row.to(tl.int64) * gradient_stride
-    total, active, labelled = incoming(
-        logp_gradient, columns, row, n_labels, g_row_stride, g_label_stride, vocab_size + part, block_labels
+    head, cells = body_of(out, all_columns, width, shifted)
+    body = out + head
+    first = (program % chunks) * blocks * lanes
+    last = tl.minimum(first + blocks * lanes, cells)
+    whole = first + tl.maximum(last - first, 0) // lanes * lanes
+    total, active, labelled, n_owned = incoming(
+        logp_gradient,
+        columns,
+        row,
+        n_labels,
+        g_row_stride,
+        g_label_stride,
+        part,
+        head,
+        first,
+        last,
+        cells,
+        vocab_size,
+        width,
+        block_labels,
     )
     h = 0.0
     if entropy_gradient is not None:
@@ -118,32 +192,41 @@ def backward_kernel(
             offset = (total - h * tl.load(mean + row)) * weight
             share = h * rate * weight
         row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
-        for start in range(first, last, block):
-            column = start + tl.arange(0, block)
-            x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
-            dx = slope_of(x, softcap, m, rate, offset, share, 0.0, entropy_gradient is not None)
-            if start + block > vocab_size:  # only in the row's last block
-                dx = tl.where(column < vocab_size, dx, 0.0)
-            tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
+        with_entropy: tl.constexpr = entropy_gradient is not None
+        for start in range(first, whole, lanes):
+            x = load_cells(row_logits + head, start, cells, lanes, width, False, shifted)
+            dx = slope_of(x, softcap, m, rate, offset, share, 0.0, with_entropy)
+            if head + (start + lanes) * width > vocab_size:  # only in padding and in the block before it
+                dx = tl.where(head + columns_of(start, lanes, width) < vocab_size, dx, 0.0)
+            store_cells(body, start, cells, dx, lanes, width, False)
+        if whole < last:
+            x = load_cells(row_logits + head, whole, cells, lanes, width, True, shifted)
+            dx = slope_of(x, softcap, m, rate, offset, share, 0.0, with_entropy)
+            dx = tl.where(head + columns_of(whole, lanes, width) < vocab_size, dx, 0.0)
+            store_cells(body, whole, cells, dx, lanes, width, True)
+        column = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
+        at_end = (column < all_columns) & (first == 0)
+        end = tl.load(row_logits + column, mask=at_end, other=0.0)
+        d_end = slope_of(end, softcap, m, rate, offset, share, 0.0, with_entropy)
+        d_end = tl.where(column < vocab_size, d_end, 0.0)
+        tl.store(out + column, d_end.to(out.dtype.element_ty), mask=at_end)
         if logp_gradient is not None:
             g_row = logp_gradient + row.to(tl.int64) * g_row_stride
-            for start in range(0, n_labels, block_labels):
-                k = start + tl.arange(0, block_labels)
-                label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
-                here = (label >= first) & (label < min(last, vocab_size))
-                if tl.sum(here.to(tl.int32), 0) > 0:  # rare: K labels over all chunks
-                    tl.debug_barrier()  # the loop above also wrote at the labels, and must finish first
+            if n_owned > 0:  # rare: K labels over all chunks
+                tl.debug_barrier()  # the loop above also wrote at the labels, and must finish first
+                for start in range(0, n_labels, block_labels):
+                    k = start + tl.arange(0, block_labels)
+                    label = tl.load(columns + row.to(tl.int64) * n_labels + k, mask=k < n_labels, other=-100)
+                    here = owned(label, head, first, last, cells, vocab_size, width)
                     g = tl.zeros([block_labels], tl.float32)
                     for other in range(n_labels):
                         same = label == tl.load(columns + row.to(tl.int64) * n_labels + other)
                         g += tl.where(same, tl.load(g_row + other * g_label_stride).to(tl.float32), 0.0)
-                    x = tl.load(row_logits + label * column_stride, mask=here, other=0.0)
-                    dx = slope_of(x, softcap, m, rate, offset, share, g * rate, entropy_gradient is not None)
-                    tl.store(out + label, dx.to(out.dtype.element_ty), mask=here)
+                    at_label = tl.load(row_logits + label, mask=here, other=0.0)
+                    changed = slope_of(at_label, softcap, m, rate, offset, share, g * rate, with_entropy)
+                    tl.store(out + label, changed.to(out.dtype.element_ty), mask=here)
     else:
-        for start in range(first, last, block):
-            column = start + tl.arange(0, block)
-            tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < all_columns)
+        clear_row(out, all_columns, head, cells, first, last, lanes, width)
 
 
 def backward(
@@ -168,8 +251,8 @@ def backward(
         for place, piece in _launch.pieces(logits):
             if piece.rows == 0:
                 continue
-            even = _launch.aligned(piece.x, rows.shape[1]) and _launch.aligned(rows[place], rows.shape[1])
-            launch = _launch.backward(piece.rows, rows.shape[1], logits.dtype, even=even)
+            launch = _launch.backward(piece.rows, rows.shape[1], logits.dtype)
+            target = rows[place]
             g = None if logp_gradient is None else logp_gradient[place]
             h = None if entropy_gradient is None else entropy_gradient[place]
             backward_kernel[(piece.rows * launch.chunks,)](
@@ -181,7 +264,7 @@ def backward(
                 None if h is None or mean is None else mean[place],
                 g,
                 h,
-                rows[place],
+                target,
                 temperature,
                 softcap,
                 vocab_size,
@@ -195,7 +278,9 @@ def backward(
                 rows.stride(0),
                 launch.chunks,
                 launch.blocks,
-                launch.block,
+                launch.lanes,
+                launch.width,
+                _launch.shifted(piece.x, target, launch.width),
                 block_labels,
                 1 if part else 0,
                 num_warps=launch.warps,

@@ -1,20 +1,19 @@
 """Logits to log-probs and entropies: one read.
 
-A program takes one row, or one split of a row, in blocks of (lanes, width) logits, where `width` logits are 16 bytes.
-Each lane has its own state (m, s, u) (`_row_math.py`), so threads exchange nothing inside the loop. Every logit costs
-one exponential: a lane first takes the maximum of its `width` new logits, then rescales its state once for all of them.
-After the loop the lanes are merged in a tree. A second kernel merges the splits of a row in the same way. Neither uses
-atomics: the same shapes give the same bits.
+A program takes one row, or one split of a row, in blocks of (lanes, width) logits. `width` logits are a cell of 16
+bytes (`_row_math.py`), wherever the row begins. The columns before the first cell and after the last one come last.
+Each lane has its own state (m, s, u), so threads exchange nothing inside the loop. Every logit costs one exponential:
+a lane first takes the maximum of its `width` new logits, then rescales its state once for all of them. After the loop
+the lanes are merged in a tree. A second kernel merges the splits of a row in the same way. Neither uses atomics: the
+same shapes give the same bits, if rows begin at the same offsets from multiples of 16 bytes.
 
 The program that has the state of the whole row reads the logits at the labels again, K per row. A row whose labels are
 all ignored is not read.
 
     bytes       V logits read per row; 12 per split written and read again if there are several; 16 + 4 K written
-    operations  about 8 per logit with the entropy (widen, subtract, scale, e^x, add, clamp, multiply-add, and the max)
+    operations  widen, subtract, scale, e^x, add, and the max; with the entropy also clamp and multiply-add
 
-At 2 bytes per logit and 4.3 TB/s, a multiprocessor has time for 13 instructions per logit. ptxas makes 9 of this, or 11
-with the entropy; a softcap adds about 20. That is for rows that begin at multiples of 16 elements. In other rows each
-logit is loaded by itself, in the same lanes: 1 load per logit instead of 1/8, with its address and mask.
+`docs/kernels.md` has the instructions per logit that ptxas makes of this.
 """
 
 from __future__ import annotations
@@ -26,17 +25,18 @@ from torch import Tensor
 
 from . import _launch
 from ._row_math import (
+    body_of,
     capped,
     empty_state,
+    end_columns,
     entropy_of,
     fold,
     label_logp,
-    load_tile,
+    load_cells,
     mean_of,
     merge_all,
     row_offset,
     row_rate,
-    tile_columns,
 )
 
 IGNORE_INDEX = -100
@@ -55,7 +55,7 @@ def any_label(columns, row, n_labels, block_labels: tl.constexpr):
 
 
 @triton.jit
-def write_row(row_logits, column_stride, columns, row, n_labels, vocab_size, softcap, rate, state, out, block_labels):
+def write_row(row_logits, columns, row, n_labels, vocab_size, softcap, rate, state, out, block_labels):
     """Write what follows from a row's whole state (m, s, u) to `out`: logp, entropy, maximum, peak, mean."""
     m, s, u = state
     logp, entropy, maximum, peak, mean = out
@@ -64,7 +64,7 @@ def write_row(row_logits, column_stride, columns, row, n_labels, vocab_size, sof
         place = row.to(tl.int64) * n_labels + k
         label = tl.load(columns + place, mask=k < n_labels, other=-100)
         inside = (label >= 0) & (label < vocab_size)
-        x = tl.load(row_logits + label * column_stride, mask=inside, other=0.0)
+        x = tl.load(row_logits + label, mask=inside, other=0.0)
         value = label_logp(capped(x, None, softcap), m, s, rate)
         value = tl.where(inside, value, tl.where(label == -100, 0.0, float("nan")))
         tl.store(logp + place, value, mask=k < n_labels)
@@ -91,7 +91,16 @@ def write_ignored_row(row, n_labels, out, block_labels: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["vocab_size", "inner", "part_stride", "blocks", "splits"],
+    do_not_specialize=[
+        "logits",
+        "vocab_size",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "part_stride",
+        "blocks",
+        "splits",
+    ],
     do_not_specialize_on_alignment=["n_labels"],
 )
 def forward_kernel(
@@ -107,18 +116,15 @@ def forward_kernel(
     temperature,
     softcap,  # or None
     vocab_size,
-    all_columns,  # columns that are safe to load; the last of them may be padding or belong to another row
     n_labels,
     inner,
     outer_stride: tl.int64,
     inner_stride,
-    column_stride,
     part_stride,  # T * splits
     blocks,  # per split, of lanes * width columns
     splits,
     lanes: tl.constexpr,
     width: tl.constexpr,
-    aligned: tl.constexpr,
     block_labels: tl.constexpr,
 ):
     """One program per row, or per split of a row."""
@@ -129,18 +135,28 @@ def forward_kernel(
         rate = row_rate(row_temperature, row, temperature)
         row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
         m, s, u = empty_state(lanes)
-        first = (program % splits) * blocks * (lanes * width)
-        for start in range(first, min(first + blocks * (lanes * width), vocab_size), lanes * width):
-            x = load_tile(row_logits, start, column_stride, all_columns, lanes, width, aligned)
-            c = capped(x, None, softcap)
-            if start + lanes * width > vocab_size:  # only in the row's last block
-                c = tl.where(tile_columns(start, lanes, width) < vocab_size, c, float("-inf"))
+        head, cells = body_of(row_logits, vocab_size, width, False)
+        body = row_logits + head
+        first = (program % splits) * blocks * lanes
+        last = tl.minimum(first + blocks * lanes, cells)
+        whole = first + tl.maximum(last - first, 0) // lanes * lanes
+        for start in range(first, whole, lanes):
+            c = capped(load_cells(body, start, cells, lanes, width, False, False), None, softcap)
             m, s, u = fold(m, s, u, c, rate, entropy is not None)
+        if whole < last:
+            c = capped(load_cells(body, whole, cells, lanes, width, True, False), None, softcap)
+            if softcap is not None:  # which takes -inf to -softcap
+                c = tl.where((whole + tl.arange(0, lanes) < cells)[:, None], c, float("-inf"))
+            m, s, u = fold(m, s, u, c, rate, entropy is not None)
+        if first == 0:
+            column = end_columns(head, cells, width, lanes)
+            x = tl.load(row_logits + column, mask=column < vocab_size, other=0.0)
+            c = tl.where(column < vocab_size, capped(x, None, softcap), float("-inf"))
+            m, s, u = fold(m, s, u, c[:, None], rate, entropy is not None)
         m, s, u = merge_all(m, s, u, rate, entropy is not None)
         if parts is None:
             write_row(
                 row_logits,
-                column_stride,
                 columns,
                 row,
                 n_labels,
@@ -160,7 +176,7 @@ def forward_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["vocab_size", "all_columns", "inner", "part_stride", "splits"],
+    do_not_specialize=["logits", "vocab_size", "inner", "outer_stride", "inner_stride", "part_stride", "splits"],
     do_not_specialize_on_alignment=["n_labels"],
 )
 def merge_kernel(
@@ -176,12 +192,10 @@ def merge_kernel(
     temperature,
     softcap,
     vocab_size,
-    all_columns,
     n_labels,
     inner,
     outer_stride: tl.int64,
     inner_stride,
-    column_stride,
     part_stride,
     splits,
     block_splits: tl.constexpr,  # at least `splits`
@@ -199,9 +213,7 @@ def merge_kernel(
         u = tl.load(place + 2 * part_stride, mask=k < splits, other=0.0)
         state = merge_all(m, s, u, rate, entropy is not None)
         row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
-        write_row(
-            row_logits, column_stride, columns, row, n_labels, vocab_size, softcap, rate, state, out, block_labels
-        )
+        write_row(row_logits, columns, row, n_labels, vocab_size, softcap, rate, state, out, block_labels)
     else:
         write_ignored_row(row, n_labels, out, block_labels)
 
@@ -229,8 +241,7 @@ def forward(
             n = piece.rows
             if n == 0:
                 continue
-            launch = _launch.forward(n, vocab_size, logits.dtype, apart=piece.strides[-1] != 1)
-            all_columns = _launch.readable(piece.x, logits.shape[-1])
+            launch = _launch.forward(n, vocab_size, logits.dtype)
             parts = logp.new_empty(3, n, launch.splits) if launch.splits > 1 else None
             arguments = (
                 piece.x,
@@ -245,7 +256,6 @@ def forward(
                 temperature,
                 softcap,
                 vocab_size,
-                all_columns,
                 n_labels,
                 piece.inner,
                 *piece.strides,
@@ -257,7 +267,6 @@ def forward(
                 launch.splits,
                 launch.lanes,
                 launch.width,
-                _launch.aligned(piece.x, all_columns),
                 block_labels,
                 num_warps=launch.warps,
             )

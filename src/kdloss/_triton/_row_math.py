@@ -1,4 +1,4 @@
-"""What kernels over rows of logits share: a logit, the state of a row, and where a row begins.
+"""What kernels over rows of logits share: a logit, the state of a row, and how rows are read and written.
 
     c = softcap(logit_scale * x),   z = rate * c,   rate = 1 / temperature
 
@@ -118,43 +118,187 @@ def row_offset(row, inner, outer_stride, inner_stride):
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
-@triton.jit
-def _quad(x, column, step: tl.constexpr, stride, bound):
-    """x at `column` (n,) and at the next three columns `step` apart: (n, 4), with 0 from `bound` on."""
-    place = x + column.to(tl.int64) * stride
-    apart = tl.full([], step, tl.int64) * stride
-    a = tl.load(place, mask=column < bound, other=0.0)
-    b = tl.load(place + apart, mask=column < bound - step, other=0.0)
-    c = tl.load(place + 2 * apart, mask=column < bound - 2 * step, other=0.0)
-    d = tl.load(place + 3 * apart, mask=column < bound - 3 * step, other=0.0)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [column.shape[0], 4])
+# Cells: how rows are read and written 16 bytes at a time, wherever they begin
+#
+# Triton loads 16 bytes at a time if it knows that the address is a multiple of 16, and that a mask is the same for all
+# of them. So a row is cut into cells of 16 bytes that begin at such multiples. The loop along the row reads whole cells
+# without a mask, and its last block masks whole cells. The columns before the first cell and after the last one are
+# read once per row, one by one, with their own mask. Nothing outside the row is read or written.
+#
+# Rows of two tensors may begin at different offsets from such a multiple, as those of x[:, :-1] and of its gradient do.
+# Then the cells are those of the tensor that leads: of the gradient, or of the student's logits. `load_cells` shifts
+# the other one in registers. The launcher tells from addresses and strides whether any row needs that.
 
 
 @triton.jit
-def tile_columns(start, lanes: tl.constexpr, width: tl.constexpr):
-    """The columns (lanes, width) of a tile that begins at `start`: `width` consecutive ones per lane."""
-    return start + tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
+def _place(x):
+    """The address of x in elements."""
+    return x.to(tl.int64) // (x.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
-def load_tile(x, start, stride, bound, lanes: tl.constexpr, width: tl.constexpr, aligned: tl.constexpr):
-    """x at the columns of a tile, (lanes, width), with 0 from `bound` on.
+def body_of(x, columns, width: tl.constexpr, shifted: tl.constexpr):
+    """(head, cells) of the row x of `columns` elements: `cells` cells of `width` elements begin at column `head`.
 
-    A lane's logits belong to one thread. If rows are `aligned`, one instruction loads 16 bytes of them. Otherwise
-    Triton would spread a lane over several threads and then exchange values between them, so each logit is loaded by
-    itself.
+    A cell begins at a multiple of `width` elements in memory. The columns before the first cell and after the last one
+    are the ends of the row, at most `ends(width)` columns together. If another row is `shifted` against x, one more
+    cell at either side counts as an end. Then `load_cells` reads the other row only between its first and its last
+    element, too.
     """
-    lane = start + tl.arange(0, lanes) * width
-    if aligned:
-        column = tile_columns(start, lanes, width)
-        tile = tl.load(x + column, mask=column < bound, other=0.0)
-    elif width == 4:
-        tile = _quad(x, lane, 1, stride, bound)
+    head = (-_place(x) & (width - 1)).to(tl.int32)
+    if shifted:
+        head += width
+    head = tl.minimum(head, columns)
+    cells = (columns - head) // width
+    if shifted:
+        cells = tl.maximum(cells - 1, 0)
+    return head, cells
+
+
+@triton.jit
+def end_columns(head, cells, width: tl.constexpr, n: tl.constexpr):
+    """The columns of the ends of a row, (n,), in order. Those past the last one are no columns of the row."""
+    k = tl.arange(0, n)
+    return tl.where(k < head, k, k + cells * width)
+
+
+@triton.jit
+def columns_of(start, lanes: tl.constexpr, width: tl.constexpr):
+    """`width` numbers for each of `lanes` cells from cell `start` on: (lanes, width)."""
+    return start * width + tl.arange(0, lanes)[:, None] * width + tl.arange(0, width)[None, :]
+
+
+@triton.jit
+def _load(x, start, cells, lanes: tl.constexpr, width: tl.constexpr, masked: tl.constexpr, fill: tl.constexpr):
+    """(lanes, width) elements from x, which is aligned to a cell; `fill` from cell `cells` on if `masked`."""
+    if masked:
+        inside = (start + tl.arange(0, lanes) < cells)[:, None]
+        found = tl.load(x + columns_of(start, lanes, width), mask=inside, other=fill)
     else:
-        tl.static_assert(width == 8)
-        even, odd = _quad(x, lane, 2, stride, bound), _quad(x + stride, lane, 2, stride, bound - 1)
-        tile = tl.reshape(tl.join(even, odd), [lanes, 8])
-    return tile
+        found = tl.load(x + columns_of(start, lanes, width))
+    return found
+
+
+@triton.jit
+def _halves(words, element: tl.constexpr):
+    """The two half-precision numbers in each of the words (n, E) int32, in order: (n, 2 E) float32."""
+    if element == tl.bfloat16:  # a shift or a mask each; a conversion from bfloat16 takes half as many again
+        low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = words.to(tl.int16).to(element, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.int16).to(element, bitcast=True).to(tl.float32)
+    return tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
+
+
+@triton.jit
+def _funnel(low, high, shift):
+    """The lower word of the 64 bits of (high, low) after a shift to the right."""
+    both = (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return (both >> shift).to(tl.uint32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _quarters(x):
+    """The columns of (n, 4)."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _joined(a, b, c, d):
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4])
+
+
+@triton.jit
+def _shifted_words(first, second, shift, per_word: tl.constexpr):
+    """The words of (first, second), each (n, 2) or (n, 4) int32, from element `shift` of the first on."""
+    by_one = shift & per_word != 0
+    bits = ((shift & (per_word - 1)) * 16).to(tl.uint64)
+    if first.shape[1] == 4:
+        a, b, c, d = _quarters(first)
+        e, f, g, h = _quarters(second)
+        by_two = shift & (2 * per_word) != 0
+        a, b, c = tl.where(by_two, c, a), tl.where(by_two, d, b), tl.where(by_two, e, c)
+        d, e, f = tl.where(by_two, f, d), tl.where(by_two, g, e), tl.where(by_two, h, f)
+        a, b, c = tl.where(by_one, b, a), tl.where(by_one, c, b), tl.where(by_one, d, c)
+        d, e = tl.where(by_one, e, d), tl.where(by_one, f, e)
+        if per_word == 2:
+            a, b, c, d = _funnel(a, b, bits), _funnel(b, c, bits), _funnel(c, d, bits), _funnel(d, e, bits)
+        found = _joined(a, b, c, d)
+    else:
+        tl.static_assert(per_word == 2)
+        a, b = tl.split(first)
+        c, d = tl.split(second)
+        a, b, c = tl.where(by_one, b, a), tl.where(by_one, c, b), tl.where(by_one, d, c)
+        found = tl.join(_funnel(a, b, bits), _funnel(b, c, bits))
+    return found
+
+
+@triton.jit
+def load_cells(
+    x,  # the first cell
+    start,  # the first of the cells to load
+    cells,  # from this cell on, there is nothing to read if `masked`
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    masked: tl.constexpr,
+    shifted: tl.constexpr,  # whether x may begin anywhere; otherwise it is aligned to a cell
+):
+    """The numbers of some cells as float32, (lanes, width), with -inf past the last one. A thread loads a whole cell.
+
+    If x is `shifted`, the two aligned cells that contain a cell of x are loaded, and their words are moved in
+    registers: 3 to 4 instructions more per logit, and memory is still read once, as the second cell is in the cache.
+    """
+    element: tl.constexpr = x.dtype.element_ty
+    bits: tl.constexpr = element.primitive_bitwidth
+    tl.static_assert(bits == 32 or bits == 16)
+    per_word: tl.constexpr = 32 // bits
+    # -inf in the bits of one float32, two bfloat16 or two float16
+    fill: tl.constexpr = -8388608 if bits == 32 else (-8323200 if element == tl.bfloat16 else -67044352)
+    n: tl.constexpr = width // per_word
+    if shifted:
+        shift = (_place(x) & (width - 1)).to(tl.int32)
+        words = tl.multiple_of((x - shift).to(tl.pointer_type(tl.int32), bitcast=True), 4 * n)
+        first = _load(words, start, cells, lanes, n, masked, fill)
+        second = _load(words + n, start, tl.where(shift == 0, 0, cells), lanes, n, True, fill)
+        found = _shifted_words(first, second, shift, per_word)
+    else:
+        words = tl.multiple_of(x.to(tl.pointer_type(tl.int32), bitcast=True), 4 * n)
+        found = _load(words, start, cells, lanes, n, masked, fill)
+    if bits == 32:
+        found = found.to(tl.float32, bitcast=True)
+    else:
+        found = _halves(found, element)
+    return found
+
+
+@triton.jit
+def store_cells(x, start, cells, value, lanes: tl.constexpr, width: tl.constexpr, masked: tl.constexpr):
+    """Write (lanes, width) to the cells from `start` on, where x is the first cell."""
+    # the cast holds the attribute: a pointer that is only added to would lose it
+    element: tl.constexpr = x.dtype.element_ty
+    aligned = tl.multiple_of(x.to(tl.int64).to(tl.pointer_type(element)), width * (element.primitive_bitwidth // 8))
+    place = aligned + columns_of(start, lanes, width)
+    if masked:
+        tl.store(place, value.to(element), mask=(start + tl.arange(0, lanes) < cells)[:, None])
+    else:
+        tl.store(place, value.to(element))
+
+
+@triton.jit
+def clear_row(row, columns, head, cells, first, last, lanes: tl.constexpr, width: tl.constexpr):
+    """Write 0 to the cells of a row from `first` to `last`, and to its ends if `first` is 0."""
+    zero = tl.zeros([lanes, width], tl.float32)
+    whole = first + tl.maximum(last - first, 0) // lanes * lanes
+    for start in range(first, whole, lanes):
+        store_cells(row + head, start, cells, zero, lanes, width, False)
+    if whole < last:
+        store_cells(row + head, whole, cells, zero, lanes, width, True)
+    column = end_columns(head, cells, width, 4 * width)
+    zeros = tl.zeros([4 * width], row.dtype.element_ty)
+    tl.store(row + column, zeros, mask=(column < columns) & (first == 0))
 
 
 @triton.jit

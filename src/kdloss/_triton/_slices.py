@@ -13,11 +13,11 @@ with the state (m, s, u) of `_row_math.py`, mean = rate u / s, and g, h the inco
 in the stream, so no value per row has to be gathered first.
 
 A program of `fold` has one row of the slice, in blocks of (lanes, 4) logits, as in `_logits_forward.py`. There are no
-atomics, so the same shapes give the same bits. A program of `gradient` has `SPAN` columns of one row.
+atomics, so the same shapes give the same bits. A program of `gradient` has `BLOCKS` blocks of one row.
 
     bytes       fold: 4 per logit read, 12 per row and slice read and written
                 gradient: 4 per logit read, 2 or 4 written
-    operations  about 10 per logit forward and 12 backward, beside the 2 D and 4 D of the products
+    operations  beside the 2 D and 4 D per logit of the products; counted in `docs/kernels.md`
 
 In either direction the product writes each float32 logit once and a kernel reads it once. Forward that is 8 bytes
 against 2 D operations. At 4.3 TB/s and 790 TFLOP/s the two take equally long at D = 735, so hidden sizes below about
@@ -34,23 +34,27 @@ import triton.language as tl
 
 from ._row_math import (
     LOG2_E,
+    body_of,
     capped,
     capped_slope,
+    clear_row,
+    columns_of,
     empty_state,
+    end_columns,
     entropy_of,
     fold,
     label_logp,
-    load_tile,
+    load_cells,
     mean_of,
     merge,
     merge_all,
     row_rate,
-    tile_columns,
+    store_cells,
 )
 
 # Chosen by arithmetic, not measured: 16 logits per thread are in flight, as in `_launch.py`.
 LANES, WIDTH, WARPS = 1024, 4, 8
-BLOCK, SPAN = 2048, 8192
+GRADIENT_LANES, BLOCKS = 512, 4
 LABELS_AT_A_TIME = 32
 
 
@@ -63,6 +67,30 @@ def logit_of(value, bias, column, inside, logit_scale, softcap):
 
 
 @triton.jit
+def logits_of_cells(
+    x,
+    bias,
+    start,
+    cells,
+    logit_scale,
+    softcap,
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    masked: tl.constexpr,
+    shifted: tl.constexpr,
+    bias_shifted: tl.constexpr,
+):
+    """c of the products in some cells (lanes, width); -inf past the last cell if `masked`. x is the first cell."""
+    value = load_cells(x, start, cells, lanes, width, masked, shifted)
+    if bias is not None:
+        value += load_cells(bias, start, cells, lanes, width, masked, bias_shifted)
+    c = capped(value, logit_scale, softcap)
+    if masked:
+        c = tl.where((start + tl.arange(0, lanes) < cells)[:, None], c, float("-inf"))
+    return c
+
+
+@triton.jit
 def labelled(columns, row, n_labels, block_labels: tl.constexpr):
     """Whether a row has a label."""
     found = 0
@@ -72,7 +100,7 @@ def labelled(columns, row, n_labels, block_labels: tl.constexpr):
     return found > 0
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["n_labels"])
+@triton.jit(do_not_specialize=["x", "start", "size", "x_stride"], do_not_specialize_on_alignment=["n_labels"])
 def fold_kernel(
     x,  # (N, size) float32, rows contiguous and x_stride apart
     rows,  # (N,) int64, distinct
@@ -89,14 +117,13 @@ def fold_kernel(
     softcap,  # or None
     start,  # first column of the slice
     size,
-    x_columns,  # columns that are safe to load: `size` and some padding
     n_labels,
     x_stride,
     first: tl.constexpr,  # whether this is the first slice
     last: tl.constexpr,  # or the last
     lanes: tl.constexpr,
     width: tl.constexpr,
-    aligned: tl.constexpr,
+    shifted: tl.constexpr,  # whether the bias of the slice may begin elsewhere between multiples of 4 than rows of x
     block_labels: tl.constexpr,
 ):
     row = tl.load(rows + tl.program_id(0))
@@ -104,11 +131,25 @@ def fold_kernel(
         rate = row_rate(row_temperature, row, temperature)
         x += tl.program_id(0).to(tl.int64) * x_stride
         m, s, u = empty_state(lanes)
-        for block in range(0, size, lanes * width):
-            place = tile_columns(block, lanes, width)
-            value = load_tile(x, block, 1, x_columns, lanes, width, aligned)
-            c = logit_of(value, bias, start + place, place < size, logit_scale, softcap)
-            m, s, u = fold(m, s, u, tl.where(place < size, c, float("-inf")), rate, entropy is not None)
+        head, cells = body_of(x, size, width, shifted)
+        whole = cells // lanes * lanes
+        body = x + head
+        body_bias = bias
+        if bias is not None:
+            body_bias = bias + start + head
+        for block in range(0, whole, lanes):
+            c = logits_of_cells(
+                body, body_bias, block, cells, logit_scale, softcap, lanes, width, False, False, shifted
+            )
+            m, s, u = fold(m, s, u, c, rate, entropy is not None)
+        if whole < cells:
+            c = logits_of_cells(body, body_bias, whole, cells, logit_scale, softcap, lanes, width, True, False, shifted)
+            m, s, u = fold(m, s, u, c, rate, entropy is not None)
+        place = end_columns(head, cells, width, lanes)
+        end = tl.load(x + place, mask=place < size, other=0.0)
+        c_end = logit_of(end, bias, start + place, place < size, logit_scale, softcap)
+        c_end = tl.where(place < size, c_end, float("-inf"))
+        m, s, u = fold(m, s, u, c_end[:, None], rate, entropy is not None)
         m, s, u = merge_all(m, s, u, rate, entropy is not None)
         if not first:
             before = tl.load(mean + row) if entropy is not None else 0.0
@@ -119,14 +160,14 @@ def fold_kernel(
             label = tl.load(columns + row * n_labels + k, mask=mine, other=-100)
             inside = (label >= start) & (label < start + size)
             value = tl.load(x + (label - start), mask=inside, other=0.0)
-            c = logit_of(value, bias, label, inside, logit_scale, softcap)
+            c_label = logit_of(value, bias, label, inside, logit_scale, softcap)
             if not first:
-                c = tl.where(inside, c, tl.load(logp + row * n_labels + k, mask=mine, other=0.0))
+                c_label = tl.where(inside, c_label, tl.load(logp + row * n_labels + k, mask=mine, other=0.0))
             if last:
-                c = tl.where(label >= 0, label_logp(c, m, s, rate), 0.0)
+                c_label = tl.where(label >= 0, label_logp(c_label, m, s, rate), 0.0)
             if not first:
                 tl.debug_barrier()  # all threads have read the state, here and above, before any writes it
-            tl.store(logp + row * n_labels + k, c, mask=mine)
+            tl.store(logp + row * n_labels + k, c_label, mask=mine)
         tl.store(maximum + row, m)
         if last:
             tl.store(peak + row, tl.div_rn(1.0, s))
@@ -149,7 +190,21 @@ def fold_kernel(
             tl.store(entropy + row, 0.0)
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["n_labels"])
+@triton.jit
+def slope_of_row(c, rate, m, top, average, total, h, with_entropy: tl.constexpr):
+    """-p (sum_k g_k + h (log p + entropy)), with 0 where c is -inf."""
+    d = c - m
+    p = tl.exp2(d * (rate * LOG2_E)) * top
+    slope = total + tl.zeros_like(p)
+    if with_entropy:
+        slope += h * (tl.maximum(d * rate, -1e4) - average)  # e^-1e4 is 0 already, and 0 * -inf would be NaN
+    return -p * slope
+
+
+@triton.jit(
+    do_not_specialize=["x", "out", "start", "size", "x_stride", "out_stride"],
+    do_not_specialize_on_alignment=["n_labels"],
+)
 def gradient_kernel(
     x,  # (M, size) float32
     places,  # (N,) int64, rows of x; None: the first N
@@ -168,20 +223,28 @@ def gradient_kernel(
     softcap,
     start,
     size,
-    x_columns,  # columns that are safe to load: `size` and some padding
-    out_columns,  # columns that are safe to store, likewise
     n_labels,
     x_stride,
     out_stride,
-    span: tl.constexpr,  # columns per program, a multiple of a block
-    block: tl.constexpr,
+    blocks: tl.constexpr,  # per program, of lanes * width columns
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    shifted: tl.constexpr,  # whether rows of x, or the bias, may begin elsewhere between multiples of 4 than out's
     block_labels: tl.constexpr,
 ):
+    tl.static_assert(blocks <= 4)
+    tl.static_assert(block_labels < 256)
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + place)
+    out += place * out_stride
+    head, cells = body_of(out, size, width, shifted)
+    first = tl.program_id(1) * blocks * lanes
+    last = tl.minimum(first + blocks * lanes, cells)
+    body = out + head
     total = 0.0
     wanted = 0
     n_found = 0
+    near = 0  # a byte for each block of this program: not 0 if there is a label in it
     for label_start in range(0, n_labels, block_labels):
         k = label_start + tl.arange(0, block_labels)
         label = tl.load(columns + row * n_labels + k, mask=k < n_labels, other=-100)
@@ -189,56 +252,54 @@ def gradient_kernel(
         total += tl.sum(g, 0)
         wanted += tl.sum((g != 0).to(tl.int32), 0)
         n_found += tl.sum((label >= 0).to(tl.int32), 0)
+        away = label - (start + head + first * width)
+        inside = (away >= 0) & (away < (last - first) * width)
+        block = tl.where(inside, away, 0).to(tl.int32) // (lanes * width)
+        near = near | tl.sum(tl.where(inside, 1 << (8 * block), 0), 0)
     h = 0.0
     if entropy_gradient is not None:
         if n_found > 0:
             h = tl.load(entropy_gradient + row)
         wanted += tl.where(h != 0, 1, 0)
 
-    out += place * out_stride
-    first = tl.program_id(1) * span
     if wanted > 0:
         x += (place if places is None else tl.load(places + place)) * x_stride
         rate = row_rate(row_temperature, row, temperature)
         m = tl.load(maximum + row)
         top = tl.load(peak + row)
         average = tl.load(mean + row) if entropy_gradient is not None else 0.0
-        for begin in range(first, min(first + span, size), block):
-            here = begin + tl.arange(0, block)
-            column = start + here
-            value = tl.load(x + here, mask=here < x_columns, other=0.0)
-            c = logit_of(value, bias, column, here < size, logit_scale, softcap)
-            d = tl.where(here < size, c - m, 0.0)
-            p = tl.exp2(d * (rate * LOG2_E)) * top
-            slope = total + tl.zeros_like(p)
-            if entropy_gradient is not None:
-                slope += h * (tl.maximum(d * rate, -1e4) - average)  # e^-1e4 is 0 already, and 0 * -inf would be NaN
-            dz = -p * slope
-            dz = with_labels(dz, column, begin + start, columns, logp_gradient, row, n_labels, block, block_labels)
+        body_bias = bias
+        if bias is not None:
+            body_bias = bias + start + head
+        for begin in range(first, last, lanes):
+            c = logits_of_cells(
+                x + head, body_bias, begin, cells, logit_scale, softcap, lanes, width, True, shifted, shifted
+            )
+            dz = slope_of_row(c, rate, m, top, average, total, h, entropy_gradient is not None)
+            if near & 255 != 0:  # rare: K labels over V columns
+                column = start + head + columns_of(begin, lanes, width)
+                dz = add_labels(dz, column, columns, logp_gradient, row, n_labels)
+            near = near >> 8
             dx = dz * rate * capped_slope(c, logit_scale, softcap)
-            tl.store(out + here, dx.to(out.dtype.element_ty), mask=here < out_columns)
+            store_cells(body, begin, cells, dx, lanes, width, True)
+        here = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
+        at_end = (here < size) & (first == 0)
+        end = tl.load(x + here, mask=at_end, other=0.0)
+        c_end = logit_of(end, bias, start + here, at_end, logit_scale, softcap)
+        d_end = slope_of_row(c_end, rate, m, top, average, total, h, entropy_gradient is not None)
+        if (first == 0) & (cells * width < size):  # most slices have no ends
+            d_end = add_labels(d_end, start + here, columns, logp_gradient, row, n_labels)
+        d_end *= rate * capped_slope(c_end, logit_scale, softcap)
+        tl.store(out + here, d_end.to(out.dtype.element_ty), mask=at_end)
     else:
-        for begin in range(first, min(first + span, size), block):
-            here = begin + tl.arange(0, block)
-            tl.store(out + here, tl.zeros([block], out.dtype.element_ty), mask=here < out_columns)
+        clear_row(out, size, head, cells, first, last, lanes, width)
 
 
 @triton.jit
-def with_labels(dz, column, begin, columns, gradient, row, n_labels, block: tl.constexpr, block_labels: tl.constexpr):
-    """dz + sum_k g_k onehot_k in a block of columns from `begin` on."""
-    if block_labels == 1:
-        label = tl.load(columns + row)
-        g = tl.load(gradient + row, mask=label >= 0, other=0.0)
+def add_labels(dz, column, columns, gradient, row, n_labels):
+    """dz + sum_k g_k onehot_k, one label after the other."""
+    for k in range(n_labels):
+        label = tl.load(columns + row * n_labels + k)
+        g = tl.load(gradient + row * n_labels + k, mask=label >= 0, other=0.0)
         dz += tl.where(column == label, g, 0.0)
-    else:
-        near = 0
-        for start in range(0, n_labels, block_labels):
-            k = start + tl.arange(0, block_labels)
-            label = tl.load(columns + row * n_labels + k, mask=k < n_labels, other=-100)
-            near += tl.sum(((label >= begin) & (label < begin + block)).to(tl.int32), 0)
-        if near > 0:  # rare: K labels over V columns
-            for k in range(n_labels):
-                label = tl.load(columns + row * n_labels + k)
-                g = tl.load(gradient + row * n_labels + k, mask=label >= 0, other=0.0)
-                dz += tl.where(column == label, g, 0.0)
     return dz

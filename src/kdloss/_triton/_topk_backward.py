@@ -9,7 +9,7 @@ the columns at the ids. So no block searches for ids, and their order does not m
 If the rest of a row has no incoming gradient, the row is not read: zeros are written, and g at the ids.
 
     bytes       V logits read and V written per row, 12 K read per program; only V written if the rest was not wanted
-    operations  about 6 per logit (widen, scale and subtract, scale, e^x, multiply, round)
+    operations  widen, scale and subtract, scale, e^x, multiply, round; counted in `docs/kernels.md`
 """
 
 from __future__ import annotations
@@ -20,12 +20,39 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._row_math import LOG2_E, row_offset, row_rate
+from ._row_math import (
+    LOG2_E,
+    body_of,
+    clear_row,
+    columns_of,
+    end_columns,
+    load_cells,
+    row_offset,
+    row_rate,
+    store_cells,
+)
 from ._topk_forward import rows_of
 
 
 @triton.jit(
-    do_not_specialize=["vocab_size", "n_ids", "inner", "g_row_stride", "g_id_stride", "h_stride", "chunks", "blocks"],
+    do_not_specialize=[
+        "logits",
+        "kept_gradient",
+        "rest_gradient",  # lies K numbers after the one before it, so at any address
+        "gradient",
+        "vocab_size",
+        "all_columns",
+        "n_ids",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "g_row_stride",
+        "g_id_stride",
+        "h_stride",
+        "gradient_stride",
+        "chunks",
+        "blocks",
+    ],
 )
 def kept_and_rest_backward_kernel(
     logits,  # rows (outer, inner), or None: no gradient of the rest
@@ -42,22 +69,26 @@ def kept_and_rest_backward_kernel(
     inner,
     outer_stride: tl.int64,
     inner_stride,
-    column_stride,
     g_row_stride: tl.int64,
     g_id_stride: tl.int64,
     h_stride: tl.int64,
     gradient_stride,
     chunks,  # programs per row
-    blocks,  # per chunk
-    block: tl.constexpr,
+    blocks,  # per chunk, of lanes * width columns
+    lanes: tl.constexpr,
+    width: tl.constexpr,
+    shifted: tl.constexpr,  # whether rows of logits may begin elsewhere between multiples of 16 bytes than out's
     block_ids: tl.constexpr,
 ):
     """One program per chunk of a row."""
     program = tl.program_id(0)
     row = program // chunks
-    first = (program % chunks) * blocks * block
-    last = min(first + blocks * block, all_columns)
     out = gradient + row.to(tl.int64) * gradient_stride
+    head, cells = body_of(out, all_columns, width, shifted)
+    body = out + head
+    first = (program % chunks) * blocks * lanes
+    last = tl.minimum(first + blocks * lanes, cells)
+    whole = first + tl.maximum(last - first, 0) // lanes * lanes
     rate = row_rate(row_temperature, row, temperature)
     h = 0.0
     if logits is not None:
@@ -68,25 +99,36 @@ def kept_and_rest_backward_kernel(
             shift = tl.where(shift == float("-inf"), 0.0, shift)  # no mass is left: every e^(z - 0) is 0
             weight = h * rate
             row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
-            for start in range(first, last, block):
-                column = start + tl.arange(0, block)
-                x = tl.load(row_logits + column.to(tl.int64) * column_stride, mask=column < all_columns, other=0.0)
-                dx = tl.exp2((x.to(tl.float32) * rate - shift) * LOG2_E) * weight
-                if start + block > vocab_size:  # only in the row's last block
-                    dx = tl.where(column < vocab_size, dx, 0.0)
-                tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < all_columns)
+            for start in range(first, whole, lanes):
+                x = load_cells(row_logits + head, start, cells, lanes, width, False, shifted)
+                dx = tl.exp2((x * rate - shift) * LOG2_E) * weight
+                if head + (start + lanes) * width > vocab_size:  # only in padding and in the block before it
+                    dx = tl.where(head + columns_of(start, lanes, width) < vocab_size, dx, 0.0)
+                store_cells(body, start, cells, dx, lanes, width, False)
+            if whole < last:
+                x = load_cells(row_logits + head, whole, cells, lanes, width, True, shifted)
+                dx = tl.exp2((x * rate - shift) * LOG2_E) * weight
+                dx = tl.where(head + columns_of(whole, lanes, width) < vocab_size, dx, 0.0)
+                store_cells(body, whole, cells, dx, lanes, width, True)
+            column = end_columns(head, cells, width, 4 * width)  # of the ends, which the first program has
+            at_end = (column < all_columns) & (first == 0)
+            end = tl.load(row_logits + column, mask=at_end, other=0.0)
+            d_end = tl.exp2((end.to(tl.float32) * rate - shift) * LOG2_E) * weight
+            d_end = tl.where(column < vocab_size, d_end, 0.0)
+            tl.store(out + column, d_end.to(out.dtype.element_ty), mask=at_end)
     else:
-        for start in range(first, last, block):
-            column = start + tl.arange(0, block)
-            tl.store(out + column, tl.zeros([block], out.dtype.element_ty), mask=column < all_columns)
+        clear_row(out, all_columns, head, cells, first, last, lanes, width)
     tl.debug_barrier()  # the loops above also wrote at the ids, and must finish first
     for start in range(0, n_ids, block_ids):
         k = start + tl.arange(0, block_ids)
         value = tl.load(ids + row.to(tl.int64) * n_ids + k, mask=k < n_ids, other=-1)
-        here = (value >= first) & (value < min(last, vocab_size))
+        place = value - head
+        mine = (place >= first * width) & (place < last * width)
+        mine = mine | ((first == 0) & ((place < 0) | (place >= cells * width)))
+        here = mine & (value >= 0) & (value < vocab_size)
         g = tl.load(kept_gradient + row * g_row_stride + k * g_id_stride, mask=here, other=0.0)
-        dx = tl.where(g == 0, 0.0, g * rate)  # a row that takes no part may have any temperature
-        tl.store(out + value, dx.to(out.dtype.element_ty), mask=here)
+        d_id = tl.where(g == 0, 0.0, g * rate)  # a row that takes no part may have any temperature
+        tl.store(out + value, d_id.to(out.dtype.element_ty), mask=here)
 
 
 def backward(
@@ -113,6 +155,7 @@ def backward(
             if piece.rows == 0:
                 continue
             launch = _launch.backward(piece.rows, rows.shape[1], logits.dtype)
+            target = rows[place]
             kept_and_rest_backward_kernel[(piece.rows * launch.chunks,)](
                 piece.x if with_rest else None,
                 flat[place],
@@ -120,7 +163,7 @@ def backward(
                 lse[place],
                 g[place],
                 h[place],
-                rows[place],
+                target,
                 temperature,
                 vocab_size,
                 rows.shape[1],
@@ -133,7 +176,9 @@ def backward(
                 rows.stride(0),
                 launch.chunks,
                 launch.blocks,
-                launch.block,
+                launch.lanes,
+                launch.width,
+                with_rest and _launch.shifted(piece.x, target, launch.width),
                 _launch.block_labels(n_ids),
                 num_warps=launch.warps,
             )

@@ -5,15 +5,16 @@
 The kept logits must not enter the sum: subtracting them afterwards would leave no digits where little remains.
 
 A program takes one row, or one split of a row, in blocks of (lanes, width) logits as in `_logits_forward.py`, with a
-state (m, s) per lane (`_row_math.py`). A *cell* is the `width` logits, 16 bytes, that a lane takes from a block. The
-ids of a row ascend, so a pointer advances along them with the blocks. The ids in a block mark their cells, and marked
-cells are left out entirely, at the cost of two selections per lane. The program that has the state of the whole row (in
-a second kernel if there are splits) reads `kept` at the ids. It also reads the marked cells again, K at most, and adds
-their logits to the state, except those at the ids. Splits and cells are merged in a fixed order without atomics: the
-same shapes give the same bits.
+state (m, s) per lane (`_row_math.py`). A lane takes a *cell* from a block: `width` logits, 16 bytes. The ids of a row
+ascend, so a pointer advances along them with the blocks. The ids in a block mark their cells, and marked cells are left
+out entirely, at the cost of two selections per lane. In the columns before the first cell and after the last one, each
+id is left out by itself. The program that has the state of the whole row (in a second kernel if there are splits) reads
+`kept` at the ids. It also reads the marked cells again, K at most, and adds their logits to the state, except those at
+the ids. Splits and cells are merged in a fixed order without atomics: the same shapes give the same bits, if rows begin
+at the same offsets from multiples of 16 bytes.
 
-The alternatives, in instructions per logit for V = 151936 in bfloat16. A multiprocessor has time for 13 while 2 bytes
-arrive at 4.3 TB/s, and the fold takes 10. Each of 256 threads has two lanes, so 16 logits of a block:
+The alternatives, in instructions per logit for V = 151936 in bfloat16, beside those of the fold. Each of 256 threads
+has two lanes, so 16 logits of a block:
 
     mark cells, pointer     17 per id and thread: 2 per logit at K = 64, 7 at 256; plus 1/4 to leave cells out
     mask logits, pointer    one compare per logit instead of per lane: 3 at K = 64, 13 at 256; plus 1 to mask
@@ -23,8 +24,7 @@ So up to about 100 ids the first is bound by memory, like the gather; at 256 ids
 
     bytes       V logits read per row, 48 K for ids and cells, 8 per split written and read again, 4 + 4 K written.
                 Without the rest, only the logits at the ids are read
-    operations  10 per logit and 17 per id and thread, counted in what ptxas makes for sm_90; some 300 per id for its
-                cell
+    operations  17 per id and thread, and some 300 per id for its cell; those per logit are in `docs/kernels.md`
 
 A row whose ids are all padding is not read: its rest is -inf.
 """
@@ -39,15 +39,16 @@ from torch import Tensor
 from . import _launch
 from ._row_math import (
     LOG2_E,
+    body_of,
     empty_state,
+    end_columns,
     fold,
-    load_tile,
+    load_cells,
     log_of,
     merge,
     merge_all,
     row_offset,
     row_rate,
-    tile_columns,
 )
 
 PADDING = -1
@@ -84,7 +85,6 @@ def fold_free(m, s, c, held, rate):
 @triton.jit
 def finish_row(
     row_logits,
-    column_stride,
     ids,
     row,
     n_ids,
@@ -99,28 +99,30 @@ def finish_row(
     block_ids: tl.constexpr,
 ):
     """Write the logits at the ids, add the other logits of their cells to the state, and write the rest."""
+    head, cells = body_of(row_logits, vocab_size, width, False)
     for start in range(0, n_ids, block_ids):
         k = start + tl.arange(0, block_ids)
         place = row.to(tl.int64) * n_ids + k
         value = tl.load(ids + place, mask=k < n_ids, other=-1)
         inside = (value >= 0) & (value < vocab_size)
-        x = tl.load(row_logits + value * column_stride, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(row_logits + value, mask=inside, other=0.0).to(tl.float32)
         tl.store(kept + place, tl.where(inside, x * rate, float("-inf")), mask=k < n_ids)
         if with_rest:
             # the first id of a cell represents it; up to `width` consecutive ids lie in one cell
-            cell = value // width
+            cell = (value - head) // width
             before = tl.load(ids + place - 1, mask=(k > 0) & (k < n_ids), other=-1)
-            leads = inside & ((before < 0) | (before // width != cell))
+            in_cell = inside & (value >= head) & (cell < cells)
+            leads = in_cell & ((before < head) | ((before - head) // width != cell))
             taken = tl.zeros([block_ids], tl.int32)  # one bit per logit of the cell
             for step in tl.static_range(width):
                 other = tl.load(ids + place + step, mask=k + step < n_ids, other=-1)
-                near = (other >= 0) & (other // width == cell)  # on a GPU -1 // width is 0
-                taken = taken | tl.where(near, 1 << (other % width).to(tl.int32), 0)
+                near = (other >= head) & ((other - head) // width == cell)  # on a GPU -1 // width is 0
+                taken = taken | tl.where(near, 1 << ((other - head) % width).to(tl.int32), 0)
             cell_m, cell_s, nothing = empty_state(block_ids)
             for place_in_cell in tl.static_range(width):
-                column = cell * width + place_in_cell
-                free = leads & (column < vocab_size) & ((taken >> place_in_cell) & 1 == 0)
-                c = tl.load(row_logits + column * column_stride, mask=free, other=float("-inf")).to(tl.float32)
+                column = head + cell * width + place_in_cell
+                free = leads & ((taken >> place_in_cell) & 1 == 0)
+                c = tl.load(row_logits + column, mask=free, other=float("-inf")).to(tl.float32)
                 cell_m, cell_s, nothing = fold(cell_m, cell_s, nothing, c[:, None], rate, False)
             cell_m, cell_s, nothing = merge_all(cell_m, cell_s, nothing, rate, False)
             m, s, nothing = merge(m, s, nothing, cell_m, cell_s, nothing, rate, False)
@@ -130,7 +132,43 @@ def finish_row(
         tl.store(rest + row, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["vocab_size", "n_ids", "inner", "part_stride", "blocks", "splits"])
+@triton.jit
+def marked(ids, pointer, held_id, n_ids, start, stop, lane, width: tl.constexpr):
+    """(pointer, the id at it, whether a lane of the block from column `start` on has an id) after the ids to `stop`."""
+    held = lane < 0
+    while held_id < stop:
+        cell = (held_id - start).to(tl.uint32) // width  # a single shift
+        held = held | (lane == cell.to(tl.int32))
+        pointer += 1
+        held_id = next_id(ids, pointer, n_ids)
+    return pointer, held_id, held
+
+
+@triton.jit
+def end_held(ids, pointer, n_ids, stop, column):
+    """(the first id from `pointer` on that is not below `stop`, which of the columns (n,) are at ids before it)."""
+    held = column < 0
+    held_id = next_id(ids, pointer, n_ids)
+    while held_id < stop:
+        held = held | (column == held_id)
+        pointer += 1
+        held_id = next_id(ids, pointer, n_ids)
+    return pointer, held
+
+
+@triton.jit(
+    do_not_specialize=[
+        "logits",
+        "vocab_size",
+        "n_ids",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "part_stride",
+        "blocks",
+        "splits",
+    ]
+)
 def kept_and_rest_kernel(
     logits,  # rows (outer, inner)
     ids,  # (T, K) int64, contiguous; those inside the vocabulary ascend; -1 is padding, others match no column
@@ -140,55 +178,75 @@ def kept_and_rest_kernel(
     parts,  # (2, T, splits) states, or None if one program has the whole row
     temperature,
     vocab_size,
-    all_columns,  # columns that are safe to load; the last of them may be padding or belong to another row
     n_ids,
     inner,
     outer_stride: tl.int64,
     inner_stride,
-    column_stride,
     part_stride,  # T * splits
     blocks,  # per split, of lanes * width columns
     splits,
     lanes: tl.constexpr,
     width: tl.constexpr,
-    aligned: tl.constexpr,
     block_ids: tl.constexpr,
 ):
     """One program per row, or per split of a row."""
     program = tl.program_id(0)
     row = program // splits
-    first = (program % splits) * blocks * (lanes * width)
-    pointer, found = look_along(ids, row, n_ids, first, block_ids)
-    rate = row_rate(row_temperature, row, temperature)
     row_logits = logits + row_offset(row, inner, outer_stride, inner_stride)
+    head, cells = body_of(row_logits, vocab_size, width, False)
+    first = tl.minimum((program % splits) * blocks * lanes, cells)
+    last = tl.minimum(first + blocks * lanes, cells)
+    whole = first + (last - first) // lanes * lanes
+    at_start, at_stop = program % splits == 0, program % splits == splits - 1
+    pointer, found = look_along(ids, row, n_ids, tl.where(at_start, 0, head + first * width), block_ids)
+    rate = row_rate(row_temperature, row, temperature)
     row_ids = ids + row.to(tl.int64) * n_ids
     m, s, nothing = empty_state(lanes)
     if found:
         lane = tl.arange(0, lanes)
+        column = end_columns(head, cells, width, lanes)
+        if at_start:
+            pointer, held_end = end_held(row_ids, pointer, n_ids, head, column)
+            c_end = tl.load(row_logits + column, mask=(column < head) & ~held_end, other=float("-inf"))
+            m, s, nothing = fold(m, s, nothing, c_end.to(tl.float32)[:, None], rate, False)
         held_id = next_id(row_ids, pointer, n_ids)
-        for start in range(first, min(first + blocks * (lanes * width), vocab_size), lanes * width):
-            x = load_tile(row_logits, start, column_stride, all_columns, lanes, width, aligned)
-            held = lane < 0
-            while held_id < min(start + lanes * width, vocab_size):
-                cell = (held_id - start).to(tl.uint32) // width  # a single shift
-                held = held | (lane == cell.to(tl.int32))
-                pointer += 1
-                held_id = next_id(row_ids, pointer, n_ids)
-            c = x.to(tl.float32)
-            if start + lanes * width > vocab_size:  # only in the row's last block
-                c = tl.where(tile_columns(start, lanes, width) < vocab_size, c, float("-inf"))
+        for start in range(first, whole, lanes):
+            pointer, held_id, held = marked(
+                row_ids, pointer, held_id, n_ids, head + start * width, head + (start + lanes) * width, lane, width
+            )
+            c = load_cells(row_logits + head, start, cells, lanes, width, False, False)
             m, s = fold_free(m, s, c, held, rate)
+        if whole < last:
+            pointer, held_id, held = marked(
+                row_ids, pointer, held_id, n_ids, head + whole * width, head + last * width, lane, width
+            )
+            c = load_cells(row_logits + head, whole, cells, lanes, width, True, False)
+            m, s = fold_free(m, s, c, held, rate)
+        if at_stop:
+            pointer, held_end = end_held(row_ids, pointer, n_ids, vocab_size, column)
+            at_end = (column >= head) & (column < vocab_size) & ~held_end
+            c_end = tl.load(row_logits + column, mask=at_end, other=float("-inf"))
+            m, s, nothing = fold(m, s, nothing, c_end.to(tl.float32)[:, None], rate, False)
     m, s, _ = merge_all(m, s, nothing, rate, False)
     if parts is None:
-        finish_row(
-            row_logits, column_stride, ids, row, n_ids, vocab_size, rate, m, s, kept, rest, True, width, block_ids
-        )
+        finish_row(row_logits, ids, row, n_ids, vocab_size, rate, m, s, kept, rest, True, width, block_ids)
     else:
         tl.store(parts + program, m)
         tl.store(parts + part_stride + program, s)
 
 
-@triton.jit(do_not_specialize=["vocab_size", "all_columns", "n_ids", "inner", "part_stride", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "logits",
+        "vocab_size",
+        "n_ids",
+        "inner",
+        "outer_stride",
+        "inner_stride",
+        "part_stride",
+        "splits",
+    ]
+)
 def finish_kernel(
     logits,
     ids,
@@ -198,12 +256,10 @@ def finish_kernel(
     parts,  # None: the rest is not wanted
     temperature,
     vocab_size,
-    all_columns,
     n_ids,
     inner,
     outer_stride: tl.int64,
     inner_stride,
-    column_stride,
     part_stride,
     splits,
     block_splits: tl.constexpr,  # at least `splits`
@@ -223,7 +279,6 @@ def finish_kernel(
         m, s, _ = merge_all(part_m, part_s, tl.zeros([block_splits], tl.float32), rate, False)
     finish_row(
         row_logits,
-        column_stride,
         ids,
         row,
         n_ids,
@@ -258,9 +313,8 @@ def forward(
             n = piece.rows
             if n == 0:
                 continue
-            all_columns = _launch.readable(piece.x, logits.shape[-1])
             # two lanes per thread: with four, their marks and 32 logits spill
-            launch = _launch.forward(n, vocab_size, logits.dtype, apart=True)
+            launch = _launch.forward(n, vocab_size, logits.dtype, most=512)
             split = with_rest and launch.splits > 1
             parts = kept.new_empty(2, n, launch.splits) if split else None
             arguments = (
@@ -272,7 +326,6 @@ def forward(
                 parts,
                 temperature,
                 vocab_size,
-                all_columns,
                 n_ids,
                 piece.inner,
                 *piece.strides,
@@ -285,7 +338,6 @@ def forward(
                     launch.splits,
                     launch.lanes,
                     launch.width,
-                    _launch.aligned(piece.x, all_columns),
                     block_ids,
                     num_warps=launch.warps,
                 )
@@ -310,7 +362,7 @@ def forward_in_torch(
 ) -> tuple[Tensor, Tensor]:
     """The same algorithm in torch, block after block, with all splits of all rows side by side."""
     rows, columns = logits.shape
-    launch = _launch.forward(rows, vocab_size, logits.dtype, apart=True)
+    launch = _launch.forward(rows, vocab_size, logits.dtype, most=512)
     rate = torch.full((rows,), temperature) if row_temperature is None else row_temperature
     rate = rate.to(logits.device, torch.float32).reciprocal()
     inside, padded = (ids >= 0) & (ids < vocab_size), (ids == PADDING).all(-1)
