@@ -47,8 +47,9 @@ format: $(VENV)/test.stamp  ## Apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# All tests of a file run in one process: the code blocks of a page share their names.
-PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 5
+# All tests of a file run in one process: the code blocks of a page share their names. Files start in the order of
+# conftest.py; without the option, files with the fewest tests would come last, and those are among the longest.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 5
 
 test: $(VENV)/test.stamp $(VENV)/examples.stamp $(VENV)/peft.stamp  ## All tests, and the code blocks of README.md and docs/
 	$(PYTEST) $(ARGS)

@@ -58,6 +58,9 @@ collect_ignore = ["tests/trainers", "tests/servers"]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# No test reuses a pool of compiling processes enough to pay for its start.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # Tensors here are tiny and xdist already fills the cores; one thread also fixes the order of every sum.
 torch.set_num_threads(1)
 
@@ -184,7 +187,11 @@ class _Fuzz:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of `SLOW`, and skips `gpu` tests where there is no GPU."""
+    """Marks the tests of `SLOW` and puts them first, and skips `gpu` tests where there is no GPU.
+
+    Short files come last, so that the processes of xdist end together.
+    """
+    items.sort(key=lambda item: not is_slow(item.path))
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if is_slow(item.path):

@@ -7,15 +7,42 @@ A test calls a launcher, or a public function with `impl="triton"`, on tensors o
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it `poisoned` forbids matrix products
+
+
+@functools.cache
+def _languages(function: Callable[..., Any]) -> list[Any]:
+    """The modules of Triton's language that a kernel refers to."""
+    return [module for module in (tl, tl.core) if any(x is module for x in function.__globals__.values())]
+
+
+def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The interpreter patches the language at a launch, and again at every call of one kernel by another.
+
+    The second patch finds everything replaced already, and costs more than the call itself. It is left out here.
+    """
+
+    def patched(function: Callable[..., Any]) -> Any:
+        if all(module.range.__name__ == "_new_range" for module in _languages(function)):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    return patched
+
+
+interpreter._patch_lang = _patched_once(interpreter._patch_lang)
 
 
 @contextlib.contextmanager

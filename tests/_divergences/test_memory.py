@@ -97,7 +97,7 @@ def measured(code: str, **names: object) -> dict[str, float]:
 
 
 # a vocabulary with twenty rows per scratch block, and one with a few; the logits are large beside the 2 MB of scratch
-@pytest.mark.parametrize(("dtype", "rows", "vocab"), [("float32", 1024, 32_000), ("bfloat16", 512, 151_936)])
+@pytest.mark.parametrize(("dtype", "rows", "vocab"), [("float32", 512, 32_000), ("bfloat16", 256, 151_936)])
 def test_from_logits_only_the_gradient_is_allocated(dtype, rows, vocab):
     found = measured(FROM_LOGITS, dtype=dtype, T=rows, V=vocab)
     assert len(found) == 8
@@ -105,8 +105,9 @@ def test_from_logits_only_the_gradient_is_allocated(dtype, rows, vocab):
     assert all(0.9 < x <= 1.1 for x in found.values()), found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_from_hidden_states_at_most_half_of_the_naive_form(dtype):
-    found = measured(FROM_HIDDEN, dtype=dtype, T=1024, V=32_000)
+# the gradient of a float32 head is large beside fewer rows
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", 1024), ("bfloat16", 512)])
+def test_from_hidden_states_at_most_half_of_the_naive_form(dtype, rows):
+    found = measured(FROM_HIDDEN, dtype=dtype, T=rows, V=32_000)
     assert len(found) == 6
     assert all(0 < x <= 0.5 for x in found.values()), found

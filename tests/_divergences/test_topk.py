@@ -177,9 +177,9 @@ def test_where_each_tail_has_its_optimum():
     ends = {}
     for tail in TAILS:
         logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-        for _ in range(1500):
+        for _ in range(500):
             step = gradient(kdloss.topk_forward_kl(logits, logp, ids, tail=tail), logits)
-            logits = (logits.detach() - step).requires_grad_()
+            logits = (logits.detach() - 3 * step).requires_grad_()
         ends[tail] = logits.detach().softmax(-1)
     close = partial(torch.testing.assert_close, rtol=0, atol=1e-3, check_dtype=False)
     close(ends["bucket"], torch.tensor([0.3, 0.15, 0.4, 0.15]))
@@ -276,18 +276,18 @@ def test_a_small_tail_keeps_its_digits():
 @pytest.mark.slow
 @every_form
 @every_tail
-@pytest.mark.parametrize("bad", [[3, 5, 3], [3, 5, V], [3, 5, -2]], ids=["twice", "outside", "negative"])
-def test_bad_ids_are_nan_where_they_cannot_raise(name, tail, bad):
+def test_bad_ids_are_nan_where_they_cannot_raise(name, tail):
     """Under `torch.compile` no value is read; a bad row does not change the others."""
     torch.compiler.reset()
     logits = normal(3, V)
     logp, ids = normal(3, V, seed=1).log_softmax(-1).topk(3)
     expected = topk(name, tail=tail)(logits, logp, ids)
-    ids[1] = torch.tensor(bad)
     compiled = torch.compile(topk(name, tail=tail), fullgraph=True, backend="aot_eager")
-    value = compiled(logits, logp, ids)
-    assert value.isnan().tolist() == [False, True, False]
-    torch.testing.assert_close(value[[0, 2]], expected[[0, 2]])
+    for bad in ([3, 5, 3], [3, 5, V], [3, 5, -2]):  # twice, outside, negative
+        ids[1] = torch.tensor(bad)
+        value = compiled(logits, logp, ids)
+        assert value.isnan().tolist() == [False, True, False], bad
+        torch.testing.assert_close(value[[0, 2]], expected[[0, 2]])
 
 
 # The operator

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
 import kdloss
+import triton_harness  # noqa: F401  its patch makes interpreted kernels fast
 from scale_out.cases_vocabulary import UNEVEN, D, V, close, differentiated, part, token_loss
 from scale_out.ranks import Ranks, on
 

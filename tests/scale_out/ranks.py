@@ -34,6 +34,7 @@ from torch import Tensor
 
 WORLD = 4
 POLL, INTERFACE = 0.1, "lo"  # seconds; the loopback interface
+PRELOADED = ("peft", "torch._inductor.compile_fx")
 TESTS = Path(__file__).parents[1]
 EXAMPLES = TESTS.parent / "docs" / "examples"
 
@@ -189,6 +190,7 @@ def run(
     """The outcome of every case: "" if all its ranks passed, else what happened."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compiling processes, which would start before the ranks
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "CASE_PROCESSOR_SECONDS": str(case_processor_seconds),
         "PYTHONPATH": os.pathsep.join(
@@ -222,6 +224,9 @@ def run(
 def _main(modules: list[str]) -> None:
     found = [(name, size, case) for module in modules for name, size, case in cases(importlib.import_module(module))]
     torch.set_num_threads(1)
+    # several cases import these on first use: imported here, they are shared by the ranks and by every round
+    for name in PRELOADED if len(modules) > 1 else ():
+        importlib.import_module(name)
     # uninitialized memory holds NaN: nothing may be read before it is written
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

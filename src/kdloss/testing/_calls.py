@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,8 +26,23 @@ _COUPLED = (
 _TOLERANCE = "Differences below {:.0e} of the largest value or of the gradient count as rounding"
 
 
+# An enumeration calls one loss hundreds of times, and reading a signature takes longer than a small loss.
+_READ: WeakKeyDictionary[Callable[..., Any], Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
+
+
 def loss_parameters(loss: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a loss; those of `forward` for a module, whose `__call__` takes anything."""
+    """The parameters of a loss; those of `forward` for a module, whose `__call__` takes anything.
+
+    The signatures of functions and partial functions are kept, because they do not change between calls.
+    """
+    if not isinstance(loss, (FunctionType, functools.partial)):
+        return _parameters(loss)
+    if loss not in _READ:
+        _READ[loss] = _parameters(loss)
+    return _READ[loss]
+
+
+def _parameters(loss: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     if isinstance(loss, torch.nn.Module):
         # torch.compile wraps a module in another, whose `forward` takes anything as well
         return inspect.signature(getattr(loss, "_orig_mod", loss).forward).parameters
