@@ -131,14 +131,14 @@ def _kept_and_rest_backward(
             incoming = upstream[rows] / divisor
             if with_rest:
                 x = _load(z[rows], scratch, divisor)
-                shift, scale = without_shift(incoming[:, -1:], lse[rows])
-                if shift is not None:
-                    x.scatter_(-1, index[rows], -math.inf).sub_(shift)
+                of_rows, scale = without_shift(incoming[:, -1:], lse[rows])
+                if of_rows is not None:
+                    x.scatter_(-1, index[rows], -math.inf).sub_(of_rows)
                 x.exp_().mul_(scale)
             else:
                 x = scratch[: index[rows].shape[0]].zero_()
             x.scatter_(-1, index[rows], incoming[:, :-1])
-            silent = (incoming == 0).all(-1, keepdim=True)
+            silent = (upstream[rows] == 0).all(-1, keepdim=True)
             if silent.device.type != "cpu" or bool(silent.any()):
                 x.masked_fill_(silent, 0)
             result[rows] = x[:, :-1]
