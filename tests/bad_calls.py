@@ -641,12 +641,18 @@ _SHARES = {
     "generalized_jsd": ("beta", "{}forward_kl", "use {}reverse_kl"),
     "skewed_forward_kl": ("alpha", "{}forward_kl", "the divergence is 0 there for any student"),
     "skewed_reverse_kl": ("alpha", "{}reverse_kl", "the divergence is 0 there for any student"),
+    "total_variation": [],
 }
 for _prefix, _bad in (("", _BAD_DIVERGENCE), ("topk_", _BAD_TOPK), ("linear_", _BAD_LINEAR_DIVERGENCE)):
     for _name, _share in _SHARES.items():
         if f"{_prefix}{_name}" in TABLE:
             _ends = bad_share(*(text.format(_prefix) for text in _share)) if _share else []
             BAD[f"{_prefix}{_name}"] = [*_bad, *_ends]
+for _name in ("total_variation", "linear_total_variation"):  # without a kernel
+    BAD[_name] = [bad for bad in BAD[_name] if not bad.what.startswith("impl is")]
+    for _impl in ("triton", "cuda"):
+        came = f"impl must be one of 'auto', 'torch', got '{_impl}'"
+        BAD[_name].append(Bad(f"impl is {_impl}", {"impl": _impl}, ValueError, came))
 
 
 for _name in ("kl_k1", "kl_k2", "kl_k3"):
@@ -658,6 +664,10 @@ BAD["discounted_returns"] = [
     *unit_interval("discount"),
     GROUP,
 ]
+
+for _name in ("forward_kl_reward", "squared_hellinger_reward", "total_variation_reward", "jsd_reward"):
+    BAD[_name] = [*bad_per_token("logp", "teacher_logp"), *positive("clip")]
+BAD["jsd_reward"] += bad_share("beta", "forward_kl_reward", "use reverse_kl_reward")
 
 GROUPED = base("leave_one_out_advantages")["rewards"]
 IDS = TABLE["leave_one_out_advantages"].variants["ids"]["group_ids"]

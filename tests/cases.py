@@ -322,6 +322,7 @@ _FORMS: dict[str, Arguments] = {
     "generalized_jsd": {"beta": 0.3},
     "skewed_forward_kl": {"alpha": 0.1},
     "skewed_reverse_kl": {"alpha": 0.2},
+    "total_variation": {},
 }
 
 
@@ -453,6 +454,17 @@ TABLE["discounted_returns"] = Entry(
     ),
     compiled=("base",),
 )
+
+# --- rewards of other divergences, which tokens, joining reward and teacher ------------------------------------------
+
+for _name in ("forward_kl_reward", "squared_hellinger_reward", "total_variation_reward", "jsd_reward"):
+    _base = _KL | ({"beta": 0.3} if _name == "jsd_reward" else {})
+    TABLE[_name] = Entry(
+        variants=variants(
+            _base, clip={"clip": 0.4}, rows=rows(_base), excluded={"teacher_logp": EXCLUDING_TEACHER, "clip": 5.0}
+        ),
+        compiled=("clip",),
+    )
 
 # --- advantages and importance weights -------------------------------------------------------------------------------
 

@@ -90,6 +90,16 @@ CASES = (
     Case(kdloss.kl_k2, ("logp", "teacher_logp"), "token", True),
     Case(kdloss.kl_k3, ("logp", "teacher_logp"), "token", True),
     Case(kdloss.reverse_kl_reward, ("logp", "teacher_logp"), "token", False, {"clip": choice(None, 0.7)}),
+    Case(kdloss.forward_kl_reward, ("logp", "teacher_logp"), "token", False, {"clip": choice(None, 0.7)}),
+    Case(
+        kdloss.jsd_reward,
+        ("logp", "teacher_logp"),
+        "token",
+        False,
+        {"beta": choice(0.5, 0.1, 0.9), "clip": choice(None, 0.7)},
+    ),
+    Case(kdloss.squared_hellinger_reward, ("logp", "teacher_logp"), "token", False, {"clip": choice(None, 0.7)}),
+    Case(kdloss.total_variation_reward, ("logp", "teacher_logp"), "token", False, {"clip": choice(None, 0.3)}),
     Case(
         kdloss.discounted_returns,
         ("advantages",),

@@ -13,6 +13,7 @@ from ._divergences.from_hidden import (
     linear_reverse_kl as linear_reverse_kl,
     linear_skewed_forward_kl as linear_skewed_forward_kl,
     linear_skewed_reverse_kl as linear_skewed_reverse_kl,
+    linear_total_variation as linear_total_variation,
 )
 from ._divergences.from_logits import (
     forward_kl as forward_kl,
@@ -20,6 +21,7 @@ from ._divergences.from_logits import (
     reverse_kl as reverse_kl,
     skewed_forward_kl as skewed_forward_kl,
     skewed_reverse_kl as skewed_reverse_kl,
+    total_variation as total_variation,
 )
 from ._divergences.topk import (
     topk_forward_kl as topk_forward_kl,
@@ -58,6 +60,12 @@ from ._losses.objectives import (
     kdrl_loss as kdrl_loss,
     kdrl_token_loss as kdrl_token_loss,
     sft_loss as sft_loss,
+)
+from ._losses.rewards import (
+    forward_kl_reward as forward_kl_reward,
+    jsd_reward as jsd_reward,
+    squared_hellinger_reward as squared_hellinger_reward,
+    total_variation_reward as total_variation_reward,
 )
 from ._losses.surrogates import (
     Surrogate as Surrogate,
@@ -117,6 +125,7 @@ __all__ = [
     "distillation_loss",
     "fold_kd_reward",
     "forward_kl",
+    "forward_kl_reward",
     "fused_linear_loss",
     "generalized_jsd",
     "global_sequence_count",
@@ -124,6 +133,7 @@ __all__ = [
     "group_relative_advantages",
     "grpo_loss",
     "importance_sampled_surrogate",
+    "jsd_reward",
     "kdrl_loss",
     "kdrl_token_loss",
     "kl_k1",
@@ -137,6 +147,7 @@ __all__ = [
     "linear_skewed_reverse_kl",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
+    "linear_total_variation",
     "masked_importance_weights",
     "next_token_labels",
     "output_head",
@@ -155,6 +166,7 @@ __all__ = [
     "sft_loss",
     "skewed_forward_kl",
     "skewed_reverse_kl",
+    "squared_hellinger_reward",
     "to_prediction_positions",
     "to_token_positions",
     "token_logprobs",
@@ -163,6 +175,8 @@ __all__ = [
     "topk_forward_kl",
     "topk_generalized_jsd",
     "topk_reverse_kl",
+    "total_variation",
+    "total_variation_reward",
     "truncated_importance_weights",
     "unpack",
 ]

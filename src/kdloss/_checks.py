@@ -245,6 +245,19 @@ def unit_interval(**numbers: float) -> None:
             raise ValueError(f"{name} must be in 0 .. 1, got {x}")
 
 
+def share(name: str, share: float, at_0: str, at_1: str | None) -> None:
+    """A share of a mixture is strictly between 0 and 1; at either end, the error says which function to use."""
+    finite(**{name: share})
+    if 0 < share < 1:
+        return
+    hint = ""
+    if share == 0:
+        hint = f"; use {at_0}"
+    elif share == 1:
+        hint = "; the divergence is 0 there for any student" if at_1 is None else f"; use {at_1}"
+    raise ValueError(f"{name} must be in 0 < {name} < 1, got {share}{hint}")
+
+
 def ppo_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
     """The bounds of PPO's clip: >= 0, and `dual_clip` > 1 or None."""
     non_negative(clip_low=clip_low, clip_high=clip_high)

@@ -582,6 +582,13 @@ PROOFS = {
     "token_mean": (MATRIX,),
     "sequence_mean": (MATRIX,),
     "reverse_kl_reward": (f"{SURROGATES}.test_what_importance_sampling_makes_of_the_reverse_kl_reward",),
+    **dict.fromkeys(
+        ("forward_kl_reward", "jsd_reward", "squared_hellinger_reward", "total_variation_reward"),
+        (
+            "_losses.test_rewards.test_the_surrogate_descends_the_divergence_that_the_reward_names",
+            "_losses.test_rewards.test_a_clip_biases_by_exactly_this",
+        ),
+    ),
     "discounted_returns": (f"{SURROGATES}.test_what_importance_sampling_makes_of_the_reverse_kl_reward",),
     "importance_sampled_surrogate": (
         RATIO_ONE,

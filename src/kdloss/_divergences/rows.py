@@ -10,6 +10,7 @@
 | generalized_jsd | sum β p b + (1-β) q a | (1-β) q a |
 | skewed_forward_kl | sum p b | -p w |
 | skewed_reverse_kl | sum q a | q (a - w) |
+| total_variation | 1/2 sum |p - q| | 1/2 q sign(q - p) |
 
 with m = ω p + (1-ω) q, a = log q/m, b = log p/m, w = (1-ω) q/m; ω is β, α and 1-α in turn. The share that the caller
 names is kept, α and not 1-α, because 1-α has no digits of a small α. With t = d + log ω/(1-ω),
@@ -43,6 +44,7 @@ REVERSE_KL = "reverse_kl"
 GENERALIZED_JSD = "generalized_jsd"
 SKEWED_FORWARD_KL = "skewed_forward_kl"
 SKEWED_REVERSE_KL = "skewed_reverse_kl"
+TOTAL_VARIATION = "total_variation"
 
 # beyond ± this, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in every dtype
 _SATURATED = 1e4
@@ -235,6 +237,9 @@ def _terms(
         return _clean_(torch.sub(log_p, log_q, out=room).mul_(p)).sum(-1), room
     if kind == REVERSE_KL:
         return _clean_(torch.sub(log_q, log_p, out=room).mul_(q)).sum(-1), room
+    if kind == TOTAL_VARIATION:
+        torch.sub(q, p, out=room)
+        return torch.abs(room, out=log_p).sum(-1).mul_(0.5), room.sign_().mul_(q).mul_(0.5)
     shares = form.shares
     t = log_p.sub_(log_q).add_(shares.log_teacher - shares.log_student).nan_to_num_(0.0, _SATURATED, -_SATURATED)
     s = torch.abs(t, out=room).neg_().exp_().log1p_()

@@ -21,6 +21,13 @@ LOSS_ARGS = PACKING_ARGS | {
         None: 1.""",
 }
 
+REWARD_ARGS = LOSS_ARGS | {
+    "logp": "(T,) or any shape: log-probs of the tokens under the student, nats. Detached.",
+    "clip": "symmetric bound of the reward, > 0. None: no bound.",
+    "TypeError": "a log-prob is not a floating-point tensor, or `loss_mask` is not bool.",
+    "ValueError": "shapes or devices differ, or `clip` is not > 0.",
+}
+
 OBJECTIVE_ARGS = LOSS_ARGS | {
     "prox_logp": """the shape of `logp`: log-probs under the policy at the start of this update (decoupled PPO),
         detached. The RL ratio is exp(logp - prox_logp). None: `old_logp`. Correct for the gap between the two with

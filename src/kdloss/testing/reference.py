@@ -22,12 +22,16 @@ from kdloss.testing._oracles.divergences import (
     linear_skewed_forward_kl_grad as linear_skewed_forward_kl_grad,
     linear_skewed_reverse_kl as linear_skewed_reverse_kl,
     linear_skewed_reverse_kl_grad as linear_skewed_reverse_kl_grad,
+    linear_total_variation as linear_total_variation,
+    linear_total_variation_grad as linear_total_variation_grad,
     reverse_kl as reverse_kl,
     reverse_kl_grad as reverse_kl_grad,
     skewed_forward_kl as skewed_forward_kl,
     skewed_forward_kl_grad as skewed_forward_kl_grad,
     skewed_reverse_kl as skewed_reverse_kl,
     skewed_reverse_kl_grad as skewed_reverse_kl_grad,
+    total_variation as total_variation,
+    total_variation_grad as total_variation_grad,
 )
 from kdloss.testing._oracles.logprobs import (
     linear_token_logprobs as linear_token_logprobs,
@@ -113,6 +117,12 @@ from kdloss.testing._oracles.surrogates import (
     sapo_surrogate_grad as sapo_surrogate_grad,
     sequence_clipped_surrogate as sequence_clipped_surrogate,
     sequence_clipped_surrogate_grad as sequence_clipped_surrogate_grad,
+)
+from kdloss.testing._oracles.token_signals import (
+    forward_kl_reward as forward_kl_reward,
+    jsd_reward as jsd_reward,
+    squared_hellinger_reward as squared_hellinger_reward,
+    total_variation_reward as total_variation_reward,
 )
 from kdloss.testing._oracles.topk import (
     topk_forward_kl as topk_forward_kl,
