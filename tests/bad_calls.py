@@ -669,6 +669,25 @@ for _name in ("forward_kl_reward", "squared_hellinger_reward", "total_variation_
     BAD[_name] = [*bad_per_token("logp", "teacher_logp"), *positive("clip")]
 BAD["jsd_reward"] += bad_share("beta", "forward_kl_reward", "use reverse_kl_reward")
 
+BAD["trust_region_mask"] = [
+    *bad_per_token("logp", "old_logp", "advantages"),
+    *non_negative("max_divergence"),
+    Bad("measure", {"measure": "js"}, ValueError, "measure must be one of 'tv', 'kl', got 'js'"),
+]
+BAD["stale_sequence_mask"] = [
+    *bad_per_token("logp", "old_logp", "advantages"),
+    *bad_stream("logp", of="stale_sequence_mask"),
+    *non_negative("max_divergence"),
+    GROUP,
+]
+BAD["top_entropy_mask"] = [*bad_per_token("entropy"), *unit_interval("fraction"), GROUP]
+BAD["informative_token_mask"] = [
+    *bad_per_token("entropy", "divergence"),
+    *bad_stream("entropy", of="informative_token_mask"),
+    *unit_interval("fraction"),
+    GROUP,
+]
+
 GROUPED = base("leave_one_out_advantages")["rewards"]
 IDS = TABLE["leave_one_out_advantages"].variants["ids"]["group_ids"]
 _BAD_GROUPS = [
@@ -706,12 +725,27 @@ BAD["fold_kd_reward"] = [
     *finite("distill_loss_weight"),
     *bad_distill_weights("advantages"),
 ]
+
+
+def bad_statistic(**switch: Any) -> list[Bad]:
+    """A statistic that is none, and bounds that do not go with it."""
+    came = "max_statistic must be a number with statistic='k2', got None"
+    more = "max_statistic must be None with statistic='ratio', got 0.5"
+    return [
+        Bad("statistic", {"statistic": "k1"}, ValueError, "statistic must be one of 'ratio', 'k2', 'k3', got 'k1'"),
+        Bad("no max_statistic", switch | {"statistic": "k2"}, ValueError, came),
+        Bad("max_statistic of a ratio", {"max_statistic": 0.5}, ValueError, more),
+        *non_negative("max_statistic", statistic="k3", **switch),
+    ]
+
+
 BAD["truncated_importance_weights"] = [*bad_per_token("prox_logp", "old_logp"), *positive("max_weight")]
 BAD["masked_importance_weights"] = [
     *bad_per_token("prox_logp", "old_logp"),
     *positive("max_weight"),
     *non_negative("min_weight"),
     Bad("crossed", {"min_weight": 6}, ValueError, "min_weight must not exceed max_weight = 5.0, got 6"),
+    *bad_statistic(),
 ]
 BAD["sequence_importance_weights"] = [
     *bad_per_token("prox_logp", "old_logp"),
@@ -721,6 +755,13 @@ BAD["sequence_importance_weights"] = [
     Bad("crossed", {"min_weight": 2}, ValueError, "min_weight must not exceed max_weight = 1.5, got 2"),
     Bad("aggregate", {"aggregate": "max"}, ValueError, "aggregate must be one of 'sum', 'mean', got 'max'"),
     Bad("action", {"action": "clip"}, ValueError, "action must be one of 'truncate', 'mask', got 'clip'"),
+    *bad_statistic(action="mask"),
+    Bad(
+        "a statistic that truncates",
+        {"statistic": "k2", "max_statistic": 0.5},
+        ValueError,
+        "action must be \"mask\" with statistic='k2', got 'truncate'",
+    ),
     GROUP,
 ]
 

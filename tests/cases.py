@@ -466,6 +466,70 @@ for _name in ("forward_kl_reward", "squared_hellinger_reward", "total_variation_
         compiled=("clip",),
     )
 
+_REGION = {
+    "logp": LOGP,
+    "old_logp": OLD,
+    "advantages": ADVANTAGES,
+    "loss_mask": MASK,
+    "max_divergence": 0.05,
+}
+TABLE["trust_region_mask"] = Entry(
+    gradient="integer",
+    variants=variants(
+        _REGION,
+        kl={"measure": "kl", "max_divergence": 0.02},
+        on_policy={"old_logp": None, "max_divergence": 0.0},
+        rows=rows(_REGION),
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base", "kl"),
+)
+TABLE["stale_sequence_mask"] = Entry(
+    gradient="integer",
+    variants=variants(
+        _REGION | {"cu_seqlens": CU, "old_logp": LOGP - LOG_RATIO - 0.3},
+        int32={"cu_seqlens": CU32, "max_divergence": 0.4, "old_logp": LOGP + LOG_RATIO},
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+# distinct values, ties, and garbage under the mask
+_ENTROPY = trained(0.7, 1.9, 0.2, 1.1, 0.0, 2.3, 1.1, 0.9, 1.4)
+_SELECTED = {"entropy": _ENTROPY, "loss_mask": MASK, "fraction": 0.2}
+TABLE["top_entropy_mask"] = Entry(
+    gradient="integer",
+    variants=variants(
+        _SELECTED,
+        ties={"fraction": 0.5},
+        all={"fraction": 1.0},
+        none={"fraction": 0.0},
+        rows=rows(_SELECTED),
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+# 60 trained tokens in one sequence, so that the 98th percentile is not the largest
+_LONG = uniform(0, 3, 2, 66)
+_LONG_MASK = torch.arange(66) >= 6
+TABLE["informative_token_mask"] = Entry(
+    gradient="integer",
+    variants=variants(
+        _SELECTED | {"divergence": trained(0.1, 0.2, 0.9, 0.3, 0.3, 0.3, 1.5, 0.2, 0.1), "cu_seqlens": CU},
+        half={"fraction": 0.5, "cu_seqlens": CU32},
+        none={"fraction": 0.0},
+        all={"fraction": 1.0},
+        nothing={"loss_mask": NOTHING},
+        long={
+            "entropy": garbage(_LONG[0], _LONG_MASK),
+            "divergence": garbage(_LONG[1], _LONG_MASK),
+            "loss_mask": _LONG_MASK,
+            "cu_seqlens": torch.tensor([0, 66]),
+            "fraction": 0.3,
+        },
+    ),
+    compiled=("half",),
+)
+
 # --- advantages and importance weights -------------------------------------------------------------------------------
 
 # A mixed group, one of equal rewards that are not exact in binary, and one of nearly equal rewards.
@@ -523,9 +587,11 @@ TABLE["masked_importance_weights"] = Entry(
         min_weight={"min_weight": 0.9},
         max_weight={"max_weight": 1.1},
         untrained_fall_out={"min_weight": 1.05},
+        k2={"statistic": "k2", "max_statistic": 0.1},
+        k3={"statistic": "k3", "max_statistic": 0.05},
         rows=rows(_OFF_POLICY),
     ),
-    compiled=("max_weight",),
+    compiled=("max_weight", "k3"),
 )
 _SEQUENCES = _OFF_POLICY | {"cu_seqlens": CU, "aggregate": "sum", "action": "truncate", "max_weight": 1.5}
 TABLE["sequence_importance_weights"] = Entry(
@@ -534,9 +600,11 @@ TABLE["sequence_importance_weights"] = Entry(
         mean={"aggregate": "mean", "min_weight": 0.9, "max_weight": 1.05},
         mask={"action": "mask", "min_weight": 0.7},
         mean_mask={"aggregate": "mean", "action": "mask", "min_weight": 0.9, "max_weight": math.inf},
+        k2={"action": "mask", "statistic": "k2", "max_statistic": 0.2},
+        k3={"aggregate": "mean", "action": "mask", "statistic": "k3", "max_statistic": 0.05},
         int32={"cu_seqlens": CU32, "max_weight": math.inf},
     ),
-    compiled=("mask", "mean"),
+    compiled=("mask", "mean", "k2"),
 )
 
 # --- surrogates ------------------------------------------------------------------------------------------------------

@@ -119,6 +119,13 @@ CASES = (
         {"min_weight": choice(0.0, 0.5), "max_weight": choice(0.6, 5.0)},
     ),
     Case(
+        kdloss.masked_importance_weights,
+        ("prox_logp", "old_logp"),
+        "token",
+        False,
+        {"statistic": choice("k2", "k3"), "max_statistic": choice(0.1, 2.0)},
+    ),
+    Case(
         kdloss.sequence_importance_weights,
         ("prox_logp", "old_logp"),
         "token",
@@ -129,6 +136,36 @@ CASES = (
             "min_weight": choice(0.0, 0.5),
             "max_weight": choice(2.0, torch.inf),
         },
+        WITH_SEQUENCES,
+    ),
+    Case(
+        kdloss.sequence_importance_weights,
+        ("prox_logp", "old_logp"),
+        "token",
+        False,
+        {
+            "aggregate": choice("sum", "mean"),
+            "action": choice("mask"),
+            "max_weight": choice(torch.inf),
+            "statistic": choice("k2", "k3"),
+            "max_statistic": choice(0.1, 2.0),
+        },
+        WITH_SEQUENCES,
+    ),
+    Case(
+        kdloss.trust_region_mask,
+        SURROGATE,
+        "token",
+        False,
+        ON_POLICY | {"max_divergence": choice(0.0, 0.1, 0.3), "measure": choice("tv", "kl")},
+    ),
+    Case(kdloss.stale_sequence_mask, SURROGATE, "token", False, {"max_divergence": choice(0.1, 0.5)}, WITH_SEQUENCES),
+    Case(
+        kdloss.informative_token_mask,
+        ("entropy", "logp"),
+        "token",
+        False,
+        {"fraction": choice(0.0, 0.2, 0.5, 1.0)},
         WITH_SEQUENCES,
     ),
     Case(
@@ -194,7 +231,8 @@ CASES = (
 
 
 def case_name(case: Case) -> str:
-    return case.name + ("_direct_penalty" if "direct_penalty" in case.options else "")
+    further = [name for name in ("direct_penalty", "statistic") if name in case.options]
+    return "_".join([case.name, *further])
 
 
 def options(case: Case, *, structure: bool = True) -> st.SearchStrategy[Options]:

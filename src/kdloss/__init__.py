@@ -75,6 +75,12 @@ from ._losses.surrogates import (
     sapo_surrogate as sapo_surrogate,
     sequence_clipped_surrogate as sequence_clipped_surrogate,
 )
+from ._losses.token_masks import (
+    informative_token_mask as informative_token_mask,
+    stale_sequence_mask as stale_sequence_mask,
+    top_entropy_mask as top_entropy_mask,
+    trust_region_mask as trust_region_mask,
+)
 from ._losses.weights import (
     masked_importance_weights as masked_importance_weights,
     sequence_importance_weights as sequence_importance_weights,
@@ -133,6 +139,7 @@ __all__ = [
     "group_relative_advantages",
     "grpo_loss",
     "importance_sampled_surrogate",
+    "informative_token_mask",
     "jsd_reward",
     "kdrl_loss",
     "kdrl_token_loss",
@@ -167,16 +174,19 @@ __all__ = [
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "squared_hellinger_reward",
+    "stale_sequence_mask",
     "to_prediction_positions",
     "to_token_positions",
     "token_logprobs",
     "token_logprobs_and_entropy",
     "token_mean",
+    "top_entropy_mask",
     "topk_forward_kl",
     "topk_generalized_jsd",
     "topk_reverse_kl",
     "total_variation",
     "total_variation_reward",
     "truncated_importance_weights",
+    "trust_region_mask",
     "unpack",
 ]

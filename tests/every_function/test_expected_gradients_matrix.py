@@ -589,6 +589,11 @@ PROOFS = {
             "_losses.test_rewards.test_a_clip_biases_by_exactly_this",
         ),
     ),
+    **dict.fromkeys(
+        ("trust_region_mask", "stale_sequence_mask", "informative_token_mask"),
+        ("_losses.test_token_masks.test_a_mask_biases_the_policy_gradient_by_exactly_this",),
+    ),
+    "top_entropy_mask": ("_losses.test_token_masks.test_the_gradient_of_the_tokens_of_the_highest_entropy",),
     "discounted_returns": (f"{SURROGATES}.test_what_importance_sampling_makes_of_the_reverse_kl_reward",),
     "importance_sampled_surrogate": (
         RATIO_ONE,

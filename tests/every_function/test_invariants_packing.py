@@ -220,7 +220,14 @@ def reports(batch: PackedBatch, *, packed: bool = True) -> tuple[kdloss.BatchRep
 
 # --- the list ---------------------------------------------------------------------------------------------------------
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "generalized_jsd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+)
 
 # Tests of functions that take no packed batch, or return no tensor.
 OWN = {
@@ -238,6 +245,7 @@ OWN = {
     **{f"topk_{name}": ("test_rows_of_topk_divergences_are_independent",) for name in DIVERGENCES[:3]},
     "global_token_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "global_sequence_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
+    "top_entropy_mask": ("test_the_top_of_a_batch_does_not_depend_on_its_order_or_its_padding",),
     "fused_linear_loss": ("test_a_fused_loss_is_the_sum_of_its_micro_batches",),
     **dict.fromkeys(("check_alignment", "check_batch"), ("test_reports_read_trained_tokens_alone",)),
 }

@@ -120,9 +120,13 @@ from kdloss.testing._oracles.surrogates import (
 )
 from kdloss.testing._oracles.token_signals import (
     forward_kl_reward as forward_kl_reward,
+    informative_token_mask as informative_token_mask,
     jsd_reward as jsd_reward,
     squared_hellinger_reward as squared_hellinger_reward,
+    stale_sequence_mask as stale_sequence_mask,
+    top_entropy_mask as top_entropy_mask,
     total_variation_reward as total_variation_reward,
+    trust_region_mask as trust_region_mask,
 )
 from kdloss.testing._oracles.topk import (
     topk_forward_kl as topk_forward_kl,

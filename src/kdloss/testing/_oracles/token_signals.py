@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .types import ArrayLike, FloatArray, as_float, as_mask, exp, trained
+from .types import ArrayLike, BoolArray, FloatArray, as_float, as_mask, exp, segments, trained
 
 
 def _reward(
@@ -74,3 +74,116 @@ def total_variation_reward(
     logp, teacher_logp: (T,) float. loss_mask: (T,) bool. Returns (T,). Source: `u f' - f` for `f = |u - 1| / 2`.
     """
     return _reward(lambda x: ((x > 0) - (x < 0)) / 2, logp, teacher_logp, loss_mask, clip)
+
+
+# --- which tokens -----------------------------------------------------------------------------------------------------
+
+
+def _binary_kl(mu: float, q: float) -> float:
+    """KL of the coin with probability `mu` from the one with probability `q`."""
+    sides = ((mu, q), (1 - mu, 1 - q))
+    return math.fsum(math.inf if b == 0 else a * math.log(a / b) for a, b in sides if a > 0)
+
+
+def trust_region_mask(
+    logp: ArrayLike,
+    old_logp: ArrayLike | None,
+    advantages: ArrayLike,
+    *,
+    loss_mask: ArrayLike,
+    max_divergence: float,
+    measure: str = "tv",
+) -> BoolArray:
+    """Not `D > max_divergence` where `A (q - μ) > 0`; `D = |q - μ|`, or the KL of the coins with these probabilities.
+
+    logp, old_logp, advantages: (T,) float. loss_mask: (T,) bool. Returns (T,) bool. Source: DPPO, arXiv 2602.04879.
+    """
+    x = as_float("logp", logp)
+    y = x if old_logp is None else as_float("old_logp", old_logp, shape=x.shape)
+    a = as_float("advantages", advantages, shape=x.shape)
+    kept = np.zeros(x.shape, dtype=np.bool_)
+    for t in trained(as_mask("loss_mask", loss_mask, shape=x.shape)):
+        q, mu = exp(float(x[t])), exp(float(y[t]))
+        divergence = abs(q - mu) if measure == "tv" else _binary_kl(mu, q)
+        away = (a[t] > 0 and x[t] > y[t]) or (a[t] < 0 and x[t] < y[t])
+        kept[t] = not (away and divergence > max_divergence)
+    return kept
+
+
+def stale_sequence_mask(
+    logp: ArrayLike,
+    old_logp: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    loss_mask: ArrayLike,
+    cu_seqlens: ArrayLike,
+    max_divergence: float,
+) -> BoolArray:
+    """Not `A < 0` where the mean of `log μ - log q` over the trained tokens of the sequence exceeds `max_divergence`.
+
+    logp, old_logp, advantages: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Returns (T,) bool.
+    Source: DeepSeek-V3.2, arXiv 2512.02556, equation 9.
+    """
+    x = as_float("logp", logp)
+    y, a = as_float("old_logp", old_logp, shape=x.shape), as_float("advantages", advantages, shape=x.shape)
+    mask = as_mask("loss_mask", loss_mask, shape=x.shape)
+    kept = np.zeros(x.shape, dtype=np.bool_)
+    for tokens in segments(cu_seqlens, x.size):
+        own = [t for t in tokens if mask[t]]
+        stale = bool(own) and math.fsum(float(y[t] - x[t]) for t in own) / len(own) > max_divergence
+        for t in own:
+            kept[t] = not (stale and a[t] < 0)
+    return kept
+
+
+def _number(fraction: float, count: int) -> int:
+    """`fraction * count` to the nearest integer, at least 1 of one or more tokens."""
+    return min(count, max(math.floor(fraction * count + 0.5), 1)) if fraction > 0 else 0
+
+
+def _top(values: list[float], fraction: float) -> list[bool]:
+    """Which values are at least as large as the last one that is kept."""
+    number = _number(fraction, len(values))
+    lowest = sorted(values, reverse=True)[number - 1] if number else math.inf
+    return [number > 0 and value >= lowest for value in values]
+
+
+def top_entropy_mask(entropy: ArrayLike, *, loss_mask: ArrayLike, fraction: float) -> BoolArray:
+    """The trained tokens among the top `fraction` by entropy, and those that tie with the last of them.
+
+    entropy: (T,) float. loss_mask: (T,) bool. Returns (T,) bool. Source: Beyond the 80/20 Rule, arXiv 2506.01939.
+    """
+    h = as_float("entropy", entropy)
+    kept = np.zeros(h.shape, dtype=np.bool_)
+    own = list(trained(as_mask("loss_mask", loss_mask, shape=h.shape)))
+    for t, keep in zip(own, _top([float(h[t]) for t in own], fraction), strict=True):
+        kept[t] = keep
+    return kept
+
+
+def _scaled(values: list[float]) -> list[float]:
+    """The values, clipped at their 98th percentile, from 0 (the smallest) to 1; 0 where all are equal."""
+    low, high = min(values), sorted(values, reverse=True)[math.floor(0.02 * len(values))]
+    return [0.0 if high == low else 1.0 if x >= high else (x - low) / (high - low) for x in values]
+
+
+def informative_token_mask(
+    entropy: ArrayLike, divergence: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLike, fraction: float
+) -> BoolArray:
+    """Of each sequence the top `fraction` of trained tokens by `1 - (1 - h) (1 - d)`, scaled entropy and divergence.
+
+    entropy, divergence: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Returns (T,) bool.
+    Source: TIP, arXiv 2604.14084, equation 7.
+    """
+    h = as_float("entropy", entropy)
+    d = as_float("divergence", divergence, shape=h.shape)
+    mask = as_mask("loss_mask", loss_mask, shape=h.shape)
+    kept = np.zeros(h.shape, dtype=np.bool_)
+    for tokens in segments(cu_seqlens, h.size):
+        own = [t for t in tokens if mask[t]]
+        if not own:
+            continue
+        pairs = zip(_scaled([float(h[t]) for t in own]), _scaled([float(d[t]) for t in own]), strict=True)
+        for t, keep in zip(own, _top([1 - (1 - x) * (1 - y) for x, y in pairs], fraction), strict=True):
+            kept[t] = keep
+    return kept
