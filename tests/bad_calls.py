@@ -688,6 +688,66 @@ BAD["informative_token_mask"] = [
     GROUP,
 ]
 
+BAD["gate_kd_reward"] = bad_per_token("kd_reward", "advantages")
+BAD["modulate_advantages"] = [
+    *bad_per_token("advantages", "kd_reward"),
+    *unit_interval("mix"),
+    *non_negative("clip"),
+]
+BAD["prefix_weights"] = [
+    *bad_per_token("kd_reward"),
+    *bad_stream("kd_reward", of="prefix_weights"),
+    *non_negative("gain"),
+    GROUP,
+]
+
+_FROM = base("align_responses")["from_mask"]
+BAD["align_responses"] = [
+    Bad("0-dim", {"x": torch.tensor(1.0)}, ValueError, "x must be (T, ...), got ()"),
+    Bad(
+        "from_mask short", {"from_mask": _FROM[1:]}, ValueError, "from_mask must match the tokens of x (25,), got (24,)"
+    ),
+    Bad(
+        "from_mask float",
+        {"from_mask": _FROM.double()},
+        TypeError,
+        "from_mask must be torch.bool, got torch.float64;...",
+    ),
+    Bad("to_mask integer", {"to_mask": MASK.long()}, TypeError, "to_mask must be torch.bool, got torch.int64; ..."),
+    Bad("to_mask has two axes", {"to_mask": MASK[None]}, ValueError, "to_mask must be (T',), got (1, 17)"),
+    Bad("to_mask elsewhere", {"to_mask": MASK.to("meta")}, ValueError, "to_mask must be on x's device cpu, got meta"),
+    Bad(
+        "from_cu_seqlens float",
+        {"from_cu_seqlens": CU.double()},
+        TypeError,
+        "from_cu_seqlens must be int32 or int64, got torch.float64",
+    ),
+    Bad(
+        "from_cu_seqlens ends early",
+        {"from_cu_seqlens": CU},
+        ValueError,
+        "from_cu_seqlens must end at the number of tokens 25, got 17",
+    ),
+    Bad(
+        "to_cu_seqlens ends early",
+        {"to_cu_seqlens": CU.clamp(max=16)},
+        ValueError,
+        "to_cu_seqlens must end at the number of tokens 17, got 16",
+    ),
+    Bad(
+        "sequences",
+        {"to_cu_seqlens": torch.tensor([0, 17])},
+        ValueError,
+        "to_cu_seqlens must have the 5 sequences of from_cu_seqlens, got 1",
+    ),
+    Bad(
+        "other responses",
+        {"to_mask": MASK & (torch.arange(T) != 12)},
+        ValueError,
+        "to_mask must have as many response positions as from_mask in every sequence, got 4 against 5 in sequence 4",
+    ),
+]
+
 GROUPED = base("leave_one_out_advantages")["rewards"]
 IDS = TABLE["leave_one_out_advantages"].variants["ids"]["group_ids"]
 _BAD_GROUPS = [

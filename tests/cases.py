@@ -530,6 +530,71 @@ TABLE["informative_token_mask"] = Entry(
     compiled=("half",),
 )
 
+_JOINED = {"kd_reward": TEACHER - LOGP, "advantages": ADVANTAGES, "loss_mask": MASK}
+TABLE["gate_kd_reward"] = Entry(
+    variants=variants(
+        _JOINED,
+        excluded={"kd_reward": EXCLUDING_TEACHER - LOGP, "advantages": ADVANTAGES.abs()},
+        rows=rows(_JOINED),
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+TABLE["modulate_advantages"] = Entry(
+    variants=variants(
+        _JOINED | {"mix": 0.4, "clip": 0.2},
+        wide={"mix": 1.0, "clip": 0.9},
+        none={"mix": 0.0},
+        excluded={"kd_reward": EXCLUDING_TEACHER - LOGP},
+        rows=rows(_JOINED),
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+TABLE["prefix_weights"] = Entry(
+    variants=variants(
+        {"kd_reward": TEACHER - LOGP, "loss_mask": MASK, "cu_seqlens": CU, "gain": 1.5},
+        int32={"cu_seqlens": CU32, "gain": 0.0},
+        nothing_spent={"kd_reward": 0 * LOGP},
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+# the same responses after prompts that are two tokens longer, in sequences that are not empty
+_LONGER = LENGTHS + 2 * (LENGTHS > 0)
+_LONG_CU = torch.cat([CU[:1], _LONGER.cumsum(0)])
+_SOURCE = torch.cat(
+    [torch.cat([torch.zeros(2 * (len(part) > 0), dtype=torch.bool), part]) for part in MASK.split(LENGTHS.tolist())]
+)
+_MOVE = {
+    "x": garbage(uniform(-3, 0, len(_SOURCE)), _SOURCE),
+    "from_mask": _SOURCE,
+    "from_cu_seqlens": _LONG_CU,
+    "to_mask": MASK,
+    "to_cu_seqlens": CU,
+    "fill": 0.5,
+}
+TABLE["align_responses"] = Entry(
+    gradient="attached",
+    differentiable=("x",),
+    copies=True,
+    variants=variants(
+        _MOVE,
+        int32={"from_cu_seqlens": _LONG_CU.int(), "to_cu_seqlens": CU32},
+        trailing_axis={"x": garbage(uniform(-3, 0, len(_SOURCE), 3), _SOURCE)},
+        of_integers={"x": torch.arange(len(_SOURCE)), "fill": -100},
+        of_bool={"x": torch.arange(len(_SOURCE)) % 3 == 1, "fill": False},
+        nothing={"from_mask": _SOURCE & ~_SOURCE, "to_mask": NOTHING},
+        no_source={
+            "x": uniform(0, 1, 0),
+            "from_mask": _SOURCE[:0],
+            "from_cu_seqlens": 0 * CU,
+            "to_mask": NOTHING,
+        },
+    ),
+    compiled=("base", "of_bool"),
+)
+
 # --- advantages and importance weights -------------------------------------------------------------------------------
 
 # A mixed group, one of equal rewards that are not exact in binary, and one of nearly equal rewards.

@@ -160,6 +160,15 @@ CASES = (
         ON_POLICY | {"max_divergence": choice(0.0, 0.1, 0.3), "measure": choice("tv", "kl")},
     ),
     Case(kdloss.stale_sequence_mask, SURROGATE, "token", False, {"max_divergence": choice(0.1, 0.5)}, WITH_SEQUENCES),
+    Case(kdloss.gate_kd_reward, ("logp", "advantages"), "token", False),
+    Case(
+        kdloss.modulate_advantages,
+        ("advantages", "logp"),
+        "token",
+        False,
+        {"mix": choice(0.0, 0.5, 1.0), "clip": choice(0.2, 0.9)},
+    ),
+    Case(kdloss.prefix_weights, ("logp",), "token", False, {"gain": choice(0.0, 1.5)}, WITH_SEQUENCES),
     Case(
         kdloss.informative_token_mask,
         ("entropy", "logp"),

@@ -53,6 +53,12 @@ from ._losses.estimators import (
     kl_k3 as kl_k3,
     reverse_kl_reward as reverse_kl_reward,
 )
+from ._losses.joining import (
+    align_responses as align_responses,
+    gate_kd_reward as gate_kd_reward,
+    modulate_advantages as modulate_advantages,
+    prefix_weights as prefix_weights,
+)
 from ._losses.objectives import (
     LossOutput as LossOutput,
     distillation_loss as distillation_loss,
@@ -119,6 +125,7 @@ __all__ = [
     "OutputHead",
     "Surrogate",
     "VocabShard",
+    "align_responses",
     "broadcast_to_tokens",
     "check_alignment",
     "check_batch",
@@ -133,6 +140,7 @@ __all__ = [
     "forward_kl",
     "forward_kl_reward",
     "fused_linear_loss",
+    "gate_kd_reward",
     "generalized_jsd",
     "global_sequence_count",
     "global_token_count",
@@ -156,9 +164,11 @@ __all__ = [
     "linear_token_logprobs_and_entropy",
     "linear_total_variation",
     "masked_importance_weights",
+    "modulate_advantages",
     "next_token_labels",
     "output_head",
     "pack",
+    "prefix_weights",
     "response_mask",
     "reverse_kl",
     "reverse_kl_reward",

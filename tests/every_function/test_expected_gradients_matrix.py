@@ -594,6 +594,10 @@ PROOFS = {
         ("_losses.test_token_masks.test_a_mask_biases_the_policy_gradient_by_exactly_this",),
     ),
     "top_entropy_mask": ("_losses.test_token_masks.test_the_gradient_of_the_tokens_of_the_highest_entropy",),
+    **dict.fromkeys(
+        ("gate_kd_reward", "modulate_advantages", "prefix_weights"),
+        ("_losses.test_joining.test_the_biased_gradient_is_exactly_this",),
+    ),
     "discounted_returns": (f"{SURROGATES}.test_what_importance_sampling_makes_of_the_reverse_kl_reward",),
     "importance_sampled_surrogate": (
         RATIO_ONE,

@@ -68,6 +68,18 @@ def tokens(batch: PackedBatch) -> int:
     return batch.logp.shape[0]
 
 
+def there_and_back(batch: PackedBatch, x: Tensor) -> Tensor:
+    """Moved behind prompts that are two tokens longer, and back."""
+    lengths = torch.tensor(batch.lengths, dtype=torch.int64)
+    cu = kdloss.cu_seqlens_from_lengths(lengths + 2)
+    long = torch.arange(int(cu[-1])) - cu[kdloss.segment_ids(cu)] >= 2
+    short = torch.ones(tokens(batch), dtype=torch.bool)
+    moves = {"from_cu_seqlens": batch.cu_seqlens, "to_cu_seqlens": cu}
+    there = kdloss.align_responses(x, from_mask=short, to_mask=long, fill=math.nan, **moves)
+    moves = {"from_cu_seqlens": cu, "to_cu_seqlens": batch.cu_seqlens}
+    return kdloss.align_responses(there, from_mask=long, to_mask=short, fill=math.nan, **moves)
+
+
 CASES = {
     "cu_seqlens_from_lengths": Case(
         lambda b, x: kdloss.cu_seqlens_from_lengths(torch.tensor(b.lengths, dtype=torch.int64)).diff(),
@@ -104,6 +116,7 @@ CASES = {
     "unpack": Case(
         lambda b, x: kdloss.unpack(x, cu_seqlens=b.cu_seqlens, length=ROW, fill=-7.0).flatten(1), output="sequence"
     ),
+    "align_responses": Case(there_and_back),
     "fold_kd_reward": Case(partial(fold, weight=0.3), attached=False),
     "fold_kd_reward, a weight per token": Case(partial(fold, weight="weights"), attached=False),
 }

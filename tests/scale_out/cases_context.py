@@ -177,6 +177,17 @@ def case_ratios_and_weights(ranks: Ranks) -> None:
 
 
 @on(1, 2, 3, 4)
+def case_prefix_weights(ranks: Ranks) -> None:
+    for draw, (cut, dtype) in enumerate(each(ranks)):
+        reward = cut.normal(dtype)
+        if draw % 5 == 4:
+            reward = torch.where(torch.rand(cut.total, generator=cut.random) < 0.1, -math.inf, reward)
+        expected = kdloss.prefix_weights(reward, loss_mask=cut.mask, cu_seqlens=cut.cu, gain=1.5)
+        here = {"loss_mask": cut.part(cut.mask), "cu_seqlens": cut.cu_part, "group": ranks.group}
+        close(kdloss.prefix_weights(cut.part(reward), **here, gain=1.5), cut.part(expected), draw)
+
+
+@on(1, 2, 3, 4)
 def case_masks_of_tokens(ranks: Ranks) -> None:
     """Ranks, percentiles and means are of whole sequences, or of all tokens; the masks are equal, token for token."""
     for draw, (cut, dtype) in enumerate(each(ranks)):

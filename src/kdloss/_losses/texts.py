@@ -36,6 +36,14 @@ MASK_ARGS = LOSS_ARGS | {
         have no effect, and the result is False there.""",
 }
 
+JOINING_ARGS = PACKING_ARGS | {
+    "kd_reward": "(T,) or any shape: the teacher's reward per token, such as `reverse_kl_reward`, nats. Detached.",
+    "loss_mask": """bool, the shape of the first argument, True at trained tokens. Values at other tokens, NaN included,
+        have no effect, and the result is 0 there.""",
+    "TypeError": "a per-token tensor is not floating-point, or `loss_mask` is not bool.",
+    "ValueError": "shapes or devices differ.",
+}
+
 OBJECTIVE_ARGS = LOSS_ARGS | {
     "prox_logp": """the shape of `logp`: log-probs under the policy at the start of this update (decoupled PPO),
         detached. The RL ratio is exp(logp - prox_logp). None: `old_logp`. Correct for the gap between the two with

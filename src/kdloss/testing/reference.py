@@ -119,9 +119,14 @@ from kdloss.testing._oracles.surrogates import (
     sequence_clipped_surrogate_grad as sequence_clipped_surrogate_grad,
 )
 from kdloss.testing._oracles.token_signals import (
+    align_responses as align_responses,
+    align_responses_grad as align_responses_grad,
     forward_kl_reward as forward_kl_reward,
+    gate_kd_reward as gate_kd_reward,
     informative_token_mask as informative_token_mask,
     jsd_reward as jsd_reward,
+    modulate_advantages as modulate_advantages,
+    prefix_weights as prefix_weights,
     squared_hellinger_reward as squared_hellinger_reward,
     stale_sequence_mask as stale_sequence_mask,
     top_entropy_mask as top_entropy_mask,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .types import ArrayLike, BoolArray, FloatArray, as_float, as_mask, exp, segments, trained
+from .types import AnyArray, ArrayLike, BoolArray, FloatArray, as_float, as_mask, as_wide, exp, segments, trained
 
 
 def _reward(
@@ -187,3 +187,109 @@ def informative_token_mask(
         for t, keep in zip(own, _top([1 - (1 - x) * (1 - y) for x, y in pairs], fraction), strict=True):
             kept[t] = keep
     return kept
+
+
+# --- joining reward and teacher ---------------------------------------------------------------------------------------
+
+
+def gate_kd_reward(kd_reward: ArrayLike, advantages: ArrayLike, *, loss_mask: ArrayLike) -> FloatArray:
+    """`r` where it has the sign of `A`, else 0; detached.
+
+    kd_reward, advantages: (T,) float. loss_mask: (T,) bool. Returns (T,). Source: OPDVR, arXiv 2608.24696.
+    """
+    r = as_float("kd_reward", kd_reward)
+    a = as_float("advantages", advantages, shape=r.shape)
+    gated = np.zeros(r.shape)
+    for t in trained(as_mask("loss_mask", loss_mask, shape=r.shape)):
+        if (a[t] > 0 and r[t] > 0) or (a[t] < 0 and r[t] < 0):
+            gated[t] = r[t]
+    return gated
+
+
+def modulate_advantages(
+    advantages: ArrayLike, kd_reward: ArrayLike, *, loss_mask: ArrayLike, mix: float, clip: float
+) -> FloatArray:
+    """`A ((1 - mix) + mix clamp(e^(sign(A) r), 1 - clip, 1 + clip))`; detached.
+
+    advantages, kd_reward: (T,) float. loss_mask: (T,) bool. Returns (T,). Source: RLSD, arXiv 2604.03128.
+    """
+    a = as_float("advantages", advantages)
+    r = as_float("kd_reward", kd_reward, shape=a.shape)
+    modulated = np.zeros(a.shape)
+    for t in trained(as_mask("loss_mask", loss_mask, shape=a.shape)):
+        if a[t] != 0:
+            factor = min(max(exp(float(r[t]) if a[t] > 0 else -float(r[t])), 1 - clip), 1 + clip)
+            modulated[t] = a[t] * ((1 - mix) + mix * factor)
+    return modulated
+
+
+def prefix_weights(kd_reward: ArrayLike, *, loss_mask: ArrayLike, cu_seqlens: ArrayLike, gain: float) -> FloatArray:
+    """`1 + gain (1 - sum_{j < t} |r_j| / sum_j |r_j|)` over the trained tokens of the sequence; 0 at untrained tokens.
+
+    kd_reward: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. Returns (T,). Source: IW-OPD, arXiv 2606.22600.
+    """
+    r = as_float("kd_reward", kd_reward)
+    mask = as_mask("loss_mask", loss_mask, shape=r.shape)
+    weights = np.zeros(r.shape)
+    for tokens in segments(cu_seqlens, r.size):
+        own = [t for t in tokens if mask[t]]
+        total = math.fsum(abs(float(r[t])) for t in own)
+        for i, t in enumerate(own):
+            spent = math.fsum(abs(float(r[s])) for s in own[:i])
+            weights[t] = 1 + gain * (1 if total == 0 else 1 - spent / total)
+    return weights
+
+
+def _moves(
+    from_mask: ArrayLike,
+    from_cu_seqlens: ArrayLike,
+    to_mask: ArrayLike,
+    to_cu_seqlens: ArrayLike,
+) -> list[tuple[int, int]]:
+    """(position in the first stream, position in the second) of every response token."""
+    source, target = np.asarray(from_mask), np.asarray(to_mask)
+    pairs = zip(segments(from_cu_seqlens, len(source)), segments(to_cu_seqlens, len(target)), strict=True)
+    moves = []
+    for first, second in pairs:
+        moves += zip([t for t in first if source[t]], [t for t in second if target[t]], strict=True)
+    return moves
+
+
+def align_responses(
+    x: ArrayLike,
+    *,
+    from_mask: ArrayLike,
+    from_cu_seqlens: ArrayLike,
+    to_mask: ArrayLike,
+    to_cu_seqlens: ArrayLike,
+    fill: float,
+) -> AnyArray:
+    """The i-th response token of each sequence moves to its i-th place in the second stream; `fill` elsewhere.
+
+    x: (T, ...). from_mask: (T,) bool. to_mask: (T',) bool. from_cu_seqlens, to_cu_seqlens: (B+1,). Returns (T', ...).
+    """
+    x = as_wide(x)
+    out = np.full((len(np.asarray(to_mask)), *x.shape[1:]), fill, dtype=x.dtype)
+    for s, t in _moves(from_mask, from_cu_seqlens, to_mask, to_cu_seqlens):
+        out[t] = x[s]
+    return out
+
+
+def align_responses_grad(
+    x: ArrayLike,
+    *,
+    from_mask: ArrayLike,
+    from_cu_seqlens: ArrayLike,
+    to_mask: ArrayLike,
+    to_cu_seqlens: ArrayLike,
+    fill: float,
+    upstream: ArrayLike,
+) -> FloatArray:
+    """The gradient of each response token's place in the second stream, 0 elsewhere.
+
+    x: (T, ...). upstream: (T', ...). Returns (T, ...). Source: derived from `align_responses`.
+    """
+    u, grad = as_float("upstream", upstream), np.zeros(np.shape(x))
+    for s, t in _moves(from_mask, from_cu_seqlens, to_mask, to_cu_seqlens):
+        grad[s] = u[t]
+    return grad
