@@ -3,8 +3,8 @@
     D_f = sum_v q_v f(u_v),   u = p/q,   r = -(f(u) - u f'(u)),   with f(1) = f'(1) = 0, so r = 0 where p = q
 
 Differentiated, D_f is sum_v (f(u_v) - u_v f'(u_v)) dq_v: the part u f' is there because u depends on q too. So the
-surrogate -rho * sg(r) has the expected gradient grad D_f. The reward -f(u), or -D_f of the row, leaves u f' out, and
-points the other way for most divergences.
+surrogate -rho * sg(r) has the expected gradient grad D_f. The reward -f(u) leaves u f' out and points elsewhere, often
+the other way; the reward -D_f of the row has the expected gradient 0.
 
 | reward | r | D_f |
 |---|---|---|

@@ -249,7 +249,7 @@ def _moves(
     """(position in the first stream, position in the second) of every response token."""
     source, target = np.asarray(from_mask), np.asarray(to_mask)
     pairs = zip(segments(from_cu_seqlens, len(source)), segments(to_cu_seqlens, len(target)), strict=True)
-    moves = []
+    moves: list[tuple[int, int]] = []
     for first, second in pairs:
         moves += zip([t for t in first if source[t]], [t for t in second if target[t]], strict=True)
     return moves
