@@ -65,6 +65,28 @@ def distilled_surrogate(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, lo
     return kdloss.importance_sampled_surrogate(logp, old_logp, reward, loss_mask=loss_mask).loss
 
 
+def other_divergence(function: Loss, **keywords: Any) -> Loss:
+    """The surrogate on the reward of another divergence."""
+
+    def loss(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
+        reward = function(logp, teacher_logp, loss_mask=loss_mask, **keywords)
+        return kdloss.importance_sampled_surrogate(logp, old_logp, reward, loss_mask=loss_mask).loss
+
+    return loss
+
+
+def modulated(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
+    reward = kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=loss_mask)
+    both = kdloss.modulate_advantages(advantages, reward, loss_mask=loss_mask, mix=0.5, clip=0.5)
+    return kdloss.importance_sampled_surrogate(logp, old_logp, both, loss_mask=loss_mask).loss
+
+
+def early(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    reward = kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=loss_mask)
+    weights = kdloss.prefix_weights(reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, gain=1.0)
+    return kdloss.importance_sampled_surrogate(logp, old_logp, reward, loss_mask=loss_mask, weights=weights).loss
+
+
 def folded(logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
     reward = kdloss.reverse_kl_reward(logp, teacher_logp, loss_mask=loss_mask)
     both = kdloss.fold_kd_reward(advantages, reward, distill_loss_weight=0.3)
@@ -125,6 +147,12 @@ ROWS = {
         Row("KL of whole next-token distributions, from the logits", full_vocabulary, "no sampled token"),
         Row("`distillation_loss`", partial(distill, **fixed), KDRL),
         Row("`importance_sampled_surrogate` on `reverse_kl_reward`", distilled_surrogate, KDRL),
+        Row(
+            "`importance_sampled_surrogate` on `forward_kl_reward`",
+            other_divergence(kdloss.forward_kl_reward),
+            "u f' - f",
+        ),
+        Row("the same on `reverse_kl_reward`, with `prefix_weights`", early, "IW-OPD"),
         Row("`kl_k2` as a loss", kdloss.kl_k2, SCHULMAN),
         Row("`kl_k1` as a loss", kdloss.kl_k1, SCHULMAN),
         Row("`kl_k3` as a loss", kdloss.kl_k3, SCHULMAN),
@@ -172,6 +200,7 @@ ROWS = {
         Row("`kdrl_loss`, no clip in reach", partial(kdrl, **unclipped, **fixed), "KDRL, eq. 8"),
         Row("`kdrl_token_loss`", partial(kdloss.kdrl_token_loss, distill_loss_weight=0.3), "KDRL, eq. 8"),
         Row("`fused_linear_loss` of `kdrl_token_loss`", fused, "KDRL, eq. 8"),
+        Row("`modulate_advantages` in `importance_sampled_surrogate`", modulated, "RLSD"),
         Row("`fold_kd_reward` in `importance_sampled_surrogate`", folded, "KDRL, eq. 8"),
         Row("`direct_penalty`, no clip in reach", partial(literal, **fixed), "trainers' joint mode"),
         Row("`direct_penalty`, `sequence_mean`", partial(literal, reduction="sequence_mean"), "trainers' joint mode"),

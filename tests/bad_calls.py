@@ -641,12 +641,18 @@ _SHARES = {
     "generalized_jsd": ("beta", "{}forward_kl", "use {}reverse_kl"),
     "skewed_forward_kl": ("alpha", "{}forward_kl", "the divergence is 0 there for any student"),
     "skewed_reverse_kl": ("alpha", "{}reverse_kl", "the divergence is 0 there for any student"),
+    "total_variation": [],
 }
 for _prefix, _bad in (("", _BAD_DIVERGENCE), ("topk_", _BAD_TOPK), ("linear_", _BAD_LINEAR_DIVERGENCE)):
     for _name, _share in _SHARES.items():
         if f"{_prefix}{_name}" in TABLE:
             _ends = bad_share(*(text.format(_prefix) for text in _share)) if _share else []
             BAD[f"{_prefix}{_name}"] = [*_bad, *_ends]
+for _name in ("total_variation", "linear_total_variation"):  # without a kernel
+    BAD[_name] = [bad for bad in BAD[_name] if not bad.what.startswith("impl is")]
+    for _impl in ("triton", "cuda"):
+        came = f"impl must be one of 'auto', 'torch', got '{_impl}'"
+        BAD[_name].append(Bad(f"impl is {_impl}", {"impl": _impl}, ValueError, came))
 
 
 for _name in ("kl_k1", "kl_k2", "kl_k3"):
@@ -657,6 +663,89 @@ BAD["discounted_returns"] = [
     *bad_stream("rewards", of="discounted_returns"),
     *unit_interval("discount"),
     GROUP,
+]
+
+for _name in ("forward_kl_reward", "squared_hellinger_reward", "total_variation_reward", "jsd_reward"):
+    BAD[_name] = [*bad_per_token("logp", "teacher_logp"), *positive("clip")]
+BAD["jsd_reward"] += bad_share("beta", "forward_kl_reward", "use reverse_kl_reward")
+
+BAD["trust_region_mask"] = [
+    *bad_per_token("logp", "old_logp", "advantages"),
+    *non_negative("max_divergence"),
+    Bad("measure", {"measure": "js"}, ValueError, "measure must be one of 'tv', 'kl', got 'js'"),
+]
+BAD["stale_sequence_mask"] = [
+    *bad_per_token("logp", "old_logp", "advantages"),
+    *bad_stream("logp", of="stale_sequence_mask"),
+    *non_negative("max_divergence"),
+    GROUP,
+]
+BAD["top_entropy_mask"] = [*bad_per_token("entropy"), *unit_interval("fraction"), GROUP]
+BAD["informative_token_mask"] = [
+    *bad_per_token("entropy", "divergence"),
+    *bad_stream("entropy", of="informative_token_mask"),
+    *unit_interval("fraction"),
+    GROUP,
+]
+
+BAD["gate_kd_reward"] = bad_per_token("kd_reward", "advantages")
+BAD["modulate_advantages"] = [
+    *bad_per_token("advantages", "kd_reward"),
+    *unit_interval("mix"),
+    *non_negative("clip"),
+]
+BAD["prefix_weights"] = [
+    *bad_per_token("kd_reward"),
+    *bad_stream("kd_reward", of="prefix_weights"),
+    *non_negative("gain"),
+    GROUP,
+]
+
+_FROM = base("align_responses")["from_mask"]
+BAD["align_responses"] = [
+    Bad("0-dim", {"x": torch.tensor(1.0)}, ValueError, "x must be (T, ...), got ()"),
+    Bad(
+        "from_mask short", {"from_mask": _FROM[1:]}, ValueError, "from_mask must match the tokens of x (25,), got (24,)"
+    ),
+    Bad(
+        "from_mask float",
+        {"from_mask": _FROM.double()},
+        TypeError,
+        "from_mask must be torch.bool, got torch.float64;...",
+    ),
+    Bad("to_mask integer", {"to_mask": MASK.long()}, TypeError, "to_mask must be torch.bool, got torch.int64; ..."),
+    Bad("to_mask has two axes", {"to_mask": MASK[None]}, ValueError, "to_mask must be (T',), got (1, 17)"),
+    Bad("to_mask elsewhere", {"to_mask": MASK.to("meta")}, ValueError, "to_mask must be on x's device cpu, got meta"),
+    Bad(
+        "from_cu_seqlens float",
+        {"from_cu_seqlens": CU.double()},
+        TypeError,
+        "from_cu_seqlens must be int32 or int64, got torch.float64",
+    ),
+    Bad(
+        "from_cu_seqlens ends early",
+        {"from_cu_seqlens": CU},
+        ValueError,
+        "from_cu_seqlens must end at the number of tokens 25, got 17",
+    ),
+    Bad(
+        "to_cu_seqlens ends early",
+        {"to_cu_seqlens": CU.clamp(max=16)},
+        ValueError,
+        "to_cu_seqlens must end at the number of tokens 17, got 16",
+    ),
+    Bad(
+        "sequences",
+        {"to_cu_seqlens": torch.tensor([0, 17])},
+        ValueError,
+        "to_cu_seqlens must have the 5 sequences of from_cu_seqlens, got 1",
+    ),
+    Bad(
+        "other responses",
+        {"to_mask": MASK & (torch.arange(T) != 12)},
+        ValueError,
+        "to_mask must have as many response positions as from_mask in every sequence, got 4 against 5 in sequence 4",
+    ),
 ]
 
 GROUPED = base("leave_one_out_advantages")["rewards"]
@@ -696,12 +785,27 @@ BAD["fold_kd_reward"] = [
     *finite("distill_loss_weight"),
     *bad_distill_weights("advantages"),
 ]
+
+
+def bad_statistic(**switch: Any) -> list[Bad]:
+    """A statistic that is none, and bounds that do not go with it."""
+    came = "max_statistic must be a number with statistic='k2', got None"
+    more = "max_statistic must be None with statistic='ratio', got 0.5"
+    return [
+        Bad("statistic", {"statistic": "k1"}, ValueError, "statistic must be one of 'ratio', 'k2', 'k3', got 'k1'"),
+        Bad("no max_statistic", switch | {"statistic": "k2"}, ValueError, came),
+        Bad("max_statistic of a ratio", {"max_statistic": 0.5}, ValueError, more),
+        *non_negative("max_statistic", statistic="k3", **switch),
+    ]
+
+
 BAD["truncated_importance_weights"] = [*bad_per_token("prox_logp", "old_logp"), *positive("max_weight")]
 BAD["masked_importance_weights"] = [
     *bad_per_token("prox_logp", "old_logp"),
     *positive("max_weight"),
     *non_negative("min_weight"),
     Bad("crossed", {"min_weight": 6}, ValueError, "min_weight must not exceed max_weight = 5.0, got 6"),
+    *bad_statistic(),
 ]
 BAD["sequence_importance_weights"] = [
     *bad_per_token("prox_logp", "old_logp"),
@@ -711,6 +815,13 @@ BAD["sequence_importance_weights"] = [
     Bad("crossed", {"min_weight": 2}, ValueError, "min_weight must not exceed max_weight = 1.5, got 2"),
     Bad("aggregate", {"aggregate": "max"}, ValueError, "aggregate must be one of 'sum', 'mean', got 'max'"),
     Bad("action", {"action": "clip"}, ValueError, "action must be one of 'truncate', 'mask', got 'clip'"),
+    *bad_statistic(action="mask"),
+    Bad(
+        "a statistic that truncates",
+        {"statistic": "k2", "max_statistic": 0.5},
+        ValueError,
+        "action must be \"mask\" with statistic='k2', got 'truncate'",
+    ),
     GROUP,
 ]
 

@@ -322,6 +322,7 @@ _FORMS: dict[str, Arguments] = {
     "generalized_jsd": {"beta": 0.3},
     "skewed_forward_kl": {"alpha": 0.1},
     "skewed_reverse_kl": {"alpha": 0.2},
+    "total_variation": {},
 }
 
 
@@ -454,6 +455,146 @@ TABLE["discounted_returns"] = Entry(
     compiled=("base",),
 )
 
+# --- rewards of other divergences, which tokens, joining reward and teacher ------------------------------------------
+
+for _name in ("forward_kl_reward", "squared_hellinger_reward", "total_variation_reward", "jsd_reward"):
+    _base = _KL | ({"beta": 0.3} if _name == "jsd_reward" else {})
+    TABLE[_name] = Entry(
+        variants=variants(
+            _base, clip={"clip": 0.4}, rows=rows(_base), excluded={"teacher_logp": EXCLUDING_TEACHER, "clip": 5.0}
+        ),
+        compiled=("clip",),
+    )
+
+_REGION = {
+    "logp": LOGP,
+    "old_logp": OLD,
+    "advantages": ADVANTAGES,
+    "loss_mask": MASK,
+    "max_divergence": 0.05,
+}
+TABLE["trust_region_mask"] = Entry(
+    gradient="integer",
+    variants=variants(
+        _REGION,
+        kl={"measure": "kl", "max_divergence": 0.02},
+        on_policy={"old_logp": None, "max_divergence": 0.0},
+        rows=rows(_REGION),
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base", "kl"),
+)
+TABLE["stale_sequence_mask"] = Entry(
+    gradient="integer",
+    variants=variants(
+        _REGION | {"cu_seqlens": CU, "old_logp": LOGP - LOG_RATIO - 0.3},
+        int32={"cu_seqlens": CU32, "max_divergence": 0.4, "old_logp": LOGP + LOG_RATIO},
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+# distinct values, ties, and garbage under the mask
+_ENTROPY = trained(0.7, 1.9, 0.2, 1.1, 0.0, 2.3, 1.1, 0.9, 1.4)
+_SELECTED = {"entropy": _ENTROPY, "loss_mask": MASK, "fraction": 0.2}
+TABLE["top_entropy_mask"] = Entry(
+    gradient="integer",
+    variants=variants(
+        _SELECTED,
+        ties={"fraction": 0.5},
+        all={"fraction": 1.0},
+        none={"fraction": 0.0},
+        rows=rows(_SELECTED),
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+# 60 trained tokens in one sequence, so that the 98th percentile is not the largest
+_LONG = uniform(0, 3, 2, 66)
+_LONG_MASK = torch.arange(66) >= 6
+TABLE["informative_token_mask"] = Entry(
+    gradient="integer",
+    variants=variants(
+        _SELECTED | {"divergence": trained(0.1, 0.2, 0.9, 0.3, 0.3, 0.3, 1.5, 0.2, 0.1), "cu_seqlens": CU},
+        half={"fraction": 0.5, "cu_seqlens": CU32},
+        none={"fraction": 0.0},
+        all={"fraction": 1.0},
+        nothing={"loss_mask": NOTHING},
+        long={
+            "entropy": garbage(_LONG[0], _LONG_MASK),
+            "divergence": garbage(_LONG[1], _LONG_MASK),
+            "loss_mask": _LONG_MASK,
+            "cu_seqlens": torch.tensor([0, 66]),
+            "fraction": 0.3,
+        },
+    ),
+    compiled=("half",),
+)
+
+_JOINED = {"kd_reward": TEACHER - LOGP, "advantages": ADVANTAGES, "loss_mask": MASK}
+TABLE["gate_kd_reward"] = Entry(
+    variants=variants(
+        _JOINED,
+        excluded={"kd_reward": EXCLUDING_TEACHER - LOGP, "advantages": ADVANTAGES.abs()},
+        rows=rows(_JOINED),
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+TABLE["modulate_advantages"] = Entry(
+    variants=variants(
+        _JOINED | {"mix": 0.4, "clip": 0.2},
+        wide={"mix": 1.0, "clip": 0.9},
+        none={"mix": 0.0},
+        excluded={"kd_reward": EXCLUDING_TEACHER - LOGP},
+        rows=rows(_JOINED),
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+TABLE["prefix_weights"] = Entry(
+    variants=variants(
+        {"kd_reward": TEACHER - LOGP, "loss_mask": MASK, "cu_seqlens": CU, "gain": 1.5},
+        int32={"cu_seqlens": CU32, "gain": 0.0},
+        nothing_spent={"kd_reward": 0 * LOGP},
+        nothing={"loss_mask": NOTHING},
+    ),
+    compiled=("base",),
+)
+# the same responses after prompts that are two tokens longer, in sequences that are not empty
+_LONGER = LENGTHS + 2 * (LENGTHS > 0)
+_LONG_CU = torch.cat([CU[:1], _LONGER.cumsum(0)])
+_SOURCE = torch.cat(
+    [torch.cat([torch.zeros(2 * (len(part) > 0), dtype=torch.bool), part]) for part in MASK.split(LENGTHS.tolist())]
+)
+_MOVE = {
+    "x": garbage(uniform(-3, 0, len(_SOURCE)), _SOURCE),
+    "from_mask": _SOURCE,
+    "from_cu_seqlens": _LONG_CU,
+    "to_mask": MASK,
+    "to_cu_seqlens": CU,
+    "fill": 0.5,
+}
+TABLE["align_responses"] = Entry(
+    gradient="attached",
+    differentiable=("x",),
+    copies=True,
+    variants=variants(
+        _MOVE,
+        int32={"from_cu_seqlens": _LONG_CU.int(), "to_cu_seqlens": CU32},
+        trailing_axis={"x": garbage(uniform(-3, 0, len(_SOURCE), 3), _SOURCE)},
+        of_integers={"x": torch.arange(len(_SOURCE)), "fill": -100},
+        of_bool={"x": torch.arange(len(_SOURCE)) % 3 == 1, "fill": False},
+        nothing={"from_mask": _SOURCE & ~_SOURCE, "to_mask": NOTHING},
+        no_source={
+            "x": uniform(0, 1, 0),
+            "from_mask": _SOURCE[:0],
+            "from_cu_seqlens": 0 * CU,
+            "to_mask": NOTHING,
+        },
+    ),
+    compiled=("base", "of_bool"),
+)
+
 # --- advantages and importance weights -------------------------------------------------------------------------------
 
 # A mixed group, one of equal rewards that are not exact in binary, and one of nearly equal rewards.
@@ -511,9 +652,11 @@ TABLE["masked_importance_weights"] = Entry(
         min_weight={"min_weight": 0.9},
         max_weight={"max_weight": 1.1},
         untrained_fall_out={"min_weight": 1.05},
+        k2={"statistic": "k2", "max_statistic": 0.1},
+        k3={"statistic": "k3", "max_statistic": 0.05},
         rows=rows(_OFF_POLICY),
     ),
-    compiled=("max_weight",),
+    compiled=("max_weight", "k3"),
 )
 _SEQUENCES = _OFF_POLICY | {"cu_seqlens": CU, "aggregate": "sum", "action": "truncate", "max_weight": 1.5}
 TABLE["sequence_importance_weights"] = Entry(
@@ -522,9 +665,11 @@ TABLE["sequence_importance_weights"] = Entry(
         mean={"aggregate": "mean", "min_weight": 0.9, "max_weight": 1.05},
         mask={"action": "mask", "min_weight": 0.7},
         mean_mask={"aggregate": "mean", "action": "mask", "min_weight": 0.9, "max_weight": math.inf},
+        k2={"action": "mask", "statistic": "k2", "max_statistic": 0.2},
+        k3={"aggregate": "mean", "action": "mask", "statistic": "k3", "max_statistic": 0.05},
         int32={"cu_seqlens": CU32, "max_weight": math.inf},
     ),
-    compiled=("mask", "mean"),
+    compiled=("mask", "mean", "k2"),
 )
 
 # --- surrogates ------------------------------------------------------------------------------------------------------

@@ -90,6 +90,16 @@ CASES = (
     Case(kdloss.kl_k2, ("logp", "teacher_logp"), "token", True),
     Case(kdloss.kl_k3, ("logp", "teacher_logp"), "token", True),
     Case(kdloss.reverse_kl_reward, ("logp", "teacher_logp"), "token", False, {"clip": choice(None, 0.7)}),
+    Case(kdloss.forward_kl_reward, ("logp", "teacher_logp"), "token", False, {"clip": choice(None, 0.7)}),
+    Case(
+        kdloss.jsd_reward,
+        ("logp", "teacher_logp"),
+        "token",
+        False,
+        {"beta": choice(0.5, 0.1, 0.9), "clip": choice(None, 0.7)},
+    ),
+    Case(kdloss.squared_hellinger_reward, ("logp", "teacher_logp"), "token", False, {"clip": choice(None, 0.7)}),
+    Case(kdloss.total_variation_reward, ("logp", "teacher_logp"), "token", False, {"clip": choice(None, 0.3)}),
     Case(
         kdloss.discounted_returns,
         ("advantages",),
@@ -109,6 +119,13 @@ CASES = (
         {"min_weight": choice(0.0, 0.5), "max_weight": choice(0.6, 5.0)},
     ),
     Case(
+        kdloss.masked_importance_weights,
+        ("prox_logp", "old_logp"),
+        "token",
+        False,
+        {"statistic": choice("k2", "k3"), "max_statistic": choice(0.1, 2.0)},
+    ),
+    Case(
         kdloss.sequence_importance_weights,
         ("prox_logp", "old_logp"),
         "token",
@@ -119,6 +136,45 @@ CASES = (
             "min_weight": choice(0.0, 0.5),
             "max_weight": choice(2.0, torch.inf),
         },
+        WITH_SEQUENCES,
+    ),
+    Case(
+        kdloss.sequence_importance_weights,
+        ("prox_logp", "old_logp"),
+        "token",
+        False,
+        {
+            "aggregate": choice("sum", "mean"),
+            "action": choice("mask"),
+            "max_weight": choice(torch.inf),
+            "statistic": choice("k2", "k3"),
+            "max_statistic": choice(0.1, 2.0),
+        },
+        WITH_SEQUENCES,
+    ),
+    Case(
+        kdloss.trust_region_mask,
+        SURROGATE,
+        "token",
+        False,
+        ON_POLICY | {"max_divergence": choice(0.0, 0.1, 0.3), "measure": choice("tv", "kl")},
+    ),
+    Case(kdloss.stale_sequence_mask, SURROGATE, "token", False, {"max_divergence": choice(0.1, 0.5)}, WITH_SEQUENCES),
+    Case(kdloss.gate_kd_reward, ("logp", "advantages"), "token", False),
+    Case(
+        kdloss.modulate_advantages,
+        ("advantages", "logp"),
+        "token",
+        False,
+        {"mix": choice(0.0, 0.5, 1.0), "clip": choice(0.2, 0.9)},
+    ),
+    Case(kdloss.prefix_weights, ("logp",), "token", False, {"gain": choice(0.0, 1.5)}, WITH_SEQUENCES),
+    Case(
+        kdloss.informative_token_mask,
+        ("entropy", "logp"),
+        "token",
+        False,
+        {"fraction": choice(0.0, 0.2, 0.5, 1.0)},
         WITH_SEQUENCES,
     ),
     Case(
@@ -184,7 +240,8 @@ CASES = (
 
 
 def case_name(case: Case) -> str:
-    return case.name + ("_direct_penalty" if "direct_penalty" in case.options else "")
+    further = [name for name in ("direct_penalty", "statistic") if name in case.options]
+    return "_".join([case.name, *further])
 
 
 def options(case: Case, *, structure: bool = True) -> st.SearchStrategy[Options]:

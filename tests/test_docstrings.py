@@ -32,7 +32,7 @@ TUPLES = {
 # Layout, counts, numbers and tools: they are no losses, and make none.
 NO_GRADIENT = re.compile(
     r"cu_seqlens_from_lengths|segment_ids|next_token_labels|response_mask|\w+_count|pack|unpack|to_\w+_positions"
-    r"|broadcast_to_tokens|segment_(sum|mean)|(schedules|testing)\.\w+"
+    r"|broadcast_to_tokens|align_responses|segment_(sum|mean)|(schedules|testing)\.\w+"
 )
 
 SECTION = re.compile(r"^(Args|Attributes|Returns|Expected gradient[^:\n]*|Raises[^:\n]*|Example|Source):", re.MULTILINE)

@@ -13,6 +13,7 @@ from ._divergences.from_hidden import (
     linear_reverse_kl as linear_reverse_kl,
     linear_skewed_forward_kl as linear_skewed_forward_kl,
     linear_skewed_reverse_kl as linear_skewed_reverse_kl,
+    linear_total_variation as linear_total_variation,
 )
 from ._divergences.from_logits import (
     forward_kl as forward_kl,
@@ -20,6 +21,7 @@ from ._divergences.from_logits import (
     reverse_kl as reverse_kl,
     skewed_forward_kl as skewed_forward_kl,
     skewed_reverse_kl as skewed_reverse_kl,
+    total_variation as total_variation,
 )
 from ._divergences.topk import (
     topk_forward_kl as topk_forward_kl,
@@ -51,6 +53,12 @@ from ._losses.estimators import (
     kl_k3 as kl_k3,
     reverse_kl_reward as reverse_kl_reward,
 )
+from ._losses.joining import (
+    align_responses as align_responses,
+    gate_kd_reward as gate_kd_reward,
+    modulate_advantages as modulate_advantages,
+    prefix_weights as prefix_weights,
+)
 from ._losses.objectives import (
     LossOutput as LossOutput,
     distillation_loss as distillation_loss,
@@ -59,6 +67,12 @@ from ._losses.objectives import (
     kdrl_token_loss as kdrl_token_loss,
     sft_loss as sft_loss,
 )
+from ._losses.rewards import (
+    forward_kl_reward as forward_kl_reward,
+    jsd_reward as jsd_reward,
+    squared_hellinger_reward as squared_hellinger_reward,
+    total_variation_reward as total_variation_reward,
+)
 from ._losses.surrogates import (
     Surrogate as Surrogate,
     cispo_surrogate as cispo_surrogate,
@@ -66,6 +80,12 @@ from ._losses.surrogates import (
     importance_sampled_surrogate as importance_sampled_surrogate,
     sapo_surrogate as sapo_surrogate,
     sequence_clipped_surrogate as sequence_clipped_surrogate,
+)
+from ._losses.token_masks import (
+    informative_token_mask as informative_token_mask,
+    stale_sequence_mask as stale_sequence_mask,
+    top_entropy_mask as top_entropy_mask,
+    trust_region_mask as trust_region_mask,
 )
 from ._losses.weights import (
     masked_importance_weights as masked_importance_weights,
@@ -105,6 +125,7 @@ __all__ = [
     "OutputHead",
     "Surrogate",
     "VocabShard",
+    "align_responses",
     "broadcast_to_tokens",
     "check_alignment",
     "check_batch",
@@ -117,13 +138,17 @@ __all__ = [
     "distillation_loss",
     "fold_kd_reward",
     "forward_kl",
+    "forward_kl_reward",
     "fused_linear_loss",
+    "gate_kd_reward",
     "generalized_jsd",
     "global_sequence_count",
     "global_token_count",
     "group_relative_advantages",
     "grpo_loss",
     "importance_sampled_surrogate",
+    "informative_token_mask",
+    "jsd_reward",
     "kdrl_loss",
     "kdrl_token_loss",
     "kl_k1",
@@ -137,10 +162,13 @@ __all__ = [
     "linear_skewed_reverse_kl",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
+    "linear_total_variation",
     "masked_importance_weights",
+    "modulate_advantages",
     "next_token_labels",
     "output_head",
     "pack",
+    "prefix_weights",
     "response_mask",
     "reverse_kl",
     "reverse_kl_reward",
@@ -155,14 +183,20 @@ __all__ = [
     "sft_loss",
     "skewed_forward_kl",
     "skewed_reverse_kl",
+    "squared_hellinger_reward",
+    "stale_sequence_mask",
     "to_prediction_positions",
     "to_token_positions",
     "token_logprobs",
     "token_logprobs_and_entropy",
     "token_mean",
+    "top_entropy_mask",
     "topk_forward_kl",
     "topk_generalized_jsd",
     "topk_reverse_kl",
+    "total_variation",
+    "total_variation_reward",
     "truncated_importance_weights",
+    "trust_region_mask",
     "unpack",
 ]

@@ -158,23 +158,23 @@ def packed_stream(name: str, x: Tensor, cu_seqlens: Tensor) -> None:
     same_device(name, x, cu_seqlens=cu_seqlens)
 
 
-def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int | None) -> int:
+def cumulative_lengths(cu_seqlens: Tensor, *, total_tokens: int | None, name: str = "cu_seqlens") -> int:
     """`cu_seqlens` is (B + 1,), starts at 0, never decreases and ends at `total_tokens`, which is returned."""
-    integral(cu_seqlens=cu_seqlens)
+    integral(**{name: cu_seqlens})
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must be (B + 1,) with B >= 0, got {tuple(cu_seqlens.shape)}")
+        raise ValueError(f"{name} must be (B + 1,) with B >= 0, got {tuple(cu_seqlens.shape)}")
     if total_tokens is None:
         total_tokens = token_count(cu_seqlens)
     if cu_seqlens.shape[0] == 1 and total_tokens > 0:
-        raise ValueError(f"cu_seqlens has no sequence, but there are {total_tokens} tokens")
+        raise ValueError(f"{name} has no sequence, but there are {total_tokens} tokens")
     if not value_checks_allowed(cu_seqlens):
         return total_tokens
     if cu_seqlens[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
+        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}")
     if cu_seqlens[-1] != total_tokens:
-        raise ValueError(f"cu_seqlens must end at the number of tokens {total_tokens}, got {int(cu_seqlens[-1])}")
+        raise ValueError(f"{name} must end at the number of tokens {total_tokens}, got {int(cu_seqlens[-1])}")
     if (cu_seqlens[1:] < cu_seqlens[:-1]).any():  # compared, because an int32 difference may wrap around
-        raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
+        raise ValueError(f"{name} must not decrease, got {cu_seqlens.tolist()}")
     return total_tokens
 
 
@@ -243,6 +243,19 @@ def unit_interval(**numbers: float) -> None:
     for name, x in numbers.items():
         if not x <= 1:
             raise ValueError(f"{name} must be in 0 .. 1, got {x}")
+
+
+def share(name: str, share: float, at_0: str, at_1: str | None) -> None:
+    """A share of a mixture is strictly between 0 and 1; at either end, the error says which function to use."""
+    finite(**{name: share})
+    if 0 < share < 1:
+        return
+    hint = ""
+    if share == 0:
+        hint = f"; use {at_0}"
+    elif share == 1:
+        hint = "; the divergence is 0 there for any student" if at_1 is None else f"; use {at_1}"
+    raise ValueError(f"{name} must be in 0 < {name} < 1, got {share}{hint}")
 
 
 def ppo_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:

@@ -26,6 +26,7 @@ FORMS: dict[str, dict[str, float]] = {
     "generalized_jsd": {"beta": 0.3},
     "skewed_forward_kl": {"alpha": 0.1},
     "skewed_reverse_kl": {"alpha": 0.1},
+    "total_variation": {},
 }
 every_form = pytest.mark.parametrize("name", FORMS)
 MASK = torch.arange(T) % 3 != 1

@@ -42,7 +42,7 @@ def run(f, logits, *others, **options):
     logits.grad = None
 
 forms = [("forward_kl", dict()), ("reverse_kl", dict()), ("generalized_jsd", dict(beta=0.5)),
-         ("skewed_forward_kl", dict(alpha=0.1)), ("skewed_reverse_kl", dict(alpha=0.1))]
+         ("skewed_forward_kl", dict(alpha=0.1)), ("skewed_reverse_kl", dict(alpha=0.1)), ("total_variation", dict())]
 logits = torch.randn(T, V, dtype=dtype, requires_grad=True)
 found = dict()
 for name, share in forms:
@@ -100,7 +100,7 @@ def measured(code: str, **names: object) -> dict[str, float]:
 @pytest.mark.parametrize(("dtype", "rows", "vocab"), [("float32", 512, 32_000), ("bfloat16", 256, 151_936)])
 def test_from_logits_only_the_gradient_is_allocated(dtype, rows, vocab):
     found = measured(FROM_LOGITS, dtype=dtype, T=rows, V=vocab)
-    assert len(found) == 8
+    assert len(found) == 9
     # the gradient itself must be measured, or the measurement is broken
     assert all(0.9 < x <= 1.1 for x in found.values()), found
 

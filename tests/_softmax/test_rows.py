@@ -62,6 +62,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, slice], Tensor]] = {
     "forward_kl": of_teacher(kdloss.forward_kl),
     "reverse_kl": of_teacher(kdloss.reverse_kl),
     "generalized_jsd": of_teacher(kdloss.generalized_jsd, beta=0.3),
+    "total_variation": of_teacher(kdloss.total_variation),
     "skewed_forward_kl": of_teacher(kdloss.skewed_forward_kl, alpha=0.1),
     "skewed_reverse_kl": of_teacher(kdloss.skewed_reverse_kl, alpha=0.1),
     "topk_forward_kl": topk(kdloss.topk_forward_kl),

@@ -361,7 +361,7 @@ def test_a_model_output_is_told_to_pass_its_logits():
 
 FLOAT8 = [getattr(torch, name) for name in dir(torch) if name.startswith("float8_")]
 # These move values and compute nothing.
-MOVES = {"pack", "unpack", "to_prediction_positions", "to_token_positions", "broadcast_to_tokens"}
+MOVES = {"pack", "unpack", "to_prediction_positions", "to_token_positions", "broadcast_to_tokens", "align_responses"}
 TAKES_FLOATS = [
     (name, key)
     for name, entry in TABLE.items()

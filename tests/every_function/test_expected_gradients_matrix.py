@@ -582,6 +582,22 @@ PROOFS = {
     "token_mean": (MATRIX,),
     "sequence_mean": (MATRIX,),
     "reverse_kl_reward": (f"{SURROGATES}.test_what_importance_sampling_makes_of_the_reverse_kl_reward",),
+    **dict.fromkeys(
+        ("forward_kl_reward", "jsd_reward", "squared_hellinger_reward", "total_variation_reward"),
+        (
+            "_losses.test_rewards.test_the_surrogate_descends_the_divergence_that_the_reward_names",
+            "_losses.test_rewards.test_a_clip_biases_by_exactly_this",
+        ),
+    ),
+    **dict.fromkeys(
+        ("trust_region_mask", "stale_sequence_mask", "informative_token_mask"),
+        ("_losses.test_token_masks.test_a_mask_biases_the_policy_gradient_by_exactly_this",),
+    ),
+    "top_entropy_mask": ("_losses.test_token_masks.test_the_gradient_of_the_tokens_of_the_highest_entropy",),
+    **dict.fromkeys(
+        ("gate_kd_reward", "modulate_advantages", "prefix_weights"),
+        ("_losses.test_joining.test_the_biased_gradient_is_exactly_this",),
+    ),
     "discounted_returns": (f"{SURROGATES}.test_what_importance_sampling_makes_of_the_reverse_kl_reward",),
     "importance_sampled_surrogate": (
         RATIO_ONE,

@@ -170,7 +170,18 @@ def test_token_ratios_are_unbiased_through_a_third_policy(tree):
 
 
 def sequence_weighted(
-    logp, old_logp, advantages, loss_mask, cu_seqlens, *, aggregate, action, min_weight=0.0, max_weight=math.inf
+    logp,
+    old_logp,
+    advantages,
+    loss_mask,
+    cu_seqlens,
+    *,
+    aggregate,
+    action,
+    min_weight=0.0,
+    max_weight=math.inf,
+    statistic="ratio",
+    max_statistic=None,
 ):
     """One update per rollout: ratio 1, times the weight of the whole response."""
     weights = kdloss.sequence_importance_weights(
@@ -182,6 +193,8 @@ def sequence_weighted(
         action=action,
         min_weight=min_weight,
         max_weight=max_weight,
+        statistic=statistic,
+        max_statistic=max_statistic,
     )
     return kdloss.importance_sampled_surrogate(logp, None, advantages, loss_mask=loss_mask, weights=weights)
 
@@ -243,6 +256,11 @@ def inside(weight, low, high):
     return np.where((low <= weight) & (weight <= high), weight, 0)
 
 
+def by_statistic(ratio, name, bound):
+    statistic = 0.5 * np.log(ratio) ** 2 if name == "k2" else ratio - 1 - np.log(ratio)
+    return np.where(statistic <= bound, ratio, 0)
+
+
 def through_teacher(weights_of, logp, old_logp, teacher_logp, advantages, loss_mask):
     """The ratio to a third policy, here the teacher, with bounded weights of that policy over the sampler."""
     weights = weights_of(teacher_logp, old_logp, loss_mask=loss_mask)
@@ -290,6 +308,14 @@ OFF_POLICY = {
     "masked weights": (
         partial(through_teacher, partial(kdloss.masked_importance_weights, min_weight=0.6, max_weight=1.7)),
         lambda path: -path.q / path.p * inside(path.p / path.mu, 0.6, 1.7) * path.reward,
+    ),
+    "masked weights, k3": (
+        partial(through_teacher, partial(kdloss.masked_importance_weights, statistic="k3", max_statistic=0.3)),
+        lambda path: -path.q / path.p * by_statistic(path.p / path.mu, "k3", 0.3) * path.reward,
+    ),
+    "sequence weights, sum, masked by k2": (
+        partial(sequence_weighted, aggregate="sum", action="mask", statistic="k2", max_statistic=0.3),
+        lambda path: -path.ratio.prod() * ((0.5 * np.log(path.ratio) ** 2).sum() <= 0.3) * path.reward,
     ),
     "sequence weights, sum, truncated": (
         partial(sequence_weighted, aggregate="sum", action="truncate", min_weight=0.5, max_weight=1.5),

@@ -298,6 +298,29 @@ def test_half_precision_rewards_differ_where_their_bits_do(dtype):
     assert not kdloss.group_relative_advantages(rewards[:7], group_size=7).any()
 
 
+@given(batch=packed_batches(), data=st.data())
+def test_the_top_of_a_batch_does_not_depend_on_its_order_or_its_padding(batch: PackedBatch, data: st.DataObject):
+    """The threshold is of all trained tokens, so sequences are not independent of each other."""
+    fraction = data.draw(st.sampled_from((0.0, 0.2, 0.5, 1.0)))
+
+    def top(x: PackedBatch) -> Tensor:
+        return kdloss.top_entropy_mask(x.entropy, loss_mask=x.loss_mask, fraction=fraction)
+
+    kept = top(batch)
+    assert not (kept & ~batch.loss_mask).any()
+    assert torch.equal(top(batch.with_garbage(data.draw(st.sampled_from(GARBAGE)))), kept)
+    order = data.draw(st.permutations(range(batch.size)))
+    bounds = batch.cu_seqlens.tolist()
+    tokens = torch.tensor([t for b in order for t in range(bounds[b], bounds[b + 1])], dtype=torch.int64)
+    assert torch.equal(top(batch.take(order)), kept[tokens])
+    padded = batch.stretch([n + 2 for n in batch.lengths], fill=math.nan)
+    assert torch.equal(top(padded)[padded.loss_mask], kept[batch.loss_mask])
+    expected = reference.top_entropy_mask(
+        batch.entropy.double().numpy(), loss_mask=batch.loss_mask.numpy(), fraction=fraction
+    )
+    assert kept.tolist() == expected.tolist()
+
+
 def logits_outcome(batch: LogitsBatch, shape: tuple[int, ...] | None = None, **options: Any) -> Outcome:
     """Log-probs and entropy, flat over the rows, and the gradient of the logits."""
     logits = batch.logits.clone().requires_grad_()

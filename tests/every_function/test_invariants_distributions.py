@@ -25,6 +25,7 @@ SHARE: dict[str, dict[str, float]] = {
     "generalized_jsd": {"beta": 0.3},
     "skewed_forward_kl": {"alpha": 0.1},
     "skewed_reverse_kl": {"alpha": 0.2},
+    "total_variation": {},
 }
 TOPK = [(name, tail) for name in ("forward_kl", "reverse_kl", "generalized_jsd") for tail in ("bucket", "renormalize")]
 

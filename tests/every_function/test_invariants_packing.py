@@ -68,6 +68,18 @@ def tokens(batch: PackedBatch) -> int:
     return batch.logp.shape[0]
 
 
+def there_and_back(batch: PackedBatch, x: Tensor) -> Tensor:
+    """Moved behind prompts that are two tokens longer, and back."""
+    lengths = torch.tensor(batch.lengths, dtype=torch.int64)
+    cu = kdloss.cu_seqlens_from_lengths(lengths + 2)
+    long = torch.arange(int(cu[-1])) - cu[kdloss.segment_ids(cu)] >= 2
+    short = torch.ones(tokens(batch), dtype=torch.bool)
+    moves = {"from_cu_seqlens": batch.cu_seqlens, "to_cu_seqlens": cu}
+    there = kdloss.align_responses(x, from_mask=short, to_mask=long, fill=math.nan, **moves)
+    moves = {"from_cu_seqlens": cu, "to_cu_seqlens": batch.cu_seqlens}
+    return kdloss.align_responses(there, from_mask=long, to_mask=short, fill=math.nan, **moves)
+
+
 CASES = {
     "cu_seqlens_from_lengths": Case(
         lambda b, x: kdloss.cu_seqlens_from_lengths(torch.tensor(b.lengths, dtype=torch.int64)).diff(),
@@ -104,6 +116,7 @@ CASES = {
     "unpack": Case(
         lambda b, x: kdloss.unpack(x, cu_seqlens=b.cu_seqlens, length=ROW, fill=-7.0).flatten(1), output="sequence"
     ),
+    "align_responses": Case(there_and_back),
     "fold_kd_reward": Case(partial(fold, weight=0.3), attached=False),
     "fold_kd_reward, a weight per token": Case(partial(fold, weight="weights"), attached=False),
 }
@@ -220,7 +233,14 @@ def reports(batch: PackedBatch, *, packed: bool = True) -> tuple[kdloss.BatchRep
 
 # --- the list ---------------------------------------------------------------------------------------------------------
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "generalized_jsd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+)
 
 # Tests of functions that take no packed batch, or return no tensor.
 OWN = {
@@ -238,6 +258,7 @@ OWN = {
     **{f"topk_{name}": ("test_rows_of_topk_divergences_are_independent",) for name in DIVERGENCES[:3]},
     "global_token_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "global_sequence_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
+    "top_entropy_mask": ("test_the_top_of_a_batch_does_not_depend_on_its_order_or_its_padding",),
     "fused_linear_loss": ("test_a_fused_loss_is_the_sum_of_its_micro_batches",),
     **dict.fromkeys(("check_alignment", "check_batch"), ("test_reports_read_trained_tokens_alone",)),
 }

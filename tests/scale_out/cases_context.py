@@ -176,6 +176,46 @@ def case_ratios_and_weights(ranks: Ranks) -> None:
         close(mine.grad, cut.part(leaf.grad), (draw, "gradient"))
 
 
+@on(1, 2, 3, 4)
+def case_prefix_weights(ranks: Ranks) -> None:
+    for draw, (cut, dtype) in enumerate(each(ranks)):
+        reward = cut.normal(dtype)
+        if draw % 5 == 4:
+            reward = torch.where(torch.rand(cut.total, generator=cut.random) < 0.1, -math.inf, reward)
+        expected = kdloss.prefix_weights(reward, loss_mask=cut.mask, cu_seqlens=cut.cu, gain=1.5)
+        here = {"loss_mask": cut.part(cut.mask), "cu_seqlens": cut.cu_part, "group": ranks.group}
+        close(kdloss.prefix_weights(cut.part(reward), **here, gain=1.5), cut.part(expected), draw)
+
+
+@on(1, 2, 3, 4)
+def case_masks_of_tokens(ranks: Ranks) -> None:
+    """Ranks, percentiles and means are of whole sequences, or of all tokens; the masks are equal, token for token."""
+    for draw, (cut, dtype) in enumerate(each(ranks)):
+        logp, old, advantages, entropy, divergence = (cut.normal(dtype, scale) for scale in (0.3, 0.3, 1.0, 1.0, 1.0))
+        entropy = (4 * entropy).round() / 4  # some ties
+        whole = {"loss_mask": cut.mask, "cu_seqlens": cut.cu}
+        here = {"loss_mask": cut.part(cut.mask), "cu_seqlens": cut.cu_part, "group": ranks.group}
+        for bound in (0.0, 0.1):
+            expected = kdloss.stale_sequence_mask(logp, old, advantages, **whole, max_divergence=bound)
+            mine = [cut.part(x) for x in (logp, old, advantages)]
+            found = kdloss.stale_sequence_mask(*mine, **here, max_divergence=bound)
+            assert torch.equal(found, cut.part(expected)), (draw, bound)
+        for fraction in (0.0, 0.2, 0.5, 1.0):
+            expected = kdloss.informative_token_mask(entropy, divergence, **whole, fraction=fraction)
+            found = kdloss.informative_token_mask(cut.part(entropy), cut.part(divergence), **here, fraction=fraction)
+            assert torch.equal(found, cut.part(expected)), (draw, fraction)
+            # in a data-parallel batch, too, the parts are the ranks' tokens, in any order
+            top = kdloss.top_entropy_mask(entropy, loss_mask=cut.mask, fraction=fraction)
+            mine = {"loss_mask": here["loss_mask"], "fraction": fraction, "group": ranks.group}
+            assert torch.equal(kdloss.top_entropy_mask(cut.part(entropy), **mine), cut.part(top)), (draw, fraction)
+        for statistic, aggregate in (("k2", "mean"), ("k3", "sum")):
+            options = {"aggregate": aggregate, "action": "mask", "max_weight": math.inf, "statistic": statistic}
+            options["max_statistic"] = 0.08
+            expected = kdloss.sequence_importance_weights(logp, old, **whole, **options)
+            found = kdloss.sequence_importance_weights(cut.part(logp), cut.part(old), **here, **options)
+            close(found, cut.part(expected), (draw, options))
+
+
 def objectives(cut: Cut, dtype: torch.dtype) -> list[tuple[Callable[..., kdloss.LossOutput], dict[str, Any]]]:
     """Calls on the whole stream, with options that need other ranks; `in_parts` cuts the arguments."""
     logp, old, teacher, advantages, weights = (cut.normal(dtype, scale) for scale in (0.3, 0.3, 0.6, 1.0, 1.0))

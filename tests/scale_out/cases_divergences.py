@@ -18,6 +18,7 @@ FROM_LOGITS = {
     "generalized_jsd": partial(kdloss.generalized_jsd, beta=0.3),
     "skewed_forward_kl": partial(kdloss.skewed_forward_kl, alpha=0.1),
     "skewed_reverse_kl": partial(kdloss.skewed_reverse_kl, alpha=0.1),
+    "total_variation": kdloss.total_variation,
 }
 FROM_HIDDEN = {
     "forward_kl": kdloss.linear_forward_kl,
@@ -25,6 +26,7 @@ FROM_HIDDEN = {
     "generalized_jsd": partial(kdloss.linear_generalized_jsd, beta=0.3),
     "skewed_forward_kl": partial(kdloss.linear_skewed_forward_kl, alpha=0.1),
     "skewed_reverse_kl": partial(kdloss.linear_skewed_reverse_kl, alpha=0.1),
+    "total_variation": kdloss.linear_total_variation,
 }
 TOPK = {
     "forward": kdloss.topk_forward_kl,

@@ -20,12 +20,20 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
-from kdloss._softmax.backend import Impl
+from kdloss._softmax.backend import Impl, TorchImpl, torch_form
 from kdloss._softmax.head import HEAD_ARGS, Head, prepare_heads
 
 from .from_logits import check_share
 from .hidden_op import linear_divergence, sharded_linear_divergence
-from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL, Form
+from .rows import (
+    FORWARD_KL,
+    GENERALIZED_JSD,
+    REVERSE_KL,
+    SKEWED_FORWARD_KL,
+    SKEWED_REVERSE_KL,
+    TOTAL_VARIATION,
+    Form,
+)
 
 LINEAR_ARGS = HEAD_ARGS | {
     "weight": """(V, D) the student's output head. Differentiable. If neither it nor `bias` requires grad, the gradient
@@ -423,6 +431,80 @@ def linear_skewed_reverse_kl(
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     return _linear(Form(SKEWED_REVERSE_KL, alpha), student, teacher, loss_mask, temperature, vocab_size, shard, impl)
+
+
+@documented(LINEAR_ARGS)
+def linear_total_variation(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (T, D')
+    teacher_weight: Tensor,  # (V, D')
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or (T,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: TorchImpl = "auto",
+) -> Tensor:  # (T,)
+    """Total variation distance to the teacher, from hidden states and output heads, for the trained tokens only.
+
+        TV(p, q) = 1/2 sum_v |p_v - q_v|
+
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
+    V) logits never exist at once.
+
+    Args:
+        {hidden}
+        {weight}
+        {teacher_hidden}
+        {teacher_weight}
+        {loss_mask}
+        {bias}
+        {teacher_bias}
+        {softcap}
+        {teacher_softcap}
+        {logit_scale}
+        {teacher_logit_scale}
+        {temperature}
+        {vocab_size}
+        {shard}
+        impl: "auto" or "torch", which are the same: there is no kernel, and a GPU runs torch's operations in a scratch
+            of a fixed size.
+
+    Returns:
+        The shape of `loss_mask`, in 0 .. 1, float32 for half-precision inputs; 0 without gradient at untrained tokens.
+        Always finite.
+
+    Expected gradient:
+        ∇TV = 1/2 q (s - sum_u q_u s_u) / temperature in the logits, s = sign(q - p) and 0 where q = p, carried through
+        softcap, scale and head. It does not shrink as q approaches p.
+        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
+        also have the gradient of their logits rounded to bfloat16.
+
+    Raises:
+        {TypeError}
+        ValueError: shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton".
+
+    Example:
+        >>> import torch, kdloss
+        >>> weight = torch.tensor([0.5, 0.3, 0.2]).log()[:, None]
+        >>> teacher_weight = torch.tensor([0.2, 0.5, 0.3]).log()[:, None]
+        >>> hidden, loss_mask = torch.ones(2, 1), torch.tensor([True, False])
+        >>> kdloss.linear_total_variation(hidden, weight, hidden, teacher_weight, loss_mask=loss_mask)
+        tensor([0.3000, 0.0000])
+
+    Source:
+        Wen et al., arXiv 2307.15190, for one token.
+    """
+    student = Head(hidden, weight, bias, softcap, logit_scale)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    return _linear(Form(TOTAL_VARIATION), student, teacher, loss_mask, temperature, vocab_size, shard, torch_form(impl))
 
 
 def _linear(

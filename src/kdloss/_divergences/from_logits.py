@@ -21,11 +21,19 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._docs import documented
-from kdloss._softmax.backend import Impl
+from kdloss._softmax.backend import Impl, TorchImpl, torch_form
 from kdloss._softmax.vocabulary import LOGITS_ARGS, prepare_logits
 
 from .logits_op import divergence
-from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, SKEWED_FORWARD_KL, SKEWED_REVERSE_KL, Form
+from .rows import (
+    FORWARD_KL,
+    GENERALIZED_JSD,
+    REVERSE_KL,
+    SKEWED_FORWARD_KL,
+    SKEWED_REVERSE_KL,
+    TOTAL_VARIATION,
+    Form,
+)
 
 DIVERGENCE_ARGS = LOGITS_ARGS | {
     "teacher_logits": "(..., V) with the leading shape and the vocabulary of `logits`. Detached.",
@@ -272,6 +280,53 @@ def skewed_reverse_kl(
     return _of_logits(Form(SKEWED_REVERSE_KL, alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
+@documented(DIVERGENCE_ARGS)
+def total_variation(
+    logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    *,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    impl: TorchImpl = "auto",
+) -> Tensor:  # (...,)
+    """Total variation distance: TV(p, q) = 1/2 sum_v |p_v - q_v|. Symmetric and bounded.
+
+    Args:
+        {logits}
+        {teacher_logits}
+        {temperature}
+        {vocab_size}
+        {shard}
+        impl: "auto" or "torch", which are the same: there is no kernel, and a GPU runs torch's operations in a scratch
+            of a fixed size.
+
+    Returns:
+        (...,) in 0 .. 1, float32 for half-precision logits. Always finite. Where the two distributions nearly agree it
+        has the absolute error of one rounding of a probability.
+
+    Expected gradient:
+        ∇TV = 1/2 q (s - sum_u q_u s_u) / temperature, s = sign(q - p), and s = 0 where q = p. It does not shrink as
+        q approaches p, so steps of a constant size do not settle there; where the two agree to rounding, s is the sign
+        of the rounding error.
+
+    Raises:
+        {TypeError}
+        ValueError: shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton".
+
+    Example:
+        >>> import torch, kdloss
+        >>> logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> teacher_logits = torch.tensor([[0.25, 0.25, 0.5]]).log()
+        >>> round(kdloss.total_variation(logits, teacher_logits).item(), 4)  # half of 1/4 + 0 + 1/4
+        0.25
+
+    Source:
+        Wen et al., arXiv 2307.15190, for one token.
+    """
+    return _of_logits(Form(TOTAL_VARIATION), logits, teacher_logits, temperature, vocab_size, shard, torch_form(impl))
+
+
 def _of_logits(
     form: Form,
     logits: Tensor,
@@ -290,14 +345,4 @@ def _of_logits(
     return divergence(student, teacher, form, softmax)
 
 
-def check_share(name: str, share: float, at_0: str, at_1: str | None) -> None:
-    """A share of a mixture is strictly between 0 and 1; at either end, the error says which function to use."""
-    _checks.finite(**{name: share})
-    if 0 < share < 1:
-        return
-    hint = ""
-    if share == 0:
-        hint = f"; use {at_0}"
-    elif share == 1:
-        hint = "; the divergence is 0 there for any student" if at_1 is None else f"; use {at_1}"
-    raise ValueError(f"{name} must be in 0 < {name} < 1, got {share}{hint}")
+check_share = _checks.share

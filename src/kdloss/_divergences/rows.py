@@ -10,6 +10,7 @@
 | generalized_jsd | sum β p b + (1-β) q a | (1-β) q a |
 | skewed_forward_kl | sum p b | -p w |
 | skewed_reverse_kl | sum q a | q (a - w) |
+| total_variation | 1/2 sum |p - q| | 1/2 q sign(q - p) |
 
 with m = ω p + (1-ω) q, a = log q/m, b = log p/m, w = (1-ω) q/m; ω is β, α and 1-α in turn. The share that the caller
 names is kept, α and not 1-α, because 1-α has no digits of a small α. With t = d + log ω/(1-ω),
@@ -47,6 +48,7 @@ REVERSE_KL = "reverse_kl"
 GENERALIZED_JSD = "generalized_jsd"
 SKEWED_FORWARD_KL = "skewed_forward_kl"
 SKEWED_REVERSE_KL = "skewed_reverse_kl"
+TOTAL_VARIATION = "total_variation"
 
 # beyond ± this, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in every dtype
 _SATURATED = 1e4
@@ -183,15 +185,15 @@ def _central_divergence(
     kind, (x, y, sums) = form.kind, exponentials
     room, spare, d, q, p = buffers
     student_sum, teacher_sum = sums.unbind(0)
-    if gradient or kind in (GENERALIZED_JSD, SKEWED_REVERSE_KL):
+    if gradient or kind in (GENERALIZED_JSD, SKEWED_REVERSE_KL, TOTAL_VARIATION):
         q.div_(student_sum)
-    if kind in (GENERALIZED_JSD, SKEWED_FORWARD_KL) or (kind == FORWARD_KL and gradient):
+    if kind in (GENERALIZED_JSD, SKEWED_FORWARD_KL, TOTAL_VARIATION) or (kind == FORWARD_KL and gradient):
         p.div_(teacher_sum)
     if kind == FORWARD_KL and not value:
         return BlockResult(None, q.sub_(p))
-    student_level, teacher_level = sums.double().log().unbind(0)
-    level = (student_level - teacher_level).to(d.dtype)
-    torch.sub(y, x, out=d).add_(level)
+    if kind != TOTAL_VARIATION:
+        student_level, teacher_level = sums.double().log().unbind(0)
+        torch.sub(y, x, out=d).add_((student_level - teacher_level).to(d.dtype))
     total, weighted = _terms(form, d, room, spare, q, p, value=value, gradient=gradient)
     if kind in (FORWARD_KL, REVERSE_KL) and not gradient:
         total = total / (teacher_sum if kind == FORWARD_KL else student_sum).squeeze(-1)
@@ -335,6 +337,9 @@ def _terms(
         products = d.mul_(q).neg_() if gradient else d.mul_(q)
         total = _sum_of_products(products)
         return (total if gradient else -total), products
+    if kind == TOTAL_VARIATION:
+        torch.sub(q, p, out=d)
+        return torch.abs(d, out=room).sum(-1).mul_(0.5), d.sign_().mul_(q).mul_(0.5)
     shares = form.shares
     t = d.add_(shares.log_teacher - shares.log_student)
     if not _all_finite(t):

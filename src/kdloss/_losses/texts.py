@@ -21,6 +21,29 @@ LOSS_ARGS = PACKING_ARGS | {
         None: 1.""",
 }
 
+REWARD_ARGS = LOSS_ARGS | {
+    "logp": "(T,) or any shape: log-probs of the tokens under the student, nats. Detached.",
+    "clip": "symmetric bound of the reward, > 0. None: no bound.",
+    "TypeError": "a log-prob is not a floating-point tensor, or `loss_mask` is not bool.",
+    "ValueError": "shapes or devices differ, or `clip` is not > 0.",
+}
+
+MASK_ARGS = LOSS_ARGS | {
+    "logp": "(T,) or any shape: log-probs of the tokens under the student, nats. Detached.",
+    "old_logp": """the shape of `logp`: log-probs of the same tokens under the policy that sampled them, detached. None:
+        on-policy.""",
+    "loss_mask": """bool, the shape of the first argument, True at trained tokens. Values at other tokens, NaN included,
+        have no effect, and the result is False there.""",
+}
+
+JOINING_ARGS = PACKING_ARGS | {
+    "kd_reward": "(T,) or any shape: the teacher's reward per token, such as `reverse_kl_reward`, nats. Detached.",
+    "loss_mask": """bool, the shape of the first argument, True at trained tokens. Values at other tokens, NaN included,
+        have no effect, and the result is 0 there.""",
+    "TypeError": "a per-token tensor is not floating-point, or `loss_mask` is not bool.",
+    "ValueError": "shapes or devices differ.",
+}
+
 OBJECTIVE_ARGS = LOSS_ARGS | {
     "prox_logp": """the shape of `logp`: log-probs under the policy at the start of this update (decoupled PPO),
         detached. The RL ratio is exp(logp - prox_logp). None: `old_logp`. Correct for the gap between the two with

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Aggregate = Literal["sum", "mean"]
 Action = Literal["truncate", "mask"]
+Statistic = Literal["ratio", "k2", "k3"]
 
 
 @documented(WEIGHT_ARGS)
@@ -82,15 +83,24 @@ def masked_importance_weights(
     loss_mask: Tensor,  # (T,) bool
     min_weight: float = 0.5,
     max_weight: float = 5.0,
+    statistic: Statistic = "ratio",
+    max_statistic: float | None = None,
 ) -> Tensor:  # (T,)
     """IcePop: w_t = prox_t / old_t inside [min_weight, max_weight], 0 outside. Detached.
+
+    With another `statistic` it decides what is dropped, and the weight stays the ratio:
+
+        w_t = prox_t / old_t where k_t <= max_statistic, else 0
+        k2 = (log prox_t / old_t)² / 2,   k3 = prox_t / old_t - 1 - log prox_t / old_t
 
     Args:
         {prox_logp}
         {old_logp}
         {loss_mask}
-        min_weight: absolute lower bound, >= 0.
-        max_weight: absolute upper bound, >= min_weight.
+        min_weight: absolute lower bound, >= 0. Not used with "k2" and "k3".
+        max_weight: absolute upper bound, >= min_weight. Not used with "k2" and "k3".
+        statistic: what is bounded: "ratio", "k2" or "k3". The last two are 0 where the policies agree.
+        max_statistic: upper bound of "k2" or "k3", nats, >= 0; required with them. None with "ratio".
 
     Returns:
         The shape of `prox_logp`, without gradient. A token of weight 0 has no gradient, but still counts in a mean.
@@ -101,7 +111,8 @@ def masked_importance_weights(
 
     Raises:
         TypeError: a log-prob is not a floating-point tensor, or `loss_mask` is not bool.
-        ValueError: shapes or devices differ, or the bounds are negative or out of order.
+        ValueError: shapes or devices differ, the bounds are negative or out of order, `statistic` is none of the three,
+            or `max_statistic` does not go with it.
 
     Example:
         >>> import torch, kdloss
@@ -110,12 +121,21 @@ def masked_importance_weights(
         >>> weights = kdloss.masked_importance_weights(prox_logp, old_logp, loss_mask=loss_mask)
         >>> [round(x, 4) for x in weights.tolist()]
         [0.0, 2.0, 0.0]
+        >>> options = {"loss_mask": loss_mask, "statistic": "k3", "max_statistic": 1.0}  # k3 = 4.92, 0.31, 0.64
+        >>> weights = kdloss.masked_importance_weights(prox_logp, old_logp, **options)
+        >>> [round(x, 4) for x in weights.tolist()]
+        [0.0, 2.0, 0.25]
 
     Source:
-        Ling Team, "Every Step Evolves" (arXiv 2510.18855), IcePop.
+        Ling Team, "Every Step Evolves" (arXiv 2510.18855), IcePop. k2 and k3: Schulman, "Approximating KL Divergence"
+        (2020).
     """
     _checks.interval(("min_weight", min_weight), ("max_weight", max_weight))
-    return _drop_outside(_weight(prox_logp, old_logp, loss_mask), min_weight, max_weight)
+    bound = _bound_of(statistic, max_statistic)
+    log_ratio = _detached_log_ratio(prox_logp, old_logp, loss_mask)
+    if bound is None:
+        return _drop_outside(log_ratio.exp(), min_weight, max_weight)
+    return _drop_above(log_ratio.exp(), _of_log_ratio(statistic, log_ratio), bound)
 
 
 @documented(PACKING_ARGS)
@@ -129,9 +149,16 @@ def sequence_importance_weights(
     action: Action,
     min_weight: float = 0.0,
     max_weight: float,
+    statistic: Statistic = "ratio",
+    max_statistic: float | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:  # (T,)
     """One weight per sequence: W_b = exp(aggregate over trained t of log prox_t - log old_t), bounded. Detached.
+
+    With another `statistic` it decides which sequences are dropped, and the weight stays W_b:
+
+        W_b where aggregate over trained t of k_t <= max_statistic, else 0
+        k2 = (log prox_t / old_t)² / 2,   k3 = prox_t / old_t - 1 - log prox_t / old_t
 
     Args:
         prox_logp: (T,) log-probs of the tokens under the policy at the start of the update, nats.
@@ -141,8 +168,11 @@ def sequence_importance_weights(
         aggregate: "sum" is the ratio of the probabilities of the whole response (unbiased before the bound; its
             variance grows with the length); "mean" is its geometric mean per token.
         action: "truncate" clamps W to [min_weight, max_weight]; "mask" sets it to 0 outside.
-        min_weight: absolute lower bound, >= 0.
-        max_weight: absolute upper bound, >= min_weight; `math.inf` for none.
+        min_weight: absolute lower bound, >= 0. Not used with "k2" and "k3".
+        max_weight: absolute upper bound, >= min_weight; `math.inf` for none. Not used with "k2" and "k3".
+        statistic: what is bounded: "ratio", "k2" or "k3". The last two need `action="mask"`, and are 0 where the
+            policies agree.
+        max_statistic: upper bound of "k2" or "k3", nats, >= 0; required with them. None with "ratio".
         {group}
             W_b is of the whole sequence.
 
@@ -155,9 +185,10 @@ def sequence_importance_weights(
 
     Raises:
         TypeError: a dtype is wrong, or `group` is not a process group.
-        ValueError: shapes differ, `cu_seqlens` does not fit, the bounds are negative or out of order, or `aggregate` or
-            `action` is neither of the two. With `group` also where its backend cannot carry the tensors or, on the CPU,
-            ranks differ in B or `aggregate`; on the CPU an error on one rank is raised on all.
+        ValueError: shapes differ, `cu_seqlens` does not fit, the bounds are negative or out of order, `aggregate` or
+            `action` is neither of the two, `statistic` is none of the three, or `max_statistic` or `action` does not go
+            with it. With `group` also where its backend cannot carry the tensors or, on the CPU, ranks differ in B,
+            `aggregate` or `statistic`; on the CPU an error on one rank is raised on all.
 
     Example:
         >>> import math, torch, kdloss
@@ -177,13 +208,19 @@ def sequence_importance_weights(
         _checks.one_of("aggregate", aggregate, get_args(Aggregate))
         _checks.one_of("action", action, get_args(Action))
         _checks.interval(("min_weight", min_weight), ("max_weight", max_weight))
+        bound = _bound_of(statistic, max_statistic)
+        if bound is not None and action != "mask":
+            raise ValueError(f'action must be "mask" with statistic={statistic!r}, got {action!r}')
         _checks.packed_stream("prox_logp", prox_logp, cu_seqlens)
         log_ratio = _detached_log_ratio(prox_logp, old_logp, loss_mask)
         layout = Layout(cu_seqlens, prox_logp.shape[0])
-        agreed.update({"aggregate": aggregate, SEQUENCES: layout.size})
+        agreed.update({"aggregate": aggregate, "statistic": statistic, SEQUENCES: layout.size})
     reduce = sum_of_tokens if aggregate == "sum" else mean_of_tokens
     weight = reduce(log_ratio, loss_mask, layout, group).exp()
-    if action == "truncate":
+    if bound is not None:
+        found = reduce(_of_log_ratio(statistic, log_ratio), loss_mask, layout, group)
+        weight = _drop_above(weight, found, bound)
+    elif action == "truncate":
         weight = weight.clamp(min_weight, max_weight)
     else:
         weight = _drop_outside(weight, min_weight, max_weight)
@@ -202,3 +239,25 @@ def _detached_log_ratio(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) 
 def _drop_outside(weight: Tensor, min_weight: float, max_weight: float) -> Tensor:
     # tests for being outside the bounds, so that a NaN weight stays NaN instead of becoming 0
     return torch.where((weight < min_weight) | (weight > max_weight), weight.new_zeros(()), weight)
+
+
+def _bound_of(statistic: Statistic, max_statistic: float | None) -> float | None:
+    """The upper bound of "k2" or "k3"; None for "ratio", which has bounds of its own."""
+    _checks.one_of("statistic", statistic, get_args(Statistic))
+    _checks.non_negative(max_statistic=max_statistic)
+    if (statistic == "ratio") != (max_statistic is None):
+        expected = "None" if max_statistic is not None else "a number"
+        raise ValueError(f"max_statistic must be {expected} with statistic={statistic!r}, got {max_statistic}")
+    return max_statistic
+
+
+def _of_log_ratio(statistic: Statistic, log_ratio: Tensor) -> Tensor:
+    if statistic == "k2":
+        return 0.5 * log_ratio.square()
+    # bounded, so that inf - inf is inf
+    return torch.expm1(log_ratio) - log_ratio.clamp(max=torch.finfo(log_ratio.dtype).max)
+
+
+def _drop_above(weight: Tensor, statistic: Tensor, bound: float) -> Tensor:
+    # tests for being above the bound, so that a NaN weight stays NaN instead of becoming 0
+    return torch.where(statistic > bound, weight.new_zeros(()), weight)

@@ -230,7 +230,7 @@ def broadcast_to_tokens(
     if x.shape != (cu_seqlens.shape[0] - 1,):
         raise ValueError(f"x must have one entry per sequence ({cu_seqlens.shape[0] - 1},), got {tuple(x.shape)}")
     # the entries are fewer than the tokens
-    return _poison(x, layout.fits).index_select(0, layout.ids)
+    return poison(x, layout.fits).index_select(0, layout.ids)
 
 
 @documented(PACKING_ARGS)
@@ -578,8 +578,8 @@ def _selected(padded: Tensor, index: Tensor, fits: Tensor) -> Tensor:
     stream = rearrange(padded, "b l ... -> (b l) ...")
     if stream.shape[0] == 0:  # nothing to select from; the sum of an empty tensor is an attached 0
         nothing = stream.sum(0, dtype=padded.dtype)
-        return _poison(padded.new_zeros(index.shape[0], *padded.shape[2:]) + nothing, fits)
-    return _poison(stream.index_select(0, index), fits)
+        return poison(padded.new_zeros(index.shape[0], *padded.shape[2:]) + nothing, fits)
+    return poison(stream.index_select(0, index), fits)
 
 
 def _rows(packed: Tensor, index: Tensor, is_token: Tensor, fill: float, fits: Tensor) -> Tensor:
@@ -587,11 +587,11 @@ def _rows(packed: Tensor, index: Tensor, is_token: Tensor, fill: float, fits: Te
     size, length = index.shape
     if packed.shape[0] == 0:
         empty = packed.new_full((size, length, *packed.shape[1:]), fill)
-        return _poison(empty + packed.sum(0, dtype=packed.dtype), fits)  # the sum of an empty tensor is an attached 0
+        return poison(empty + packed.sum(0, dtype=packed.dtype), fits)  # the sum of an empty tensor is an attached 0
     rows = packed.index_select(0, rearrange(index.clamp(0, packed.shape[0] - 1), "b l -> (b l)"))
     rows = rearrange(rows, "(b l) ... -> b l ...", b=size, l=length)
-    rows = torch.where(_like(is_token, rows), rows, rows.new_full((), fill))
-    return _poison(rows, fits)
+    rows = torch.where(like(is_token, rows), rows, rows.new_full((), fill))
+    return poison(rows, fits)
 
 
 def at_starts(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -627,8 +627,8 @@ def _trained_of_part(loss_mask: Tensor, layout: Layout) -> Tensor:
 class Layout:
     """Where each of T tokens is in its sequence, and whether `cu_seqlens` describes exactly T tokens."""
 
-    def __init__(self, cu_seqlens: Tensor, total_tokens: int | None) -> None:
-        total_tokens = _checks.cumulative_lengths(cu_seqlens, total_tokens=total_tokens)
+    def __init__(self, cu_seqlens: Tensor, total_tokens: int | None, name: str = "cu_seqlens") -> None:
+        total_tokens = _checks.cumulative_lengths(cu_seqlens, total_tokens=total_tokens, name=name)
         self._cu_seqlens, self.size = cu_seqlens, cu_seqlens.shape[0] - 1
         self.position = torch.arange(total_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)  # (T,)
         # right=True: the last sequence that starts at or before the token, which skips empty sequences
@@ -660,12 +660,12 @@ def _layout_of(name: str, x: Tensor, cu_seqlens: Tensor) -> Layout:
     return Layout(cu_seqlens, x.shape[0])
 
 
-def _like(mask: Tensor, x: Tensor) -> Tensor:
+def like(mask: Tensor, x: Tensor) -> Tensor:
     """`mask` with trailing axes of size 1, so that it broadcasts over the trailing axes of `x`."""
     return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
-def _poison(x: Tensor, fits: Tensor) -> Tensor:
+def poison(x: Tensor, fits: Tensor) -> Tensor:
     """All NaN if `fits` is False; integers and booleans, which have no NaN, become 0."""
     if x.dtype.is_floating_point:
         # a product, so that the gradient is NaN as well: 0 would look like a step without data
@@ -684,5 +684,5 @@ def _shifted(x: Tensor, steps: int, moved: Tensor, fill: float, fits: Tensor) ->
     """`x` rolled along the stream where `moved`, `fill` elsewhere. If `fits` is False: NaN, or `fill` in integers."""
     floating = x.dtype.is_floating_point
     moved = moved | ~fits if floating else moved & fits
-    shifted = torch.where(_like(moved, x), x.roll(steps, 0), x.new_full((), fill))
-    return _poison(shifted, fits) if floating else shifted
+    shifted = torch.where(like(moved, x), x.roll(steps, 0), x.new_full((), fill))
+    return poison(shifted, fits) if floating else shifted

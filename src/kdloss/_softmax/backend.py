@@ -20,6 +20,7 @@ from torch import Tensor
 from kdloss import _checks
 
 Impl = Literal["auto", "torch", "triton"]
+TorchImpl = Literal["auto", "torch"]  # of a function that has no kernel
 
 _log = logging.getLogger("kdloss")
 _OLDEST = (3, 6)  # with triton 3.2, which torch 2.6 brings, tests of the kernels fail
@@ -58,6 +59,12 @@ def takes_triton(impl: Impl, **inputs: Tensor | None) -> bool:
     if not torch.compiler.is_compiling():
         _log.debug("impl='auto' runs torch: the Triton form %s", reason)
     return False
+
+
+def torch_form(impl: TorchImpl) -> Impl:
+    """The `impl` of a function that has no kernel: torch's operations everywhere."""
+    _checks.one_of("impl", impl, get_args(TorchImpl))
+    return "torch"
 
 
 def _obstacle(inputs: dict[str, Tensor]) -> str | None:

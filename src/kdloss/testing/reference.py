@@ -22,12 +22,16 @@ from kdloss.testing._oracles.divergences import (
     linear_skewed_forward_kl_grad as linear_skewed_forward_kl_grad,
     linear_skewed_reverse_kl as linear_skewed_reverse_kl,
     linear_skewed_reverse_kl_grad as linear_skewed_reverse_kl_grad,
+    linear_total_variation as linear_total_variation,
+    linear_total_variation_grad as linear_total_variation_grad,
     reverse_kl as reverse_kl,
     reverse_kl_grad as reverse_kl_grad,
     skewed_forward_kl as skewed_forward_kl,
     skewed_forward_kl_grad as skewed_forward_kl_grad,
     skewed_reverse_kl as skewed_reverse_kl,
     skewed_reverse_kl_grad as skewed_reverse_kl_grad,
+    total_variation as total_variation,
+    total_variation_grad as total_variation_grad,
 )
 from kdloss.testing._oracles.logprobs import (
     linear_token_logprobs as linear_token_logprobs,
@@ -113,6 +117,21 @@ from kdloss.testing._oracles.surrogates import (
     sapo_surrogate_grad as sapo_surrogate_grad,
     sequence_clipped_surrogate as sequence_clipped_surrogate,
     sequence_clipped_surrogate_grad as sequence_clipped_surrogate_grad,
+)
+from kdloss.testing._oracles.token_signals import (
+    align_responses as align_responses,
+    align_responses_grad as align_responses_grad,
+    forward_kl_reward as forward_kl_reward,
+    gate_kd_reward as gate_kd_reward,
+    informative_token_mask as informative_token_mask,
+    jsd_reward as jsd_reward,
+    modulate_advantages as modulate_advantages,
+    prefix_weights as prefix_weights,
+    squared_hellinger_reward as squared_hellinger_reward,
+    stale_sequence_mask as stale_sequence_mask,
+    top_entropy_mask as top_entropy_mask,
+    total_variation_reward as total_variation_reward,
+    trust_region_mask as trust_region_mask,
 )
 from kdloss.testing._oracles.topk import (
     topk_forward_kl as topk_forward_kl,

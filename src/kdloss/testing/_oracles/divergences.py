@@ -87,6 +87,11 @@ def skewed_reverse_form(alpha: float) -> Form:
     return Form(lambda p, q: kl(q, (1 - alpha) * p + alpha * q), slope)
 
 
+def total_variation_form() -> Form:
+    """`½ sum |p - q|`, slope `½ q sign(q - p)`."""
+    return Form(lambda p, q: 0.5 * math.fsum(np.abs(p - q).tolist()), lambda p, q: 0.5 * q * np.sign(q - p))
+
+
 def _row_gradient(form: Form, x: FloatArray, y: FloatArray, tau: float) -> FloatArray:
     """The gradient of one row's logits x, (V,)."""
     p, q = distribution(y, tau), distribution(x, tau)
@@ -217,6 +222,24 @@ def skewed_reverse_kl_and_grad(
 
 
 skewed_reverse_kl, skewed_reverse_kl_grad = pair(skewed_reverse_kl_and_grad)
+
+
+def total_variation_and_grad(
+    logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    vocab_size: int | None = None,
+    upstream: ArrayLike | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """`½ sum |p - q|`. logits, teacher_logits: (..., V). temperature: float or (...,). Returns (...,), in 0 .. 1.
+
+    Gradient: `u ½ q (s - sum q s) / τ`, `s = sign(q - p)`, (..., V). upstream (u): (...,).
+    """
+    return _from_logits(total_variation_form(), logits, teacher_logits, temperature, vocab_size, upstream)
+
+
+total_variation, total_variation_grad = pair(total_variation_and_grad)
 
 
 # --- from hidden states -----------------------------------------------------------------------------------------------
@@ -383,3 +406,25 @@ def linear_skewed_reverse_kl_and_grad(
 
 
 linear_skewed_reverse_kl, linear_skewed_reverse_kl_grad = pair(linear_skewed_reverse_kl_and_grad)
+
+
+def linear_total_variation_and_grad(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    teacher_hidden: ArrayLike,
+    teacher_weight: ArrayLike,
+    *,
+    upstream: ArrayLike | None = None,
+    **options: Any,
+) -> tuple[FloatArray, LinearGradients]:
+    """`total_variation` of the logits `cap((W h + b) s)` of student and teacher, (T,); 0 where not trained.
+
+    hidden: (T, D). weight: (V, D). teacher_hidden: (T, D'). teacher_weight: (V, D'). options: loss_mask, bias,
+    teacher_bias, softcap, teacher_softcap, logit_scale, teacher_logit_scale, temperature, vocab_size.
+
+    Gradient: `dh = Wᵀ g`, `dW = sum g hᵀ`, `db = sum g`, g the gradient of one row's `W h + b`. upstream: (T,).
+    """
+    return _from_hidden(total_variation_form(), hidden, weight, teacher_hidden, teacher_weight, upstream, **options)
+
+
+linear_total_variation, linear_total_variation_grad = pair(linear_total_variation_and_grad)

@@ -220,18 +220,35 @@ def truncated_importance_weights(
     return weights
 
 
+def _statistic(statistic: str, log_ratio: float) -> float:
+    """`k2 = ½ log² ρ` or `k3 = ρ - 1 - log ρ`."""
+    return log_ratio * log_ratio / 2 if statistic == "k2" else _expm1(log_ratio) - log_ratio
+
+
 def masked_importance_weights(
-    prox_logp: ArrayLike, old_logp: ArrayLike, *, loss_mask: ArrayLike, min_weight: float = 0.5, max_weight: float = 5.0
+    prox_logp: ArrayLike,
+    old_logp: ArrayLike,
+    *,
+    loss_mask: ArrayLike,
+    min_weight: float = 0.5,
+    max_weight: float = 5.0,
+    statistic: str = "ratio",
+    max_statistic: float | None = None,
 ) -> FloatArray:
     """`w = prox / old` if `min_weight <= prox / old <= max_weight`, else 0; detached. Untrained tokens have ratio 1.
 
+    With statistic "k2" or "k3": if that is at most max_statistic, else 0.
     prox_logp, old_logp: (T,) float. loss_mask: (T,) bool. Returns (T,). Source: IcePop, arXiv 2510.18855.
     """
     log_ratio, _ = _log_ratios(prox_logp, old_logp, loss_mask)
     weights = np.zeros(log_ratio.shape)
     for t in np.ndindex(log_ratio.shape):
         ratio = exp(float(log_ratio[t]))
-        weights[t] = ratio if min_weight <= ratio <= max_weight else 0.0
+        if max_statistic is None:
+            kept = min_weight <= ratio <= max_weight
+        else:
+            kept = _statistic(statistic, float(log_ratio[t])) <= max_statistic
+        weights[t] = ratio if kept else 0.0
     return weights
 
 
@@ -245,9 +262,12 @@ def sequence_importance_weights(
     action: str,
     min_weight: float = 0.0,
     max_weight: float,
+    statistic: str = "ratio",
+    max_statistic: float | None = None,
 ) -> FloatArray:
     """`W_b = exp(sum or mean over trained t of log prox - log old)`, then clamped, or 0 outside the bounds; detached.
 
+    With statistic "k2" or "k3": 0 where its sum or mean exceeds max_statistic.
     prox_logp, old_logp: (T,) float. loss_mask: (T,) bool. cu_seqlens: (B+1,) int. aggregate: "sum" | "mean".
     action: "truncate" | "mask". Returns (T,): W_b at every token of sequence b, where a sum over no tokens is 0.
     Source: MIS: Liu et al., When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference
@@ -261,8 +281,12 @@ def sequence_importance_weights(
     weights = np.zeros(log_ratio.shape)
     for tokens in segments(cu_seqlens, log_ratio.size):
         values = [float(log_ratio[t]) for t in tokens if mask[t]]
-        weight = exp(sum(values) / (len(values) if aggregate == "mean" and values else 1))
-        if action == "truncate":
+        count = len(values) if aggregate == "mean" and values else 1
+        weight = exp(sum(values) / count)
+        if max_statistic is not None:
+            if sum(_statistic(statistic, x) for x in values) / count > max_statistic:
+                weight = 0.0
+        elif action == "truncate":
             weight = max_weight if weight > max_weight else min_weight if weight < min_weight else weight
         elif not min_weight <= weight <= max_weight and not math.isnan(weight):
             weight = 0.0
