@@ -650,7 +650,7 @@ for _prefix, _bad in (("", _BAD_DIVERGENCE), ("topk_", _BAD_TOPK), ("linear_", _
 
 
 BAD["topk_generalized_jsd"].append(
-    Bad("tail is generalized", {"tail": "generalized"}, ValueError, 'tail must not be "generalized" for ..."truncate"')
+    Bad("tail is generalized", {"tail": "generalized"}, ValueError, "tail must be ...JSD, got 'generalized': ...")
 )
 
 # top K and samples: two samples a row would be (17, 2), so a tensor of that shape matches no labels (17,)

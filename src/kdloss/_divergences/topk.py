@@ -7,7 +7,7 @@
 | "bucket" | (p_S, 1 - P) with (q_S, 1 - Q): all others in one bucket | yes; at most the full one, equal at K = V |
 | "renormalize" | p_S / P with q_S / Q: inside S only | yes, but blind to Q; identically 0 at K = 1 |
 | "truncate" | the sum over S of the full form's terms | no: it may be negative, and is not clamped |
-| "generalized" | the sum over S of f(p, q), which is >= 0 for each v, for the two KLs | of masses on S; blind to the rest |
+| "generalized" (KLs) | the sum over S of terms that are >= 0 each | yes, of masses on S; blind to the rest |
 
 Use "bucket" by default: at its optimum q = p on S, and the mass outside S is right. "renormalize" never moves mass into
 S or out of it. "truncate" moves it without a bound: see the gradient in each function's docstring.
@@ -42,6 +42,7 @@ from .topk_op import kept_and_rest
 
 PADDING = -1
 Tail = Literal["bucket", "renormalize", "truncate", "generalized"]
+JSDTail = Literal["bucket", "renormalize", "truncate"]
 # beyond ± this, the sigmoid of a log-ratio is 0 or 1
 _SATURATED = 1e4
 
@@ -174,7 +175,7 @@ def topk_generalized_jsd(
     teacher_topk_logp: Tensor,  # (..., K)
     teacher_topk_ids: Tensor,  # (..., K) int
     *,
-    tail: Tail,
+    tail: JSDTail,
     beta: float,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
@@ -283,12 +284,13 @@ def _topk(
 
 def check_tail(tail: Tail, form: Form) -> None:
     """Raise unless `tail` is one of the names, and one that the divergence has."""
-    _checks.one_of("tail", tail, get_args(Tail))
-    if tail == "generalized" and form.kind == GENERALIZED_JSD:
+    jsd = form.kind == GENERALIZED_JSD
+    if jsd and tail == "generalized":
         raise ValueError(
-            'tail must not be "generalized" for the JSD, got "generalized": the masses in its terms cancel, so it would '
-            'be "truncate"'
+            "tail must be one of 'bucket', 'renormalize', 'truncate' for a JSD, got 'generalized': the masses in its "
+            "terms cancel, so it would be 'truncate'"
         )
+    _checks.one_of("tail", tail, get_args(JSDTail if jsd else Tail))
 
 
 def _log_tail(log_p: Tensor, ids: Tensor, vocab_size: int, kind: str) -> Tensor:

@@ -275,7 +275,7 @@ def _exact_and_sampled(logp: Tensor, samples: _Samples, support: _Support) -> Te
     # log-probs of ids that are not read are 0, and so would be tokens without mass: their term is 0 without gradient
     valid = support.valid & sampled.any(-1, keepdim=True) & (kept.detach() != -math.inf)
     q = torch.where(valid, kept.detach(), -math.inf).exp()
-    exact = _descended(torch.where(valid, kept, 0), q * _cost(kept.detach(), support.logp.to(dtype), valid))
+    exact: Tensor = _descended(torch.where(valid, kept, 0), q * _cost(kept.detach(), support.logp.to(dtype), valid))
 
     outside = ~(labels.unsqueeze(-1) == support.ids.unsqueeze(-2)).any(-1)
     counted = sampled & outside & (drawn.detach() != -math.inf)
@@ -285,7 +285,7 @@ def _exact_and_sampled(logp: Tensor, samples: _Samples, support: _Support) -> Te
         cost = torch.where(cost == 0, 0, (ratio if max_ratio is None else ratio.clamp(max=max_ratio)) * cost)
     elif max_ratio is not None:
         cost = min(1.0, max_ratio) * cost
-    tail = _descended(torch.where(counted, drawn, 0), cost) / sampled.sum(-1).clamp(min=1)
+    tail: Tensor = _descended(torch.where(counted, drawn, 0), cost) / sampled.sum(-1).clamp(min=1)
     value = exact + tail
     if support.broken is not None:
         value = value.masked_fill(support.broken & sampled.any(-1), math.nan)

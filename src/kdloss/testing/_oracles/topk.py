@@ -1,9 +1,9 @@
 """Oracles for divergences from K log-probs per token, row by row: outcomes are listed, the chain rule is written out.
 
 S is the set of the K ids. "bucket": the ids of S, and one outcome for all others. "renormalize": S, with the masses
-divided by their sum. "truncate": S, with the masses unchanged. "generalized": F(p, q) is that of "truncate" plus the mass of its second
-argument minus that of its first, for the two KLs. s_o = q_o dF/dq_o is the slope of F in log q_o for
-outcome o, and dF/dx_j = sum_o s_o d log q_o/dx_j.
+divided by their sum. "truncate": S, with the masses unchanged. "generalized", for the KLs: F of "truncate", plus the
+mass of its second argument, minus that of its first. s_o = q_o dF/dq_o is the slope of F in log q_o for outcome o, and
+dF/dx_j = sum_o s_o d log q_o/dx_j.
 """
 
 from __future__ import annotations
