@@ -655,6 +655,32 @@ for _name in ("total_variation", "linear_total_variation"):  # without a kernel
         BAD[_name].append(Bad(f"impl is {_impl}", {"impl": _impl}, ValueError, came))
 
 
+BAD["topk_generalized_jsd"].append(
+    Bad("tail is generalized", {"tail": "generalized"}, ValueError, "tail must be ...JSD, got 'generalized': ...")
+)
+
+# top K and samples: two samples a row would be (17, 2), so a tensor of that shape matches no labels (17,)
+_SAMPLED_ALONE = [
+    Bad("teacher holds integers", {"teacher_logp": INTEGERS}, TypeError, "teacher_logp must ...got torch.int64"),
+    Bad("teacher is short", {"teacher_logp": SHORT}, ValueError, "teacher_logp must match labels (17,), got (16,)"),
+    Bad("teacher is elsewhere", {"teacher_logp": ELSEWHERE}, ValueError, "teacher_logp must be on ...cpu, got meta"),
+    Bad("old_logp holds integers", {"old_logp": INTEGERS}, TypeError, "old_logp must ...got torch.int64"),
+    Bad("old_logp is wide", {"old_logp": WIDE[:, :2]}, ValueError, "old_logp must match labels (17,), got (17, 2)"),
+    Bad("old_logp is elsewhere", {"old_logp": ELSEWHERE}, ValueError, "old_logp must be on ...cpu, got meta"),
+    *positive("max_ratio"),
+]
+_BAD_SUPPORT = [bad for bad in _BAD_TOPK if {*bad.changes} <= {"teacher_topk_logp", "teacher_topk_ids"}]
+BAD["topk_sampled_reverse_kl"] = [
+    *(bad for bad in _BAD_LOGITS if "softcap" not in bad.changes),
+    *_BAD_SUPPORT,
+    *_SAMPLED_ALONE,
+]
+BAD["linear_topk_sampled_reverse_kl"] = [
+    *_BAD_HEAD,
+    *(bad._replace(message=bad.message.replace("logits's", "hidden's")) for bad in _BAD_SUPPORT),
+    *_SAMPLED_ALONE,
+]
+
 for _name in ("kl_k1", "kl_k2", "kl_k3"):
     BAD[_name] = bad_per_token("logp", "teacher_logp")
 BAD["reverse_kl_reward"] = [*bad_per_token("logp", "teacher_logp"), *positive("clip")]

@@ -379,6 +379,7 @@ for _name in ("forward_kl", "reverse_kl", "generalized_jsd"):
             _base,
             renormalize={"tail": "renormalize"},
             truncate={"tail": "truncate"},
+            **({} if _name == "generalized_jsd" else {"generalized": {"tail": "generalized"}}),
             temperature={"temperature": 0.7},
             **{f"padded, {tail}": _padded | {"tail": tail} for tail in ("bucket", "renormalize", "truncate")},
             full={
@@ -424,6 +425,84 @@ for _name, _share in _FORMS.items():
         ),
         compiled=("base", "full"),
     )
+
+# --- top K and samples -----------------------------------------------------------------------------------------------
+
+
+def _of_samples(labels: Tensor) -> Arguments:
+    """Labels with log-probs of teacher and behaviour policy, which hold garbage where they are not read."""
+    kept = labels != -100
+    return {
+        "labels": labels,
+        "teacher_logp": garbage(uniform(-4, -0.1, *labels.shape), kept),
+        "old_logp": garbage(uniform(-3, -0.1, *labels.shape), kept),
+    }
+
+
+_SAMPLED = _of_samples(_LABELS)
+_SEVERAL = _of_samples(_K_LABELS)
+_BELOW_5 = torch.rand(T, 5, generator=_RANDOM).argsort(-1)[:, :2]
+_SUPPORT = {
+    "teacher_topk_logp": garbage(_LOGP_OF_K, MASK[:, None] & (_IDS_PADDED >= 0)),
+    "teacher_topk_ids": _IDS_PADDED,
+}
+_SUPPORT_BELOW_5 = {
+    "teacher_topk_logp": _TEACHER_LOGITS.log_softmax(-1).gather(-1, _BELOW_5),
+    "teacher_topk_ids": _BELOW_5.int(),
+}
+_SAMPLED_CHANGES: dict[str, Arguments] = {
+    "on-policy": {"old_logp": None},
+    "on-policy, max_ratio": {"old_logp": None, "max_ratio": 0.5},
+    "max_ratio": {"max_ratio": 0.9},
+    "temperature": {"temperature": 0.7},
+    "several samples": _SEVERAL,
+    "nothing": {"labels": torch.full((T,), -100)},
+}
+_TOPK_SAMPLED = {"logits": _LOGITS} | _SAMPLED | _SUPPORT
+TABLE["topk_sampled_reverse_kl"] = Entry(
+    gradient="attached",
+    differentiable=("logits",),
+    variants=variants(
+        _TOPK_SAMPLED,
+        **_SAMPLED_CHANGES,
+        no_mass={"logits": _NO_MASS},
+        full=_SEVERAL
+        | _SUPPORT_BELOW_5
+        | {
+            "logits": garbage(_LOGITS, torch.arange(V).expand(T, V) < 5),
+            "vocab_size": 5,
+            "temperature": _TEMPERATURES,
+            "max_ratio": 1.5,
+            "impl": "torch",
+        },
+        rows=_on_rows(_TOPK_SAMPLED),
+    ),
+    compiled=("base", "full"),
+)
+TABLE["linear_topk_sampled_reverse_kl"] = Entry(
+    gradient="attached",
+    differentiable=("hidden", "weight", "bias"),
+    variants=variants(
+        {"hidden": _HIDDEN, "weight": _HEAD} | _SAMPLED | _SUPPORT,
+        **_SAMPLED_CHANGES,
+        bias={"bias": _BIAS},
+        loss_mask={"labels": _DENSE, "loss_mask": MASK},
+        full=_SEVERAL
+        | _SUPPORT_BELOW_5
+        | {
+            "loss_mask": MASK & (torch.arange(T) != 2),
+            "bias": _BIAS,
+            "softcap": 1.5,
+            "logit_scale": -0.6,
+            "temperature": _TEMPERATURES,
+            "vocab_size": 5,
+            "max_ratio": 1.5,
+            "max_trained_tokens": 12,
+            "impl": "torch",
+        },
+    ),
+    compiled=("base", "full"),
+)
 
 # --- estimators, rewards, returns ------------------------------------------------------------------------------------
 

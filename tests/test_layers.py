@@ -33,8 +33,10 @@ ROOMS = (
     "integrations",
 )
 
-# These answer different questions, so none of them imports another.
+# These answer different questions, so none of them imports another, except for one: divergences from a few log-probs
+# per row, of a teacher's top K and of sampled tokens, read these from the student's head as log-probs of labels.
 PEERS = {"_logprobs", "_divergences", "_losses"}
+BETWEEN_PEERS = {("_divergences", "_logprobs")}
 
 # Users import these by name; `import kdloss` does not load them, and they may use the public names of `kdloss`.
 ON_REQUEST = ("testing", "integrations")
@@ -165,7 +167,7 @@ def faults(package: Path) -> list[str]:
                 found.append(f"{module} imports {name}, which is in no room")
             elif ROOMS.index(there) > ROOMS.index(here):
                 found.append(f"{module} imports {name} from below")
-            elif {here, there} <= PEERS:
+            elif {here, there} <= PEERS and (here, there) not in BETWEEN_PEERS:
                 found.append(f"{module} imports {name}: {here} and {there} import nothing from each other")
         found += [
             f"{module} imports the private {name} of another room"
@@ -334,7 +336,7 @@ def test_the_plan_of_the_house_fits_on_a_page():
         for name in imports(path, PACKAGE)
         if name.split(".")[0] == "kdloss" and room(name)
     }
-    assert len({(here, there) for here, there in arrows if here != there}) <= 40
+    assert len({(here, there) for here, there in arrows if here != there}) <= 41
 
 
 def test_the_oracles_import_neither_torch_nor_the_code_that_they_check():

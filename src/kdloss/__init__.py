@@ -28,6 +28,10 @@ from ._divergences.topk import (
     topk_generalized_jsd as topk_generalized_jsd,
     topk_reverse_kl as topk_reverse_kl,
 )
+from ._divergences.topk_sampled import (
+    linear_topk_sampled_reverse_kl as linear_topk_sampled_reverse_kl,
+    topk_sampled_reverse_kl as topk_sampled_reverse_kl,
+)
 from ._logprobs.from_hidden import (
     linear_token_logprobs as linear_token_logprobs,
     linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy,
@@ -162,6 +166,7 @@ __all__ = [
     "linear_skewed_reverse_kl",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
+    "linear_topk_sampled_reverse_kl",
     "linear_total_variation",
     "masked_importance_weights",
     "modulate_advantages",
@@ -194,6 +199,7 @@ __all__ = [
     "topk_forward_kl",
     "topk_generalized_jsd",
     "topk_reverse_kl",
+    "topk_sampled_reverse_kl",
     "total_variation",
     "total_variation_reward",
     "truncated_importance_weights",

@@ -319,3 +319,45 @@ def test_strides_blocks_and_silent_rows(name, tail):
         torch.testing.assert_close(found[t].double(), upstream[t] * gradient(alone, row), rtol=2e-4, atol=1e-7)
     strided = logits.T.contiguous().T
     torch.testing.assert_close(topk(name, tail=tail)(strided, logp, ids), value.detach(), equal_nan=True)
+
+
+KLS = ("forward_kl", "reverse_kl")
+
+
+@pytest.mark.parametrize("name", KLS)
+@pytest.mark.parametrize("k", [1, 3, V])
+def test_gradients_of_the_generalized_kl(name: str, k: int) -> None:
+    logp, ids = normal(3, V, seed=1).log_softmax(-1).topk(k)
+    assert torch.autograd.gradcheck(
+        lambda x: topk(name, tail="generalized")(x, logp, ids), normal(3, V).requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("name", KLS)
+@pytest.mark.parametrize("k", [1, 4, V])
+def test_the_generalized_kl_is_between_0_and_the_full_one(name: str, k: int) -> None:
+    """Each of its terms is >= 0, so leaving out those outside S never adds, and at K = V nothing is left out."""
+    logits, teacher = normal(200, V, scale=3.0).requires_grad_(), normal(200, V, seed=1, scale=3.0)
+    logp, ids = teacher.log_softmax(-1).topk(k)
+    value, whole = topk(name, tail="generalized")(logits, logp, ids), full(name)(logits, teacher)
+    assert (value >= -1e-15).all()
+    assert (value <= whole + 1e-13).all()
+    if k == V:
+        torch.testing.assert_close(value, whole, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(gradient(value, logits), gradient(whole, logits), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KLS)
+def test_the_generalized_kl_rests_where_the_student_agrees_on_the_support(name: str) -> None:
+    """`truncate` still moves mass there, by q (1 - Q) on S: P = 0.7 at q0, p0 with K = 2 of the same row."""
+    q = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    logits, ids = q.log().requires_grad_(), torch.tensor([[0, 2]])
+    value = topk(name, tail="generalized")(logits, q.log().gather(-1, ids), ids)
+    torch.testing.assert_close(value.detach(), value.new_zeros(1), rtol=0, atol=1e-15)
+    torch.testing.assert_close(gradient(value, logits), torch.zeros_like(q), rtol=0, atol=1e-15)
+    truncated = topk(name, tail="truncate")(logits, q.log().gather(-1, ids), ids)
+    found = gradient(truncated, logits)
+    sign = -1 if name == "forward_kl" else 1
+    torch.testing.assert_close(
+        found, sign * (0.3 * q * torch.tensor([[1.0, 0.0, 1.0]]) - 0.7 * q * torch.tensor([[0.0, 1, 0]]))
+    )

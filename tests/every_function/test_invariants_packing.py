@@ -256,6 +256,10 @@ OWN = {
     **dict.fromkeys(DIVERGENCES, ("test_rows_of_divergences_are_independent",)),
     **{f"linear_{name}": ("test_a_linear_divergence_is_the_sum_of_its_trained_rows",) for name in DIVERGENCES},
     **{f"topk_{name}": ("test_rows_of_topk_divergences_are_independent",) for name in DIVERGENCES[:3]},
+    **dict.fromkeys(
+        ("topk_sampled_reverse_kl", "linear_topk_sampled_reverse_kl"),
+        ("test_rows_of_sampled_topk_losses_are_independent",),
+    ),
     "global_token_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "global_sequence_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "top_entropy_mask": ("test_the_top_of_a_batch_does_not_depend_on_its_order_or_its_padding",),

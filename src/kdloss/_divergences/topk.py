@@ -7,6 +7,7 @@
 | "bucket" | (p_S, 1 - P) with (q_S, 1 - Q): all others in one bucket | yes; at most the full one, equal at K = V |
 | "renormalize" | p_S / P with q_S / Q: inside S only | yes, but blind to Q; identically 0 at K = 1 |
 | "truncate" | the sum over S of the full form's terms | no: it may be negative, and is not clamped |
+| "generalized" (KLs) | the sum over S of terms that are >= 0 each | yes, of masses on S; blind to the rest |
 
 Use "bucket" by default: at its optimum q = p on S, and the mass outside S is right. "renormalize" never moves mass into
 S or out of it. "truncate" moves it without a bound: see the gradient in each function's docstring.
@@ -40,7 +41,8 @@ from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, Form
 from .topk_op import kept_and_rest
 
 PADDING = -1
-Tail = Literal["bucket", "renormalize", "truncate"]
+Tail = Literal["bucket", "renormalize", "truncate", "generalized"]
+JSDTail = Literal["bucket", "renormalize", "truncate"]
 # beyond ± this, the sigmoid of a log-ratio is 0 or 1
 _SATURATED = 1e4
 
@@ -74,20 +76,22 @@ def topk_forward_kl(
         {logits}
         {teacher_topk_logp}
         {teacher_topk_ids}
-        tail: "bucket" adds (1-P) log (1-P)/(1-Q), "renormalize" divides by P and Q first, "truncate" does neither.
+        tail: "bucket" adds (1-P) log (1-P)/(1-Q), "renormalize" divides by P and Q first, "truncate" does neither,
+            "generalized" adds Q - P.
         {temperature}
         {vocab_size}
         {shard}
         {impl}
 
     Returns:
-        (...,) nats, float32 for half-precision inputs. "bucket" and "renormalize": >= 0, +inf where the student
+        (...,) nats, float32 for half-precision inputs. All but "truncate": >= 0, +inf where the student
         excludes what the teacher does not. "truncate": at least P log P; negative where the student puts more than P on
         S in the teacher's proportions.
 
     Expected gradient, times 1 / temperature:
         "bucket": q - p on S, q - (1-P) q/(1-Q) outside. "renormalize": q/Q - p/P on S, 0 outside. "truncate": P q - p
-        on S, P q outside: it pulls all mass out of the tail, towards q = p/P on S.
+        on S, P q outside: it pulls all mass out of the tail, towards q = p/P on S. "generalized": (1 + P - Q) q - p on
+        S, (P - Q) q outside: 0 where q = p on S.
 
     Raises:
         {TypeError}
@@ -101,7 +105,8 @@ def topk_forward_kl(
         tensor([0.0872])
 
     Source:
-        The bucket is the forward KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
+        The bucket is the forward KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1). The
+        generalized KL of masses: Lee and Seung (2001), eq. 3.
     """
     form = Form(FORWARD_KL)
     return _topk(form, logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, shard, impl)
@@ -128,20 +133,22 @@ def topk_reverse_kl(
         {logits}
         {teacher_topk_logp}
         {teacher_topk_ids}
-        tail: "bucket" adds (1-Q) log (1-Q)/(1-P), "renormalize" divides by P and Q first, "truncate" does neither.
+        tail: "bucket" adds (1-Q) log (1-Q)/(1-P), "renormalize" divides by P and Q first, "truncate" does neither,
+            "generalized" adds P - Q.
         {temperature}
         {vocab_size}
         {shard}
         {impl}
 
     Returns:
-        (...,) nats, float32 for half-precision inputs. "bucket" and "renormalize": >= 0, +inf where the student has
+        (...,) nats, float32 for half-precision inputs. All but "truncate": >= 0, +inf where the student has
         mass on what the teacher excludes. "truncate": may be negative.
 
     Expected gradient, times 1 / temperature, with h = log q/p on S:
         "bucket": q (h - F) on S, q (log (1-Q)/(1-P) - F) outside, where F is the value. "renormalize": the same of q/Q
         and p/P, 0 outside. "truncate": q (h + 1 - C) on S, -q C outside, C = sum_S q (h + 1): where the student agrees
-        with the teacher it still moves mass out of S.
+        with the teacher it still moves mass out of S. "generalized": q (h - C) on S, -q C outside, C = sum_S q h: 0
+        where q = p on S.
 
     Raises:
         {TypeError}
@@ -156,6 +163,7 @@ def topk_reverse_kl(
 
     Source:
         The bucket is the reverse KL's coarse-graining (log-sum inequality: Cover and Thomas, theorem 2.7.1).
+        "generalized": MOPD (arXiv 2606.30406), eq. 5.
     """
     form = Form(REVERSE_KL)
     return _topk(form, logits, teacher_topk_logp, teacher_topk_ids, tail, temperature, vocab_size, shard, impl)
@@ -167,7 +175,7 @@ def topk_generalized_jsd(
     teacher_topk_logp: Tensor,  # (..., K)
     teacher_topk_ids: Tensor,  # (..., K) int
     *,
-    tail: Tail,
+    tail: JSDTail,
     beta: float,
     temperature: float | Tensor = 1.0,  # or (...,)
     vocab_size: int | None = None,
@@ -181,7 +189,7 @@ def topk_generalized_jsd(
         {teacher_topk_logp}
         {teacher_topk_ids}
         tail: "bucket" adds the same two terms of the masses outside S, 1-P and 1-Q; "renormalize" divides by P and Q
-            first; "truncate" does neither.
+            first; "truncate" does neither. "generalized" is refused: its masses cancel, so it would be "truncate".
         beta: β, 0 < β < 1. JSD / (β (1-β)) tends to the forward KL as β → 0 and to the reverse KL as β → 1.
         {temperature}
         {vocab_size}
@@ -198,8 +206,9 @@ def topk_generalized_jsd(
     Raises:
         {TypeError}
         ValueError: `beta` is 0 or 1 (use the KL that the error names), shapes or devices disagree, an option is out of
-            range, `impl` is "triton" where the kernels cannot run, or (on the CPU) an id is twice in a row or outside
-            the vocabulary. Elsewhere, and under `torch.compile`, such a row is NaN.
+            range (`tail="generalized"` is for the two KLs), `impl` is "triton" where the kernels cannot run, or (on the
+            CPU) an id is twice in a row or outside the vocabulary. Elsewhere, and under `torch.compile`, such a row is
+            NaN.
 
     Example:
         >>> import torch, kdloss
@@ -237,10 +246,12 @@ def _topk(
     impl: Impl,
 ) -> Tensor:  # (...,)
     """Any divergence with any tail; the public functions differ only in `form`."""
-    _checks.one_of("tail", tail, get_args(Tail))
+    check_tail(tail, form)
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
     vocab_size, kind = softmax.vocab_size, form.kind
-    ids, order, broken = _check_topk(logits, teacher_topk_logp, teacher_topk_ids, vocab_size)
+    ids, order, broken = check_topk(
+        "logits", logits, logits.shape[:-1], teacher_topk_logp, teacher_topk_ids, vocab_size
+    )
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
     valid = (ids >= 0) & (ids < vocab_size)
     empty = ~valid.any(-1, keepdim=True)
@@ -258,17 +269,28 @@ def _topk(
         teacher = torch.cat([log_p, _log_tail(log_p, ids, vocab_size, kind).unsqueeze(-1)], -1)
     student = torch.where(empty, 0, torch.where(valid, student, -math.inf))
     teacher = torch.where(empty, 0, teacher)
-    if tail == "truncate":
+    if tail in ("truncate", "generalized"):
         # a row with NaN, +inf or only -inf is not a distribution. It stays out of log_softmax, whose gradient would be
         # NaN even if the incoming gradient is 0
         nothing = ~student.detach().amax(-1, keepdim=True).isfinite()
         log_q = torch.where(nothing, 0, student).log_softmax(-1)[..., :-1]
-        value = _truncated(form, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
+        value = sum_over_support(form, tail, log_q, log_p).masked_fill(nothing.squeeze(-1), math.nan)
         value = torch.where(empty.squeeze(-1), 0, value)
     else:  # softmax(student) is the distribution over K + 1 outcomes, or over K
         kernels = softmax.kernels and dtype == torch.float32
         value = divergence(student, teacher, form, Softmax.of(student.shape[-1], kernels=kernels))
     return value if broken is None else value.masked_fill(broken, math.nan)
+
+
+def check_tail(tail: Tail, form: Form) -> None:
+    """Raise unless `tail` is one of the names, and one that the divergence has."""
+    jsd = form.kind == GENERALIZED_JSD
+    if jsd and tail == "generalized":
+        raise ValueError(
+            "tail must be one of 'bucket', 'renormalize', 'truncate' for a JSD, got 'generalized': the masses in its "
+            "terms cancel, so it would be 'truncate'"
+        )
+    _checks.one_of("tail", tail, get_args(JSDTail if jsd else Tail))
 
 
 def _log_tail(log_p: Tensor, ids: Tensor, vocab_size: int, kind: str) -> Tensor:
@@ -279,13 +301,20 @@ def _log_tail(log_p: Tensor, ids: Tensor, vocab_size: int, kind: str) -> Tensor:
     return torch.where(((ids >= 0) & (ids < vocab_size)).sum(-1) == vocab_size, -math.inf, log_tail)
 
 
-def _truncated(form: Form, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """The full form's terms, summed over S. Every -inf is replaced before it can make the gradient NaN."""
+def sum_over_support(form: Form, tail: Tail, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Terms summed over S: the full form's, and for "generalized" also their masses.
+
+    Every -inf is replaced before it can make the gradient NaN.
+    """
     p, q, kind = log_p.exp(), log_q.exp(), form.kind
-    if kind == FORWARD_KL:
-        return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
-    if kind == REVERSE_KL:
-        return (q * (torch.where(q > 0, log_q, 0) - torch.where(q > 0, log_p, 0))).sum(-1)
+    if kind in (FORWARD_KL, REVERSE_KL):
+        if kind == FORWARD_KL:
+            terms = torch.where(p > 0, p * (log_p - log_q), 0)
+        else:
+            terms = q * (torch.where(q > 0, log_q, 0) - torch.where(q > 0, log_p, 0))
+        if tail == "generalized":
+            terms = terms + (q - p if kind == FORWARD_KL else p - q)
+        return terms.sum(-1)
     both = (p > 0) & (q > 0)
     one_sided = _SATURATED * ((p > 0).to(q.dtype) - (q > 0).to(q.dtype))
     t = torch.where(both, torch.where(both, log_p, 0) - torch.where(both, log_q, 0), one_sided)
@@ -296,16 +325,22 @@ def _truncated(form: Form, log_q: Tensor, log_p: Tensor) -> Tensor:
     return (shares.teacher * p * b + shares.student * q * a).sum(-1)
 
 
-def _check_topk(logits: Tensor, logp: Tensor, ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def check_topk(
+    name: str,
+    reference: Tensor,  # the student's logits or hidden states, `name` in errors
+    rows: torch.Size,
+    logp: Tensor,
+    ids: Tensor,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(ids in ascending order, where each stood, mask of bad rows; None if bad rows raise here)."""
     _checks.tensors(teacher_topk_logp=logp)
     _checks.floating(teacher_topk_logp=logp)
     _checks.integral(teacher_topk_ids=ids)
-    rows = logits.shape[:-1]
-    if logp.ndim != logits.ndim or logp.shape[:-1] != rows or logp.shape[-1] < 1:
+    if logp.ndim != len(rows) + 1 or logp.shape[:-1] != rows or logp.shape[-1] < 1:
         raise ValueError(f"teacher_topk_logp must be {_checks.axes(*rows, 'K')} with K >= 1, got {tuple(logp.shape)}")
     _checks.same_shape("teacher_topk_logp", logp, teacher_topk_ids=ids)
-    _checks.same_device("logits", logits, teacher_topk_logp=logp)
+    _checks.same_device(name, reference, teacher_topk_logp=logp)
     ordered, order = ids.long().sort(-1)
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     outside = (ids < PADDING) | (ids >= vocab_size)

@@ -89,7 +89,7 @@ def token_logprobs(
         tensor([0.5000, 0.6000])
     """
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
-    return _logprobs_from_logits(logits, labels, softcap, softmax, with_entropy=False)[0]
+    return logprobs_from_logits(logits, labels, softcap, softmax, with_entropy=False)[0]
 
 
 @documented(LOGITS_ARGS)
@@ -139,10 +139,10 @@ def token_logprobs_and_entropy(
         (tensor([-1.3863]), tensor([1.3863]))
     """
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
-    return LogprobsAndEntropy(*_logprobs_from_logits(logits, labels, softcap, softmax, with_entropy=True))
+    return LogprobsAndEntropy(*logprobs_from_logits(logits, labels, softcap, softmax, with_entropy=True))
 
 
-def _logprobs_from_logits(
+def logprobs_from_logits(
     logits: Tensor, labels: Tensor, softcap: float | None, softmax: Softmax, *, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy) in the shapes of the labels and of the rows; the entropy is empty if it is not asked for."""

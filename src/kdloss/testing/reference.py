@@ -141,6 +141,12 @@ from kdloss.testing._oracles.topk import (
     topk_reverse_kl as topk_reverse_kl,
     topk_reverse_kl_grad as topk_reverse_kl_grad,
 )
+from kdloss.testing._oracles.topk_sampled import (
+    linear_topk_sampled_reverse_kl as linear_topk_sampled_reverse_kl,
+    linear_topk_sampled_reverse_kl_grad as linear_topk_sampled_reverse_kl_grad,
+    topk_sampled_reverse_kl as topk_sampled_reverse_kl,
+    topk_sampled_reverse_kl_grad as topk_sampled_reverse_kl_grad,
+)
 from kdloss.testing._oracles.types import (
     LinearGradients as LinearGradients,
     LogprobsAndEntropy as LogprobsAndEntropy,

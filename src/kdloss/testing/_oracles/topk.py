@@ -1,8 +1,9 @@
 """Oracles for divergences from K log-probs per token, row by row: outcomes are listed, the chain rule is written out.
 
 S is the set of the K ids. "bucket": the ids of S, and one outcome for all others. "renormalize": S, with the masses
-divided by their sum. "truncate": S, with the masses unchanged. s_o = q_o dF/dq_o is the slope of F in log q_o for
-outcome o, and dF/dx_j = sum_o s_o d log q_o/dx_j.
+divided by their sum. "truncate": S, with the masses unchanged. "generalized", for the KLs: F of "truncate", plus the
+mass of its second argument, minus that of its first. s_o = q_o dF/dq_o is the slope of F in log q_o for outcome o, and
+dF/dx_j = sum_o s_o d log q_o/dx_j.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ def _row(
         p, q = np.append(p, floor if left < _MIN_TAIL else left), np.append(q, rest)
         share = np.where(others, q_all, 0) / (rest if rest > 0 else 1)
         jacobian = np.vstack([jacobian, share - q_all])
-    gradient: FloatArray = form.slope(p, q) @ jacobian / tau
-    return form.value(p, q), gradient
+    value, slope = form.value(p, q), form.slope(p, q)
+    if tail == "generalized":
+        sign = 1 if form.slope(np.ones(1), np.full(1, 0.5))[0] == -1 else -1  # the forward KL's slope is -p
+        value, slope = value + sign * float(q.sum() - p.sum()), slope + sign * q
+    gradient: FloatArray = slope @ jacobian / tau
+    return value, gradient
 
 
 def _topk(
