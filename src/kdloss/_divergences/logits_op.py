@@ -19,7 +19,7 @@ from torch import Tensor
 from kdloss import _checks
 from kdloss._distributed.vocab_shard import VocabShard
 from kdloss._softmax.operator import operator
-from kdloss._softmax.rows import all_zero, column, flat_rows, scale_
+from kdloss._softmax.rows import all_zero, column, flat_rows
 from kdloss._softmax.vocabulary import Softmax
 from kdloss._softmax.whole_rows import rate_of
 
@@ -141,10 +141,14 @@ def _divergence_backward(
     tensors = (logits[..., :vocab_size], teacher_logits[..., :vocab_size], grad[..., :vocab_size])
     factors = upstream.contiguous().unsqueeze(-1)
     log_shares = factors if shares is None else shares  # `factors` is a placeholder that nothing reads
-    others = (factors, column(row_temperature, upstream), log_shares, column(slope, upstream))
-    for student, teacher, result, factor, tau, share, total in flat_rows(*tensors, *others):
+    silent = factors == 0
+    divisors = temperature if row_temperature is None else row_temperature.unsqueeze(-1).to(dtype)
+    scales = torch.where(silent, 0, factors.to(dtype) / divisors)
+    silence = silent.device.type != "cpu" or bool(silent.any())
+    others = (scales, silent, column(row_temperature, upstream), log_shares, column(slope, upstream))
+    for student, teacher, result, scale, zero, tau, share, total in flat_rows(*tensors, *others):
         for rows in scratch.blocks(student.shape[0]):
-            if all_zero(factor[rows]):
+            if silence and all_zero(scale[rows]):
                 result[rows] = 0
                 continue
             taus = None if row_temperature is None else tau[rows, 0]
@@ -159,8 +163,8 @@ def _divergence_backward(
                 dz = slice_gradient(
                     *inputs, temperature=temperature, row_temperature=taus, shares=share[rows], slope=total[rows, 0]
                 )
-            divisor = temperature if row_temperature is None else tau[rows].to(dtype)
-            result[rows] = scale_(dz, factor[rows].to(dtype), divisor)
+            dz.mul_(scale[rows])
+            result[rows] = dz.masked_fill_(zero[rows], 0) if silence else dz
     return grad
 
 

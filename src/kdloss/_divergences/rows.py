@@ -172,10 +172,7 @@ class _Exponentials(NamedTuple):
 def _exponentials(student: Tensor, teacher: Tensor, tau: float | Tensor, buffers: tuple[Tensor, ...]) -> _Exponentials:
     first, second, _, q, p = buffers
     x, y = _scaled(student, tau, first), _scaled(teacher, tau, second)
-    sums = q.new_empty(2, len(q), 1)
-    for z, exponential, of_rows in zip((x, y), (q, p), sums.unbind(0), strict=True):
-        torch.sum(torch.exp(z, out=exponential), -1, keepdim=True, out=of_rows)
-    return _Exponentials(x, y, sums)
+    return _Exponentials(x, y, torch.stack([torch.exp(x, out=q).sum(-1, True), torch.exp(y, out=p).sum(-1, True)]))
 
 
 def _central_divergence(
