@@ -29,10 +29,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-@pytest.fixture(params=["as built", "without oneDNN"])
+@pytest.fixture(params=["by oneDNN, if the build has it", "without oneDNN"])
 def route(request, monkeypatch):
-    if request.param == "without oneDNN":
-        monkeypatch.setattr(products, "_ONEDNN", False)
+    monkeypatch.setattr(products, "_ONEDNN", request.param != "without oneDNN" and products._has_onednn())
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,8 +1,9 @@
 """Matrix products of the path without kernels, by the fastest routine that the build of torch has on a CPU.
 
-    float32     oneDNN's kernel where torch has it. It computes in plain float32, as `torch.mm` does, which goes to MKL.
-                MKL is slow on a processor of another vendor: on an AMD EPYC with AVX512, 97 GFLOP/s against 220. On
-                an Intel Xeon with AMX oneDNN runs at 65 to 85 % of MKL's speed.
+    float32     oneDNN's kernel where torch has it and the processor has no AMX. It computes in plain float32, as
+                `torch.mm` does, which goes to MKL. MKL is slow on a processor of another vendor: on an AMD EPYC with
+                AVX512, 97 GFLOP/s against 220. A processor with AMX is MKL's own vendor's: there oneDNN runs at 65 to
+                85 % of MKL's speed.
     bfloat16    `torch.mm`, for the gradient of the logits. It sums in float32 and rounds each result once. On a
                 processor with bfloat16 instructions it is 2 to 7 times as fast as float32.
     others      `torch.mm`
@@ -27,6 +28,10 @@ def _has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def _has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 def _has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself. Where it does not, such a product is slower than float32's."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
@@ -37,7 +42,7 @@ def _has_bfloat16() -> bool:
     return not on_x86 or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
-_ONEDNN, _BFLOAT16 = _has_onednn(), _has_bfloat16()
+_ONEDNN, _BFLOAT16 = _has_onednn() and not _has_amx(), _has_bfloat16()
 
 
 def rounds_gradient(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
