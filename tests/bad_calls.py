@@ -925,6 +925,12 @@ _BAD_DISCOUNT = [
         ValueError,
         "cu_seqlens must be given where kd_discount is not 0 (it is 0.5)",
     ),
+    Bad(
+        "kd_discount with kd_baseline",
+        {"kd_discount": 0.5, "cu_seqlens": CU, "kd_baseline": torch.zeros(T)},
+        ValueError,
+        "kd_baseline must be None where kd_discount is not 0 (it is 0.5): a return holds the rewards of later tokens",
+    ),
 ]
 
 BAD["grpo_loss"] = [
@@ -936,7 +942,7 @@ BAD["grpo_loss"] = [
 ]
 
 BAD["distillation_loss"] = [
-    *bad_per_token("logp", "old_logp", "teacher_logp"),
+    *bad_per_token("logp", "old_logp", "teacher_logp", "kd_baseline"),
     *bad_stream("logp", of="distillation_loss", reduction="sequence_mean", cu_seqlens=CU),
     *bad_stream("logp", of="distillation_loss", kd_discount=0.5, cu_seqlens=CU),
     *_BAD_KD,
@@ -988,10 +994,16 @@ _BAD_TERMS = [
         )
         for name, off in (("kd_reward_clip", None), ("kd_max_ratio", None))
     ),
+    Bad(
+        "direct_penalty with kd_baseline",
+        {"direct_penalty": True, "kd_baseline": torch.zeros(T)},
+        ValueError,
+        "kd_baseline must be None with direct_penalty=True, which has no reward, got a tensor",
+    ),
 ]
 
 BAD["kdrl_loss"] = [
-    *bad_per_token("logp", "old_logp", "teacher_logp", "advantages", "prox_logp", "weights"),
+    *bad_per_token("logp", "old_logp", "teacher_logp", "advantages", "prox_logp", "weights", "kd_baseline"),
     *bad_stream("logp", of="kdrl_loss", reduction="sequence_mean", cu_seqlens=CU),
     *bad_stream("logp", of="kdrl_loss", kd_discount=0.5, cu_seqlens=CU),
     *_BAD_TERMS,

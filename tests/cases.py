@@ -875,6 +875,12 @@ _KD_CHANGES: dict[str, Arguments] = {
     "kd_discount is 1": {"kd_discount": 1.0, **_BY_SEQUENCE},
     "kd_reward_clip": {"kd_reward_clip": 0.8, "teacher_logp": EXCLUDING_TEACHER},
     "kd_max_ratio": {"kd_max_ratio": 1.4},
+    "kd_baseline": {
+        "kd_baseline": garbage(uniform(-1, 1, T), KD_MASK & MASK),
+        "kd_mask": KD_MASK,
+        "teacher_logp": DEAF_TEACHER,
+        "kd_reward_clip": 0.8,
+    },
 }
 _SCALAR_CHANGES: dict[str, Arguments] = {
     "on_policy": {"old_logp": None},
@@ -895,7 +901,7 @@ TABLE["grpo_loss"] = policy_loss(
 _KD = {"logp": LOGP, "old_logp": OLD, "teacher_logp": TEACHER, "loss_mask": MASK}
 TABLE["distillation_loss"] = policy_loss(
     base=_KD,
-    compiled=("base", "kd_discount with a mask", "kd_max_ratio"),
+    compiled=("base", "kd_discount with a mask", "kd_max_ratio", "kd_baseline"),
     **_SCALAR_CHANGES,
     **_KD_CHANGES,
     rows=rows(_KD),

@@ -76,6 +76,7 @@ KD = {
     "kd_reward_clip": choice(None, 0.7),
     "kd_max_ratio": choice(None, 0.6, 2.0),
 }
+BASELINE = {"kd_baseline": choice(Field("advantages"))}
 DISCOUNT = {"kd_discount": choice(0.0, 0.5, 0.9, 1.0)}
 KDRL = {
     "rl_loss_weight": choice(0, 1.0, -0.3),
@@ -221,6 +222,8 @@ CASES = (
     ),
     Case(kdloss.kdrl_loss, OBJECTIVE, "scalar", True, ON_POLICY | GRPO | KD | DISCOUNT | KDRL | REDUCTION),
     Case(kdloss.kdrl_token_loss, OBJECTIVE, "token", True, ON_POLICY | GRPO | KD | KDRL),
+    Case(kdloss.kdrl_token_loss, OBJECTIVE, "token", True, ON_POLICY | KD | KDRL | BASELINE),
+    Case(kdloss.distillation_loss, OBJECTIVE[:3], "scalar", True, ON_POLICY | KD | BASELINE | REDUCTION),
     # the literal joint form of kdrl_loss, which has no reward and takes none of its options
     Case(
         kdloss.kdrl_loss,

@@ -351,6 +351,17 @@ def no_reward_options(kd_discount: float, kd_reward_clip: float | None, kd_max_r
             raise ValueError(f"{name} must be {off} with direct_penalty=True, which has no reward, got {value}")
 
 
+def no_baseline(kd_discount: float, direct_penalty: bool) -> None:
+    """A baseline is of the reward of each token by itself."""
+    if direct_penalty:
+        raise ValueError("kd_baseline must be None with direct_penalty=True, which has no reward, got a tensor")
+    if kd_discount != 0:
+        raise ValueError(
+            f"kd_baseline must be None where kd_discount is not 0 (it is {kd_discount}): a return holds the rewards of "
+            "later tokens, and a baseline of one token's reward is not one of it"
+        )
+
+
 def row_temperature(name: str, reference: Tensor, temperature: float | Tensor) -> float | Tensor:
     """A number, or a tensor expanded to one value per row of `reference`, which the error calls `name`.
 

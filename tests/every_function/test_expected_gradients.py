@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -235,6 +236,43 @@ def test_kd_mask_by_outcome_is_biased_by_this_much(variable: SequenceTree) -> No
             expected += probability * grad(k2, variable)
     assert_equal(gradient, expected)
     assert (gradient - token_reverse_kl(variable, variable.student)).abs().max() > 1e-2
+
+
+def with_baseline(baseline: Callable[[Tensor, Tensor], Tensor], **options: float) -> Callable[..., Tensor]:
+    """Distillation with a baseline made of the entropy of the prefix and the log-prob of the sampled token."""
+
+    def loss(
+        logp: Tensor, old_logp: Tensor, teacher_logp: Tensor, entropy: Tensor, loss_mask: Tensor, normalizer: float
+    ) -> Tensor:
+        given = {"loss_mask": loss_mask, "normalizer": normalizer, **options}
+        return kdloss.distillation_loss(
+            logp, old_logp, teacher_logp, kd_baseline=baseline(entropy.detach(), logp.detach()), **given
+        ).loss
+
+    return loss
+
+
+@pytest.mark.parametrize("under", ["student", "behaviour"])
+def test_a_baseline_of_the_prefix_moves_no_expected_gradient(variable: SequenceTree, under: str) -> None:
+    sampler = variable.student if under == "student" else variable.behaviour
+    expected = token_reverse_kl(variable, sampler)
+    of_prefix = with_baseline(lambda entropy, logp: 1.7 * entropy - 0.4)
+    assert_equal(expected_gradient(of_prefix, variable, under=under, normalizer=1), expected)
+    of_token = with_baseline(lambda entropy, logp: 0.5 * logp)
+    assert (expected_gradient(of_token, variable, under=under, normalizer=1) - expected).abs().max() > 1e-2
+
+
+def test_a_baseline_under_a_bounded_ratio_is_biased_by_this_much(variable: SequenceTree) -> None:
+    """Per prefix -sum_v mu_v min(rho_v, c) (R_v - b) (onehot_v - q), by hand."""
+    q, p = variable.student.detach().log_softmax(-1), variable.teacher.log_softmax(-1)
+    mu = variable.behaviour.log_softmax(-1)
+    entropy = -(q.exp() * q).sum(-1, keepdim=True)
+    weight = -mu.exp() * (q - mu).exp().clamp(max=0.8) * (p - q - (1.7 * entropy - 0.4))
+    biased = visits(variable, variable.behaviour)[:, None] * (weight - weight.sum(-1, keepdim=True) * q.exp())
+    loss = with_baseline(lambda entropy, logp: 1.7 * entropy - 0.4, kd_max_ratio=0.8)
+    assert_equal(expected_gradient(loss, variable, under="behaviour", normalizer=1), biased)
+    without = expected_gradient(distillation(kd_max_ratio=0.8), variable, under="behaviour", normalizer=1)
+    assert (biased - without).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("options", [{"kd_reward_clip": 0.3}, {"kd_max_ratio": 0.8}])

@@ -177,12 +177,15 @@ def distillation_loss(
     kd_discount: float = 0.0,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
+    kd_baseline: Tensor | None = None,  # (T,)
     reduction: Reduction = "token_mean",
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: float | Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> LossOutput:
-    """On-policy distillation: loss_t = -rho_t * sg(R_t), rho = exp(logp - old_logp), R = teacher_logp - logp.
+    """On-policy distillation: loss_t = -rho_t * sg(R_t), the importance-sampled surrogate of the reverse KL.
+
+        rho = exp(logp - old_logp),   R = teacher_logp - logp - kd_baseline
 
     Args:
         {logp}
@@ -193,6 +196,7 @@ def distillation_loss(
         {kd_discount}
         {kd_reward_clip}
         {kd_max_ratio}
+        {kd_baseline}
         {reduction}
         {cu_seqlens}
             Needed for "sequence_mean" or a discount.
@@ -207,15 +211,15 @@ def distillation_loss(
         grad KL(q || p) of every next-token distribution, at the prefixes that the sampling policy visits, for any such
         policy and a fixed token normalizer. With kd_discount=1, on-policy: that of the KL between whole sequences.
         Biased by design: a discount off-policy or between 0 and 1, `kd_reward_clip`, `kd_max_ratio`, and a `kd_mask`
-        that depends on the outcome. A local count biases it by O(1/B). "sequence_mean" weights sequences by 1/|o|,
-        which is the objective as KDRL writes it.
+        or `kd_baseline` that depends on the outcome. A local count biases it by O(1/B). "sequence_mean" weights
+        sequences by 1/|o|, which is the objective as KDRL writes it.
 
     Raises:
         TypeError: a per-token tensor is not floating-point, a mask is not bool, or `group` is not a process group.
-        ValueError: shapes or devices differ, a hyperparameter is out of range, or `cu_seqlens` is missing or does not
-            fit. With `group` also where its backend cannot carry the tensors or, on the CPU, ranks differ in B,
-            `reduction`, `kd_discount` or whether `normalizer` is None; on the CPU an error on one rank is raised on
-            all.
+        ValueError: shapes or devices differ, a hyperparameter is out of range, `cu_seqlens` is missing or does not fit,
+            or `kd_baseline` is combined with `kd_discount`. With `group` also where its backend cannot carry the
+            tensors or, on the CPU, ranks differ in B, `reduction`, `kd_discount` or whether `normalizer` is None; on
+            the CPU an error on one rank is raised on all.
 
     Example:
         >>> import torch, kdloss
@@ -229,7 +233,7 @@ def distillation_loss(
     Source:
         KDRL (arXiv 2506.02208), J_RKL.
     """
-    kd = _KD(1.0, teacher_logp, kd_mask, kd_discount, kd_reward_clip, kd_max_ratio, False)
+    kd = _KD(1.0, teacher_logp, kd_mask, kd_discount, kd_reward_clip, kd_max_ratio, kd_baseline, False)
     reduce = _Reduction(reduction, loss_mask, cu_seqlens, normalizer, group)
     return _objective(logp, old_logp, None, kd, reduce)
 
@@ -253,6 +257,7 @@ def kdrl_loss(
     kd_discount: float = 0.0,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
+    kd_baseline: Tensor | None = None,  # (T,)
     reduction: Reduction = "token_mean",
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     normalizer: float | Tensor | None = None,
@@ -262,7 +267,7 @@ def kdrl_loss(
     """KDRL: rl_loss_weight * GRPO + distill_loss_weight * reverse KL, on the same samples, under one reduction.
 
         rl_t = w_t * max(-rho_t A_t, -clip(rho_t, 1 - clip_low, 1 + clip_high) A_t),  rho = exp(logp - prox_logp)
-        kd_t = -exp(logp_t - old_logp_t) * sg(R_t),  R = teacher_logp - logp
+        kd_t = -exp(logp_t - old_logp_t) * sg(R_t),  R = teacher_logp - logp - kd_baseline
 
     `weights` act on the RL term only, and the distillation ratio is always against `old_logp`.
 
@@ -285,6 +290,7 @@ def kdrl_loss(
         {kd_discount}
         {kd_reward_clip}
         {kd_max_ratio}
+        {kd_baseline}
         {reduction}
         {cu_seqlens}
             Needed for "sequence_mean" or a discount.
@@ -309,10 +315,10 @@ def kdrl_loss(
         TypeError: a per-token tensor is not floating-point, a mask or `direct_penalty` is not bool, or `group` is not a
             process group.
         ValueError: shapes or devices differ, a hyperparameter is out of range (also of a skipped term), `cu_seqlens` is
-            missing or does not fit, or `direct_penalty` is combined with `kd_discount`, `kd_reward_clip` or
-            `kd_max_ratio`. With `group` also where its backend cannot carry the tensors or, on the CPU, ranks differ in
-            B, `reduction`, `kd_discount`, whether `normalizer` is None or whether distill_loss_weight is 0; on the CPU
-            an error on one rank is raised on all.
+            missing or does not fit, `direct_penalty` is combined with `kd_discount`, `kd_reward_clip`, `kd_max_ratio`
+            or `kd_baseline`, or `kd_baseline` with `kd_discount`. With `group` also where its backend cannot carry the
+            tensors or, on the CPU, ranks differ in B, `reduction`, `kd_discount`, whether `normalizer` is None or
+            whether distill_loss_weight is 0; on the CPU an error on one rank is raised on all.
 
     Example:
         >>> import torch, kdloss
@@ -328,7 +334,8 @@ def kdrl_loss(
         KDRL (arXiv 2506.02208), eq. 8.
     """
     rl = _RL(rl_loss_weight, advantages, prox_logp, clip_low, clip_high, dual_clip, weights)
-    kd = _KD(distill_loss_weight, teacher_logp, kd_mask, kd_discount, kd_reward_clip, kd_max_ratio, direct_penalty)
+    reward = (kd_discount, kd_reward_clip, kd_max_ratio, kd_baseline)
+    kd = _KD(distill_loss_weight, teacher_logp, kd_mask, *reward, direct_penalty)
     reduce = _Reduction(reduction, loss_mask, cu_seqlens, normalizer, group)
     output = _objective(logp, old_logp, rl, kd, reduce)
     if direct_penalty:
@@ -354,12 +361,13 @@ def kdrl_token_loss(
     kd_mask: Tensor | None = None,  # (T,) bool
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
+    kd_baseline: Tensor | None = None,  # (T,)
     direct_penalty: bool = False,
 ) -> Tensor:  # (T,)
     """`kdrl_loss` before its reduction: rl_loss_weight * rl_t + distill_loss_weight * kd_t, elementwise.
 
         rl_t = w_t * max(-rho_t A_t, -clip(rho_t, 1 - clip_low, 1 + clip_high) A_t),  rho = exp(logp - prox_logp)
-        kd_t = -exp(logp_t - old_logp_t) * sg(R_t),  R = teacher_logp - logp
+        kd_t = -exp(logp_t - old_logp_t) * sg(R_t),  R = teacher_logp - logp - kd_baseline
 
     For code that reduces by itself, and for losses that are fused into the head. `token_mean` of it is the `loss` of
     `kdrl_loss` without a discount.
@@ -384,6 +392,7 @@ def kdrl_token_loss(
             value of `teacher_logp`. None: everywhere.
         {kd_reward_clip}
         {kd_max_ratio}
+        {kd_baseline}
         {direct_penalty}
 
     Returns:
@@ -399,7 +408,7 @@ def kdrl_token_loss(
     Raises:
         TypeError: a per-token tensor is not floating-point, or a mask or `direct_penalty` is not bool.
         ValueError: shapes or devices differ, a hyperparameter is out of range (also of a skipped term), or
-            `direct_penalty` is combined with `kd_reward_clip` or `kd_max_ratio`.
+            `direct_penalty` is combined with `kd_reward_clip`, `kd_max_ratio` or `kd_baseline`.
 
     Example:
         >>> import torch, kdloss
@@ -415,7 +424,7 @@ def kdrl_token_loss(
     if loss_mask is None:
         loss_mask = torch.ones_like(logp, dtype=torch.bool)
     rl = _RL(rl_loss_weight, advantages, prox_logp, clip_low, clip_high, dual_clip, weights)
-    kd = _KD(distill_loss_weight, teacher_logp, kd_mask, 0.0, kd_reward_clip, kd_max_ratio, direct_penalty)
+    kd = _KD(distill_loss_weight, teacher_logp, kd_mask, 0.0, kd_reward_clip, kd_max_ratio, kd_baseline, direct_penalty)
     reduce = _Reduction("token_mean", loss_mask, None, None, None)
     _check_terms(logp, old_logp, rl, kd, reduce)
     logp = _widened(logp)
@@ -450,6 +459,7 @@ class _KD(NamedTuple):
     discount: float
     reward_clip: float | None
     max_ratio: float | None
+    baseline: Tensor | None
     direct_penalty: bool
 
 
@@ -562,6 +572,8 @@ def _check_terms(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD 
         _checks.flag(direct_penalty=kd.direct_penalty)
         if kd.direct_penalty:
             _checks.no_reward_options(kd.discount, kd.reward_clip, kd.max_ratio)
+        if kd.baseline is not None:
+            _checks.no_baseline(kd.discount, kd.direct_penalty)
 
     if rl is not None and rl.weight != 0:
         if rl.advantages is None and kd is not None:
@@ -572,7 +584,9 @@ def _check_terms(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD 
         if kd.teacher_logp is None and rl is not None:
             raise ValueError(f"teacher_logp must be given where distill_loss_weight is not 0 (it is {kd.weight})")
         _checks.tensors(teacher_logp=kd.teacher_logp)
-        _checks.per_token("logp", logp, loss_mask=reduce.loss_mask, teacher_logp=kd.teacher_logp)
+        _checks.per_token(
+            "logp", logp, loss_mask=reduce.loss_mask, teacher_logp=kd.teacher_logp, kd_baseline=kd.baseline
+        )
         if kd.mask is not None:
             _checks.boolean(kd_mask=kd.mask)
             _checks.same_shape("logp", logp, kd_mask=kd.mask)
@@ -616,6 +630,9 @@ def _kd_term(logp: Tensor, log_ratio: Tensor, kd: _KD, reduce: _Reduction, zero:
         return _KDTerm(reverse_kl, weight * torch.where(weight == 0, zero, penalty), reverse_kl)
 
     costs = reverse_kl if kd.reward_clip is None else reverse_kl.clamp(-kd.reward_clip, kd.reward_clip)
+    if kd.baseline is not None:  # a cost is minus a reward, from which the baseline is taken off
+        baseline = torch.where(teacher_mask, kd.baseline.detach(), zero.to(kd.baseline.dtype))
+        costs = costs + baseline.to(_checks.promoted_dtype(costs, baseline))
     if kd.discount != 0:
         assert reduce.cu_seqlens is not None
         costs = discounted_returns(

@@ -55,6 +55,10 @@ OBJECTIVE_ARGS = LOSS_ARGS | {
     "kd_reward_clip": "symmetric bound of the reward in nats, > 0. None: no bound.",
     "kd_max_ratio": """bound of the distillation ratio, > 0: the loss becomes -sg(min(ratio_t, kd_max_ratio) * R_t) *
         logp_t, so that every token keeps a gradient. None: no bound.""",
+    "kd_baseline": """the shape of `logp`, detached: taken off the reward after `kd_reward_clip`; 0 where `kd_mask` is
+        False. It must depend on the prefix alone. Then the expected gradient stays, except where `kd_max_ratio` bounds
+        the ratio, and a good baseline lowers its variance. `kd` holds it, `reverse_kl` does not. Not with a discount.
+        None: 0.""",
     "reduction": """"token_mean" divides the sum over trained tokens by `normalizer`; "sequence_mean" divides the sum
         over sequences of their token means.""",
     "normalizer": """the denominator, a number or a 0-dim tensor, detached: tokens for "token_mean", sequences for

@@ -35,6 +35,7 @@ class _KD(NamedTuple):
     kd_reward_clip: float | None
     kd_max_ratio: float | None
     direct_penalty: bool = False
+    kd_baseline: ArrayLike | None = None
 
 
 def _skipped(weight: ArrayLike) -> bool:
@@ -80,9 +81,11 @@ def _kd_term(
     options: _KD,
 ) -> _Term | None:
     """The importance-sampled surrogate of the reverse-KL reward or its return, or k1; None for a Python weight of 0."""
-    kd_mask, discount, clip, max_ratio, direct_penalty = options
-    if direct_penalty and (discount != 0 or clip is not None or max_ratio is not None):
-        raise ValueError("direct_penalty takes no kd_discount, kd_reward_clip or kd_max_ratio")
+    kd_mask, discount, clip, max_ratio, direct_penalty, baseline = options
+    if direct_penalty and (discount != 0 or not all(x is None for x in (clip, max_ratio, baseline))):
+        raise ValueError("direct_penalty takes no kd_discount, kd_reward_clip, kd_max_ratio or kd_baseline")
+    if discount != 0 and baseline is not None:
+        raise ValueError("a discount takes no kd_baseline")
     if _skipped(weight):
         return None
     mask = as_mask("loss_mask", loss_mask, shape=np.shape(logp))
@@ -91,6 +94,8 @@ def _kd_term(
     if direct_penalty:
         return _Term(weight, log_ratio, kl_k1_grad(logp, teacher_logp, loss_mask=active), reverse_kl=log_ratio)
     rewards = reverse_kl_reward(logp, teacher_logp, loss_mask=active, clip=clip)
+    if baseline is not None:
+        rewards = rewards - np.where(active, as_float("kd_baseline", baseline), 0.0)
     if discount != 0:
         if cu_seqlens is None:
             raise ValueError("kd_discount needs cu_seqlens")
@@ -220,14 +225,15 @@ def distillation_loss_and_grad(
     kd_discount: float = 0.0,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
+    kd_baseline: ArrayLike | None = None,
     reduction: str = "token_mean",
     cu_seqlens: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
 ) -> tuple[LossOutput, FloatArray]:
     """`loss = kd = R(-ρ G)`, `ρ = q / μ`, `G_t = sum_{u >= t} kd_discount^{number of trained tokens in (t, u]} r_u`.
 
-    `r = sg(clamp(log p - log q, ±kd_reward_clip))`, 0 where kd_mask is False; with kd_max_ratio c the loss is
-    `R(-sg(min(ρ, c)) G log q)`. `reverse_kl = R(log q - log p)`, 0 per token where kd_mask is False; rl is 0.
+    `r = sg(clamp(log p - log q, ±kd_reward_clip) - kd_baseline)`, 0 where kd_mask is False; with kd_max_ratio c the
+    loss is `R(-sg(min(ρ, c)) G log q)`. `reverse_kl = R(log q - log p)`, 0 per token where kd_mask is False; rl is 0.
     logp, old_logp, teacher_logp: (T,) float. loss_mask, kd_mask: (T,) bool. cu_seqlens: (B+1,) int. normalizer: 0-dim.
     Returns LossOutput. Source: KDRL, arXiv 2506.02208, J_RKL.
 
@@ -236,7 +242,7 @@ def distillation_loss_and_grad(
     logp, old_logp, teacher_logp: (T,). loss_mask, kd_mask: (T,) bool. cu_seqlens: (B+1,). normalizer: 0-dim.
     Returns (T,). Source: derived from `distillation_loss`.
     """
-    options = _KD(kd_mask, kd_discount, kd_reward_clip, kd_max_ratio)
+    options = _KD(kd_mask, kd_discount, kd_reward_clip, kd_max_ratio, False, kd_baseline)
     kd = _kd_term(1.0, logp, old_logp, teacher_logp, loss_mask, cu_seqlens, options)
     return _objective(None, kd, logp, loss_mask, reduction, cu_seqlens, normalizer)
 
@@ -262,6 +268,7 @@ def kdrl_loss_and_grad(
     kd_discount: float = 0.0,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
+    kd_baseline: ArrayLike | None = None,
     reduction: str = "token_mean",
     cu_seqlens: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
@@ -270,8 +277,8 @@ def kdrl_loss_and_grad(
     """`loss = R(rl_loss_weight * rl_t + distill_loss_weight_t * kd_t)`.
 
     `rl_t = clipped_surrogate` with ratio q / prox, times `weights`. `kd_t = -ρ G` with ρ = q / μ and G the discounted
-    return of `r = sg(clamp(log p - log q, ±kd_reward_clip))`, 0 where kd_mask is False; with kd_max_ratio c,
-    `-sg(min(ρ, c)) G log q`. With direct_penalty, `kd_t = log q - log p`, attached, 0 where kd_mask is False.
+    return of `r = sg(clamp(log p - log q, ±kd_reward_clip) - kd_baseline)`, 0 where kd_mask is False; with kd_max_ratio
+    c, `-sg(min(ρ, c)) G log q`. With direct_penalty, `kd_t = log q - log p`, attached, 0 where kd_mask is False.
     rl, kd and reverse_kl are reduced without their weights.
     logp, old_logp, teacher_logp, advantages, prox_logp, weights: (T,) float. loss_mask, kd_mask: (T,) bool.
     rl_loss_weight: float. distill_loss_weight: float or (T,). cu_seqlens: (B+1,) int. normalizer: 0-dim.
@@ -287,7 +294,7 @@ def kdrl_loss_and_grad(
     rl = _rl_term(
         rl_loss_weight, logp, old_logp, advantages, loss_mask, prox_logp, clip_low, clip_high, dual_clip, weights
     )
-    options = _KD(kd_mask, kd_discount, kd_reward_clip, kd_max_ratio, direct_penalty)
+    options = _KD(kd_mask, kd_discount, kd_reward_clip, kd_max_ratio, direct_penalty, kd_baseline)
     kd = _kd_term(distill_loss_weight, logp, old_logp, teacher_logp, loss_mask, cu_seqlens, options)
     return _objective(rl, kd, logp, loss_mask, reduction, cu_seqlens, normalizer)
 
@@ -312,6 +319,7 @@ def kdrl_token_loss_and_grad(
     kd_mask: ArrayLike | None = None,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
+    kd_baseline: ArrayLike | None = None,
     direct_penalty: bool = False,
 ) -> tuple[FloatArray, FloatArray]:
     """`rl_loss_weight * rl_t + distill_loss_weight_t * kd_t`: `kdrl_loss` before its reduction, with kd_discount 0.
@@ -328,7 +336,7 @@ def kdrl_token_loss_and_grad(
     rl = _rl_term(
         rl_loss_weight, logp, old_logp, advantages, loss_mask, prox_logp, clip_low, clip_high, dual_clip, weights
     )
-    options = _KD(kd_mask, 0.0, kd_reward_clip, kd_max_ratio, direct_penalty)
+    options = _KD(kd_mask, 0.0, kd_reward_clip, kd_max_ratio, direct_penalty, kd_baseline)
     kd = _kd_term(distill_loss_weight, logp, old_logp, teacher_logp, loss_mask, None, options)
     return _total(rl, kd, logp)
 
