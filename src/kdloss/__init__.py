@@ -7,6 +7,7 @@ positional, everything else is keyword-only, and every public function states it
 from . import config as config, schedules as schedules
 from ._distributed.collectives import global_token_count as global_token_count
 from ._distributed.vocab_shard import VocabShard as VocabShard
+from ._divergences.baseline import reverse_kl_baseline as reverse_kl_baseline
 from ._divergences.from_hidden import (
     linear_forward_kl as linear_forward_kl,
     linear_generalized_jsd as linear_generalized_jsd,
@@ -176,6 +177,7 @@ __all__ = [
     "prefix_weights",
     "response_mask",
     "reverse_kl",
+    "reverse_kl_baseline",
     "reverse_kl_reward",
     "sapo_surrogate",
     "schedules",

@@ -254,6 +254,7 @@ OWN = {
     "group_relative_advantages": ("test_groups_are_independent",),
     "leave_one_out_advantages": ("test_groups_are_independent",),
     **dict.fromkeys(DIVERGENCES, ("test_rows_of_divergences_are_independent",)),
+    "reverse_kl_baseline": ("test_rows_of_baselines_are_independent",),
     **{f"linear_{name}": ("test_a_linear_divergence_is_the_sum_of_its_trained_rows",) for name in DIVERGENCES},
     **{f"topk_{name}": ("test_rows_of_topk_divergences_are_independent",) for name in DIVERGENCES[:3]},
     **dict.fromkeys(
