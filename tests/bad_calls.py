@@ -707,6 +707,15 @@ BAD["linear_topk_sampled_reverse_kl"] = [
     *_SAMPLED_ALONE,
 ]
 
+_NO_OPTION = {"softcap", "impl"}
+BAD["topk_diagnostics"] = [
+    *(bad for bad in _BAD_LOGITS if not _NO_OPTION & {*bad.changes}),
+    *_BAD_SUPPORT,
+    *(bad for bad in bad_mask("logits") if "short" not in bad.what),
+    Bad("loss_mask is short", {"loss_mask": MASK[1:]}, ValueError, "loss_mask must match ...logits (17,), got (16,)"),
+    *(bad for bad in _BAD_HEAD if bad.what == "loss_mask is True where labels are ignored"),
+]
+
 for _name in ("kl_k1", "kl_k2", "kl_k3"):
     BAD[_name] = bad_per_token("logp", "teacher_logp")
 BAD["reverse_kl_reward"] = [*bad_per_token("logp", "teacher_logp"), *positive("clip")]

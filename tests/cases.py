@@ -533,6 +533,28 @@ TABLE["linear_topk_sampled_reverse_kl"] = Entry(
     compiled=("base", "full"),
 )
 
+_TOPK_LOGGED = {"logits": _LOGITS, "labels": _LABELS, "loss_mask": MASK} | _SUPPORT
+TABLE["topk_diagnostics"] = Entry(
+    variants=variants(
+        _TOPK_LOGGED,
+        temperature={"temperature": 0.7},
+        several_samples={"labels": _K_LABELS},
+        no_mass={"logits": _NO_MASS},
+        ties={"logits": _LOGITS.round()},
+        full=_SUPPORT_BELOW_5
+        | {
+            "logits": garbage(_LOGITS, torch.arange(V).expand(T, V) < 5),
+            "vocab_size": 5,
+            "temperature": _TEMPERATURES,
+            "loss_mask": MASK & (torch.arange(T) != 2),
+        },
+        rows=_on_rows(_TOPK_LOGGED),
+        nothing={"loss_mask": NOTHING},
+        nothing_scored={"teacher_topk_ids": torch.full_like(_IDS_PADDED, -1)},
+    ),
+    compiled=("base", "full"),
+)
+
 # --- estimators, rewards, returns ------------------------------------------------------------------------------------
 
 _KL = {"logp": LOGP, "teacher_logp": TEACHER, "loss_mask": MASK}

@@ -29,6 +29,7 @@ from ._divergences.topk import (
     topk_generalized_jsd as topk_generalized_jsd,
     topk_reverse_kl as topk_reverse_kl,
 )
+from ._divergences.topk_diagnostics import topk_diagnostics as topk_diagnostics
 from ._divergences.topk_sampled import (
     linear_topk_sampled_reverse_kl as linear_topk_sampled_reverse_kl,
     topk_sampled_reverse_kl as topk_sampled_reverse_kl,
@@ -198,6 +199,7 @@ __all__ = [
     "token_logprobs_and_entropy",
     "token_mean",
     "top_entropy_mask",
+    "topk_diagnostics",
     "topk_forward_kl",
     "topk_generalized_jsd",
     "topk_reverse_kl",

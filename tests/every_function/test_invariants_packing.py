@@ -261,6 +261,7 @@ OWN = {
         ("topk_sampled_reverse_kl", "linear_topk_sampled_reverse_kl"),
         ("test_rows_of_sampled_topk_losses_are_independent",),
     ),
+    "topk_diagnostics": ("test_topk_diagnostics_are_means_of_their_rows",),
     "global_token_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "global_sequence_count": ("test_counts_are_the_sums_of_those_of_the_sequences",),
     "top_entropy_mask": ("test_the_top_of_a_batch_does_not_depend_on_its_order_or_its_padding",),

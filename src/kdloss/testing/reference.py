@@ -50,6 +50,7 @@ from kdloss.testing._oracles.monitoring import (
     diagnostics as diagnostics,
     linear_floor as linear_floor,
     switch as switch,
+    topk_diagnostics as topk_diagnostics,
 )
 from kdloss.testing._oracles.objectives import (
     distillation_loss as distillation_loss,
