@@ -2,10 +2,11 @@
 
     r_v = log p_v - log q_v,   s_v = onehot_v - q,   |s_v|² = 1 - 2 q_v + sum_u q_u²
     "value"    b = sum_v q_v r_v = -KL(q || p)
-    "optimal"  b = sum_v w_v r_v,   w = softmax(log q + log |s|² + log q/μ),   q/μ = 1 on-policy
+    "optimal"  b = sum_v w_v r_v / sum_v w_v,   w = q |s|² q/μ,   q/μ = 1 on-policy
 
-The optimal baseline is a mean of r under the weights w. They are kept as logs, so that no product of small masses
-underflows and no large ratio q/μ overflows. A mass of q or μ that is 0 in the dtype counts as 0.
+The optimal baseline is a mean of r under the weights w. Ratios q/μ are divided by the largest of the row, so none
+overflows. A mass of q or μ that is 0 in the dtype counts as 0, and so does a weight: in float32, a student within 1e-19
+of certain may get the value baseline. The variance that there is to lower is of that order.
 
 1 - 2 q + sum q² loses all its digits where q is nearly 1. So |s|² of the most probable token of a row is computed from
 the masses of the others: (sum of the others)² + sum of their squares. For all other tokens q is at most 1/2.
@@ -37,7 +38,7 @@ from .sharded import log_softmax_of_slices, of_ranks
 BaselineKind = Literal["value", "optimal"]
 
 # entries of a block; about ten tensors of this size are alive at once
-_CPU_ENTRIES, _DEVICE_ENTRIES = 2**20, 2**23
+_CPU_ENTRIES, _DEVICE_ENTRIES = 2**18, 2**23
 
 BASELINE_ARGS = DIVERGENCE_ARGS | {
     "logits": "(..., V) of the student, of any floating dtype and any strides. Detached.",
@@ -165,9 +166,11 @@ def _in_blocks(
     for x, y, z, *found, tau in flat_rows(*sides, *results, column(row_temperature, mean)):
         for start in range(0, x.shape[0], step):
             rows = slice(start, start + step)
-            divisor = temperature if row_temperature is None else tau[rows].to(dtype)
-            given = (x, y) if behaviour_logits is None else (x, y, z)
-            block = _of_rows([side[rows].to(dtype) / divisor for side in given], shard)
+            given = [side[rows].to(dtype) for side in ((x, y) if behaviour_logits is None else (x, y, z))]
+            if row_temperature is not None or temperature != 1:
+                divisor = temperature if row_temperature is None else tau[rows].to(dtype)
+                given = [side / divisor for side in given]
+            block = _of_rows(given, shard)
             for whole, part in zip(found, block, strict=True):
                 whole[rows, 0] = part
     return mean, weightless
@@ -176,33 +179,33 @@ def _in_blocks(
 def _of_rows(logits: list[Tensor], shard: VocabShard | None) -> tuple[Tensor, Tensor]:
     """`_optimal` of logits / τ (R, n) of student, teacher and, off-policy, behaviour policy."""
     log_q, log_p, *log_mu = log_softmax_of_slices(logits, shard)
-    log_q, *log_mu = (x.masked_fill(x.exp() == 0, -math.inf) for x in (log_q, *log_mu))
-    weight = log_q + _log_squared_score(log_q, shard)
+    q = log_q.exp()
+    weight = q * _squared_score(q, shard)
+    scale = q.new_zeros(q.shape[0], 1)  # the log of what the ratios are divided by
     if log_mu:
-        weight = torch.where(log_mu[0] == -math.inf, -math.inf, weight + (log_q - log_mu[0]))
-    largest = weight.amax(-1, keepdim=True)
-    w = (weight - torch.where(largest == -math.inf, 0, largest)).exp()
-    terms = torch.where(w == 0, 0, w * (log_p - log_q))
-    sums = torch.cat([largest, w.sum(-1, keepdim=True), terms.sum(-1, keepdim=True)], -1)
-    maxima, totals, means = of_ranks(sums, shard).unbind(-1)
-    scale = torch.where(maxima == -math.inf, 0, (maxima - maxima.amax(0)).exp())
-    total = (scale * totals).sum(0)
-    return torch.where(scale == 0, 0, scale * means).sum(0) / total, total == 0
+        log_ratio = torch.where((q == 0) | (log_mu[0].exp() == 0), -math.inf, log_q - log_mu[0])
+        scale = log_ratio.amax(-1, keepdim=True)
+        weight *= (log_ratio - torch.where(scale == -math.inf, 0, scale)).exp()
+    terms = torch.where(weight == 0, 0, weight * (log_p - log_q))
+    sums = torch.cat([scale, weight.sum(-1, keepdim=True), terms.sum(-1, keepdim=True)], -1)
+    scales, totals, means = of_ranks(sums, shard).unbind(-1)
+    factors = torch.where(scales == -math.inf, 0, (scales - scales.amax(0)).exp())
+    total = (factors * totals).sum(0)
+    return torch.where(factors == 0, 0, factors * means).sum(0) / total, total == 0
 
 
-def _log_squared_score(log_q: Tensor, shard: VocabShard | None) -> Tensor:
-    """log |s_v|² (R, n) of this rank's columns."""
-    peak, place = log_q.max(-1, keepdim=True)
-    others = log_q.scatter(-1, place, -math.inf)
-    sums = torch.cat([peak, others.logsumexp(-1, keepdim=True), (2 * others).logsumexp(-1, keepdim=True)], -1)
+def _squared_score(q: Tensor, shard: VocabShard | None) -> Tensor:
+    """|s_v|² (R, n) of this rank's columns."""
+    peak, place = q.max(-1, keepdim=True)
+    others = q.scatter(-1, place, 0)
+    sums = torch.cat([peak, others.sum(-1, keepdim=True), others.square().sum(-1, keepdim=True)], -1)
     peaks, rests, squares = of_ranks(sums, shard).unbind(-1)  # (ranks, R)
     # one rank has the most probable token of a row; those of the other ranks belong to the rest
     owner = peaks.argmax(0)
     owns = torch.arange(peaks.shape[0], device=peaks.device).unsqueeze(-1) == owner
-    rest = torch.where(owns, rests, torch.logaddexp(rests, peaks)).logsumexp(0)
-    square = torch.where(owns, squares, torch.logaddexp(squares, 2 * peaks)).logsumexp(0)
-    total = square.exp() + (2 * peaks.amax(0)).exp()
-    found = (1 - 2 * log_q.exp() + total.unsqueeze(-1)).log()
+    rest = torch.where(owns, rests, rests + peaks).sum(0)
+    square = torch.where(owns, squares, squares + peaks.square()).sum(0)
+    found = 1 - 2 * q + (square + peaks.amax(0).square()).unsqueeze(-1)
     mine = owner == (0 if shard is None else shard.rank)
-    of_peak = torch.where(mine, torch.logaddexp(2 * rest, square), found.gather(-1, place).squeeze(-1))
+    of_peak = torch.where(mine, rest.square() + square, found.gather(-1, place).squeeze(-1))
     return found.scatter(-1, place, of_peak.unsqueeze(-1))

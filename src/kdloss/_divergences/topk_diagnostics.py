@@ -138,4 +138,6 @@ def _among_largest(logits: Tensor, columns: Tensor, size: Tensor, softmax: Softm
     largest = torch.nn.functional.pad(largest, (0, k - largest.shape[-1]), value=-math.inf)
     own, largest = of_ranks(torch.cat([own, largest], -1), softmax.shard).split(k, -1)
     own, largest = own.amax(0), largest.movedim(0, -2).flatten(-2).topk(k).values
-    return (own >= largest.gather(-1, (size - 1).clamp(min=0).unsqueeze(-1))) & (own > -math.inf)
+    least = largest.gather(-1, (size - 1).clamp(min=0).unsqueeze(-1))
+    found: Tensor = (own >= least) & (own > -math.inf)
+    return found
