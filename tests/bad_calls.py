@@ -654,6 +654,32 @@ for _name in ("total_variation", "linear_total_variation"):  # without a kernel
         came = f"impl must be one of 'auto', 'torch', got '{_impl}'"
         BAD[_name].append(Bad(f"impl is {_impl}", {"impl": _impl}, ValueError, came))
 
+_OTHER_WIDTH = "behaviour_logits must have the student's vocabulary of 7, got 9; ...pass the true vocab_size"
+BAD["reverse_kl_baseline"] = [
+    *(bad for bad in _BAD_DIVERGENCE if not bad.what.startswith("impl is")),
+    Bad("kind is wrong", {"kind": "mean"}, ValueError, "kind must be one of 'value', 'optimal', got 'mean'"),
+    Bad(
+        "behaviour holds integers",
+        {"behaviour_logits": INTEGERS},
+        TypeError,
+        "behaviour_logits must ...got torch.int64",
+    ),
+    Bad("behaviour is short", {"behaviour_logits": WIDE[1:, :7]}, ValueError, "behaviour_logits must ...got (16, 7)"),
+    Bad(
+        "behaviour is elsewhere",
+        {"behaviour_logits": WIDE[:, :7].to("meta")},
+        ValueError,
+        "behaviour_logits ...got meta",
+    ),
+    Bad("behaviour is padded", {"behaviour_logits": WIDE}, ValueError, _OTHER_WIDTH),
+    Bad(
+        "behaviour is narrow",
+        {"behaviour_logits": WIDE[:, :4], "vocab_size": 5},
+        ValueError,
+        "vocab_size must be in 1 .. 4, ..., got 5",
+    ),
+]
+
 
 BAD["topk_generalized_jsd"].append(
     Bad("tail is generalized", {"tail": "generalized"}, ValueError, "tail must be ...JSD, got 'generalized': ...")
@@ -679,6 +705,15 @@ BAD["linear_topk_sampled_reverse_kl"] = [
     *_BAD_HEAD,
     *(bad._replace(message=bad.message.replace("logits's", "hidden's")) for bad in _BAD_SUPPORT),
     *_SAMPLED_ALONE,
+]
+
+_NO_OPTION = {"softcap", "impl"}
+BAD["topk_diagnostics"] = [
+    *(bad for bad in _BAD_LOGITS if not _NO_OPTION & {*bad.changes}),
+    *_BAD_SUPPORT,
+    *(bad for bad in bad_mask("logits") if "short" not in bad.what),
+    Bad("loss_mask is short", {"loss_mask": MASK[1:]}, ValueError, "loss_mask must match ...logits (17,), got (16,)"),
+    *(bad for bad in _BAD_HEAD if bad.what == "loss_mask is True where labels are ignored"),
 ]
 
 for _name in ("kl_k1", "kl_k2", "kl_k3"):

@@ -360,6 +360,35 @@ for _name, _share in _FORMS.items():
         compiled=("base", "full"),
     )
 
+# Drawn from a generator of its own: the tensors below keep their values.
+_BEHAVIOUR = 3 * torch.rand(T, V, generator=torch.Generator().manual_seed(19), dtype=torch.float64)
+_BASELINE = {"logits": _STUDENT, "teacher_logits": _TEACHER_LOGITS, "kind": "optimal"}
+_WITHOUT = {name: x.masked_fill(_EXCLUDED, -math.inf) for name, x in _BASELINE.items() if isinstance(x, Tensor)}
+TABLE["reverse_kl_baseline"] = Entry(
+    variants=variants(
+        _BASELINE,
+        value={"kind": "value"},
+        behaviour={"behaviour_logits": _BEHAVIOUR},
+        behaviour_that_excludes={"behaviour_logits": _BEHAVIOUR.masked_fill(_EXCLUDED, -math.inf)},
+        temperature={"temperature": 0.7, "behaviour_logits": _BEHAVIOUR},
+        temperature_tensor={"temperature": _TAUS},
+        excluded_on_both_sides=_WITHOUT,
+        excluded_by_the_student={"logits": _WITHOUT["logits"]},
+        excluded_by_the_teacher={"teacher_logits": _WITHOUT["teacher_logits"]},
+        value_excluded_by_the_teacher={"teacher_logits": _WITHOUT["teacher_logits"], "kind": "value"},
+        certain={"logits": _STUDENT.masked_fill(torch.arange(V) != 3, -math.inf)},
+        full={
+            "logits": garbage(_STUDENT, torch.arange(V).expand(T, V) < 5),
+            "teacher_logits": _WIDE_TEACHER,
+            "behaviour_logits": _BEHAVIOUR[:, :6],
+            "vocab_size": 5,
+            "temperature": torch.tensor(1.5, dtype=torch.float64),
+        },
+        rows=_on_rows(_BASELINE | {"behaviour_logits": _BEHAVIOUR}),
+    ),
+    compiled=("value", "full"),
+)
+
 _IDS_OF_K = torch.rand(T, V, generator=_RANDOM).argsort(-1)[:, :4]
 _LOGP_OF_K = _TEACHER_LOGITS.log_softmax(-1).gather(-1, _IDS_OF_K)
 _IDS_PADDED = _IDS_OF_K.masked_fill(torch.arange(4) >= (torch.arange(T) % 5)[:, None], -1)
@@ -500,6 +529,28 @@ TABLE["linear_topk_sampled_reverse_kl"] = Entry(
             "max_trained_tokens": 12,
             "impl": "torch",
         },
+    ),
+    compiled=("base", "full"),
+)
+
+_TOPK_LOGGED = {"logits": _LOGITS, "labels": _LABELS, "loss_mask": MASK} | _SUPPORT
+TABLE["topk_diagnostics"] = Entry(
+    variants=variants(
+        _TOPK_LOGGED,
+        temperature={"temperature": 0.7},
+        several_samples={"labels": _K_LABELS},
+        no_mass={"logits": _NO_MASS},
+        ties={"logits": _LOGITS.round()},
+        full=_SUPPORT_BELOW_5
+        | {
+            "logits": garbage(_LOGITS, torch.arange(V).expand(T, V) < 5),
+            "vocab_size": 5,
+            "temperature": _TEMPERATURES,
+            "loss_mask": MASK & (torch.arange(T) != 2),
+        },
+        rows=_on_rows(_TOPK_LOGGED),
+        nothing={"loss_mask": NOTHING},
+        nothing_scored={"teacher_topk_ids": torch.full_like(_IDS_PADDED, -1)},
     ),
     compiled=("base", "full"),
 )

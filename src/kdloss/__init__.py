@@ -7,6 +7,7 @@ positional, everything else is keyword-only, and every public function states it
 from . import config as config, schedules as schedules
 from ._distributed.collectives import global_token_count as global_token_count
 from ._distributed.vocab_shard import VocabShard as VocabShard
+from ._divergences.baseline import reverse_kl_baseline as reverse_kl_baseline
 from ._divergences.from_hidden import (
     linear_forward_kl as linear_forward_kl,
     linear_generalized_jsd as linear_generalized_jsd,
@@ -28,6 +29,7 @@ from ._divergences.topk import (
     topk_generalized_jsd as topk_generalized_jsd,
     topk_reverse_kl as topk_reverse_kl,
 )
+from ._divergences.topk_diagnostics import topk_diagnostics as topk_diagnostics
 from ._divergences.topk_sampled import (
     linear_topk_sampled_reverse_kl as linear_topk_sampled_reverse_kl,
     topk_sampled_reverse_kl as topk_sampled_reverse_kl,
@@ -176,6 +178,7 @@ __all__ = [
     "prefix_weights",
     "response_mask",
     "reverse_kl",
+    "reverse_kl_baseline",
     "reverse_kl_reward",
     "sapo_surrogate",
     "schedules",
@@ -196,6 +199,7 @@ __all__ = [
     "token_logprobs_and_entropy",
     "token_mean",
     "top_entropy_mask",
+    "topk_diagnostics",
     "topk_forward_kl",
     "topk_generalized_jsd",
     "topk_reverse_kl",

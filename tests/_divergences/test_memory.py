@@ -105,6 +105,23 @@ def test_from_logits_only_the_gradient_is_allocated(dtype, rows, vocab):
     assert all(0.9 < x <= 1.1 for x in found.values()), found
 
 
+BASELINE = """
+sides = [torch.randn({T}, {V}) for _ in range(3)]
+
+def run(student, teacher, behaviour):
+    kdloss.reverse_kl_baseline(student, teacher, kind="optimal", behaviour_logits=behaviour)
+
+run(*(x[:2] for x in sides))  # libraries load on first use
+print(json.dumps({{"baseline": extra(lambda: run(*sides)) / (4 * {T} * {V})}}))
+"""
+
+
+def test_a_baseline_takes_blocks_of_rows():
+    """About ten tensors of 1 MB, beside logits of 64 MB on each of three sides."""
+    found = measured(BASELINE, T=512, V=32_000)
+    assert 0 < found["baseline"] <= 0.4, found
+
+
 # the gradient of a float32 head is large beside fewer rows
 @pytest.mark.parametrize(("dtype", "rows"), [("float32", 1024), ("bfloat16", 512)])
 def test_from_hidden_states_at_most_half_of_the_naive_form(dtype, rows):

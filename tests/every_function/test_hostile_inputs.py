@@ -668,7 +668,7 @@ def that_take(keyword: str) -> list[str]:
 
 
 @pytest.mark.parametrize("temperature", [-1.0, 0.0, math.inf])
-@pytest.mark.parametrize("name", that_take("temperature"))
+@pytest.mark.parametrize("name", [x for x in that_take("temperature") if x != "topk_diagnostics"])  # its means are NaN
 def test_a_temperature_that_is_not_positive_makes_its_row_nan_where_it_cannot_be_checked(
     name, temperature, monkeypatch
 ):

@@ -71,6 +71,31 @@ def test_rows_of_divergences_are_independent(name: str, drawn: tuple[Rows, Tenso
     rows_are_independent(of_logits(name), *drawn)
 
 
+@pytest.mark.parametrize("kind", ["value", "optimal"])
+@given(drawn=batches())
+def test_rows_of_baselines_are_independent(kind: str, drawn: tuple[Rows, Tensor]):
+    def run(batch: Rows) -> Outcome:
+        behaviour = batch.teacher_logits.flip(-1)
+        found = kdloss.reverse_kl_baseline(batch.logits, batch.teacher_logits, kind=kind, behaviour_logits=behaviour)
+        return found, torch.zeros_like(batch.logits), batch.logits.new_zeros(0)
+
+    rows_are_independent(run, *drawn)
+
+
+@given(drawn=batches(), shift=st.floats(-50, 50))
+def test_a_baseline_lies_between_the_rewards_and_moves_with_them(drawn: tuple[Rows, Tensor], shift: float):
+    """A mean of r: of the tokens of a row, and unchanged by a constant that is added to all logits of a row."""
+    batch = drawn[0]
+    reward = batch.teacher_logits.log_softmax(-1) - batch.logits.log_softmax(-1)
+    for behaviour in (None, batch.teacher_logits.flip(-1)):
+        options = {"kind": "optimal", "behaviour_logits": behaviour}
+        found = kdloss.reverse_kl_baseline(batch.logits, batch.teacher_logits, **options)
+        assert (found >= reward.amin(-1) - 1e-9).all()
+        assert (found <= reward.amax(-1) + 1e-9).all()
+        moved = kdloss.reverse_kl_baseline(batch.logits + shift, batch.teacher_logits - shift, **options)
+        torch.testing.assert_close(moved, found, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("name", "tail"), TOPK)
 @given(drawn=batches())
 def test_rows_of_topk_divergences_are_independent(name: str, tail: str, drawn: tuple[Rows, Tensor]):

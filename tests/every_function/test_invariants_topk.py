@@ -60,3 +60,27 @@ def test_a_support_of_the_whole_vocabulary_is_the_reverse_kl(drawn: tuple[Rows, 
     torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-11)
     found, wanted = (torch.autograd.grad(x.sin().sum(), logits)[0] for x in (value, exact))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+@given(drawn=batches(), garbage=st.sampled_from(GARBAGE))
+def test_topk_diagnostics_are_means_of_their_rows(drawn: tuple[Rows, Tensor], garbage: float):
+    """In any order, whatever untrained rows hold; shares are in 0 .. 1."""
+    batch, order = drawn
+
+    def run(rows: Rows, logits: Tensor) -> dict[str, Tensor]:
+        teacher = (rows.top_logp, rows.top_ids)
+        return kdloss.topk_diagnostics(logits, rows.labels, *teacher, loss_mask=rows.mask)
+
+    whole = run(batch, batch.logits)
+    dirty = run(batch, batch.logits.masked_fill(~batch.mask[:, None], garbage))
+    assert all(torch.equal(dirty[name], x) for name, x in whole.items())
+    moved, parts = run(batch.at(order), batch.logits[order]), []
+    for t in range(len(batch.mask)):
+        one = batch.at(torch.tensor([t]))
+        parts.append(run(one, one.logits))
+    for name, x in whole.items():
+        count = 1 if name in ("tokens", "scored") else whole["scored"]
+        total = sum((part[name] for part in parts), torch.zeros_like(x))
+        torch.testing.assert_close(total, count * x, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(moved[name], x, rtol=1e-11, atol=1e-12)
+        assert name in ("tokens", "scored") or 0 <= x <= 1 + 1e-12

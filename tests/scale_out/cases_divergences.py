@@ -165,6 +165,34 @@ def case_topk(ranks: Ranks) -> None:
                         ranks.same_bits(*found)
 
 
+@on(2, 3)
+def case_baselines_and_statistics_of_a_top_k(ranks: Ranks) -> None:
+    """Eagerly and compiled, with equal bits on every rank."""
+    logits, teacher, behaviour = (2 * ranks.normal(T, V, seed=seed, dtype=torch.float64) for seed in range(3))
+    top = teacher.log_softmax(-1).topk(5)
+    labels, mask = torch.arange(T), torch.arange(T) != 2
+    for shard in shards(ranks):
+        mine = [part(x, shard, -1) for x in (logits, teacher, behaviour)]
+
+        def baseline(x, y, z, shard=None):
+            return kdloss.reverse_kl_baseline(x, y, kind="optimal", behaviour_logits=z, temperature=0.8, shard=shard)
+
+        def statistics(x, shard=None):
+            found = kdloss.topk_diagnostics(x, labels, top.values, top.indices, loss_mask=mask, shard=shard)
+            return torch.stack([*found.values()])
+
+        for call, whole, given in (
+            (baseline, (logits, teacher, behaviour), mine),
+            (statistics, (logits,), mine[:1]),
+        ):
+            expected, runs = call(*whole), [partial(call, shard=shard)]
+            if ranks.size == 2:
+                runs.append(torch.compile(runs[0], fullgraph=True, backend="aot_eager"))
+            for found in (run(*given) for run in runs):
+                close(found, expected, torch.float64, f"{call.__name__} {shard}")
+                ranks.same_bits(found)
+
+
 @on(3)
 def case_topk_kernels(ranks: Ranks) -> None:
     """Interpreted kernels on slices give the values of torch's path on whole rows, and the same bits on every rank."""

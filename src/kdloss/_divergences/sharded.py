@@ -64,6 +64,25 @@ def whole_divergence(
     return WholeDivergence(value.clamp(min=0), row_state, slope)
 
 
+def of_ranks(x: Tensor, shard: VocabShard | None) -> Tensor:
+    """`x` of every rank, (ranks, *x.shape); of one rank without a shard."""
+    return x.unsqueeze(0) if shard is None else gather(x, shard)
+
+
+def log_softmax_of_slices(sides: list[Tensor], shard: VocabShard | None) -> list[Tensor]:
+    """The columns of this rank of log softmax(z), for z (R, n) of each side. One collective for all sides."""
+    if shard is None:
+        return [z.log_softmax(-1) for z in sides]
+    maxima = torch.stack([z.amax(-1) for z in sides])
+    shifts = torch.where(maxima == -torch.inf, 0, maxima)
+    sums = torch.stack([(z - m.unsqueeze(-1)).exp().sum(-1) for z, m in zip(sides, shifts, strict=True)])
+    of_slices, log_sums = gather(torch.stack([maxima, sums.log()], -1), shard).unbind(-1)  # (ranks, sides, R)
+    largest = of_slices.amax(0)
+    log_sum = (of_slices - largest + log_sums).logsumexp(0)
+    levels = zip(sides, largest.unsqueeze(-1), log_sum.unsqueeze(-1), strict=True)
+    return [(z - m) - s for z, m, s in levels]
+
+
 def _log_shares(maximum: Tensor, log_peak: Tensor, rate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(log of each slice's mass (ranks, R), m (R,), log s (R,)), from max z and log max softmax inside the slices."""
     largest = maximum.amax(0)

@@ -92,18 +92,24 @@ def prepare_logits(
     _check_axis("logits", logits)
     widths = [logits.shape[-1]]
     if teacher_logits is not None:
-        teacher_logits, _ = vocab_shard("teacher_logits", teacher_logits, -1, shard)
-        _check_axis("teacher_logits", teacher_logits)
-        if teacher_logits.shape[:-1] != logits.shape[:-1]:
-            rows = _checks.axes(*logits.shape[:-1], "V")
-            raise ValueError(f"teacher_logits must match logits {rows}, got {tuple(teacher_logits.shape)}")
-        _checks.same_device("logits", logits, teacher_logits=teacher_logits)
+        teacher_logits = other_logits("teacher_logits", teacher_logits, logits, shard)
         widths.append(teacher_logits.shape[-1])
     size = true_vocab_size(vocab_size, widths, shard, teacher_name="teacher_logits")
     tau = _checks.row_temperature("logits", logits, temperature)
     kernels = takes_triton(impl, logits=logits, teacher_logits=teacher_logits)
     teacher_logits = None if teacher_logits is None else _checks.savable(teacher_logits)
     return Logits(_checks.savable(logits), teacher_logits, Softmax.of(size, tau, shard, kernels=kernels))
+
+
+def other_logits(name: str, other: Tensor, logits: Tensor, shard: VocabShard | None) -> Tensor:
+    """Logits of another model for the rows of `logits`, which are checked already, as a plain tensor."""
+    _checks.floating(**{name: other})
+    other, _ = vocab_shard(name, other, -1, shard)
+    _check_axis(name, other)
+    if other.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(f"{name} must match logits {_checks.axes(*logits.shape[:-1], 'V')}, got {tuple(other.shape)}")
+    _checks.same_device("logits", logits, **{name: other})
+    return other
 
 
 def true_vocab_size(

@@ -7,6 +7,7 @@ scalar loss, and the vector-Jacobian product with `upstream` elsewhere. The scal
 that is a Python number; an `np.ndarray` weight counts as a tensor.
 """
 
+from kdloss.testing._oracles.baselines import reverse_kl_baseline as reverse_kl_baseline
 from kdloss.testing._oracles.divergences import (
     forward_kl as forward_kl,
     forward_kl_grad as forward_kl_grad,
@@ -49,6 +50,7 @@ from kdloss.testing._oracles.monitoring import (
     diagnostics as diagnostics,
     linear_floor as linear_floor,
     switch as switch,
+    topk_diagnostics as topk_diagnostics,
 )
 from kdloss.testing._oracles.objectives import (
     distillation_loss as distillation_loss,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .types import ArrayLike, FloatArray, as_float, as_mask, exp, scalar, trained
+import numpy as np
+
+from .divergences import distribution
+from .types import ArrayLike, FloatArray, as_float, as_int, as_mask, exp, scalar, trained
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -62,6 +65,47 @@ def diagnostics(
     if entropy is not None:
         result["entropy"] = _mean(values("entropy", entropy))
     return {name: scalar(value) for name, value in result.items()}
+
+
+def topk_diagnostics(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    teacher_topk_logp: ArrayLike,
+    teacher_topk_ids: ArrayLike,
+    *,
+    loss_mask: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    vocab_size: int | None = None,
+) -> dict[str, FloatArray]:
+    """Means over the trained rows with an id, S the ids of a row: `sum_S p`, `sum_S q`, shares of S and of samples.
+
+    tokens: trained rows. scored: those with an id. overlap: the share of S whose logit is no smaller than the |S|-th
+    largest, and not -inf. sampled_inside: the share of the labels of a row, -100 left out, that are in S.
+    logits: (..., V). labels: (...,) or (..., M). teacher_topk_logp, _ids: (..., K), id -1 is padding. loss_mask: (...,)
+    bool. Returns a dict of 0-dim arrays, 0 where nothing is scored.
+    """
+    x = as_float("logits", logits)
+    lead, size = x.shape[:-1], x.shape[-1] if vocab_size is None else vocab_size
+    y = as_int("labels", labels).reshape(*lead, -1)
+    ids = as_int("teacher_topk_ids", teacher_topk_ids)
+    log_p = as_float("teacher_topk_logp", teacher_topk_logp, shape=ids.shape)
+    mask = as_mask("loss_mask", loss_mask, shape=lead)
+    tau = np.broadcast_to(as_float("temperature", temperature), lead)
+    columns: dict[str, list[float]] = {"teacher_mass": [], "student_mass": [], "overlap": [], "sampled_inside": []}
+    for row in trained(mask):
+        support = {int(v): float(log_p[row][k]) for k, v in enumerate(ids[row]) if v != -1}
+        if not support:
+            continue
+        z = x[row][:size]
+        q, least = distribution(z, float(tau[row])), sorted(z)[-len(support)]
+        drawn = [int(label) for label in y[row] if label != -100]
+        columns["teacher_mass"].append(sum(exp(p) for p in support.values()))
+        columns["student_mass"].append(sum(float(q[v]) for v in support))
+        columns["overlap"].append(_mean([float(-math.inf < z[v] and z[v] >= least) for v in support]))
+        columns["sampled_inside"].append(_mean([float(label in support) for label in drawn]))
+    counts = {"tokens": float(mask.sum()), "scored": float(len(columns["overlap"]))}
+    means = {name: _mean(values) for name, values in columns.items()}
+    return {name: scalar(value) for name, value in (counts | means).items()}
 
 
 def constant(step: int, *, value: float) -> float:
