@@ -34,7 +34,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 from unittest import mock
 
 from . import sm90
@@ -306,6 +306,16 @@ def _divergence_calls() -> Iterator[Call]:
         yield linear(name, dtype, vocab, tested=False, options=True, shard=True)
 
 
+def _samples() -> tuple[Any, Any]:
+    """Labels, and the teacher's log-probs of them."""
+    return _new(ROWS, dtype="int64"), _new(ROWS)
+
+
+def _support() -> tuple[Any, Any]:
+    """The teacher's log-probs of the top 64, and their ids."""
+    return _new(ROWS, 64), _new(ROWS, 64, dtype="int64")
+
+
 def _topk_calls() -> Iterator[Call]:
     import kdloss
 
@@ -327,6 +337,33 @@ def _topk_calls() -> Iterator[Call]:
             _backward(getattr(kdloss, name)(logits, *teacher, tail=tail, impl="triton", **more))
 
         return Call(label, run, tested)
+
+    def sampled(dtype: str, layout: str) -> Call:
+        def run() -> None:
+            logits, options = _rows(layout, dtype)
+            given: dict[str, Any] = {"impl": "triton"} | options
+            _backward(kdloss.topk_sampled_reverse_kl(logits, *_samples(), *_support(), **given))
+
+        return Call(f"topk_sampled_reverse_kl, {_short(dtype)}, {layout}", run, False)
+
+    def linear(name: str, dtype: str, vocab: int) -> Call:
+        def run() -> None:
+            hidden, weight = (_new(n, 1024, dtype=dtype, grad=True) for n in (ROWS, vocab))
+            options: dict[str, Any] = {"loss_mask": _new(ROWS, dtype="bool"), "impl": "triton"}
+            given: tuple[Any, ...] = _support()
+            if name == "sampled_reverse_kl":
+                given = (*_samples(), *given)
+            else:
+                options |= {"tail": "bucket"} | DIVERGENCES[name]
+            _backward(getattr(kdloss, f"linear_topk_{name}")(hidden, weight, *given, **options))
+
+        return Call(f"linear_topk_{name}, {_short(dtype)}, {'even' if vocab == EVEN else 'odd'}", run, False)
+
+    # the kernels of log-probs, of products and of the top-k from logits, whose codes are tested there
+    for dtype, (layout, vocab) in itertools.product(("bfloat16", "float32"), (("even", EVEN), ("odd", ODD))):
+        yield sampled(dtype, layout)
+        for form in ("forward_kl", "reverse_kl", "generalized_jsd", "sampled_reverse_kl"):
+            yield linear(form, dtype, vocab)
 
     layouts = ("even", "odd", "padded", "cut", "apart")
     for dtype, layout in itertools.product(("bfloat16", "float32", "float16"), layouts):
@@ -388,11 +425,12 @@ def record(some: Iterable[Call]) -> Recorded:
 
 
 def functions_without_call() -> set[str]:
-    """Public functions that have an `impl` and are not in `calls`."""
+    """Public functions whose `impl` may be "triton" and that are not in `calls`."""
     import kdloss
 
     public = {name: getattr(kdloss, name) for name in kdloss.__all__}
-    with_kernels = {name for name, x in public.items() if "impl" in _parameters(x)}
+    having = {name: x for name, x in public.items() if "impl" in _parameters(x)}
+    with_kernels = {name for name, x in having.items() if "triton" in get_args(get_type_hints(x)["impl"])}
     return with_kernels - {call.name.split(",")[0] for call in calls()}
 
 

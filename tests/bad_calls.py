@@ -707,6 +707,19 @@ BAD["linear_topk_sampled_reverse_kl"] = [
     *_SAMPLED_ALONE,
 ]
 
+_LINEAR_TOPK = [
+    *(bad for bad in _BAD_LINEAR_DIVERGENCE if not any(name.startswith("teacher") for name in bad.changes)),
+    *(bad._replace(message=bad.message.replace("logits's", "hidden's")) for bad in _BAD_SUPPORT),
+    *(bad for bad in _BAD_TOPK if "tail" in bad.changes),
+]
+for _name in ("forward_kl", "reverse_kl", "generalized_jsd"):
+    # what only one of the three refuses is said of logits too, with the names of the functions from there
+    _alone = [bad for bad in BAD[f"topk_{_name}"] if bad not in _BAD_TOPK]
+    BAD[f"linear_topk_{_name}"] = [
+        *_LINEAR_TOPK,
+        *(bad._replace(message=bad.message.replace("topk_", "linear_topk_")) for bad in _alone),
+    ]
+
 _NO_OPTION = {"softcap", "impl"}
 BAD["topk_diagnostics"] = [
     *(bad for bad in _BAD_LOGITS if not _NO_OPTION & {*bad.changes}),

@@ -455,6 +455,35 @@ for _name, _share in _FORMS.items():
         compiled=("base", "full"),
     )
 
+for _name in ("forward_kl", "reverse_kl", "generalized_jsd"):
+    _of_k = {
+        "teacher_topk_logp": garbage(_LOGP_OF_K, MASK[:, None] & (_IDS_PADDED >= 0)),
+        "teacher_topk_ids": _IDS_PADDED,
+    }
+    _below_5 = torch.rand(T, 3, generator=_RANDOM)[:, :2].argsort(-1) + 2 * (torch.arange(T)[:, None] % 2)
+    TABLE[f"linear_topk_{_name}"] = Entry(
+        gradient="attached",
+        differentiable=("hidden", "weight", "bias"),
+        variants=variants(
+            {"hidden": _HIDDEN, "weight": _HEAD, "loss_mask": MASK, "tail": "bucket"} | _of_k | _FORMS[_name],
+            **{tail: {"tail": tail} for tail in ("renormalize", "truncate")},
+            **({} if _name == "generalized_jsd" else {"generalized": {"tail": "generalized"}}),
+            bias={"bias": _BIAS},
+            full={
+                "teacher_topk_logp": _TEACHER_LOGITS.log_softmax(-1).gather(-1, _below_5),
+                "teacher_topk_ids": _below_5.int(),
+                "bias": _BIAS,
+                "softcap": 1.5,
+                "logit_scale": -0.6,
+                "temperature": _TEMPERATURES,
+                "vocab_size": 5,
+                "impl": "torch",
+            },
+            nothing={"loss_mask": NOTHING},
+        ),
+        compiled=("base", "truncate", "full"),
+    )
+
 # --- top K and samples -----------------------------------------------------------------------------------------------
 
 

@@ -206,7 +206,7 @@ def test_fields_are_keywords_of_kdrl_loss_with_its_defaults():
     assert inspect.signature(KDRLConfig).parameters["distill_loss_weight"].default is required
     # the others are tensors, or belong to a batch
     tensors = {"logp", "old_logp", "teacher_logp", "advantages", "loss_mask", "prox_logp", "weights", "kd_mask"}
-    assert set(keywords) - set(given) == tensors | {"cu_seqlens", "normalizer", "group"}
+    assert set(keywords) - set(given) == tensors | {"kd_baseline", "cu_seqlens", "normalizer", "group"}
 
 
 @pytest.mark.parametrize("config", [KDRLConfig.from_mapping(BLOCK), ALL])

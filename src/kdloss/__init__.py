@@ -30,6 +30,11 @@ from ._divergences.topk import (
     topk_reverse_kl as topk_reverse_kl,
 )
 from ._divergences.topk_diagnostics import topk_diagnostics as topk_diagnostics
+from ._divergences.topk_from_hidden import (
+    linear_topk_forward_kl as linear_topk_forward_kl,
+    linear_topk_generalized_jsd as linear_topk_generalized_jsd,
+    linear_topk_reverse_kl as linear_topk_reverse_kl,
+)
 from ._divergences.topk_sampled import (
     linear_topk_sampled_reverse_kl as linear_topk_sampled_reverse_kl,
     topk_sampled_reverse_kl as topk_sampled_reverse_kl,
@@ -168,6 +173,9 @@ __all__ = [
     "linear_skewed_reverse_kl",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
+    "linear_topk_forward_kl",
+    "linear_topk_generalized_jsd",
+    "linear_topk_reverse_kl",
     "linear_topk_sampled_reverse_kl",
     "linear_total_variation",
     "masked_importance_weights",

@@ -35,11 +35,19 @@ def evaluated(name: str, dtype: torch.dtype, *, rounds: torch.dtype | None = Non
     function = getattr(kdloss, name)
     parameters = inspect.signature(function).parameters
     shares = {share: 0.3 for share in ("alpha", "beta") if share in parameters}
-    wanted: dict[str, Any] = {**given, **(teacher if "teacher_hidden" in parameters else {"labels": LABELS}), **shares}
+    ids = LABELS.clamp(min=0)[:, None] * 0 + torch.tensor([0, 3])
+    others = {
+        "labels": LABELS,
+        "teacher_logp": torch.full((T,), -1.0, dtype=dtype),
+        "teacher_topk_logp": torch.full((T, 2), 0.3, dtype=dtype).log(),
+        "teacher_topk_ids": ids,
+        "tail": "bucket",
+    }
+    others = {key: x for key, x in others.items() if key in parameters}
+    wanted: dict[str, Any] = {**given, **(teacher if "teacher_hidden" in parameters else others), **shares}
     if rounds is not None:
-        wanted = {
-            key: x.to(rounds) if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in wanted.items()
-        }
+        heads = given.keys() | teacher.keys()
+        wanted = {key: x.to(rounds) if key in heads else x for key, x in wanted.items()}
     if name == "fused_linear_loss":
         wanted["token_loss"] = lambda logp, entropy: entropy - logp
     found = function(**wanted, loss_mask=MASK, softcap=5.0, logit_scale=0.5)
@@ -82,6 +90,9 @@ def test_logits_are_taken_as_they_come_under_autocast(name):
     ids = LABELS[:, None].expand(T, 2) + torch.tensor([0, 3])
     given: dict[str, Any] = {
         "labels": LABELS,
+        "loss_mask": MASK,
+        "kind": "value",
+        "teacher_logp": teacher_logits[:, 0].log_softmax(-1),
         "teacher_logits": teacher_logits,
         "teacher_topk_logp": teacher_logits.log_softmax(-1).gather(-1, ids),
         "teacher_topk_ids": ids,
@@ -93,5 +104,6 @@ def test_logits_are_taken_as_they_come_under_autocast(name):
     plain = function(logits, **wanted)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = function(logits, **wanted)
-    for x, y in zip(*([z] if isinstance(z, Tensor) else [*z] for z in (found, plain)), strict=True):
+    results = ([z] if isinstance(z, Tensor) else [*(z.values() if isinstance(z, dict) else z)] for z in (found, plain))
+    for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import kdloss
 from decimals import MIXTURES, SHARES, assert_mixture
-from kdloss._divergences import hidden_op, logits_op
+from kdloss._divergences import hidden_passes, logits_op
 from kdloss._triton import _launch
 from triton_harness import DEVICE, amid_nan, far_apart, normal, poisoned
 
@@ -300,7 +300,7 @@ def test_from_hidden_states(name, dtype, teacher_dtype, options):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_frozen_heads_and_other_dtypes_in_small_chunks(frozen, dtypes, monkeypatch):
     """With a frozen head the forward takes the gradient. Chunks have 16 rows; float16 keeps its gradient in float32."""
-    monkeypatch.setattr(hidden_op, "_CHUNK_ENTRIES", {"cpu": 1, "gpu": 1})
+    monkeypatch.setattr(hidden_passes, "_CHUNK_ENTRIES", {"cpu": 1, "gpu": 1})
     student, teacher, factor = heads(*dtypes)
     mask = torch.arange(T, device=DEVICE) > 0
     for x in student[1:]:

@@ -427,7 +427,7 @@ def test_hostile_divergences(name):
 def test_divergences_from_hidden_states(name, options, dtype, bounds, frozen, monkeypatch):
     """In chunks of two rows; with a trained and with a frozen head."""
     monkeypatch.setattr(
-        _divergences.hidden_op, "_CHUNK_ENTRIES", dict.fromkeys(_divergences.hidden_op._CHUNK_ENTRIES, 2 * V)
+        _divergences.hidden_passes, "_CHUNK_ENTRIES", dict.fromkeys(_divergences.hidden_passes._CHUNK_ENTRIES, 2 * V)
     )
     given = dict(HEADS[options], teacher_softcap=2.0) if options == "everything" else OPTIONS[options]
     hidden, weight, bias = head(dtype, bias=True)

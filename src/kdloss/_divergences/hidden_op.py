@@ -38,12 +38,9 @@ from kdloss._softmax.head import Head, Heads
 from kdloss._softmax.operator import operator
 from kdloss._softmax.whole_rows import rate_of
 
-from .hidden_passes import KernelPairChunks, Options, PairChunk, PairChunks, TorchPairChunks, dtype_of
+from .hidden_passes import KernelPairChunks, Options, PairChunk, PairChunks, TorchPairChunks, chunk_rows, dtype_of
 from .rows import Form
 from .sharded import whole_divergence
-
-# Logits of a chunk, per side. On a CPU 64 MiB of float32: enough rows for a matrix product to run at full speed.
-_CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
 
 
 def linear_divergence(
@@ -325,7 +322,7 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, PairChunk]]:
     """Yield (rows, their chunk): the rows where `trained` (T,) is True, as many at a time as the budget allows."""
     index = trained.nonzero().squeeze(-1)
-    rows = max(16, _CHUNK_ENTRIES["cpu" if trained.device.type == "cpu" else "gpu"] // options.vocab_size)
+    rows = chunk_rows(options.vocab_size, trained.device)
     make = KernelPairChunks if kernels else TorchPairChunks
     chunks: PairChunks = make(student, teacher, options, min(rows, index.shape[0]))
     for start in range(0, index.shape[0], rows):

@@ -33,6 +33,15 @@ if TYPE_CHECKING:
     from kdloss._triton._divergences import Pair
 
 
+# Logits of a chunk, per side. On a CPU 64 MiB of float32: enough rows for a matrix product to run at full speed.
+_CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """How many rows a chunk has, at most."""
+    return max(16, _CHUNK_ENTRIES["cpu" if device.type == "cpu" else "gpu"] // max(1, vocab_size))
+
+
 class Options(NamedTuple):
     """What is computed from the logits of both sides."""
 
@@ -164,8 +173,8 @@ class KernelPairChunks:
 
         x, y = self._room[:, : rows.shape[0]].unbind(0)
         student, teacher = self._heads
-        hidden = _product_(x, student, rows)
-        _product_(y, teacher, rows)
+        hidden = product_of_rows_(x, student, rows)
+        product_of_rows_(y, teacher, rows)
         sides = [LogitTransform.of(head.bias, head.logit_scale, head.softcap) for head in self._heads]
         form, temperature, tau, vocab_size, *_ = self._options
         taus = None if tau is None else tau.index_select(0, rows)
@@ -203,7 +212,7 @@ class KernelPairChunk(NamedTuple):
         return self.pair.slice_state() if row_state is None else self.pair.slice_terms(row_state[self.rows])
 
 
-def _product_(out: Tensor, head: Head, rows: Tensor) -> Tensor:
+def product_of_rows_(out: Tensor, head: Head, rows: Tensor) -> Tensor:
     """`hidden @ weight.T` of some rows into `out`; returns these hidden states in the dtype of the product."""
     from kdloss._triton import _products
 

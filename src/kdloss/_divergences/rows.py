@@ -333,7 +333,7 @@ def _terms(
     if kind == REVERSE_KL:
         products = d.mul_(q).neg_() if gradient else d.mul_(q)
         total = _sum_of_products(products)
-        return (total if gradient else -total), products
+        return (total if gradient else 0 - total), products
     if kind == TOTAL_VARIATION:
         torch.sub(q, p, out=d)
         return torch.abs(d, out=room).sum(-1).mul_(0.5), d.sign_().mul_(q).mul_(0.5)

@@ -24,7 +24,8 @@ infinite. Keep the log-probs in float32: rounded to bf16 they are off by 1 %, an
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -248,25 +249,69 @@ def _topk(
     """Any divergence with any tail; the public functions differ only in `form`."""
     check_tail(tail, form)
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
-    vocab_size, kind = softmax.vocab_size, form.kind
-    ids, order, broken = check_topk(
-        "logits", logits, logits.shape[:-1], teacher_topk_logp, teacher_topk_ids, vocab_size
-    )
-    dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
-    valid = (ids >= 0) & (ids < vocab_size)
-    empty = ~valid.any(-1, keepdim=True)
-    _checks.row_temperatures(softmax.row_temperature, ~empty.squeeze(-1))
-    log_p = torch.where(valid, teacher_topk_logp.detach().gather(-1, order).to(dtype), -math.inf)
+    rows = logits.shape[:-1]
+    support = check_support("logits", logits, rows, teacher_topk_logp, teacher_topk_ids, softmax.vocab_size)
+    _checks.row_temperatures(softmax.row_temperature, support.counted)
 
+    def columns(ids: Tensor, *, with_rest: bool) -> tuple[Tensor, Tensor]:
+        return kept_and_rest(logits, ids, softmax, with_rest=with_rest)
+
+    dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
+    return divergence_of_support(form, tail, support, columns, softmax, dtype)
+
+
+class Support(NamedTuple):
+    """The ids of each row in ascending order, and the teacher's log-probs of them."""
+
+    ids: Tensor  # (..., K) int64, -1 at padding
+    logp: Tensor  # (..., K), undefined at padding
+    vocab_size: int
+    broken: Tensor | None  # (...,) bool, rows whose ids are twice or outside; None if those raise
+
+    @property
+    def valid(self) -> Tensor:
+        """(..., K) bool, False at padding."""
+        return (self.ids >= 0) & (self.ids < self.vocab_size)
+
+    @property
+    def counted(self) -> Tensor:
+        """(...,) bool, the rows that have an id."""
+        return self.valid.any(-1)
+
+    def only(self, rows: Tensor) -> Support:
+        """Padding alone in all rows but these (...,)."""
+        broken = None if self.broken is None else self.broken & rows
+        return self._replace(ids=self.ids.masked_fill(~rows.unsqueeze(-1), PADDING), broken=broken)
+
+
+def check_support(
+    name: str, reference: Tensor, rows: torch.Size, logp: Tensor, ids: Tensor, vocab_size: int
+) -> Support:
+    """Checked ids, and the teacher's log-probs in their order. `reference` has the rows, and is `name` in errors."""
+    ids, order, broken = check_topk(name, reference, rows, logp, ids, vocab_size)
+    return Support(ids, logp.detach().gather(-1, order), vocab_size, broken)
+
+
+def divergence_of_support(
+    form: Form,
+    tail: Tail,
+    support: Support,
+    columns: Callable[..., tuple[Tensor, Tensor]],  # (ids, with_rest=) -> `kept_and_rest` of the student's logits
+    softmax: Softmax,
+    dtype: torch.dtype,
+) -> Tensor:  # (...,)
+    """The divergence of each row, 0 without gradient in a row of padding only."""
+    ids, valid, vocab_size = support.ids, support.valid, support.vocab_size
+    empty = ~support.counted.unsqueeze(-1)
+    log_p = torch.where(valid, support.logp.to(dtype), -math.inf)
+    kept, rest = columns(ids, with_rest=tail != "renormalize")
     if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed
-        kept, _ = kept_and_rest(logits, ids, softmax, with_rest=False)
         student = kept.to(dtype)
         teacher = log_p
     else:
-        kept, rest = kept_and_rest(logits, ids, softmax)
         student = torch.cat([kept, rest.unsqueeze(-1)], -1).to(dtype)
         valid = torch.cat([valid, torch.ones_like(empty)], -1)
-        teacher = torch.cat([log_p, _log_tail(log_p, ids, vocab_size, kind).unsqueeze(-1)], -1)
+        teacher = torch.cat([log_p, _log_tail(log_p, ids, vocab_size, form.kind).unsqueeze(-1)], -1)
     student = torch.where(empty, 0, torch.where(valid, student, -math.inf))
     teacher = torch.where(empty, 0, teacher)
     if tail in ("truncate", "generalized"):
@@ -279,7 +324,7 @@ def _topk(
     else:  # softmax(student) is the distribution over K + 1 outcomes, or over K
         kernels = softmax.kernels and dtype == torch.float32
         value = divergence(student, teacher, form, Softmax.of(student.shape[-1], kernels=kernels))
-    return value if broken is None else value.masked_fill(broken, math.nan)
+    return value if support.broken is None else value.masked_fill(support.broken, math.nan)
 
 
 def check_tail(tail: Tail, form: Form) -> None:

@@ -49,12 +49,12 @@ def kept_and_rest(
     if softmax.shard is not None:
         kept, rest = _ShardedTopk.apply(logits, ids, softmax.row_temperature, options, softmax.shard)  # type: ignore[no-untyped-call]
         return kept, rest
-    kept, rest = _kept_and_rest(logits, ids, softmax.row_temperature, *options)
+    kept, rest = kept_and_rest_of_rows(logits, ids, softmax.row_temperature, *options)
     return kept, rest
 
 
 @operator("kept_and_rest")
-def _kept_and_rest(
+def kept_and_rest_of_rows(
     logits: Tensor,
     ids: Tensor,
     row_temperature: Tensor | None,
@@ -89,14 +89,14 @@ def _kept_and_rest(
     return kept, rest
 
 
-@_kept_and_rest.register_fake
+@kept_and_rest_of_rows.register_fake
 def _(logits: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = _checks.promoted_dtype(logits)
     return logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(ids.shape[:-1], dtype=dtype)
 
 
 @operator("kept_and_rest_backward")
-def _kept_and_rest_backward(
+def gradient_of_kept_and_rest(
     upstream_kept: Tensor,
     upstream_rest: Tensor,
     logits: Tensor,
@@ -145,7 +145,7 @@ def _kept_and_rest_backward(
     return grad
 
 
-@_kept_and_rest_backward.register_fake
+@gradient_of_kept_and_rest.register_fake
 def _(upstream_kept: Tensor, upstream_rest: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -156,14 +156,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
-    return (_kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options),)
+    return (gradient_of_kept_and_rest(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options),)
 
 
-_kept_and_rest.register_autograd(_backward, _save)
+kept_and_rest_of_rows.register_autograd(_backward, _save)
 
 
 class _ShardedTopk(torch.autograd.Function):
-    """`_kept_and_rest` of logits that are a slice of the rows; results are those of whole rows."""
+    """`kept_and_rest_of_rows` of logits that are a slice of the rows; results are those of whole rows."""
 
     @staticmethod
     def forward(
@@ -175,20 +175,15 @@ class _ShardedTopk(torch.autograd.Function):
         shard: VocabShard,
     ) -> tuple[Tensor, Tensor]:
         here = ids_of_slice(ids, shard.start)
-        kept, rest = _kept_and_rest(logits, here, row_temperature, *options)
-        with_rest = options[2]
-        if with_rest:
-            parts = gather(torch.cat([kept, rest.unsqueeze(-1)], -1), shard)
-            kept, rest = parts[..., :-1].amax(0), parts[..., -1].logsumexp(0)
-        else:
-            kept = gather(kept, shard).amax(0)
+        kept, rest = kept_and_rest_of_rows(logits, here, row_temperature, *options)
+        kept, rest = merge_ranks(kept, rest, shard, with_rest=options[2])
         ctx.save_for_backward(logits, here, row_temperature, rest)
         ctx.options = options
         return kept, rest
 
     @staticmethod
     def backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _kept_and_rest_backward(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
+        grad = gradient_of_kept_and_rest(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, None, None
 
 
@@ -207,6 +202,14 @@ def _log_sum_of_others(x: Tensor, index: Tensor, logits: Tensor, temperature: fl
         others = _load(logits, x, temperature).scatter_(-1, index, -math.inf).logsumexp(-1)
         return torch.where(central, mass.log(), others)
     return x.scatter_(-1, index, -math.inf).logsumexp(-1)
+
+
+def merge_ranks(kept: Tensor, rest: Tensor, shard: VocabShard, *, with_rest: bool) -> tuple[Tensor, Tensor]:
+    """The kept logits and the rest of whole rows, from those of each rank's slice."""
+    if not with_rest:
+        return gather(kept, shard).amax(0), rest
+    parts = gather(torch.cat([kept, rest.unsqueeze(-1)], -1), shard)
+    return parts[..., :-1].amax(0), parts[..., -1].logsumexp(0)
 
 
 def ids_of_slice(ids: Tensor, start: int) -> Tensor:

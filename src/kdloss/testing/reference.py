@@ -136,6 +136,12 @@ from kdloss.testing._oracles.token_signals import (
     trust_region_mask as trust_region_mask,
 )
 from kdloss.testing._oracles.topk import (
+    linear_topk_forward_kl as linear_topk_forward_kl,
+    linear_topk_forward_kl_grad as linear_topk_forward_kl_grad,
+    linear_topk_generalized_jsd as linear_topk_generalized_jsd,
+    linear_topk_generalized_jsd_grad as linear_topk_generalized_jsd_grad,
+    linear_topk_reverse_kl as linear_topk_reverse_kl,
+    linear_topk_reverse_kl_grad as linear_topk_reverse_kl_grad,
     topk_forward_kl as topk_forward_kl,
     topk_forward_kl_grad as topk_forward_kl_grad,
     topk_generalized_jsd as topk_generalized_jsd,

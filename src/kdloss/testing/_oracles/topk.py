@@ -8,11 +8,14 @@ dF/dx_j = sum_o s_o d log q_o/dx_j.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .divergences import Form, distribution, forward_form, jsd_form, reverse_form
 from .pairs import pair
-from .types import ArrayLike, FloatArray, as_float, as_int
+from .topk_sampled import through_head
+from .types import ArrayLike, FloatArray, LinearGradients, as_float, as_int
 
 # A float64 tail below this is a rounding error: it counts as 0 in a numerator, and as this in a denominator.
 _MIN_TAIL = 8 * 2.0**-52
@@ -71,6 +74,16 @@ def _topk(
         value[row], slope = _row(form, tail, x[row][:vocab], logp[row], ids[row].tolist(), float(tau[row]), floor)
         grad[row][:vocab] = float(u[row]) * slope
     return value, grad
+
+
+def _of_rows(
+    form: Form, logp: ArrayLike, ids: ArrayLike, tail: str, temperature: ArrayLike, floor: float = 0.0
+) -> Callable[[int, FloatArray], tuple[float, FloatArray]]:
+    """(row number, its logits) -> (value, gradient)."""
+    of_rows = as_int("teacher_topk_ids", ids)
+    kept = as_float("teacher_topk_logp", logp, shape=of_rows.shape)
+    tau = np.broadcast_to(as_float("temperature", temperature), of_rows.shape[:1])
+    return lambda t, x: _row(form, tail, x, kept[t], of_rows[t].tolist(), float(tau[t]), floor)
 
 
 def topk_forward_kl_and_grad(
@@ -140,3 +153,88 @@ def topk_generalized_jsd_and_grad(
 
 
 topk_generalized_jsd, topk_generalized_jsd_grad = pair(topk_generalized_jsd_and_grad)
+
+
+def linear_topk_forward_kl_and_grad(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    teacher_topk_logp: ArrayLike,
+    teacher_topk_ids: ArrayLike,
+    *,
+    loss_mask: ArrayLike,
+    tail: str,
+    bias: ArrayLike | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: ArrayLike = 1.0,
+    vocab_size: int | None = None,
+    upstream: ArrayLike | None = None,
+) -> tuple[FloatArray, LinearGradients]:
+    """`sum_S p log(p/q)`, and the tail, of `cap((W h + b) s)`; 0 where not trained.
+
+    hidden: (T, D). weight: (V, D). teacher_topk_logp, _ids: (T, K), id -1 is padding. Returns (T,), nats.
+
+    Gradient: those of hidden (T, D), weight (V, D) and bias (V,) or None. upstream (u): (T,).
+    """
+    loss = _of_rows(forward_form(), teacher_topk_logp, teacher_topk_ids, tail, temperature)
+    return through_head(loss, hidden, weight, loss_mask, bias, softcap, logit_scale, vocab_size, upstream)
+
+
+linear_topk_forward_kl, linear_topk_forward_kl_grad = pair(linear_topk_forward_kl_and_grad)
+
+
+def linear_topk_reverse_kl_and_grad(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    teacher_topk_logp: ArrayLike,
+    teacher_topk_ids: ArrayLike,
+    *,
+    loss_mask: ArrayLike,
+    tail: str,
+    bias: ArrayLike | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: ArrayLike = 1.0,
+    vocab_size: int | None = None,
+    upstream: ArrayLike | None = None,
+) -> tuple[FloatArray, LinearGradients]:
+    """`sum_S q log(q/p)`, and the tail, of `cap((W h + b) s)`; 0 where not trained.
+
+    hidden: (T, D). weight: (V, D). teacher_topk_logp, _ids: (T, K), id -1 is padding. Returns (T,), nats.
+
+    Gradient: those of hidden (T, D), weight (V, D) and bias (V,) or None. upstream (u): (T,).
+    """
+    loss = _of_rows(reverse_form(), teacher_topk_logp, teacher_topk_ids, tail, temperature, _MIN_TAIL)
+    return through_head(loss, hidden, weight, loss_mask, bias, softcap, logit_scale, vocab_size, upstream)
+
+
+linear_topk_reverse_kl, linear_topk_reverse_kl_grad = pair(linear_topk_reverse_kl_and_grad)
+
+
+def linear_topk_generalized_jsd_and_grad(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    teacher_topk_logp: ArrayLike,
+    teacher_topk_ids: ArrayLike,
+    *,
+    loss_mask: ArrayLike,
+    tail: str,
+    beta: float,
+    bias: ArrayLike | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: ArrayLike = 1.0,
+    vocab_size: int | None = None,
+    upstream: ArrayLike | None = None,
+) -> tuple[FloatArray, LinearGradients]:
+    """`β KL(p || m) + (1-β) KL(q || m)` over S, and the tail, of `cap((W h + b) s)`; 0 where not trained.
+
+    hidden: (T, D). weight: (V, D). teacher_topk_logp, _ids: (T, K), id -1 is padding. Returns (T,), nats.
+
+    Gradient: those of hidden (T, D), weight (V, D) and bias (V,) or None. upstream (u): (T,).
+    """
+    loss = _of_rows(jsd_form(beta), teacher_topk_logp, teacher_topk_ids, tail, temperature)
+    return through_head(loss, hidden, weight, loss_mask, bias, softcap, logit_scale, vocab_size, upstream)
+
+
+linear_topk_generalized_jsd, linear_topk_generalized_jsd_grad = pair(linear_topk_generalized_jsd_and_grad)
