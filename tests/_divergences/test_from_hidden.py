@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kdloss
-from kdloss._divergences import hidden_op as ops
+from kdloss._divergences import hidden_passes
 from kdloss._softmax import head, products
 
 T, V, D, D_TEACHER = 40, 11, 4, 6
@@ -57,7 +57,7 @@ def teacher(dtype: torch.dtype = torch.float64, *, vocab: int = V) -> list[Tenso
 @pytest.fixture
 def small_chunks(monkeypatch):
     """The smallest sizes: 16 rows per chunk (two and a part for the trained tokens), 256 rows of the head per slice."""
-    monkeypatch.setattr(ops, "_CHUNK_ENTRIES", {"cpu": 1, "gpu": 1})
+    monkeypatch.setattr(hidden_passes, "_CHUNK_ENTRIES", {"cpu": 1, "gpu": 1})
     monkeypatch.setattr(head, "_SLICE_ENTRIES", 1)
 
 

@@ -352,6 +352,33 @@ def test_a_small_rest_keeps_its_digits():
     torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("name", "tail"), [("forward_kl", "bucket"), ("reverse_kl", "generalized")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_hidden_states(name, tail, dtype):
+    """Products of half-precision operands are exact in float32; the gradient of the logits is rounded to the dtype."""
+    vocab, width, k = 300, 16, 4
+    ids = support(vocab, k)
+    logp = normal(ROWS, k, seed=4).log_softmax(-1) - 0.2
+    mask = torch.tensor([True, True, True, False], device=DEVICE)
+    leaves = [normal(*shape, seed=n, dtype=dtype) for n, shape in enumerate([(ROWS, width), (vocab, width), (vocab,)])]
+    leaves[0][3] = torch.nan
+
+    def run(of: list[Tensor], impl: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        of = [x.detach().clone().requires_grad_() for x in of]
+        function = getattr(kdloss, f"linear_topk_{name}")
+        options = {"loss_mask": mask, "tail": tail, "bias": of[2], "softcap": 5.0, "temperature": 0.7, "impl": impl}
+        value = function(*of[:2], logp.to(of[0].dtype) if impl == "torch" else logp, ids, **options)
+        return value.detach(), torch.autograd.grad(value, of, torch.arange(1.0, ROWS + 1, device=DEVICE).to(value))
+
+    with poisoned():
+        value, gradients = run(leaves, "triton")
+    expected, truth = run([x.double() for x in leaves], "torch")
+    torch.testing.assert_close(value.double(), expected, rtol=ROUNDING, atol=ROUNDING)
+    bound = 4 * ROUNDING if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for x, y in zip(gradients, truth, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=bound, atol=bound * float(y.abs().max()))
+
+
 def test_logits_of_any_strides_and_shapes():
     """`logits[:, :-1]` of (B, L, V), the same transposed, one row without leading axes, and no rows."""
     whole, ids = normal(2, 4, 70), torch.tensor([3, 4, 69], device=DEVICE).repeat(2, 3, 1)

@@ -120,7 +120,7 @@ def case_divergences_from_hidden_states(ranks: Ranks) -> None:
                     return (f(h, w, x, y, loss_mask=mask, bias=b, teacher_bias=z, **options),)
 
                 mine = (teacher_hidden, part(teacher_weight, shard, 0), part(teacher_bias, shard, 0))
-                with mock.patch.dict(_divergences.hidden_op._CHUNK_ENTRIES, cpu=2 * V):
+                with mock.patch.dict(_divergences.hidden_passes._CHUNK_ENTRIES, cpu=2 * V):
                     expected, gradients = differentiated(partial(call, **options), [hidden, weight, bias])
                     found, own = differentiated(
                         partial(call, teacher=mine, shard=shard, **options),
@@ -136,6 +136,34 @@ def case_divergences_from_hidden_states(ranks: Ranks) -> None:
                 close(own[2], part(gradients[2], shard, 0), dtype, f"db {what}")
                 close(dh, dh_whole, dtype, f"dh, frozen {what}")
                 ranks.same_bits(*found, own[0])
+
+
+@on(2, 3)
+def case_topk_from_hidden_states(ranks: Ranks) -> None:
+    """In chunks of two rows; ids in one slice, in several, and a row of padding."""
+    ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:5] for i in range(T)])
+    ids[1], ids[2] = torch.tensor([22, 21, 20, -1, -1]), -1
+    mask = torch.arange(T) != 7
+    for shard in shards(ranks):
+        hidden, weight, bias = (ranks.normal(*shape, seed=n).double() for n, shape in enumerate([(T, D), (V, D), (V,)]))
+        hidden[7] = torch.nan
+        kept = (2 * ranks.normal(T, V, seed=3).double()).log_softmax(-1).gather(-1, ids.clamp(min=0))
+        for name, tail in (("forward_kl", "bucket"), ("reverse_kl", "renormalize"), ("reverse_kl", "generalized")):
+
+            def call(h, w, b, name=name, tail=tail, kept=kept, shard=None):
+                function = getattr(kdloss, f"linear_topk_{name}")
+                return (function(h, w, kept, ids, loss_mask=mask, tail=tail, bias=b, softcap=2.0, shard=shard),)
+
+            with mock.patch.dict(_divergences.hidden_passes._CHUNK_ENTRIES, cpu=2 * V):
+                expected, gradients = differentiated(call, [hidden, weight, bias])
+                local = [hidden, part(weight, shard, 0), part(bias, shard, 0)]
+                found, own = differentiated(partial(call, shard=shard), local)
+            what = f"{name} {tail} {shard}"
+            close(found[0], expected[0], torch.float64, what)
+            close(own[0], gradients[0], torch.float64, f"dh {what}")
+            close(own[1], part(gradients[1], shard, 0), torch.float64, f"dw {what}")
+            close(own[2], part(gradients[2], shard, 0), torch.float64, f"db {what}")
+            ranks.same_bits(*found, own[0])
 
 
 @on(2, 3, 4)
