@@ -107,7 +107,7 @@ def test_the_kernels_are_their_torch_form(vocab, k, dtype, every_option):
             kept, rest = forward_kernels.forward(*given, with_rest)
         expected = forward_kernels.forward_in_torch(*given, with_rest)
         torch.testing.assert_close((kept, rest), expected, rtol=4 * EPS, atol=8 * EPS)
-        exact = topk_op._kept_and_rest(given[0].double(), *given[1:], with_rest)
+        exact = topk_op.kept_and_rest_of_rows(given[0].double(), *given[1:], with_rest)
         rows = [0, 1, 3]  # row 2 has only padding
         torch.testing.assert_close(
             (kept.double(), rest[rows].double()), (exact[0], exact[1][rows]), rtol=4 * EPS, atol=8 * EPS
@@ -397,7 +397,7 @@ def test_logits_of_any_strides_and_shapes():
 
 def test_opcheck():
     logits, ids = normal(2, 5).requires_grad_(), torch.tensor([-1, 3], device=DEVICE).repeat(2, 1)
-    torch.library.opcheck(topk_op._kept_and_rest.overload, (logits, ids, normal(2).exp(), 1.0, 4, True, True))
+    torch.library.opcheck(topk_op.kept_and_rest_of_rows.overload, (logits, ids, normal(2).exp(), 1.0, 4, True, True))
 
 
 @pytest.mark.gpu
