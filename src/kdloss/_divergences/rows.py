@@ -24,9 +24,10 @@ A logit of -inf is a mass of 0: 0 log 0 is 0, and a mass divided by 0 gives +inf
 0. A row with NaN, +inf or only -inf is not a distribution: value and gradient are NaN.
 
 Each pass over a block is one fast operation of torch, and all cost about the same on a CPU, a mask included. So there q
-and p are e^z over its sum where that is safe (`central`), and d is the difference of the logits plus one value per row:
-two log-softmax passes fewer. Elsewhere `softmax` and `log_softmax` are used. The NaN of 0 * inf is removed after the
-product, on a CPU only if a sum shows that there is one, and rows that must be NaN are set to it again.
+and p are e^z over its sum in rows where that is safe (`central`). There d is a difference of the logits plus one value
+per row, which saves two log-softmax passes. Elsewhere `softmax` and `log_softmax` are used. The NaN of 0 * inf is
+removed after the product, on a CPU only if a sum shows that there is one, and rows that must be NaN are set to it
+again.
 
 The `slice_*` functions do the same for ranks that hold a slice of each row: a slice's softmax times its share of the
 mass is that of the row, and sums over the slices are sums over the row (`sharded.py`).
@@ -52,6 +53,9 @@ TOTAL_VARIATION = "total_variation"
 
 # beyond ± this, sigmoid(t) is 0 or 1 and softplus(t) is 0 or t in every dtype
 _SATURATED = 1e4
+# d is rounded at the size of z_teacher - z_student, which is the difference of the two log-sum-exps where a row is
+# sure. So d is a difference of logits only if those differ by less than 4: then it loses no more than 4 roundings.
+_NEAR = math.exp(4)
 # blocks of rows in a scratch
 _BUFFERS = 5
 
@@ -131,12 +135,9 @@ def block_divergence(
 
     if room.device.type == "cpu" and student.shape[1] > 1:  # a single column has exactly the mass 1
         exponentials = _exponentials(student, teacher, tau, buffers)
-        low, high = CENTRAL_SUMS
-        sums = exponentials.sums
-        least, most = (float(x) for x in sums.aminmax())
-        if low < least and most < high:
+        central = exponentials.central()
+        if bool(central.all()):
             return _central_divergence(form, exponentials, buffers, value, gradient)
-        central = ((sums > low) & (sums < high)).all(0).squeeze(-1)
         if bool(central.any()):  # a row's values must not depend on the rows beside it
             return _by_rows(form, student, teacher, scratch, temperature, row_temperature, value, gradient, central)
 
@@ -167,6 +168,13 @@ class _Exponentials(NamedTuple):
     x: Tensor  # (R, V) z of the student: the logits, or in the first buffer
     y: Tensor  # (R, V) of the teacher: the logits, or in the second buffer
     sums: Tensor  # (2, R, 1) of e^x, which is in the fourth buffer, and of e^y, which is in the fifth
+
+    def central(self) -> Tensor:
+        """(R,) bool, the rows where q, p and d keep their digits."""
+        low, high = CENTRAL_SUMS
+        ratio = self.sums[0] / self.sums[1]
+        near = (ratio > 1 / _NEAR) & (ratio < _NEAR)
+        return (((self.sums > low) & (self.sums < high)).all(0) & near).squeeze(-1)
 
 
 def _exponentials(student: Tensor, teacher: Tensor, tau: float | Tensor, buffers: tuple[Tensor, ...]) -> _Exponentials:
@@ -201,7 +209,8 @@ def _central_divergence(
     else:
         slope = total if kind == REVERSE_KL else weighted.sum(-1)
         dz = weighted.addcmul_(q, slope.unsqueeze(-1), value=-1)
-    return BlockResult(total.clamp(min=0), dz)
+    # without `value`, the sum of a mixture is undefined
+    return BlockResult(total.clamp(min=0) if value else None, dz)
 
 
 def _by_rows(

@@ -25,7 +25,7 @@ from kdloss._softmax.head import HEAD_ARGS, Head, prepare_heads
 from kdloss._softmax.operator import operator
 from kdloss._softmax.vocabulary import IGNORE_INDEX, check_labels, prepare_logits
 
-from .topk import TOPK_ARGS, check_topk
+from .topk import TOPK_ARGS, Support, check_support
 
 SAMPLE_ARGS = {
     "labels": """(...,) int64, the sampled token of each row, or (..., M) for M tokens that were sampled independently
@@ -55,15 +55,6 @@ class _Samples(NamedTuple):
     teacher_logp: Tensor
     old_logp: Tensor | None
     max_ratio: float | None
-
-
-class _Support(NamedTuple):
-    """The ids of each row, and the teacher's log-probs of them: (..., K) each."""
-
-    ids: Tensor
-    logp: Tensor
-    valid: Tensor  # bool, False at padding
-    broken: Tensor | None  # (...,) bool, rows whose ids are twice or outside; None if those raise
 
 
 @documented(TOPK_ARGS, SAMPLE_ARGS)
@@ -132,7 +123,7 @@ def topk_sampled_reverse_kl(
     check_labels(labels, rows, softmax.vocab_size)
     _checks.same_device("logits", logits, labels=labels)
     samples = _check_samples(labels, teacher_logp, old_logp, max_ratio, rows)
-    support = _check_support("logits", logits, rows, teacher_topk_logp, teacher_topk_ids, softmax.vocab_size)
+    support = check_support("logits", logits, rows, teacher_topk_logp, teacher_topk_ids, softmax.vocab_size)
     columns = _columns(samples.labels, support)
     logp, _ = logprobs_from_logits(logits, columns, None, softmax, with_entropy=False)
     return _exact_and_sampled(logp, samples, support)
@@ -227,7 +218,7 @@ def linear_topk_sampled_reverse_kl(
     if loss_mask is not None:
         samples = samples._replace(labels=samples.labels.masked_fill(~loss_mask.unsqueeze(-1), IGNORE_INDEX))
     size = heads.softmax.vocab_size
-    support = _check_support("hidden", heads.student.hidden, heads.shape, teacher_topk_logp, teacher_topk_ids, size)
+    support = check_support("hidden", heads.student.hidden, heads.shape, teacher_topk_logp, teacher_topk_ids, size)
     columns = _columns(samples.labels, support)
     logp, _ = logprobs_from_hidden(heads, columns, loss_mask=None, max_trained_tokens=max_trained_tokens)
     return _exact_and_sampled(logp, samples, support)
@@ -250,23 +241,14 @@ def _check_samples(
     return _Samples(labels, teacher_logp, old_logp, max_ratio)
 
 
-def _check_support(
-    name: str, reference: Tensor, rows: torch.Size, logp: Tensor, ids: Tensor, vocab_size: int
-) -> _Support:
-    """Checked ids of the rows, and the teacher's log-probs in their order."""
-    ids, order, broken = check_topk(name, reference, rows, logp, ids, vocab_size)
-    valid = (ids >= 0) & (ids < vocab_size)
-    return _Support(ids, logp.detach().gather(-1, order), valid, broken)
-
-
-def _columns(labels: Tensor, support: _Support) -> Tensor:
+def _columns(labels: Tensor, support: Support) -> Tensor:
     """(..., K + M) labels whose log-probs are read: the ids and the samples, none in a row without a sample."""
     sampled = (labels != IGNORE_INDEX).any(-1, keepdim=True)
     ids = torch.where(support.valid & sampled, support.ids, IGNORE_INDEX)
     return torch.cat([ids, labels], -1)
 
 
-def _exact_and_sampled(logp: Tensor, samples: _Samples, support: _Support) -> Tensor:
+def _exact_and_sampled(logp: Tensor, samples: _Samples, support: Support) -> Tensor:
     """The value of each row, from the student's log-probs (..., K + M); it is differentiable in these."""
     labels, teacher_logp, old_logp, max_ratio = samples
     dtype = _checks.promoted_dtype(logp, support.logp, teacher_logp, old_logp)
