@@ -257,6 +257,7 @@ OWN = {
     "reverse_kl_baseline": ("test_rows_of_baselines_are_independent",),
     **{f"linear_{name}": ("test_a_linear_divergence_is_the_sum_of_its_trained_rows",) for name in DIVERGENCES},
     **{f"topk_{name}": ("test_rows_of_topk_divergences_are_independent",) for name in DIVERGENCES[:3]},
+    **{f"linear_topk_{name}": ("test_rows_of_linear_topk_divergences_are_independent",) for name in DIVERGENCES[:3]},
     **dict.fromkeys(
         ("topk_sampled_reverse_kl", "linear_topk_sampled_reverse_kl"),
         ("test_rows_of_sampled_topk_losses_are_independent",),

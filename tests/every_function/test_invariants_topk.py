@@ -1,4 +1,4 @@
-"""Holds the invariants of the losses of a top K and samples: rows are independent, masked rows leave no trace.
+"""Holds the invariants of the losses of a top K, with samples or without: rows are independent, masked ones leave no trace.
 
 float64, so results differ only by the order of sums of at most 9 terms of size 10: a few roundings.
 """
@@ -6,6 +6,7 @@ float64, so results differ only by the order of sums of at most 9 terms of size 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +36,27 @@ def of_hidden(batch: Rows) -> Outcome:
     arguments = sampled(batch, batch.labels)
     values = kdloss.linear_topk_sampled_reverse_kl(hidden, weight, *arguments, loss_mask=batch.mask)
     return values.detach(), *torch.autograd.grad(values.sin().sum(), (hidden, weight))
+
+
+DIVERGENCES = {
+    "forward_kl": partial(kdloss.linear_topk_forward_kl, tail="generalized"),
+    "reverse_kl": partial(kdloss.linear_topk_reverse_kl, tail="generalized"),
+    "generalized_jsd": partial(kdloss.linear_topk_generalized_jsd, tail="bucket", beta=0.3),
+}
+
+
+def divergence(name: str, batch: Rows) -> Outcome:
+    hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
+    ids = batch.top_ids.masked_fill(batch.labels[:, None] % 2 == 0, -1)  # rows of padding only
+    values = DIVERGENCES[name](hidden, weight, batch.top_logp, ids, loss_mask=batch.mask)
+    return values.detach(), *torch.autograd.grad(values.sin().sum(), (hidden, weight))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@given(drawn=batches(), garbage=st.sampled_from(GARBAGE))
+def test_rows_of_linear_topk_divergences_are_independent(name: str, drawn: tuple[Rows, Tensor], garbage: float):
+    rows_are_independent(partial(divergence, name), *drawn)
+    masked_rows_leave_no_trace(partial(divergence, name), drawn[0], garbage)
 
 
 @pytest.mark.parametrize("run", [of_logits, of_hidden])
