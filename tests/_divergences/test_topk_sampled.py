@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss._divergences import topk_sampled
 from simulated_ranks import Ranks
 
 # float64; sums of at most 49 outcomes
@@ -222,3 +223,8 @@ def test_a_row_with_bad_ids_is_nan_where_values_are_not_checked() -> None:
     compiled = torch.compile(kdloss.topk_sampled_reverse_kl, fullgraph=True, backend="aot_eager")
     value = compiled(logits, labels, torch.zeros(3), torch.zeros(3, 2), ids)
     assert value.isnan().tolist() == [True, False, False]
+
+
+def test_opcheck() -> None:
+    logp = torch.tensor([[-1.0, -2.0], [-3.0, -0.5]], requires_grad=True)
+    torch.library.opcheck(topk_sampled._descended.overload, (logp, torch.tensor([[0.5, 0.0], [-1.0, 2.0]])))

@@ -166,6 +166,44 @@ def case_topk_from_hidden_states(ranks: Ranks) -> None:
             ranks.same_bits(*found, own[0])
 
 
+@on(2, 3)
+def case_topk_and_samples(ranks: Ranks) -> None:
+    """From logits and from hidden states; samples in S, outside it, and ignored ones; a row of padding."""
+    ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:5] for i in range(T)])
+    ids[1], ids[2] = torch.tensor([22, 21, 20, -1, -1]), -1
+    labels = torch.stack([ids[:, 0].clamp(min=0), torch.arange(T) % V], -1)
+    labels[3, 1] = labels[4, 0] = labels[4, 1] = -100
+    mask = (torch.arange(T) != 7) & (labels[:, 1] != -100)
+    log_p = (2 * ranks.normal(T, V, seed=3).double()).log_softmax(-1)
+    kept, sampled = log_p.gather(-1, ids.clamp(min=0)), log_p.gather(-1, labels.clamp(min=0))
+    teacher = (labels, sampled, kept, ids)
+    old_logp = sampled - 0.3
+    hidden, weight = ranks.normal(T, D).double(), ranks.normal(V, D, seed=1).double()
+    hidden[7] = torch.nan
+    options = {"old_logp": old_logp, "max_ratio": 2.0}
+
+    def of_hidden(h, w, shard=None):
+        one = (labels[:, 1], sampled[:, 1], kept, ids)
+        return (kdloss.linear_topk_sampled_reverse_kl(h, w, *one, loss_mask=mask, shard=shard),)
+
+    def of_logits(x, shard=None):
+        return (kdloss.topk_sampled_reverse_kl(x, *teacher, temperature=0.8, shard=shard, **options),)
+
+    logits = 2 * ranks.normal(T, V, seed=4).double()
+    for shard in shards(ranks):
+        expected, (gradient,) = differentiated(of_logits, [logits])
+        found, (mine,) = differentiated(partial(of_logits, shard=shard), [part(logits, shard, -1)])
+        close(found[0], expected[0], torch.float64, f"sampled {shard}")
+        close(mine, part(gradient, shard, -1), torch.float64, f"gradient, sampled {shard}")
+        ranks.same_bits(*found)
+        expected, gradients = differentiated(of_hidden, [hidden, weight])
+        found, own = differentiated(partial(of_hidden, shard=shard), [hidden, part(weight, shard, 0)])
+        close(found[0], expected[0], torch.float64, f"linear, sampled {shard}")
+        close(own[0], gradients[0], torch.float64, f"dh, sampled {shard}")
+        close(own[1], part(gradients[1], shard, 0), torch.float64, f"dw, sampled {shard}")
+        ranks.same_bits(*found, own[0])
+
+
 @on(2, 3, 4)
 def case_topk(ranks: Ranks) -> None:
     """Ids in one slice, in several slices, all ids, no id, and fewer than K."""
