@@ -107,6 +107,7 @@ QUICK = [
     Case("reverse-kl", 64, 4096),
     Case("linear-jsd", 64, 4096, 128, 128),
     Case("topk-forward-kl", 64, 4096, kept=16),
+    Case("linear-topk-forward-kl", 64, 4096, 128, kept=16),
     Case("tail", 128, 4096),
 ]
 
@@ -126,6 +127,8 @@ CORE_CPU = [
     Case("linear-reverse-kl", 512, HEAD, 1024, 1024, dtype="float32"),
     *(Case(f"linear-{kind}", 512, HEAD, 1024, 1024) for kind in KINDS),
     Case("topk-forward-kl", 1024, SMALL, kept=64),
+    Case("linear-topk-forward-kl", 1024, HEAD, 1024, dtype="float32", kept=64),
+    Case("linear-topk-forward-kl", 1024, HEAD, 1024, kept=64),
     Case("tail", 4096, SMALL, dtype="float32"),
 ]
 
@@ -145,6 +148,7 @@ CORE_GPU = [
     Case("jsd", 8192, QWEN),
     Case("linear-jsd", 8192, QWEN, 1024, 4096),
     Case("topk-forward-kl", 8192, QWEN, kept=64),
+    Case("linear-topk-forward-kl", 8192, QWEN, 4096, kept=64),
     Case("tail", 32768, QWEN),
 ]
 

@@ -105,6 +105,13 @@ def topk_forward_kl(logits: Tensor, teacher_topk_logp: Tensor, teacher_topk_ids:
     return ((p * (teacher_topk_logp - log_q)).sum(-1) + tail * (tail.log() - rest.log()),)
 
 
+def linear_topk_forward_kl(
+    hidden: Tensor, weight: Tensor, teacher_topk_logp: Tensor, teacher_topk_ids: Tensor, loss_mask: Tensor
+) -> tuple[Tensor, ...]:
+    (value,) = topk_forward_kl(F.linear(hidden, weight), teacher_topk_logp, teacher_topk_ids)
+    return (torch.where(loss_mask, value, 0),)
+
+
 def mean_of(formula: Formula) -> Formula:
     """The formula's mean over the trained tokens, for paths of a scalar loss."""
 
@@ -192,11 +199,26 @@ def ours_topk(case: Case) -> dict[str, Formula]:
     return {"kdloss": kdloss_topk}
 
 
+def ours_linear_topk(case: Case) -> dict[str, Formula]:
+    """Without the logits, and from logits that a user has computed."""
+
+    def kdloss_linear_topk(hidden: Tensor, weight: Tensor, logp: Tensor, ids: Tensor, loss_mask: Tensor) -> Any:
+        each = kdloss.linear_topk_forward_kl(hidden, weight, logp, ids, loss_mask=loss_mask, tail="bucket")
+        return (kdloss.token_mean(each, loss_mask=loss_mask),)
+
+    def from_logits(hidden: Tensor, weight: Tensor, logp: Tensor, ids: Tensor, loss_mask: Tensor) -> Any:
+        each = kdloss.topk_forward_kl(F.linear(hidden, weight), logp, ids, tail="bucket")
+        return (kdloss.token_mean(each, loss_mask=loss_mask),)
+
+    return {"kdloss": kdloss_linear_topk, "kdloss from logits": from_logits}
+
+
 OURS: dict[str, Callable[[Case], dict[str, Formula]]] = {
     "logits": ours_logits,
     "hidden": ours_hidden,
     "tail": ours_tail,
     "topk-forward-kl": ours_topk,
+    "linear-topk-forward-kl": ours_linear_topk,
     **dict.fromkeys(("ce", "kdrl", "grpo"), ours_scalar),
     **{f"{prefix}{kind}": ours_divergence for kind in KINDS for prefix in ("", "linear-")},
 }

@@ -138,6 +138,14 @@ class Draw:
         mask[torch.randperm(tokens, generator=torch.Generator().manual_seed(3))[:trained]] = True
         return mask.to(self.device)
 
+    def top(self) -> tuple[Tensor, Tensor]:
+        """A teacher's log-probs and ids, which are spread over the vocabulary: they meet the most cache lines."""
+        case = self.case
+        first = torch.randint(case.vocab, (case.tokens, 1), generator=torch.Generator().manual_seed(6))
+        ids = (first + torch.arange(case.kept) * (case.vocab // case.kept)) % case.vocab
+        kept = self.normal(case.tokens, case.kept, scale=2.0, seed=7).float()
+        return torch.log_softmax(kept, -1) + math.log(MASS), ids.to(self.device)
+
     def policies(self, logp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """old_logp, teacher_logp, advantages. Ratios stay within (0.88, 1.13), so rounding never decides a clip."""
         old_logp = logp - 0.04 * self.per_token(7).clamp(-3, 3)
@@ -160,12 +168,7 @@ def build(case: Case, device: str) -> dict[str, Inputs]:
         tail = Inputs(formulas.after_logp, (logp.requires_grad_(), *policies, mask), (mask / mask.sum(),), scalar=True)
         return {"": gather, "tail": tail}
     if path == "topk-forward-kl":
-        first = torch.randint(case.vocab, (case.tokens, 1), generator=torch.Generator().manual_seed(6))
-        # spread over the vocabulary, so that they meet the most cache lines
-        ids = ((first + torch.arange(case.kept) * (case.vocab // case.kept)) % case.vocab).to(device)
-        kept = draw.normal(case.tokens, case.kept, scale=2.0, seed=7).float()
-        logp = torch.log_softmax(kept, -1) + math.log(MASS)
-        return {"": Inputs(formulas.topk_forward_kl, (draw.logits().requires_grad_(), logp, ids), upstream)}
+        return {"": Inputs(formulas.topk_forward_kl, (draw.logits().requires_grad_(), *draw.top()), upstream)}
     if not case.width:
         return {
             "": Inputs(partial(formulas.divergence, path), (draw.logits().requires_grad_(), draw.logits(10)), upstream)
@@ -187,6 +190,9 @@ def build(case: Case, device: str) -> dict[str, Inputs]:
             logp = torch.cat([formulas.hidden_logps(h, weight, y, m)[0] for h, y, m in pairs])
         formula = partial(formulas.after_hidden, formulas.kdrl_tail if path == "kdrl" else formulas.grpo_tail)
         return {"": make(formula, (hidden, weight, labels, mask, *draw.policies(logp)), mean, scalar=True)}
+    if path == "linear-topk-forward-kl":
+        arguments = (hidden, weight, *draw.top(), mask)
+        return {"": make(formulas.linear_topk_forward_kl, arguments, mean, scalar=True)}
     formula = partial(formulas.linear_divergence, path.removeprefix("linear-"))
     arguments = (hidden, weight, *draw.head(case.teacher_width, 10), mask)
     return {"": Inputs(formula, arguments, mean, leaves=(0, 1), shared=(1, 3), scalar=True)}

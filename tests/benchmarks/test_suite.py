@@ -38,6 +38,7 @@ SMALL_CASES = [
     *(Case(kind, 40, 300, dtype="float32") for kind in ("jsd", "forward-kl", "reverse-kl")),
     *(Case(f"linear-{kind}", 40, 300, 32, 48, dtype="float32") for kind in ("jsd", "forward-kl", "reverse-kl")),
     Case("topk-forward-kl", 40, 300, dtype="float32", kept=7),
+    Case("linear-topk-forward-kl", 40, 300, 32, dtype="float32", kept=7),
 ]
 
 

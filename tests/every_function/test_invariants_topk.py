@@ -1,4 +1,4 @@
-"""Holds the invariants of the losses of a top K, with samples or without: rows are independent, masked ones leave no trace.
+"""Holds the invariants of the losses of a top K, with or without samples: rows alone, masked ones leave no trace.
 
 float64, so results differ only by the order of sums of at most 9 terms of size 10: a few roundings.
 """
