@@ -120,10 +120,9 @@ def fold_kd_reward(
 
     Compute `kd_reward` from today's log q and fold again at every update: q = p is then a fixed point, and this is what
     `kdrl_loss` does. A reward that is folded once per rollout is frozen at log p - log q_0, with q_0 the student that
-    was scored.
-    Once q has moved, raising E_q[log p - log q_0] no longer lowers the reverse KL: the gradient is not 0 at q = p, and
-    q goes on towards the token of the largest p / q_0. The more updates a rollout serves, the further q overshoots, and
-    it may collapse. Importance ratios do not change this.
+    was scored. Descent then raises E_q[log p - log q_0], which is not minus the reverse KL once q has moved: its
+    gradient is not 0 at q = p, and q goes on towards the token of the largest p / q_0. The more updates a rollout
+    serves, the further q overshoots, and it may collapse. Importance ratios do not change this.
 
     Args:
         advantages: (T,) or any shape, one advantage per token.
