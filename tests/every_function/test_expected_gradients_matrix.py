@@ -629,6 +629,7 @@ PROOFS = {
     "fold_kd_reward": (
         f"{SURROGATES}.test_fold_kd_reward_at_ratio_one_has_the_gradient_of_kdrl_loss",
         f"{SURROGATES}.test_away_from_ratio_one_the_trainers_clip_acts_on_the_folded_reward_too",
+        f"{SURROGATES}.test_a_folded_reward_that_is_frozen_at_sampling_time_pushes_the_student_past_its_teacher",
     ),
 }
 

@@ -596,6 +596,24 @@ def test_away_from_ratio_one_the_trainers_clip_acts_on_the_folded_reward_too(tre
 
 
 @every_tree
+def test_a_folded_reward_that_is_frozen_at_sampling_time_pushes_the_student_past_its_teacher(tree):
+    """The student is at the teacher here, so nothing should move it. log p - log mu does, with the ratio too."""
+
+    def fold(logp, old_logp, loss_mask, *, frozen):
+        teacher_logp = logp.detach()
+        reward = kdloss.reverse_kl_reward(old_logp if frozen else logp, teacher_logp, loss_mask=loss_mask)
+        both = kdloss.fold_kd_reward(torch.zeros_like(reward), reward, distill_loss_weight=1.0)
+        return kdloss.importance_sampled_surrogate(logp, old_logp, both, loss_mask=loss_mask)
+
+    today = expected_gradient(partial(fold, frozen=False), tree, under="behaviour")
+    frozen = expected_gradient(partial(fold, frozen=True), tree, under="behaviour")
+    assert all((x == 0).all() for x in today)
+    # q = p, so p / mu is the ratio
+    assert_equal(frozen, by_hand(tree, lambda path: -path.ratio * np.log(path.ratio), under="behaviour"))
+    assert_differs(frozen, today)
+
+
+@every_tree
 def test_fold_kd_reward_with_a_weight_per_token(tree):
     """For several teachers. The weight is any detached per-token tensor, here the student's confidence."""
 

@@ -99,9 +99,49 @@ def test_the_teacher_joins(by_token: bool) -> None:
 
 
 @pytest.mark.parametrize("by_token", [True, False])
+def test_masks_take_tokens_out_of_the_rl_term_and_out_of_no_denominator(by_token: bool) -> None:
+    logp, data = batch()
+    data["advantages"] = data["advantages"] - 0.5
+    options = {"rl_loss_weight": 0.6, "distill_loss_weight": 0.3, "token_level_loss": by_token}
+    masked = {"trust_region": 0.1, "stale_sequences": 0.0, "kd_baseline": -0.4, "max_importance_weight": 2.0}
+    loss, metrics = KDRLLossFn(**options, **masked)(logp, data, **COUNTS)
+    mask = (data["token_mask"] * data["sample_mask"][:, None])[:, 1:].bool().flatten()
+    names = ("prev_logprobs", "generation_logprobs", "teacher_logprobs", "advantages")
+    prox_logp, old_logp, teacher_logp, advantages = (data[name][:, 1:].flatten() for name in names)
+    streams, rows = (logp.flatten(), old_logp, advantages), torch.tensor([0, 5, 10, 15])
+    near = kdloss.trust_region_mask(*streams, loss_mask=mask, max_divergence=0.1)
+    kept = near & kdloss.stale_sequence_mask(*streams, loss_mask=mask, cu_seqlens=rows, max_divergence=0)
+    assert 0 < kept.sum() < near.sum() < mask.sum()
+    weights = kdloss.truncated_importance_weights(prox_logp, old_logp, loss_mask=mask, max_weight=2.0)
+    expected = kdloss.kdrl_loss(
+        logp.flatten(),
+        old_logp,
+        teacher_logp,
+        advantages,
+        loss_mask=mask,
+        rl_loss_weight=0.6,
+        distill_loss_weight=0.3,
+        prox_logp=prox_logp,
+        weights=weights * kept,
+        kd_baseline=torch.full_like(old_logp, -0.4),
+        reduction="token_mean" if by_token else "sequence_mean",
+        cu_seqlens=rows,
+        normalizer=12.0 if by_token else 4.0,
+    )
+    torch.testing.assert_close(loss, expected.loss)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logp)[0] for x in (loss, expected.loss)))
+    assert metrics["reverse_kl"] == pytest.approx(float(expected.reverse_kl))
+    assert metrics["num_valid_samples"] == 2
+    distilled = KDRLLossFn(**(options | {"rl_loss_weight": 0.0}), **masked)(logp, data, **COUNTS)[0]
+    torch.testing.assert_close(distilled, 0.3 * expected.kd)
+
+
+@pytest.mark.parametrize("by_token", [True, False])
 def test_micro_batches_sum_to_the_batch(by_token: bool) -> None:
     logp, data = batch()
-    loss_fn = KDRLLossFn(token_level_loss=by_token, distill_loss_weight=0.3)
+    loss_fn = KDRLLossFn(
+        token_level_loss=by_token, distill_loss_weight=0.3, trust_region=0.2, stale_sequences=0.1, kd_baseline=-0.4
+    )
     whole, metrics = loss_fn(logp, data, **COUNTS)
     parts = [loss_fn(logp[i : i + 1], {k: x[i : i + 1] for k, x in data.items()}, **COUNTS) for i in range(3)]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
@@ -189,7 +229,8 @@ def test_data_without_a_teacher_is_refused() -> None:
 
 def test_what_is_not_trained_leaves_no_trace() -> None:
     logp, data = batch()
-    loss_fn = KDRLLossFn(max_importance_weight=2.0, distill_loss_weight=0.005)
+    masks = {"trust_region": 0.2, "stale_sequences": 0.1}
+    loss_fn = KDRLLossFn(max_importance_weight=2.0, distill_loss_weight=0.005, **masks)
     clean = loss_fn(logp, data, **COUNTS)
     untrained = (data["token_mask"] * data["sample_mask"][:, None]) == 0
     for name in ("prev_logprobs", "generation_logprobs", "teacher_logprobs", "advantages"):

@@ -92,6 +92,39 @@ def test_sums_over_sequences_are_the_batch() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+def test_masks_take_tokens_out_of_the_rl_term_and_out_of_no_denominator() -> None:
+    loss_weights = torch.linspace(0.5, 1.5, 9, dtype=torch.float64)
+    sample = inputs(loss_weights=loss_weights, advantages=torch.linspace(-2, 1, 9, dtype=torch.float64))
+    streams = sample.trainer_logprobs, sample.inference_logprobs, sample.advantages
+    options = {"loss_mask": sample.loss_mask}
+    near = kdloss.trust_region_mask(*streams, max_divergence=0.1, **options)
+    kept = near & kdloss.stale_sequence_mask(*streams, max_divergence=0, cu_seqlens=torch.tensor([0, 9]), **options)
+    assert 0 < kept.sum() < near.sum() < sample.loss_mask.sum()
+    for rl in (0.7, 0.0):
+        masked = {"trust_region": 0.1, "stale_sequences": 0.0, "kd_baseline": -0.4}
+        out = prime_rl.kdrl_loss(sample, rl_loss_weight=rl, distill_loss_weight=0.3, **masked)
+        expected = kdloss.kdrl_loss(
+            streams[0],
+            streams[1],
+            sample.ref_logprobs,
+            streams[2],
+            rl_loss_weight=rl,
+            distill_loss_weight=0.3 * loss_weights,
+            weights=loss_weights * kept,
+            kd_baseline=torch.full((9,), -0.4, dtype=torch.float64),
+            normalizer=1.0,
+            **options,
+        )
+        torch.testing.assert_close(out.loss, expected.loss)
+        mine, theirs = (torch.autograd.grad(x.loss, streams[0])[0] for x in (out, expected))
+        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(out.metrics["kdrl/reverse_kl"], expected.reverse_kl / sample.loss_mask.sum())
+    with pytest.raises(ValueError, match="kd_baseline"):
+        prime_rl.kdrl_loss(sample, distill_loss_weight=0.3, kd_baseline=-0.4, kd_discount=0.9)
+    sample.advantages = None
+    assert prime_rl.kdrl_loss(sample, rl_loss_weight=0.0, distill_loss_weight=0.3, trust_region=0.1).loss.isfinite()
+
+
 def test_metrics_are_means_over_the_trained_tokens() -> None:
     sample = inputs()
     output = prime_rl.kdrl_loss(sample, distill_loss_weight=0.5)

@@ -124,6 +124,60 @@ def test_off_policy_the_teacher_has_its_own_ratio(rl_loss_weight: float, options
     }
 
 
+def test_masks_take_tokens_out_of_the_rl_term_and_out_of_no_denominator() -> None:
+    args, batch, logits, mean = joint_case()
+    args.use_tis, args.tis_clip_low, args.tis_clip = True, 0.5, 1.5
+    weights = {"rl_loss_weight": 0.6, "distill_loss_weight": 0.4}
+    masked = {"trust_region": 0.02, "stale_sequences": 0.0, "top_entropy": 0.8, "kd_baseline": -0.4}
+    loss, gradient, reported = run(args, batch, logits, mean, **weights, **masked)
+    joined = {k: torch.cat(v) for k, v in batch.items() if not k.endswith("lengths") and k != "rollout_mask_sums"}
+    ends = torch.tensor(batch["total_lengths"]).cumsum(0).tolist()
+    rows = [torch.arange(e - n - 1, e - 1) for e, n in zip(ends, batch["response_lengths"], strict=True)]
+    labels = torch.cat([t[-n:] for t, n in zip(batch["unconcat_tokens"], batch["response_lengths"], strict=True)])
+    logp, entropy = kdloss.token_logprobs_and_entropy(logits[0, torch.cat(rows)], labels)
+    mask, old_logp, advantages = joined["loss_masks"].bool(), joined["rollout_log_probs"], joined["advantages"]
+    streams, cu_seqlens = (logp, old_logp, advantages), torch.tensor([0, 4, 6, 9])
+    near = kdloss.trust_region_mask(*streams, loss_mask=mask, max_divergence=0.02)
+    fresh = kdloss.stale_sequence_mask(*streams, loss_mask=mask, cu_seqlens=cu_seqlens, max_divergence=0)
+    kept = near & fresh & kdloss.top_entropy_mask(entropy, loss_mask=mask, fraction=0.8)
+    assert 0 < kept.sum() < (near & fresh).sum() < mask.sum()
+    assert (near & fresh).sum() < near.sum() < mask.sum()
+    raw = (joined["log_probs"] - old_logp).exp()
+    out = kdloss.kdrl_loss(
+        logp,
+        old_logp,
+        joined["teacher_log_probs"],
+        advantages,
+        loss_mask=mask,
+        prox_logp=joined["log_probs"],
+        clip_high=0.28,
+        weights=raw.clamp(args.tis_clip_low, args.tis_clip) * kept,
+        kd_baseline=torch.full_like(old_logp, -0.4),
+        reduction="sequence_mean",
+        cu_seqlens=cu_seqlens,
+        normalizer=1,
+        **weights,
+    )
+    close(loss, out.loss.detach(), rtol=1e-5)
+    close(gradient, torch.autograd.grad(out.loss, logits)[0], rtol=1e-5)
+    close(reported["opd_reverse_kl"], out.reverse_kl, rtol=1e-5)
+
+
+def test_the_mask_of_stale_sequences_needs_whole_responses(trainer: SimpleNamespace) -> None:
+    args, batch, logits, mean = joint_case()
+    score = trainer.get_log_probs_and_entropy
+    part = slice(1, None)
+    trainer.get_log_probs_and_entropy = lambda *x, **y: (
+        None,
+        {k: [row[part] for row in v] for k, v in score(*x, **y)[1].items()},
+    )
+    trainer.slice_log_prob_with_cp = lambda x, total, response: x[part]
+    sliced = {k: [x[part] for x in batch[k]] for k in batch if k.endswith("log_probs") or k == "advantages"}
+    with pytest.raises(ValueError, match=r"stale_sequences must be None under context parallelism.*6 tokens .* with 9"):
+        slime.kdrl_loss(args, batch | sliced, logits, mean, distill_loss_weight=0.4, stale_sequences=0.1)
+    slime.kdrl_loss(args, batch | sliced, logits, torch.sum, distill_loss_weight=0.4, trust_region=0.1)
+
+
 def test_context_parallel_ranks_sum_to_the_batch(trainer: SimpleNamespace) -> None:
     """Each rank has a part of every response. slime has already sliced the streams; the adapter slices the masks."""
     args, batch, logits, mean = joint_case()

@@ -118,9 +118,16 @@ def fold_kd_reward(
     At ratio 1 (one update per rollout) a policy-gradient loss on the folded advantages has the gradient of `kdrl_loss`.
     Once the policy has moved, the trainer's clip acts on both terms, whereas `kdrl_loss` clips the RL term only.
 
+    Compute `kd_reward` from today's log q and fold again at every update: q = p is then a fixed point, and this is what
+    `kdrl_loss` does. A reward that is folded once per rollout is frozen at log p - log q_0, with q_0 the student that
+    was scored. Descent then raises E_q[log p - log q_0], which is not minus the reverse KL once q has moved: its
+    gradient is not 0 at q = p, and q goes on towards the token of the largest p / q_0. The more updates a rollout
+    serves, the further q overshoots, and it may collapse. Importance ratios do not change this.
+
     Args:
         advantages: (T,) or any shape, one advantage per token.
-        kd_reward: the shape of `advantages`: `reverse_kl_reward` or its `discounted_returns`, 0 at untrained tokens.
+        kd_reward: the shape of `advantages`: `reverse_kl_reward` of today's log-probs, or its `discounted_returns`; 0
+            at untrained tokens.
         rl_loss_weight: Python number; 0 skips `advantages`, NaN included.
         distill_loss_weight: Python number (0 skips `kd_reward`), or a tensor, 0-dim or the shape of `advantages`.
 
@@ -129,7 +136,8 @@ def fold_kd_reward(
 
     Expected gradient:
         None of its own. As advantages of a policy-gradient loss at ratio 1 it gives the gradient of `kdrl_loss`:
-        rl_loss_weight * (minus the policy gradient of E[A]) + distill_loss_weight * grad KL(q || p).
+        rl_loss_weight * (minus the policy gradient of E[A]) + distill_loss_weight * grad KL(q || p). Away from ratio 1
+        the second part needs a reward of today's log-probs, and a loss whose ratio is not clipped.
 
     Raises:
         TypeError: a tensor is not floating-point, or a weight is not a number.

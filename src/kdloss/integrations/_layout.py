@@ -1,4 +1,4 @@
-"""Padded (B, L) tensors as packed streams, and means over whole sequences."""
+"""Padded (B, L) tensors as packed streams, means over whole sequences, and weights that mask the RL term."""
 
 from __future__ import annotations
 
@@ -28,3 +28,38 @@ def sequence_means(
     """
     means = kdloss.segment_mean(x, loss_mask=loss_mask, cu_seqlens=cu_seqlens)
     return kdloss.broadcast_to_tokens(means, cu_seqlens=cu_seqlens, total_tokens=x.shape[0])
+
+
+def rl_weights(
+    weights: Tensor | None,  # (T,)
+    logp: Tensor,  # (T,)
+    old_logp: Tensor,  # (T,)
+    advantages: Tensor,  # (T,)
+    *,
+    loss_mask: Tensor,  # (T,) bool
+    cu_seqlens: Tensor | None,  # (B + 1,)
+    trust_region: float | None,
+    stale_sequences: float | None,
+) -> Tensor | None:  # (T,)
+    """`weights` of the RL term, or None for 1, with 0 at the tokens that the masks drop. Denominators do not change."""
+    if trust_region is None and stale_sequences is None:
+        return weights
+    kept = loss_mask
+    if trust_region is not None:
+        kept = kept & kdloss.trust_region_mask(
+            logp, old_logp, advantages, loss_mask=loss_mask, max_divergence=trust_region
+        )
+    if stale_sequences is not None:
+        assert cu_seqlens is not None
+        kept = kept & kdloss.stale_sequence_mask(
+            logp, old_logp, advantages, loss_mask=loss_mask, cu_seqlens=cu_seqlens, max_divergence=stale_sequences
+        )
+    return kept.to(logp.dtype) if weights is None else torch.where(kept, weights, 0)
+
+
+def per_token(
+    number: float | None,
+    like: Tensor,  # (T,)
+) -> Tensor | None:  # (T,)
+    """The number at every token; None stays None."""
+    return None if number is None else torch.full_like(like, number, requires_grad=False)

@@ -19,7 +19,7 @@ import kdloss
 from kdloss._checks import distill_loss_weight_required
 from kdloss._docs import documented
 
-from ._layout import row_cu_seqlens
+from ._layout import per_token, rl_weights, row_cu_seqlens
 from ._lazy import require
 from ._texts import KDRL_ARGS
 
@@ -49,6 +49,9 @@ class KDRLLossFn:
         {dual_clip}
         {kd_reward_clip}
         {kd_max_ratio}
+        {kd_baseline}
+        {trust_region}
+        {stale_sequences}
         token_level_loss: True: mean over tokens, with denominator `global_valid_toks`. False: mean over sequences, with
             denominator `global_valid_seqs`.
         max_importance_weight: bound of the weights prev/generation of the RL term; NeMo-RL's
@@ -75,6 +78,9 @@ class KDRLLossFn:
         dual_clip: float | None = None,
         kd_reward_clip: float | None = None,
         kd_max_ratio: float | None = None,
+        kd_baseline: float | None = None,
+        trust_region: float | None = None,
+        stale_sequences: float | None = None,
         token_level_loss: bool = True,
         max_importance_weight: float | None = None,
         teacher_key: str = "teacher_logprobs",
@@ -92,6 +98,7 @@ class KDRLLossFn:
             kd_max_ratio=kd_max_ratio,
             reduction="token_mean" if token_level_loss else "sequence_mean",
         )
+        self.kd_baseline, self.trust_region, self.stale_sequences = kd_baseline, trust_region, stale_sequences
         self.token_level_loss = token_level_loss
         self.max_importance_weight, self.teacher_key = max_importance_weight, teacher_key
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
@@ -209,10 +216,21 @@ class KDRLLossFn:
                 "prev_logprobs are 0 at every trained token, which NeMo-RL writes instead of computing them where "
                 "loss_fn.force_on_policy_ratio is True: set it to False"
             )
-        weights = None
+        weights, cu_seqlens = None, row_cu_seqlens(next_token_logprobs)
         if self.max_importance_weight is not None:
             weights = kdloss.truncated_importance_weights(
                 prox_logp, old_logp, loss_mask=loss_mask, max_weight=self.max_importance_weight
+            )
+        if self.rl_loss_weight != 0:
+            weights = rl_weights(
+                weights,
+                logp,
+                old_logp,
+                advantages,
+                loss_mask=loss_mask,
+                cu_seqlens=cu_seqlens,
+                trust_region=self.trust_region,
+                stale_sequences=self.stale_sequences,
             )
         out = self.loss(
             logp,
@@ -222,7 +240,8 @@ class KDRLLossFn:
             loss_mask=loss_mask,
             prox_logp=prox_logp,
             weights=weights,
-            cu_seqlens=row_cu_seqlens(next_token_logprobs),
+            kd_baseline=per_token(self.kd_baseline, logp),
+            cu_seqlens=cu_seqlens,
             normalizer=global_valid_toks if self.token_level_loss else global_valid_seqs,
         )
         mean = functools.partial(kdloss.token_mean, loss_mask=loss_mask, normalizer=global_valid_toks)

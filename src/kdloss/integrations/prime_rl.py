@@ -22,6 +22,7 @@ import kdloss
 from kdloss._checks import distill_loss_weight_required, value_checks_allowed
 from kdloss._docs import documented
 
+from ._layout import per_token, rl_weights
 from ._lazy import require
 from ._texts import KDRL_ARGS
 
@@ -39,7 +40,10 @@ def kdrl_loss(
     kd_discount: float = 0.0,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
+    kd_baseline: float | None = None,
     direct_penalty: bool = False,
+    trust_region: float | None = None,
+    stale_sequences: float | None = None,
 ) -> Any:
     """`kdloss.kdrl_loss` on prime-rl's `LossInputs`: both ratios are against `inference_logprobs`.
 
@@ -54,7 +58,10 @@ def kdrl_loss(
         {kd_discount}
         {kd_reward_clip}
         {kd_max_ratio}
+        {kd_baseline}
         {direct_penalty}
+        {trust_region}
+        {stale_sequences}
 
     Returns:
         prime-rl's `LossOutputs`: the loss summed over the trained tokens, and their means of `reverse_kl`, `kd`, `rl`,
@@ -81,6 +88,20 @@ def kdrl_loss(
         teacher_logp = _scored(teacher_logp, inputs.inference_logprobs, inputs.loss_mask)
     logp, loss_mask, weights = inputs.trainer_logprobs, inputs.loss_mask, inputs.loss_weights
     kd_weight = distill_loss_weight if weights is None or distill_loss_weight == 0 else distill_loss_weight * weights
+    cu_seqlens = None
+    if kd_discount or stale_sequences is not None:
+        cu_seqlens = torch.tensor([0, logp.shape[0]], device=logp.device)
+    if rl_loss_weight != 0:
+        weights = rl_weights(
+            weights,
+            logp,
+            inputs.inference_logprobs,
+            inputs.advantages,
+            loss_mask=loss_mask,
+            cu_seqlens=cu_seqlens,
+            trust_region=trust_region,
+            stale_sequences=stale_sequences,
+        )
     out = kdloss.kdrl_loss(
         logp,
         inputs.inference_logprobs,
@@ -96,7 +117,8 @@ def kdrl_loss(
         kd_discount=kd_discount,
         kd_reward_clip=kd_reward_clip,
         kd_max_ratio=kd_max_ratio,
-        cu_seqlens=torch.tensor([0, logp.shape[0]], device=logp.device) if kd_discount else None,
+        kd_baseline=per_token(kd_baseline, logp),
+        cu_seqlens=cu_seqlens,
         normalizer=1.0,
         direct_penalty=direct_penalty,
     )

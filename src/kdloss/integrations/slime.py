@@ -24,6 +24,7 @@ import kdloss
 from kdloss._checks import distill_loss_weight_required
 from kdloss._docs import documented
 
+from ._layout import per_token, rl_weights
 from ._lazy import require
 from ._texts import KDRL_ARGS
 
@@ -40,6 +41,10 @@ def kdrl_loss(
     distill_loss_weight: float,
     kd_reward_clip: float | None = None,
     kd_max_ratio: float | None = None,
+    kd_baseline: float | None = None,
+    trust_region: float | None = None,
+    stale_sequences: float | None = None,
+    top_entropy: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """slime's policy loss plus distill_loss_weight * reverse KL to `teacher_log_probs`.
 
@@ -57,6 +62,11 @@ def kdrl_loss(
         {distill_loss_weight}
         {kd_reward_clip}
         {kd_max_ratio}
+        {kd_baseline}
+        {trust_region}
+        {stale_sequences}
+        top_entropy: `fraction` of `kdloss.top_entropy_mask`, of the trained tokens of this rank's micro-batch. The RL
+            term of a token that it drops is 0. Denominators and the distillation term do not change. None: off.
 
     Returns:
         The loss, (), and the detached values that slime reports under its own names, plus `kd_loss` and
@@ -68,8 +78,8 @@ def kdrl_loss(
 
     Raises:
         TypeError: distill_loss_weight is missing.
-        ValueError: the batch lacks log-probs that are needed, or an option of slime's would count the teacher twice or
-            is not part of this loss.
+        ValueError: the batch lacks log-probs that are needed, an option of slime's would count the teacher twice or is
+            not part of this loss, or `stale_sequences` is given under context parallelism.
         ImportError: slime is missing, or has a version that the adapter was not tested with.
     """
     _check_options(args, batch, distill_loss_weight)
@@ -94,15 +104,29 @@ def kdrl_loss(
     raw = kdloss.truncated_importance_weights(prox_logp, old_logp, loss_mask=loss_mask, max_weight=torch.inf)
     weights = raw.clamp(args.tis_clip_low, args.tis_clip) if args.use_tis else None
 
+    advantages = torch.cat(batch["advantages"])
+    masked = rl_weights(
+        weights,
+        logp,
+        old_logp,
+        advantages,
+        loss_mask=loss_mask,
+        cu_seqlens=None if stale_sequences is None else _whole_responses(batch, logp),
+        trust_region=trust_region,
+        stale_sequences=stale_sequences,
+    )
+    if top_entropy is not None:
+        kept = kdloss.top_entropy_mask(entropy, loss_mask=loss_mask, fraction=top_entropy)
+        masked = kept.to(logp.dtype) if masked is None else torch.where(kept, masked, 0)
     surrogate = kdloss.clipped_surrogate(
         logp,
         prox_logp,
-        torch.cat(batch["advantages"]),
+        advantages,
         loss_mask=loss_mask,
         clip_low=args.eps_clip,
         clip_high=args.eps_clip_high,
         dual_clip=args.eps_clip_c,
-        weights=weights,
+        weights=masked,
     )
     pg_loss, entropy_loss = sum_of_sample_mean(surrogate.loss), sum_of_sample_mean(entropy)
     loss = -args.entropy_coef * entropy_loss
@@ -138,6 +162,7 @@ def kdrl_loss(
             distill_loss_weight=1.0,
             kd_reward_clip=kd_reward_clip,
             kd_max_ratio=kd_max_ratio,
+            kd_baseline=per_token(kd_baseline, logp),
         )
         kd_loss = sum_of_sample_mean(kd)
         loss = loss + distill_loss_weight * kd_loss
@@ -155,6 +180,17 @@ def _slime() -> Any:
 
 def _joined(batch: Mapping[str, Any], name: str) -> Tensor | None:
     return torch.cat(batch[name]) if batch.get(name) else None
+
+
+def _whole_responses(batch: Mapping[str, Any], logp: Tensor) -> Tensor:
+    """`cu_seqlens` of the responses."""
+    lengths = batch["response_lengths"]
+    if sum(lengths) != logp.shape[0]:
+        raise ValueError(
+            f"stale_sequences must be None under context parallelism: this rank holds {logp.shape[0]} tokens of "
+            f"responses with {sum(lengths)}, and the mask reads the mean of a whole response"
+        )
+    return kdloss.cu_seqlens_from_lengths(torch.tensor(lengths, device=logp.device))
 
 
 def _check_options(args: Any, batch: Mapping[str, Any], distill_loss_weight: float) -> None:

@@ -1,4 +1,4 @@
-"""TRL: `KDRLTrainer`, a GRPOTrainer with a teacher, and divergences that replace those of DistillationTrainer and GKD.
+"""TRL: `KDRLTrainer`, a GRPOTrainer with a teacher, and divergences that replace those of TRL's distillation trainers.
 
     trainer = KDRLTrainer(model, reward_funcs, args, ..., teacher_model="Qwen/Qwen3-8B", distill_loss_weight=1.0)
 
@@ -408,6 +408,60 @@ def chunked_divergence_loss(
     return kdloss.token_mean(per_token, loss_mask=mask, normalizer=normalizer), entropy.sum(), mask.sum()
 
 
+def topk_sampled_reverse_kl_loss(
+    self: Any,
+    teacher_result: dict[str, Tensor],
+    student_log_probs: Tensor,  # (B, L, V)
+    completion_tokens: Tensor,  # (B, L)
+    labels: Tensor,  # (B, L)
+) -> Tensor:  # ()
+    """Replacement of ServerDistillationTrainer's loss for beta 1: `kdloss.topk_sampled_reverse_kl`.
+
+    Exact on the server's top k, and sampled for the rest of the vocabulary. TRL's own loss takes the sampled token as
+    its support, so the support depends on the sample, and the gradient is not that of the reverse KL.
+
+    Args:
+        self: the ServerDistillationTrainer. k is its `loss_top_k`, an attribute; TRL's configuration allows 1 alone
+            with beta 1.
+        teacher_result: what the server answered: `actual_logprobs` (B, L), the log-probs of the completion tokens, and
+            its top k as `topk_logprobs` and `topk_token_ids` (B, L, k), where -inf is padding.
+        student_log_probs: of the student, entry l at the position that predicts token l. Differentiable.
+        completion_tokens: the sampled tokens.
+        labels: -100 where a token is not trained on.
+
+    Returns:
+        () nats, the mean over the trained tokens of the micro-batch, as in TRL.
+
+    Expected gradient:
+        grad KL(q || p) of every next-token distribution, at the prefixes that the student visits, for any k. The tokens
+        must come from the student as it is, at top_p 1 and top_k 0: a policy that samples less is not corrected for.
+
+    Raises:
+        ValueError: beta is between 0 and 1, the temperature is not 1, or the server gave no log-prob of a trained
+            token.
+    """
+    if self.beta != 1:
+        raise ValueError(f"args.beta must be 0 or 1 after install_server_distillation, got {self.beta}")
+    if self.temperature != 1:
+        raise ValueError(
+            f"args.temperature must be 1 after install_server_distillation, got {self.temperature}: a vLLM server "
+            "scores prompts at 1, and distributions at two temperatures differ"
+        )
+    mask = labels != -100
+    teacher_logp, topk_logp = teacher_result["actual_logprobs"], teacher_result["topk_logprobs"]
+    unscored = int((mask & ~teacher_logp.isfinite()).sum())
+    if unscored:
+        raise ValueError(f"the server gave no log-prob of {unscored} completion tokens that are trained on")
+    per_token = kdloss.topk_sampled_reverse_kl(
+        student_log_probs,
+        torch.where(mask, completion_tokens, -100),
+        teacher_logp,
+        topk_logp,
+        torch.where(topk_logp.isfinite(), teacher_result["topk_token_ids"], -1),
+    )
+    return kdloss.token_mean(per_token, loss_mask=mask)
+
+
 def install_distillation() -> None:
     """Make TRL's DistillationTrainer use `chunked_divergence_loss`, in this process.
 
@@ -416,6 +470,16 @@ def install_distillation() -> None:
     """
     module = _trl("trl.trainer.distillation_trainer")
     _replace(module, "_chunked_divergence_loss", chunked_divergence_loss)
+
+
+def install_server_distillation() -> None:
+    """Make TRL's ServerDistillationTrainer use `topk_sampled_reverse_kl_loss` where beta is 1, in this process.
+
+    Raises:
+        ImportError: TRL is missing, or lacks what the adapter needs.
+    """
+    trainer = _trl("trl.experimental.server_distillation.server_distillation_trainer").ServerDistillationTrainer
+    _replace(trainer, "_compute_server_sparse_top_1_divergence_loss", topk_sampled_reverse_kl_loss)
 
 
 def install_gkd() -> None:
@@ -477,6 +541,14 @@ _HOOKS = {
     "trl.trainer.utils": {"create_model_from_path": Hook(), "add_fused_lm_head": Hook(takes=("temperature",))},
     "trl.models": {"prepare_deepspeed": Hook(), "prepare_fsdp": Hook()},
     "trl.trainer.distillation_trainer": {"_chunked_divergence_loss": Hook(replaced_by=chunked_divergence_loss)},
+    "trl.experimental.server_distillation.server_distillation_trainer": {
+        "ServerDistillationTrainer._compute_server_sparse_top_1_divergence_loss": Hook(
+            replaced_by=topk_sampled_reverse_kl_loss
+        ),
+        "ServerDistillationTrainer._get_teacher_token_logprobs_from_server": Hook(
+            keys=("actual_logprobs", "topk_logprobs", "topk_token_ids")
+        ),
+    },
     "trl.experimental.gkd.gkd_trainer": {"GKDTrainer.generalized_jsd_loss": Hook(replaced_by=generalized_jsd_loss)},
 }
 
