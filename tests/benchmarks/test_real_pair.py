@@ -1,4 +1,4 @@
-"""Holds the closed forms of benchmarks/real_pair.py to autograd of every outcome, and the page to the stored numbers."""
+"""Compares benchmarks/real_pair.py with autograd of every outcome, and the page with the stored numbers."""
 
 from __future__ import annotations
 
@@ -41,17 +41,19 @@ def test_mean_and_variance_are_those_of_enumeration(form, pair):
     for weight, found in ((None, each), (pair.weight, each @ pair.weight)):
         mean = (q.unsqueeze(-1) * found).sum(1)
         spread = (q * (found - mean.unsqueeze(1)).square().sum(-1)).sum(-1)
-        torch.testing.assert_close(real_pair.variance(gradient, q, weight), spread)
+        torch.testing.assert_close(real_pair.variance(gradient, q, real_pair.squared_scores(q, weight), weight), spread)
     torch.testing.assert_close(real_pair.expected(gradient, q), (q.unsqueeze(-1) * each).sum(1))
 
 
 def test_every_number_of_a_row_is_that_of_enumeration(pair):
     q = pair.logits.softmax(-1)
     exact = of_every_outcome(Form("full"), pair)[:, 0]
+    plain = []
     for form, row in zip(FORMS, real_pair.measured(pair), strict=True):
         each = of_every_outcome(form, pair)
         mean = (q.unsqueeze(-1) * each).sum(1)
         spread = (q * (each - mean.unsqueeze(1)).square().sum(-1)).sum(-1)
+        plain = plain or [spread]  # the first form is a sample without a baseline
         # of the head (V, D): every combination of a token of the first row and one of the second
         first, second = (torch.einsum("yv,d->yvd", each[i], pair.hidden[i]).flatten(1) for i in range(N))
         square = (first.unsqueeze(1) + second).square().sum(-1)
@@ -60,6 +62,7 @@ def test_every_number_of_a_row_is_that_of_enumeration(pair):
         found = {
             "variance": spread.sum() / exact.square().sum(),
             "variance_median": (spread / exact.square().sum(-1)).min(),  # torch's median of two is the smaller
+            "louder": (spread > plain[0]).double().mean(),
             "bias": (mean - exact).norm() / exact.norm(),
             "bias_median": ((mean - exact).norm(dim=-1) / exact.norm(dim=-1)).min(),
             "cosine": torch.cosine_similarity(mean.flatten(), exact.flatten(), 0),
@@ -72,12 +75,6 @@ def test_every_number_of_a_row_is_that_of_enumeration(pair):
 def test_a_run_checks_the_closed_forms_and_finds_a_wrong_one(pair, monkeypatch):
     wide = pair._replace(logits=pair.logits.repeat(1, 2), teacher_logits=pair.teacher_logits.repeat(1, 2))
     assert real_pair.check(wide) < 1e-12
-    monkeypatch.setattr(real_pair, "gradient_of", lambda *given: doubled(real_pair_gradient(*given)))
+    right = real_pair.gradient_of
+    monkeypatch.setattr(real_pair, "gradient_of", lambda *given: right(*given)._replace(fixed=right(*given).cost))
     assert real_pair.check(wide) > 0.1
-
-
-real_pair_gradient = real_pair.gradient_of
-
-
-def doubled(gradient):
-    return gradient._replace(fixed=2 * gradient.fixed)
