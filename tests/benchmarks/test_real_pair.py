@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import real_pair
-from benchmarks.real_pair import FORMS, Form, Pair
+from benchmarks.real_pair import FORMS, KEPT, TAILS, Form, Pair
+from benchmarks.report import with_tables
 
 N, V, D = 2, 70, 3  # more tokens than the largest K
 
@@ -70,6 +71,51 @@ def test_every_number_of_a_row_is_that_of_enumeration(pair):
         }
         for name, x in found.items():
             assert row[name] == pytest.approx(x.item(), rel=1e-3, abs=1e-6), (form, name)
+
+
+def test_the_page_holds_the_stored_numbers():
+    result, page = json.loads(real_pair.DATA.read_text("utf-8")), real_pair.PAGE.read_text("utf-8")
+    assert with_tables(page, real_pair.tables(result)) == page, "run: python -m benchmarks.real_pair --figure"
+    assert [[Form(x["name"], x["k"], x["support"]) for x in level["forms"]] for level in result["levels"]] == [
+        list(FORMS)
+    ] * len(real_pair.NOISE)
+
+
+def test_what_the_page_says_of_the_numbers():
+    levels = json.loads(real_pair.DATA.read_text("utf-8"))["levels"]
+    for level, sooner, later in zip(levels, (30_000, 11_000), (80_000, 19_000), strict=True):
+        rows = {Form(x["name"], x["k"], x["support"]): x for x in level["forms"]}
+        for k in KEPT:
+            for support in ("teacher", "student"):
+                bucket = rows[Form("bucket", k, support)]
+                assert all(bucket["bias"] <= rows[Form(tail, k, support)]["bias"] for tail in TAILS)
+                assert bucket["cosine_head"] > rows[Form("sample", k, support)]["cosine_head"]
+            for name in ("sample", *TAILS) if k > 1 else ():
+                ours, theirs = rows[Form(name, k, "student")], rows[Form(name, k, "teacher")]
+                assert ours["cosine_head"] > theirs["cosine_head"]
+                assert ours["variance"] <= theirs["variance"]
+                assert ours["bias"] <= theirs["bias"]
+        assert rows[Form("truncate", 1, "teacher")]["cosine_head"] < 0
+        assert rows[Form("optimal")]["louder"] == 0
+        for k, tokens in ((16, sooner), (64, later)):
+            noise, bias = (1 / rows[Form(x, k, "teacher")]["cosine_head"] ** 2 - 1 for x in ("sample", "bucket"))
+            assert level["positions"] * noise / bias == pytest.approx(tokens, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (Form("sampled"), 4),
+        (Form("optimal"), 4 * V),
+        (Form("full"), 4 * V),
+        (Form("bucket", 16, "teacher"), 128),
+        (Form("bucket", 16, "student"), 64),
+        (Form("sample", 16, "teacher"), 132),
+        (Form("sample", 16, "student"), 68),
+    ],
+)
+def test_bytes_of_float32_values_and_int32_ids(form, expected):
+    assert real_pair.bytes_per_token(form, V) == expected
 
 
 def test_a_run_checks_the_closed_forms_and_finds_a_wrong_one(pair, monkeypatch):
