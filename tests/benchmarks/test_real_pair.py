@@ -83,6 +83,8 @@ def test_the_page_holds_the_stored_numbers():
 
 def test_what_the_page_says_of_the_numbers():
     levels = json.loads(real_pair.DATA.read_text("utf-8"))["levels"]
+    assert [[x["louder"] for x in level["forms"] if x["name"] == "value"] for level in levels] == [[0.2396], [0.09704]]
+    assert [level["forms"][3]["louder"] for level in levels] == [0.5469, 0.3666]  # the teacher's top 1 and a sample
     for level, sooner, later in zip(levels, (30_000, 11_000), (80_000, 19_000), strict=True):
         rows = {Form(x["name"], x["k"], x["support"]): x for x in level["forms"]}
         for k in KEPT:
