@@ -154,6 +154,18 @@ def _ms(samples: list[float] | None) -> str:
     return "" if samples is None else "{:.2f} [{:.2f}, {:.2f}]".format(*(1e3 * x for x in spread(samples)))
 
 
+def with_tables(page: str, made: dict[str, str]) -> str:
+    """The page with its tables, each between `<!-- table: NAME -->` and `<!-- end -->`, replaced by those of `made`."""
+    names = re.findall(r"<!-- table: (.*?) -->", page)
+    if sorted(names) != sorted(made):
+        raise ValueError(f"the page must hold the tables {sorted(made)} once each, got {names}")
+    for name, text in made.items():
+        mark, end = f"<!-- table: {name} -->", "<!-- end -->"
+        before, _, rest = page.partition(mark)
+        page = f"{before}{mark}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 # --- the summary of docs/benchmarks.md -----------------------------------------------------------------------------
 
 

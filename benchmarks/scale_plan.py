@@ -11,13 +11,13 @@ arithmetic alone.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .collectives import RING
+from .report import with_tables
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale-out-plan.md"
 MIB, GIB = 2**20, 2**30
@@ -289,15 +289,8 @@ def table(header: str, rows: Iterable[list[str]]) -> str:
 
 
 def updated(page: str) -> str:
-    """The page with its tables, each between `<!-- table: NAME -->` and `<!-- end -->`, made anew."""
-    made = tables()
-    names = re.findall(r"<!-- table: (.*?) -->", page)
-    if sorted(names) != sorted(made):
-        raise ValueError(f"the page must hold the tables {sorted(made)} once each, got {names}")
-    for name, text in made.items():
-        marks = f"<!-- table: {name} -->", "<!-- end -->"
-        page = re.sub(f"{marks[0]}.*?{marks[1]}", f"{marks[0]}\n\n{text}\n\n{marks[1]}", page, flags=re.DOTALL)
-    return page
+    """The page with its tables made anew."""
+    return with_tables(page, tables())
 
 
 def main() -> int:
