@@ -36,6 +36,8 @@ class TokenBatch:
         loss_mask: (T,) bool, True where the label is a response token.
         cu_seqlens: (B + 1,) int64, cumulative lengths, prompts included.
         lengths: (B,) int64, response tokens per sequence.
+        teacher_logits: (T, V) of the teacher. Its top K are `teacher_logits.log_softmax(-1).topk(K)`.
+        behaviour_logits: (T, V) of the policy that sampled, detached.
 
     Example:
         >>> from kdloss.testing import SequenceTree
@@ -57,6 +59,8 @@ class TokenBatch:
     loss_mask: Tensor
     cu_seqlens: Tensor
     lengths: Tensor = field(repr=False)
+    teacher_logits: Tensor
+    behaviour_logits: Tensor
 
     def named(self) -> dict[str, Any]:
         """The fields as keyword arguments."""
@@ -187,13 +191,13 @@ class SequenceTree:
             return stream(policy.log_softmax(-1)[row, token], self.garbage)
 
         log_student = self.student.log_softmax(-1)
-        behaviour = {"student": self.student, "behaviour": self.behaviour}[under]
+        behaviour = {"student": self.student, "behaviour": self.behaviour}[under].detach()
         rewards = self.rewards[list(indices)]
         return TokenBatch(
             logits=stream(self.student[row], self.garbage),
             labels=stream(token, -100),
             logp=stream(log_student[row, token], self.garbage),
-            old_logp=logp_of(behaviour.detach()),
+            old_logp=logp_of(behaviour),
             teacher_logp=logp_of(self.teacher),
             entropy=stream(-(log_student.exp() * log_student).sum(-1)[row], self.garbage),
             rewards=rewards,
@@ -201,6 +205,8 @@ class SequenceTree:
             loss_mask=torch.zeros(len(layout.owner), dtype=torch.bool).index_fill(0, position, True),
             cu_seqlens=layout.cu_seqlens.clone(),  # a loss that writes to it changes no other batch
             lengths=layout.lengths.clone(),
+            teacher_logits=stream(self.teacher[row], self.garbage),
+            behaviour_logits=stream(behaviour[row], self.garbage),
         )
 
     def _layout(self, indices: tuple[int, ...]) -> _Layout:

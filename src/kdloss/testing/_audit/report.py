@@ -37,8 +37,9 @@ class Fit:
             and lengths: a loss that ascends the reward has +1. Empty if nothing fits or the gradient is zero.
         residual: norm of the part of the gradient that the coefficients leave, relative to the gradient. If nothing
             fits, the least that any combination leaves, here and at policies nearby. 0 for a zero gradient.
-        nearest: the single known objective that fits best, as (objective, coefficient, residual). None for a zero
-            gradient, and on a tree where every known gradient is zero.
+        nearest: the single known objective that fits best, as (objective, coefficient, residual). A JSD, Hellinger
+            distance, total variation or chi-square only where it leaves less than half of what the others leave. None
+            for a zero gradient, and on a tree where every known gradient is zero.
         is_zero: whether the expected gradient is zero: at most `rtol` of the root mean square of the gradients of
             single batches, or rounding alone.
         ambiguous: objectives that are linearly dependent on this tree, if the fit has one of them; other combinations
