@@ -108,8 +108,7 @@ def audit(
     """
     if batch_size < 1 or not 0 < rtol < 1:
         raise ValueError(f"batch_size must be >= 1 and rtol in 0 .. 1, got {batch_size} and {rtol}")
-    tree = SequenceTree(max_length=3, eos=0, prompt_lengths=(1, 2)) if tree is None else tree
-
+    tree = default_tree() if tree is None else tree
     asked = tree
 
     @cache
@@ -178,6 +177,10 @@ def audit(
     }
     tried = {name: span for name, span in tried.items() if asks[name]}
     return Audit(on, off, scope, teacher_in_gradient, teacher_in_value, tuple(notes), tried)
+
+
+def default_tree() -> SequenceTree:
+    return SequenceTree(max_length=3, eos=0, prompt_lengths=(1, 2))
 
 
 def _has_result(*fits: Fit) -> bool:

@@ -131,14 +131,14 @@ def _candidates(triangle: npt.NDArray[np.float64], combinations: Indices, rtol: 
     each other.
     """
     columns = triangle / np.linalg.norm(triangle, axis=0)
-    stack = np.concatenate(
-        [columns[:, combinations], np.broadcast_to(columns[:, -1:, None], (len(columns), len(combinations), 1))], axis=2
-    )
-    diagonal = np.abs(np.linalg.qr(stack.swapaxes(0, 1), mode="r").diagonal(axis1=1, axis2=2))
-    residual = diagonal[:, -1]
-    possible = (residual <= 10 * rtol) | (diagonal[:, :-1].min(axis=1) < 1e-8)
-    possible[residual.argmin()] = True
-    return combinations[possible]
+    target = np.broadcast_to(columns[:, -1:, None], (len(columns), len(combinations), 1))
+    stack = np.concatenate([columns[:, combinations], target], axis=2).swapaxes(0, 1)
+    diagonals: npt.NDArray[np.float64] = np.abs(np.linalg.qr(stack).R.diagonal(axis1=1, axis2=2))
+    residuals = diagonals[:, -1]
+    possible = (residuals <= 10 * rtol) | (diagonals[:, :-1].min(axis=1) < 1e-8)
+    possible[residuals.argmin()] = True
+    candidates: Indices = combinations[possible]
+    return candidates
 
 
 def holds(
