@@ -115,8 +115,8 @@ ENTRIES = [
         joint_mode,
         joint_mode_instead,
         """With `rl_loss_weight: 0` the same function descends the importance-sampled reverse KL (lines 494-502): that
-        is right. In the repository in August 2026, the files `gsm8k_grpo_distill_mode_*.yaml` of `examples/distillation`
-        set 1.0 and 0.005, and `mopd/mopd_multi.yaml` sets `rl_loss_weight: 0.0`. The weight 0.005 was tuned on this
+        is right. In the repository in August 2026, the files `gsm8k_grpo_distill_mode_*.yaml` of
+        `examples/distillation` set 1.0 and 0.005, and `mopd/mopd_multi.yaml` sets `rl_loss_weight: 0.0`. The weight 0.005 was tuned on this
         formula: choose [another](weights.md) for the call above. [The joint mode](joint-mode.md) has more, and [the
         adapter](integrations/areal.md) replaces the loss inside AReaL.""",
     ),
@@ -165,7 +165,8 @@ ENTRIES = [
         "`--opd-log-prob-top-k` above 0",
         "the reverse KL on the top k",
         """`miles/rollout/on_policy_distillation.py`, lines 343-347, and
-        `miles/backends/training_utils/loss_hub/opd.py`, lines 33-54, at commit 31f1ca9 of 21 August 2026. Here with K = 2 and the defaults `only-student` and
+        `miles/backends/training_utils/loss_hub/opd.py`, lines 33-54, at commit 31f1ca9 of 21 August 2026. Here with
+        K = 2 and the defaults `only-student` and
         `student_p`. Reported by a user as radixark/miles#2362.""",
         topk_penalty,
         topk_penalty_instead,
@@ -209,7 +210,7 @@ def entries() -> str:
 
 
 def wrapped(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def code(function: Callable[..., Any]) -> str:
