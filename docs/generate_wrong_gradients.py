@@ -116,9 +116,9 @@ ENTRIES = [
         joint_mode_instead,
         """With `rl_loss_weight: 0` the same function descends the importance-sampled reverse KL (lines 494-502): that
         is right. In the repository in August 2026, the files `gsm8k_grpo_distill_mode_*.yaml` of
-        `examples/distillation` set 1.0 and 0.005, and `mopd/mopd_multi.yaml` sets `rl_loss_weight: 0.0`. The weight 0.005 was tuned on this
-        formula: choose [another](weights.md) for the call above. [The joint mode](joint-mode.md) has more, and [the
-        adapter](integrations/areal.md) replaces the loss inside AReaL.""",
+        `examples/distillation` set 1.0 and 0.005, and `mopd/mopd_multi.yaml` sets `rl_loss_weight: 0.0`. The weight
+        0.005 was tuned on this formula: choose [another](weights.md) for the call above. [The joint
+        mode](joint-mode.md) has more, and [the adapter](integrations/areal.md) replaces the loss inside AReaL.""",
     ),
     Entry(
         "verl 0.9.1",
