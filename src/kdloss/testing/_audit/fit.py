@@ -120,7 +120,7 @@ def _combinations(names: list[str], logits: int) -> Iterator[Indices]:
         ]
         if chosen and 2 * n <= logits:
             yield np.array(chosen)
-    if second and len(names) < logits:
+    if second and 2 * len(names) <= logits:
         yield np.arange(len(names))[None]
 
 
