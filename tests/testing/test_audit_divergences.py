@@ -14,7 +14,7 @@ from kdloss.testing import SequenceTree, audit, expected_gradient
 # three prefixes, seven responses: token and sequence forms are told apart
 TREE = SequenceTree(max_length=2, eos=0, seed=3)
 # two tokens of four are outside a top 2, so no tail is exact; every response is one token, which is fast
-WIDE = SequenceTree(vocab_size=4, max_length=1, prompt_lengths=(1, 1), seed=1)
+WIDE = SequenceTree(vocab_size=4, max_length=1, seed=1)
 K = 2
 
 JSD, HELLINGER, VARIATION, CHI_SQUARE = "JSD, beta 0.5", "squared Hellinger", "total variation", "chi-square"
@@ -140,8 +140,8 @@ BIASED = {
 def test_a_biased_loss_gets_no_name(name):
     report = audit(BIASED[name], WIDE)
     assert report.on_policy.coefficients == report.off_policy.coefficients == {}
-    assert report.on_policy.nearest.residual > 0.05
-    assert report.on_policy.residual > 1e-3  # of all known objectives together
+    assert report.on_policy.nearest.residual > 0.01
+    assert report.on_policy.residual > 1e-5  # of combinations, in the three dimensions of a row at two students
     assert not report.on_policy.is_zero
     assert report.teacher_in_gradient
     assert report.scope == "none"
@@ -149,11 +149,11 @@ def test_a_biased_loss_gets_no_name(name):
 
 def test_the_bias_of_a_truncated_forward_kl_is_what_it_does_to_the_tail():
     """P q - p on the top K and P q outside, where the forward KL has q - p: it empties the tail."""
-    gradient = audit(BIASED["topk_forward_kl, truncate"], WIDE).on_policy.gradient
+    gradient = expected_gradient(BIASED["topk_forward_kl, truncate"], WIDE)
     q, p = WIDE.student.detach().softmax(-1), WIDE.teacher.softmax(-1)
     kept = torch.zeros_like(p, dtype=torch.bool).scatter(-1, top(WIDE.teacher).indices, True)
     mass = torch.where(kept, p, 0.0).sum(-1, keepdim=True)
-    torch.testing.assert_close(gradient, (mass * q - torch.where(kept, p, 0.0)) / len(WIDE.prompt_lengths))
+    torch.testing.assert_close(gradient, mass * q - torch.where(kept, p, 0.0))
 
 
 def test_a_tail_of_one_token_hides_nothing():
@@ -166,7 +166,7 @@ def test_a_tail_of_one_token_hides_nothing():
 def test_a_bounded_ratio_is_biased_off_policy_only():
     report = audit(exact_and_sampled(kdloss.topk_sampled_reverse_kl, max_ratio=0.5), WIDE)
     assert report.on_policy.coefficients == report.off_policy.coefficients == {}
-    report = audit(with_baseline("value", kd_max_ratio=1.0), TREE)
+    report = audit(with_baseline("value", kd_max_ratio=1.0), WIDE)
     assert coefficients(report.on_policy) == {REVERSE: 1}
     assert report.off_policy.coefficients == {}
     assert report.scope == "on-policy only"
