@@ -168,8 +168,10 @@ class SequenceTree:
 
     def log_probabilities(self, policy: Tensor) -> Tensor:
         """(S,) the log-prob of every response given its prompt under a policy, (N, V) logits; nats, differentiable."""
-        log_policy = policy.log_softmax(-1)
-        return torch.stack([log_policy[rows, tokens].sum() for rows, tokens in map(self._path, self.sequences)])
+        layout = self._layout(tuple(range(len(self.sequences))))
+        of_tokens = policy.log_softmax(-1)[layout.row, layout.token]
+        sequence = torch.repeat_interleave(layout.lengths)
+        return of_tokens.new_zeros(len(self.sequences)).index_add(0, sequence, of_tokens)
 
     def batch(self, indices: Sequence[int], *, under: str = "student") -> TokenBatch:
         """The sequences of `indices`, packed in that order.
@@ -242,9 +244,9 @@ def batch_and_rows(tree: SequenceTree, indices: Sequence[int], under: str) -> tu
     where the gradient in the student's logits is their sum.
     """
     layout = tree._layout(tuple(indices))
-    rows = tree.student[layout.row]
-    behaviour = {"student": rows, "behaviour": tree.behaviour[layout.row]}[under].detach()
-    teacher = tree.teacher[layout.row]
+    rows = tree.student.index_select(0, layout.row)
+    behaviour = {"student": rows, "behaviour": tree.behaviour.index_select(0, layout.row)}[under].detach()
+    teacher = tree.teacher.index_select(0, layout.row)
     log_student = rows.log_softmax(-1)
 
     def stream(values: Tensor, fill: float) -> Tensor:
