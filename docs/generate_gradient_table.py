@@ -42,13 +42,6 @@ class Row(NamedTuple):
     batch_size: int = 1
 
 
-def full_vocabulary(logits: Tensor, loss_mask: Tensor) -> Tensor:
-    """KL(q || p) of whole next-token distributions: no token of it is sampled, so it is the variance to beat."""
-    log_q = torch.where(loss_mask[:, None], logits, 0.0).log_softmax(-1)
-    row = (logits[:, None] == TREE.student).all(-1).int().argmax(-1)  # which prefix the position is at
-    return (log_q.exp() * (log_q - TREE.teacher[row].log_softmax(-1))).sum(-1)
-
-
 def reward_surrogate(function: Loss, **keywords: Any) -> Loss:
     """A surrogate with the reward of its sequence as the advantage."""
 
@@ -144,7 +137,7 @@ KDRL, GRPO, PPO = "KDRL, eq. 5", "GRPO, eq. 3", "PPO, eq. 7"
 
 ROWS = {
     "Distillation": [
-        Row("KL of whole next-token distributions, from the logits", full_vocabulary, "no sampled token"),
+        Row("`reverse_kl`, from the logits of both", kdloss.reverse_kl, "no sampled token"),
         Row("`distillation_loss`", partial(distill, **fixed), KDRL),
         Row("`importance_sampled_surrogate` on `reverse_kl_reward`", distilled_surrogate, KDRL),
         Row(

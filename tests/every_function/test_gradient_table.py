@@ -1,4 +1,4 @@
-"""Holds the generated table of docs/gradients.md to the code."""
+"""Holds the generated parts of docs/gradients.md and docs/wrong-gradients.md to the code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,24 @@ import kdloss
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_gradient_table", DOCS / "generate_gradient_table.py")
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    return loaded("generate_gradient_table")
+
+
+def test_the_committed_page_of_wrong_gradients_is_what_the_code_gives():
+    page = (DOCS / "wrong-gradients.md").read_text(encoding="utf-8")
+    updated = loaded("generate_wrong_gradients").updated(page)
+    assert updated == page, "run: python docs/generate_wrong_gradients.py"
 
 
 def test_the_committed_table_is_what_the_code_gives(generator):

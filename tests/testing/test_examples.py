@@ -7,10 +7,10 @@ import doctest
 import pytest
 
 from kdloss.testing import _sequence_tree, strategies
-from kdloss.testing._audit import report
+from kdloss.testing._audit import compare, report
 
 
-@pytest.mark.parametrize("module", [_sequence_tree, report, strategies])
+@pytest.mark.parametrize("module", [_sequence_tree, compare, report, strategies])
 def test_examples_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 5

@@ -32,9 +32,10 @@ def expected_gradient(
     `E over batches of d loss / d student logits`: a batch is `batch_size` sequences sampled from the policy `under`.
 
     The loss is called with the fields of `TokenBatch` that its parameters name (`logp`, `old_logp`, `teacher_logp`,
-    `advantages`, `rewards`, `loss_mask`, `cu_seqlens`, `labels`, `logits`, `entropy`, `lengths`), and with
-    `normalizer` if it is given and the loss names it. A loss with `**kwargs` gets every field. So the library's
-    functions work directly or through `functools.partial`, and a loss of yours names what it needs.
+    `advantages`, `rewards`, `loss_mask`, `cu_seqlens`, `labels`, `logits`, `entropy`, `lengths`, `teacher_logits`,
+    `behaviour_logits`), and with `normalizer` if it is given and the loss names it. A loss with `**kwargs` gets every
+    field. So the library's functions work directly or through `functools.partial`, and a loss of yours names what it
+    needs.
 
     A per-token loss is summed over the trained tokens and divided by `normalizer` (default: `batch_size`). The
     expectation is then linear in the sequences, so one call with all of them suffices. A scalar loss may couple the

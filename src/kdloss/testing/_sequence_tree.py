@@ -36,6 +36,8 @@ class TokenBatch:
         loss_mask: (T,) bool, True where the label is a response token.
         cu_seqlens: (B + 1,) int64, cumulative lengths, prompts included.
         lengths: (B,) int64, response tokens per sequence.
+        teacher_logits: (T, V) of the teacher. Its top K are `teacher_logits.log_softmax(-1).topk(K)`.
+        behaviour_logits: (T, V) of the policy that sampled, detached.
 
     Example:
         >>> from kdloss.testing import SequenceTree
@@ -57,6 +59,8 @@ class TokenBatch:
     loss_mask: Tensor
     cu_seqlens: Tensor
     lengths: Tensor = field(repr=False)
+    teacher_logits: Tensor
+    behaviour_logits: Tensor
 
     def named(self) -> dict[str, Any]:
         """The fields as keyword arguments."""
@@ -164,8 +168,10 @@ class SequenceTree:
 
     def log_probabilities(self, policy: Tensor) -> Tensor:
         """(S,) the log-prob of every response given its prompt under a policy, (N, V) logits; nats, differentiable."""
-        log_policy = policy.log_softmax(-1)
-        return torch.stack([log_policy[rows, tokens].sum() for rows, tokens in map(self._path, self.sequences)])
+        layout = self._layout(tuple(range(len(self.sequences))))
+        of_tokens = policy.log_softmax(-1)[layout.row, layout.token]
+        sequence = torch.repeat_interleave(layout.lengths)
+        return of_tokens.new_zeros(len(self.sequences)).index_add(0, sequence, of_tokens)
 
     def batch(self, indices: Sequence[int], *, under: str = "student") -> TokenBatch:
         """The sequences of `indices`, packed in that order.
@@ -177,31 +183,7 @@ class SequenceTree:
         Returns:
             `TokenBatch`.
         """
-        layout = self._layout(tuple(indices))
-        row, token, position = layout.row, layout.token, layout.position
-
-        def stream(values: Tensor, fill: float) -> Tensor:
-            return values.new_full((len(layout.owner), *values.shape[1:]), fill).index_copy(0, position, values)
-
-        def logp_of(policy: Tensor) -> Tensor:
-            return stream(policy.log_softmax(-1)[row, token], self.garbage)
-
-        log_student = self.student.log_softmax(-1)
-        behaviour = {"student": self.student, "behaviour": self.behaviour}[under]
-        rewards = self.rewards[list(indices)]
-        return TokenBatch(
-            logits=stream(self.student[row], self.garbage),
-            labels=stream(token, -100),
-            logp=stream(log_student[row, token], self.garbage),
-            old_logp=logp_of(behaviour.detach()),
-            teacher_logp=logp_of(self.teacher),
-            entropy=stream(-(log_student.exp() * log_student).sum(-1)[row], self.garbage),
-            rewards=rewards,
-            advantages=rewards[layout.owner],
-            loss_mask=torch.zeros(len(layout.owner), dtype=torch.bool).index_fill(0, position, True),
-            cu_seqlens=layout.cu_seqlens.clone(),  # a loss that writes to it changes no other batch
-            lengths=layout.lengths.clone(),
-        )
+        return batch_and_rows(self, indices, under)[0]
 
     def _layout(self, indices: tuple[int, ...]) -> _Layout:
         """The layout of a batch, kept: the same batches are asked for again and again."""
@@ -253,3 +235,40 @@ def replaced(tree: SequenceTree, **tensors: Tensor) -> SequenceTree:
     for name, tensor in tensors.items():
         setattr(other, name, tensor.detach().requires_grad_(name == "student"))
     return other
+
+
+def batch_and_rows(tree: SequenceTree, indices: Sequence[int], under: str) -> tuple[TokenBatch, Tensor, Tensor]:
+    """A batch, the (P, V) logits of the student before each of its P response tokens, and their (P,) prefixes.
+
+    All that a batch has of the student is computed from these rows. So the gradient in them tells the sequences apart,
+    where the gradient in the student's logits is their sum.
+    """
+    layout = tree._layout(tuple(indices))
+    rows = tree.student.index_select(0, layout.row)
+    behaviour = {"student": rows, "behaviour": tree.behaviour.index_select(0, layout.row)}[under].detach()
+    teacher = tree.teacher.index_select(0, layout.row)
+    log_student = rows.log_softmax(-1)
+
+    def stream(values: Tensor, fill: float) -> Tensor:
+        return values.new_full((len(layout.owner), *values.shape[1:]), fill).index_copy(0, layout.position, values)
+
+    def logp_of(log_policy: Tensor) -> Tensor:
+        return stream(log_policy.gather(-1, layout.token[:, None]).squeeze(-1), tree.garbage)
+
+    rewards = tree.rewards[list(indices)]
+    batch = TokenBatch(
+        logits=stream(rows, tree.garbage),
+        labels=stream(layout.token, -100),
+        logp=logp_of(log_student),
+        old_logp=logp_of(behaviour.log_softmax(-1)),
+        teacher_logp=logp_of(teacher.log_softmax(-1)),
+        entropy=stream(-(log_student.exp() * log_student).sum(-1), tree.garbage),
+        rewards=rewards,
+        advantages=rewards[layout.owner],
+        loss_mask=torch.zeros(len(layout.owner), dtype=torch.bool).index_fill(0, layout.position, True),
+        cu_seqlens=layout.cu_seqlens.clone(),  # a loss that writes to it changes no other batch
+        lengths=layout.lengths.clone(),
+        teacher_logits=stream(teacher, tree.garbage),
+        behaviour_logits=stream(behaviour, tree.garbage),
+    )
+    return batch, rows, layout.row

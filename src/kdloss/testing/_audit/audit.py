@@ -41,6 +41,9 @@ def audit(
 
     - the reverse KL, the forward KL and the entropy: per token at the visited prefixes, where the probability of
       visiting a prefix counts as a constant, and over whole sequences;
+    - in the same two forms the JSD at beta 0.5, of m = (p + q) / 2; the squared Hellinger distance, half the sum of
+      (sqrt p - sqrt q)²; the total variation, half the sum of |p - q|; and the chi-square, the sum of (p - q)² / q. A
+      combination has at most two of these;
     - the expected reward, and the expected reward divided by each response's own length;
     - the expected length and 1/length; for batches of several sequences also the expected 1/tokens and reward / tokens;
     - off-policy also KL(mu || q), which pulls the student q towards the policy mu that sampled, and the expected reward
@@ -73,12 +76,14 @@ def audit(
 
     Args:
         loss: called with the fields of `TokenBatch` that its parameters name (`logp`, `old_logp`, `teacher_logp`,
-            `advantages`, `rewards`, `loss_mask`, `cu_seqlens`, `labels`, `logits`, `entropy`, `lengths`). Returns a
-            (T,) tensor, a 0-dim tensor, or a tuple with such a field `loss`. A per-token loss is summed over the
-            trained tokens and divided by `normalizer`. The loss is also called with other policies, so it must use
-            them through its arguments alone. A module is called by the names of its `forward`.
+            `advantages`, `rewards`, `loss_mask`, `cu_seqlens`, `labels`, `logits`, `entropy`, `lengths`,
+            `teacher_logits`, `behaviour_logits`). Returns a (T,) tensor, a 0-dim tensor, or a tuple with such a field
+            `loss`. A per-token loss is summed over the trained tokens and divided by `normalizer`. The loss is also
+            called with other policies, so it must use them through its arguments alone. A module is called by the names
+            of its `forward`.
         tree: the language and its policies. None: three tokens, responses of one to three tokens, two prompts, random
-            policies.
+            policies. For a loss of the teacher's top K pass one with a vocabulary of at least K + 2: at K + 1 a tail of
+            one token hides nothing.
         batch_size: sequences per batch. A scalar loss is called several times for each of the S ** batch_size batches,
             S the number of sequences of the tree.
         normalizer: passed to a scalar loss that names it; the denominator of a per-token loss (default: `batch_size`).
@@ -103,8 +108,7 @@ def audit(
     """
     if batch_size < 1 or not 0 < rtol < 1:
         raise ValueError(f"batch_size must be >= 1 and rtol in 0 .. 1, got {batch_size} and {rtol}")
-    tree = SequenceTree(max_length=3, eos=0, prompt_lengths=(1, 2)) if tree is None else tree
-
+    tree = default_tree() if tree is None else tree
     asked = tree
 
     @cache
@@ -112,7 +116,7 @@ def audit(
         # one tree suffices to refuse a loss; both policies, because a coupling by ratios is 1 for the student's samples
         return gradient_moments(loss, tree, under, batch_size, normalizer, rtol if tree is asked else None)
 
-    takes_teacher, takes_rewards = takes(loss, "teacher_logp"), takes(loss, "rewards", "advantages")
+    takes_teacher, takes_rewards = takes(loss, "teacher_logp", "teacher_logits"), takes(loss, "rewards", "advantages")
     # only what the loss takes; every loss takes the student, and its samples come from the behaviour policy
     far = {"student": replaced(tree, student=_spread(tree.student, 3))}
     if takes_teacher:
@@ -173,6 +177,10 @@ def audit(
     }
     tried = {name: span for name, span in tried.items() if asks[name]}
     return Audit(on, off, scope, teacher_in_gradient, teacher_in_value, tuple(notes), tried)
+
+
+def default_tree() -> SequenceTree:
+    return SequenceTree(max_length=3, eos=0, prompt_lengths=(1, 2))
 
 
 def _has_result(*fits: Fit) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ from torch import Tensor
 from kdloss.testing._calls import student_gradient
 from kdloss.testing._sequence_tree import SequenceTree
 
+# Combinations with these are tried last: near p = q all divergences have nearly the same gradient.
+DIVERGENCES = ("JSD, beta 0.5", "squared Hellinger", "total variation", "chi-square")
 LENGTHS = ("expected length", "expected 1/length", "expected 1/tokens of the batch")
 # Off-policy an objective has a variant: one token at a time comes from the student and the others as sampled, or the
 # prefixes are the student's and not those visited. On-policy the gradients are equal, and the two count as one.
@@ -23,13 +26,20 @@ ON_POLICY_NAME = {
 }
 
 
-def known_gradients(tree: SequenceTree, under: str, batch_size: int) -> dict[str, npt.NDArray[np.float64]]:
-    """The flat gradients of the objectives that this tree can identify."""
-    known = {name: student_gradient(f, tree).flatten().numpy() for name, f in _known(tree, under, batch_size).items()}
+def known_gradients(
+    tree: SequenceTree, under: str, batch_size: int, names: Collection[str] | None = None
+) -> dict[str, npt.NDArray[np.float64]]:
+    """The flat gradients of the objectives of `names` (None: all) that this tree can identify."""
+    known = {
+        name: student_gradient(value, tree).flatten().numpy()
+        for name, value in _known(tree, under, batch_size).items()
+        if names is None or name in names
+    }
     # not those that are infinite on this tree (a KL outside the support) or constant (a length without eos)
-    known = {name: g for name, g in known.items() if np.isfinite(g).all()}
-    size = max((float(np.linalg.norm(g)) for g in known.values()), default=0.0)
-    return {name: g for name, g in known.items() if np.linalg.norm(g) > 1e-12 * size}
+    sizes = {name: float(np.linalg.norm(g)) for name, g in known.items() if np.isfinite(g).all()}
+    # a chi-square may be many orders larger than the others
+    largest = max((size for name, size in sizes.items() if not name.startswith(DIVERGENCES)), default=0.0)
+    return {name: known[name] for name, size in sizes.items() if size > 1e-12 * largest}
 
 
 def _known(tree: SequenceTree, under: str, batch_size: int) -> dict[str, Tensor]:
@@ -75,7 +85,24 @@ def _known(tree: SequenceTree, under: str, batch_size: int) -> dict[str, Tensor]
             "expected reward (token by token)": -(of_mu * tree.rewards * ratios).sum(),
             "expected reward / length (token by token)": -(of_mu * tree.rewards / length * ratios).sum(),
         }
+    of_tokens, of_responses = _divergences(log_q, log_p), _divergences(log_of_q, log_of_p)
+    for name in DIVERGENCES:
+        known[f"{name} (token)"] = (visits[:, None] * of_tokens[name]).sum()
+        known[f"{name} (sequence)"] = of_responses[name].sum() / len(tree.prompt_lengths)
     return known
+
+
+def _divergences(log_q: Tensor, log_p: Tensor) -> dict[str, Tensor]:
+    """The terms of each divergence, whose sum over the outcomes is the divergence, up to a constant.
+
+    Finite, with a finite gradient, where p is 0.
+    """
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)  # of the mixture (p + q) / 2
+    jsd = 0.5 * log_q.exp() * log_q - log_m.exp() * log_m
+    hellinger = -(0.5 * (log_q + log_p)).exp()  # of 1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q)
+    variation = 0.5 * (log_q.exp() - log_p.exp()).abs()
+    chi_square = (2 * log_p - log_q).exp()  # of sum (p - q)^2 / q = sum p^2 / q - 1
+    return dict(zip(DIVERGENCES, (jsd, hellinger, variation, chi_square), strict=True))
 
 
 def _visits(tree: SequenceTree, policy: Tensor) -> Tensor:

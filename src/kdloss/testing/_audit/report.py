@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,8 +37,9 @@ class Fit:
             and lengths: a loss that ascends the reward has +1. Empty if nothing fits or the gradient is zero.
         residual: norm of the part of the gradient that the coefficients leave, relative to the gradient. If nothing
             fits, the least that any combination leaves, here and at policies nearby. 0 for a zero gradient.
-        nearest: the single known objective that fits best, as (objective, coefficient, residual). None for a zero
-            gradient, and on a tree where every known gradient is zero.
+        nearest: the single known objective that fits best, as (objective, coefficient, residual). A JSD, Hellinger
+            distance, total variation or chi-square only where it leaves less than half of what the others leave. None
+            for a zero gradient, and on a tree where every known gradient is zero.
         is_zero: whether the expected gradient is zero: at most `rtol` of the root mean square of the gradients of
             single batches, or rounding alone.
         ambiguous: objectives that are linearly dependent on this tree, if the fit has one of them; other combinations
@@ -165,12 +166,16 @@ class Audit:
             rows = rows or [("", "zero gradient" if fit.is_zero else "none of the known", "")]
             rows.append(("", f"residual {residual_text(fit.residual)}, variance {fit.variance:.3g}", ""))
             table += [(source if row is rows[0] else "", *row) for row in rows]
-        widths = [max(len(row[column]) for row in table) for column in range(4)]
-        table.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2], "-" * widths[3]))
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
         ranges = ", ".join(f"{name} {least:.3g} .. {greatest:.3g}" for name, (least, greatest) in self.tried.items())
         tried = [f"tried: {ranges}"] if ranges else []
-        return "\n".join([*self.verdicts, "", *(line.rstrip() for line in lines), *tried])
+        return "\n".join([*self.verdicts, "", *table_lines(table), *tried])
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows in columns, with a line below the first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
 
 
 def verb(name: str, coefficient: float) -> str:
@@ -184,6 +189,21 @@ def same(on_policy: Fit, off_policy: Fit, tolerance: float = 1e-3) -> bool:
     on = on_policy.coefficients
     off = {ON_POLICY_NAME.get(name, name): c for name, c in off_policy.coefficients.items()}
     return on.keys() == off.keys() and all(math.isclose(on[name], off[name], rel_tol=tolerance) for name in on)
+
+
+def short_text(fit: Fit) -> str:
+    """A fit in one line of a table; where it is not the whole truth, the line says so."""
+    if fit.is_zero:
+        said = "zero gradient" + (", noise alone" if fit.variance > 0 else "")
+    elif fit.coefficients:
+        said = str(fit)
+    elif fit.nearest is None:
+        said = "none of the known objectives"
+    else:
+        name, coefficient, residual = fit.nearest
+        said = f"none known; nearest {number_text(coefficient)} {_TIMES} {name}, off by {residual_text(residual)}"
+    said += ", one reading of several" if fit.ambiguous else ""
+    return said + (", on this tree only" if fit.changes_with else "")
 
 
 def residual_text(x: float) -> str:
