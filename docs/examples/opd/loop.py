@@ -89,7 +89,7 @@ def backward(
     logp, entropy, forward_kl = student(
         micro.input_ids, micro.lengths, micro.prompt_lengths, teacher=teacher, taught=micro.failed
     )
-    weight = loss_kwargs["distill_loss_weight"]
+    weight = loss_kwargs.get("distill_loss_weight", 0.0)
     if forward_kl is not None:
         loss_kwargs["distill_loss_weight"] = 0.0
     if sft:
