@@ -6,7 +6,7 @@ import pytest
 from opd.config import ConfigError, load_config, loss_config, weight_schedule
 
 KDRL = Path(__file__).parents[2] / "docs" / "examples" / "kdrl.yaml"
-GSM8K = KDRL.with_name("gsm8k.yaml")
+GSM8K, CIPHER = KDRL.with_name("gsm8k.yaml"), KDRL.with_name("cipher.yaml")
 
 SEED = """
 experiment_name: gsm8k-grpo-distillation
@@ -52,7 +52,7 @@ def test_the_seeds_teacher_block_and_command_line(tmp_path):
     assert loss.ignored["scheduling_spec"] == [{"gpu": 1}]
 
 
-@pytest.mark.parametrize("path", [KDRL, GSM8K])
+@pytest.mark.parametrize("path", [KDRL, GSM8K, CIPHER])
 def test_the_shipped_files_are_good(path):
     config = load_config(path)
     assert config.trial_name == config.mode == "kdrl"
@@ -79,6 +79,7 @@ def test_student_is_another_name_of_actor():
         ("actor.optimizer.warmup=1", "actor.optimizer: unknown 'warmup'; did you mean 'warmup_steps'?"),
         ("teacher.distil_loss_weight=1", "teacher: unknown key 'distil_loss_weight'; the nearest valid key is '"),
         ("teacher.kd_discount=2", "teacher: kd_discount must be in 0 .. 1, got 2"),
+        ("data.task=cypher", "data.task: unknown 'cypher'; did you mean 'cipher'?"),
         ("mode=kdlr", "mode: unknown 'kdlr'; did you mean 'kdrl'?"),
         ("endpoint.kind=vlm", "endpoint.kind: unknown 'vlm'; did you mean 'vllm'?"),
         ("schedule.name=cosin", "schedule.name: unknown 'cosin'; did you mean 'cosine'?"),
@@ -145,6 +146,10 @@ def test_modes_that_need_a_teacher_say_so(tmp_path):
         load_config(path, ["mode=distill"])
     with pytest.raises(ConfigError, match="mode sft lets the teacher write"):
         load_config(path, ["mode=sft", "endpoint.url=http://127.0.0.1:1"])
+    with pytest.raises(ConfigError, match="mode kdrl-full reads the teacher's hidden states"):
+        load_config(KDRL, ["mode=kdrl-full", "endpoint.url=http://127.0.0.1:1"])
+    with pytest.raises(ConfigError, match=r"it needs teacher\.reduction=token_mean"):
+        load_config(KDRL, ["mode=kdrl-full", "teacher.reduction=sequence_mean"])
 
 
 def test_modes_that_distil_need_a_weight_and_the_others_none(tmp_path):

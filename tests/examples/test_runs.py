@@ -11,7 +11,7 @@ import on_policy_distillation
 import pytest
 import torch
 from opd.config import MODES
-from opd.plots import draw, read_trials, table
+from opd.plots import apart, draw, read_trials, table
 from opd.task import WordProblems
 from safetensors.torch import load_file
 
@@ -119,6 +119,20 @@ def test_the_demo_runs_modes_side_by_side_and_does_not_repeat_them(small, tmp_pa
     assert is_drawn(experiment / "reward_curve.png")
     assert table(experiment) in told.out
     assert is_drawn(draw(experiment))
+
+
+def test_the_demo_averages_seeds(small, tmp_path, capfd):
+    arguments = ["--modes", "kdrl-full", "--seeds", "1,2", *small("total_train_steps=2")[3:]]
+    assert demo.main(arguments) == 0
+    told = capfd.readouterr().out
+    assert all(f"\nkdrl-full-{seed} " in told for seed in (1, 2))
+    assert {trial.name for trial in read_trials(tmp_path / "test")} == {"kdrl-full-1", "kdrl-full-2"}
+    assert is_drawn(tmp_path / "test" / "reward_curve.png")
+
+
+def test_labels_that_would_lie_on_each_other_move_up():
+    assert apart([0.1, 0.11, 0.5], 0.06) == pytest.approx([0.1, 0.16, 0.5])
+    assert apart([], 0.06) == []
 
 
 def test_the_demo_names_a_mode_that_it_does_not_know(capsys):

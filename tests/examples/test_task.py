@@ -5,7 +5,18 @@ from decimal import Decimal
 from random import Random
 
 import pytest
-from opd.task import JsonLines, WordProblems, extract_answer, reward, slip, write_sum
+from opd.task import (
+    CONFUSED,
+    OTHER_TABLE,
+    TABLE,
+    Cipher,
+    JsonLines,
+    WordProblems,
+    extract_answer,
+    reward,
+    slip,
+    write_sum,
+)
 
 GSM8K = [
     {"question": "Two dozen eggs, half of them break?", "answer": "2*12 = <<2*12=24>>24.\nHalf is 12.\n#### 12"},
@@ -41,10 +52,45 @@ def test_a_problem_is_a_function_of_seed_and_number():
     assert one[0] != other[0]
 
 
-def test_held_out_questions_are_never_trained_on():
-    train = {WordProblems(seed=1, held_out=False)[i].prompt for i in range(3000)}
-    held_out = {WordProblems(seed=1, held_out=True)[i].prompt for i in range(3000)}
+@pytest.mark.parametrize("source", [WordProblems, Cipher])
+def test_held_out_questions_are_never_trained_on(source):
+    train = {source(seed=1, held_out=False)[i].prompt for i in range(3000)}
+    held_out = {source(seed=1, held_out=True)[i].prompt for i in range(3000)}
     assert not train & held_out
+
+
+def test_a_message_is_read_through_the_table_digit_by_digit():
+    messages = Cipher(seed=3, held_out=False)
+    for problem in (messages[i] for i in range(200)):
+        assert len(problem.prompt) == 8
+        letters, digit = problem.prompt.rstrip(".="), 0
+        for letter, found in zip(letters, problem.answer, strict=True):
+            digit = TABLE[digit]["abcdef".index(letter)]
+            assert str(digit) == found
+        assert problem.solution == problem.answer
+        assert reward(problem.answer, problem) == 1.0
+        assert reward(problem.answer[:-1], problem) == reward(problem.answer + "0", problem) == 0.0
+
+
+def facts(writer: str) -> dict[tuple[int, int], list[int]]:
+    """The digits that a writer gave for each pair of the digit before and the letter."""
+    found: dict[tuple[int, int], list[int]] = {}
+    messages = Cipher(seed=4, held_out=False, writer=writer)
+    for problem in (messages[i] for i in range(2000)):
+        before = 0
+        for letter, digit in zip(problem.prompt, map(int, problem.solution), strict=False):
+            found.setdefault((before, "abcdef".index(letter)), []).append(digit)
+            before = digit
+    return found
+
+
+def test_a_confused_writer_is_wrong_about_six_facts_and_a_beginner_knows_another_table():
+    assert all(TABLE[digit][letter] != wrong for (digit, letter), wrong in CONFUSED.items())
+    confused = {fact: max(set(digits), key=digits.count) for fact, digits in facts("confused").items()}
+    assert confused == {(d, x): CONFUSED.get((d, x), TABLE[d][x]) for d in range(6) for x in range(6)}
+    beginner = {fact: max(set(digits), key=digits.count) for fact, digits in facts("beginner").items()}
+    assert beginner == {(d, x): OTHER_TABLE[d][x] for d in range(6) for x in range(6)}
+    assert sum(TABLE[d][x] != OTHER_TABLE[d][x] for d in range(6) for x in range(6)) > 24
 
 
 def test_a_slip_replaces_one_digit_and_reaches_every_other():

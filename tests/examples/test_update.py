@@ -42,12 +42,21 @@ def gradient(student) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in student.parameters()])
 
 
-def accumulate(student, batch, *, parts=1, sft=False, **loss_kwargs):
+def accumulate(student, batch, *, parts=1, sft=False, teacher=None, **loss_kwargs):
     student.zero_grad()
     tokens = (batch.lengths - batch.prompt_lengths).sum()
     normalizer = tokens if loss_kwargs.get("reduction", "token_mean") == "token_mean" else len(batch)
     shares = [
-        backward(student, part, tokens=tokens, normalizer=normalizer, max_weight=2.0, sft=sft, **loss_kwargs)
+        backward(
+            student,
+            part,
+            tokens=tokens,
+            normalizer=normalizer,
+            max_weight=2.0,
+            sft=sft,
+            teacher=teacher,
+            **loss_kwargs,
+        )
         for part in batch.split(parts)
     ]
     return gradient(student), {name: sum(share[name] for share in shares) for name in shares[0]}
@@ -92,6 +101,27 @@ def test_sft_descends_the_cross_entropy(load, batch):
     loss.backward()
     assert_close(given, gradient(student), atol=1e-6, rtol=1e-4)
     assert_close(metrics["loss"], loss.detach())
+
+
+def test_failed_groups_get_the_forward_kl_and_the_others_the_reward_alone(load, batch):
+    student, teacher = load("student"), load("teacher", trained=False)
+    failed = torch.arange(len(batch)) < 4  # the first group
+    given, metrics = accumulate(student, replace(batch, failed=failed), teacher=teacher, **KDRL)
+    student.zero_grad()
+    where = layout(batch.input_ids, batch.lengths, batch.prompt_lengths)
+    q, p = (
+        where.pack(model.lm(batch.input_ids, attention_mask=batch.input_ids != 0).logits).log_softmax(-1)
+        for model in (student, teacher)
+    )
+    logp = q.gather(-1, where.labels.clamp(min=0)[:, None]).squeeze(-1)
+    owner = kdloss.segment_ids(where.cu_seqlens, total_tokens=where.total_tokens)
+    kl = torch.where(failed[owner], (p.exp() * (p - q)).sum(-1), 0)
+    loss = (0.5 * kl - batch.advantages[owner] * logp)[where.loss_mask].sum() / where.loss_mask.sum()
+    loss.backward()
+    assert_close(given, gradient(student), atol=2e-5, rtol=1e-3)
+    parts, sums = accumulate(student, replace(batch, failed=failed), parts=5, teacher=teacher, **KDRL)
+    assert_close(parts, given, atol=1e-6, rtol=1e-4)
+    assert_close(sums["loss"], metrics["loss"], atol=1e-5, rtol=1e-4)
 
 
 def test_the_literal_joint_form_has_no_teacher_in_its_gradient(load, batch):

@@ -21,6 +21,7 @@ MODES = {
     "distill": "reverse KL to the teacher on the student's own responses (RL weight 0)",
     "grpo": "reinforcement learning alone (distillation weight 0)",
     "kdrl": "both: GRPO and reverse KL on the same responses",
+    "kdrl-full": "GRPO, and the forward KL to the teacher's whole distribution in groups without a success",
     "kdrl-direct": "the joint loss read literally, logp - teacher_logp as a penalty: no teacher in its gradient",
 }
 ALIASES = {"student": "actor"}
@@ -111,9 +112,10 @@ class Rollout:
 
 @dataclass
 class Data:
-    """JSON lines in GSM8K's format; without a path, procedural word problems."""
+    """JSON lines in GSM8K's format; without a path, an endless source: a cipher, or word problems."""
 
     path: str | None = None
+    task: str = "word-problems"
     eval_path: str | None = None
     batch_size: int = 16
     instruction: str = ""
@@ -192,6 +194,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(str(error).splitlines()[0] + (f" (in {error.full_key})" if error.full_key else "")) from error
     _check_choice("mode", config.mode, MODES)
     _check_choice("endpoint.kind", config.endpoint.kind, ("vllm", "sglang", "openai"))
+    _check_choice("data.task", config.data.task, ("cipher", "word-problems"))
     _check_choice("actor.dtype", config.actor.dtype, DTYPES)
     _check_choice("teacher.dtype", config.teacher.get("dtype", config.actor.dtype), DTYPES)
     _check_ranges(config)
@@ -272,8 +275,12 @@ def _check_together(config: Config) -> None:
     local, remote = bool(config.teacher.get("path")), bool(config.endpoint.url)
     if config.mode == "sft" and (remote or not local):
         raise ConfigError("mode sft lets the teacher write: it needs teacher.path, and no endpoint.url")
+    if config.mode == "kdrl-full" and (remote or not local or "WORLD_SIZE" in os.environ):
+        raise ConfigError("mode kdrl-full reads the teacher's hidden states: it needs teacher.path and one process")
     if config.mode != "grpo" and not (local or remote):
         raise ConfigError(f"mode {config.mode} needs a teacher: set teacher.path or endpoint.url")
+    if config.mode == "kdrl-full" and loss_config(config).reduction != "token_mean":
+        raise ConfigError("mode kdrl-full adds a mean over tokens: it needs teacher.reduction=token_mean")
     loss_config(config)
     weight_schedule(config)
     if config.data.path and not config.data.eval_path:

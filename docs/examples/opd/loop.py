@@ -18,7 +18,7 @@ from opd.checkpoint import Checkpoints, MetricsFile, claim
 from opd.config import Config, loss_config, weight_schedule
 from opd.models import Policy, layout, load_policy, load_tokenizer
 from opd.rollout import Batch, sample, score
-from opd.task import JsonLines, WordProblems
+from opd.task import Cipher, JsonLines, WordProblems
 from opd.teacher_client import TeacherEndpoint
 
 EVALUATION_SEED = 12345  # the same questions and draws at every evaluation of every mode: differences are the student's
@@ -35,6 +35,7 @@ def update(
     micro_batches: int = 1,
     max_grad_norm: float = 1.0,
     sft: bool = False,
+    teacher: Policy | None = None,
 ) -> dict[str, float]:
     """One pass over `batch`: `mini_batches` optimizer steps, each in `micro_batches` parts that add up exactly."""
     if mini_batches > 1:  # later mini-batches meet a student that has moved; the clip is against where it stood before
@@ -47,7 +48,14 @@ def update(
         optimizer.zero_grad()
         parts = [
             backward(
-                student, micro, tokens=tokens, normalizer=normalizer, max_weight=max_weight, sft=sft, **loss_kwargs
+                student,
+                micro,
+                tokens=tokens,
+                normalizer=normalizer,
+                max_weight=max_weight,
+                sft=sft,
+                teacher=teacher,
+                **loss_kwargs,
             )
             for micro in mini.split(micro_batches)
         ]
@@ -68,12 +76,22 @@ def backward(
     normalizer: float | Tensor,
     max_weight: float,
     sft: bool,
+    teacher: Policy | None = None,
     **loss_kwargs: Any,
 ) -> dict[str, Tensor]:
-    """Adds the gradient of one micro-batch; returns its share of the step's metrics, which sum over micro-batches."""
+    """Adds the gradient of one micro-batch; returns its share of the step's metrics, which sum over micro-batches.
+
+    A `teacher` that is given is read whole: where no response to a question was right, the forward KL from it is
+    descended in place of the sampled reverse KL.
+    """
     where = layout(micro.input_ids, micro.lengths, micro.prompt_lengths)
     mask, stream = where.loss_mask, micro.map(where.pack)
-    logp, entropy = student(micro.input_ids, micro.lengths, micro.prompt_lengths)
+    logp, entropy, forward_kl = student(
+        micro.input_ids, micro.lengths, micro.prompt_lengths, teacher=teacher, taught=micro.failed
+    )
+    weight = loss_kwargs.get("distill_loss_weight", 0.0)
+    if forward_kl is not None:
+        loss_kwargs["distill_loss_weight"] = 0.0
     if sft:
         out = kdloss.sft_loss(logp, loss_mask=mask, normalizer=normalizer)
     else:
@@ -94,12 +112,15 @@ def backward(
             normalizer=normalizer,
             **loss_kwargs,
         )
-    out.loss.backward()
+    loss = out.loss
+    if forward_kl is not None:
+        loss = loss + weight * kdloss.token_mean(forward_kl, loss_mask=mask, normalizer=normalizer)
+    loss.backward()
 
     def mean(x: Tensor) -> Tensor:
         return kdloss.token_mean(x.detach().float(), loss_mask=mask, normalizer=tokens)
 
-    metrics = {"loss": out.loss.detach(), "entropy": mean(entropy), "clip_fraction": mean(out.clipped)}
+    metrics = {"loss": loss.detach(), "entropy": mean(entropy), "clip_fraction": mean(out.clipped)}
     if not sft:
         metrics["behaviour_kl"] = mean(kdloss.kl_k3(stream.old_logp, logp.detach(), loss_mask=mask))
     if not sft and stream.teacher_logp is not None:
@@ -202,6 +223,7 @@ class Run:
             micro_batches=actor.mb_spec.n_mbs,
             max_grad_norm=actor.optimizer.gradient_clipping,
             sft=config.mode == "sft",
+            teacher=self.teacher if config.mode == "kdrl-full" else None,
         )
         rewards = ranks.total(torch.stack([batch.rewards.sum(), batch.rewards.new_tensor(len(batch))]))
         record = {
@@ -225,9 +247,11 @@ class Run:
             [self.train_problems[i] for i in range(first, first + share)],
             n_samples=config.gconfig.n_samples,
         )
-        advantages = kdloss.group_relative_advantages(batch.rewards, group_size=config.gconfig.n_samples)
+        n_samples = config.gconfig.n_samples
+        advantages = kdloss.group_relative_advantages(batch.rewards, group_size=n_samples)
         teacher_logp = self.score_with_teacher(batch) if self.score_with_teacher else None
-        return replace(batch, advantages=advantages, teacher_logp=teacher_logp)
+        failed = (batch.rewards.view(-1, n_samples).amax(1) <= 0).repeat_interleave(n_samples)
+        return replace(batch, advantages=advantages, teacher_logp=teacher_logp, failed=failed)
 
     def evaluate(self, *, policy: Policy | None = None, final: bool = False) -> dict[str, float]:
         """Held-out accuracy of one sampled response a question, and its standard error; leaves no trace in the run."""
@@ -296,7 +320,8 @@ class Run:
 def problems(config: Config) -> tuple[Any, Any]:
     """Training and held-out problems."""
     if config.data.path is None:
-        return WordProblems(seed=config.seed, held_out=False), WordProblems(seed=EVALUATION_SEED, held_out=True)
+        source = Cipher if config.data.task == "cipher" else WordProblems
+        return source(seed=config.seed, held_out=False), source(seed=EVALUATION_SEED, held_out=True)
     held_out = JsonLines(config.data.eval_path, seed=config.seed, shuffle=False)
     return JsonLines(config.data.path, seed=config.seed), held_out
 

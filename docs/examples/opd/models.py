@@ -49,6 +49,24 @@ def layout(input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Layout
     return Layout(lengths, cu_seqlens, total, labels, loss_mask)
 
 
+class States(NamedTuple):
+    """Hidden states of a packed stream, and the head that makes logits of them."""
+
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+
+
+class Scores(NamedTuple):
+    """What a policy says of a packed stream; 0 at tokens that are not trained on."""
+
+    logp: Tensor  # (T,)
+    entropy: Tensor  # (T,)
+    forward_kl: Tensor | None = None  # (T,) from the teacher's whole distribution, where it was asked for
+
+
 class Policy(nn.Module):
     """A transformers model doing what distillation asks of it: `forward` scores, `generate` samples."""
 
@@ -60,27 +78,75 @@ class Policy(nn.Module):
         ends = getattr(lm.generation_config, "eos_token_id", None)
         lm.generation_config = GenerationConfig(eos_token_id=ends)
 
-    def forward(self, input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> kdloss.LogprobsAndEntropy:
-        """Log-probs and entropies (T,) of response tokens: the model runs padded, the head on trained tokens only."""
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, L)
+        lengths: Tensor,  # (B,)
+        prompt_lengths: Tensor,  # (B,)
+        *,
+        teacher: "Policy | None" = None,
+        taught: Tensor | None = None,  # (B,) bool
+    ) -> Scores:
+        """Log-probs and entropies of response tokens: the model runs padded, the head on trained tokens only.
+
+        With a teacher, also the forward KL from it at the response tokens of the rows that are `taught`.
+        """
         self.train(torch.is_grad_enabled())
         where = layout(input_ids, lengths, prompt_lengths)
+        states = self.states(input_ids, lengths)
+        hidden, weight, *head = states
+        logp, entropy = kdloss.linear_token_logprobs_and_entropy(
+            hidden,
+            weight,
+            where.labels.to(hidden.device),
+            loss_mask=where.loss_mask.to(hidden.device),
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+            **dict(zip(("bias", "softcap", "logit_scale"), head, strict=True)),
+        )
+        scores = Scores(logp.to(input_ids.device), entropy.to(input_ids.device))
+        if teacher is None or taught is None:
+            return scores
+        rows = kdloss.broadcast_to_tokens(taught, cu_seqlens=where.cu_seqlens, total_tokens=where.total_tokens)
+        divergence = self._forward_kl(states, teacher, input_ids, lengths, where.loss_mask & rows)
+        return scores._replace(forward_kl=divergence.to(input_ids.device))
+
+    def states(self, input_ids: Tensor, lengths: Tensor) -> States:
+        """The model's last hidden states, packed, and its head, on one device and in the dtype that it computes in."""
         attention_mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
         with self._autocast(input_ids.device):
             output = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         hidden = output.last_hidden_state.to(self.compute_dtype)
         weight, bias, softcap, logit_scale = kdloss.output_head(self.lm)
-        scores = kdloss.linear_token_logprobs_and_entropy(
-            kdloss.pack(hidden, lengths=lengths.to(hidden.device), total_tokens=where.total_tokens),
+        return States(
+            kdloss.pack(hidden, lengths=lengths.to(hidden.device), total_tokens=int(lengths.sum())),
             weight.to(hidden.device, self.compute_dtype),
-            where.labels.to(hidden.device),
-            loss_mask=where.loss_mask.to(hidden.device),
+            None if bias is None else bias.to(hidden.device, self.compute_dtype),
+            softcap,
+            logit_scale,
+        )
+
+    def _forward_kl(
+        self, states: States, teacher: "Policy", input_ids: Tensor, lengths: Tensor, loss_mask: Tensor
+    ) -> Tensor:
+        with torch.no_grad():
+            theirs = teacher.eval().states(input_ids, lengths)
+        device = states.hidden.device
+        return kdloss.linear_forward_kl(
+            states.hidden,
+            states.weight,
+            theirs.hidden.to(device),
+            theirs.weight.to(device),
+            loss_mask=loss_mask.to(device),
+            bias=states.bias,
+            softcap=states.softcap,
+            logit_scale=states.logit_scale,
+            teacher_bias=None if theirs.bias is None else theirs.bias.to(device),
+            teacher_softcap=theirs.softcap,
+            teacher_logit_scale=theirs.logit_scale,
             temperature=self.temperature,
-            bias=None if bias is None else bias.to(hidden.device, self.compute_dtype),
-            softcap=softcap,
-            logit_scale=logit_scale,
             vocab_size=self.vocab_size,
         )
-        return kdloss.LogprobsAndEntropy(*(x.to(input_ids.device) for x in scores))
 
     def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens that end a sequence: the model's, which may be one or a list, and the tokenizer's."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import matplotlib
 
@@ -12,7 +12,14 @@ from omegaconf import OmegaConf
 
 from opd.checkpoint import read_records
 
-COLOURS = {"sft": "#8c564b", "distill": "#1f77b4", "grpo": "#ff7f0e", "kdrl": "#2ca02c", "kdrl-direct": "#d62728"}
+LABELS = {  # of a curve: the mode, what it descends, its colour
+    "sft": ("SFT", "text of the teacher", "#8c564b"),
+    "distill": ("distillation", "reverse KL", "#1f77b4"),
+    "grpo": ("GRPO", "reward alone", "#ff7f0e"),
+    "kdrl": ("KDRL", "reward + reverse KL", "#2ca02c"),
+    "kdrl-full": ("GRPO + forward KL", "the KL where no sample was right", "#9467bd"),
+    "kdrl-direct": ("literal joint form", "reward + log-ratio: no teacher in it", "#d62728"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ def read_trials(experiment: Path) -> list[Trial]:
         if records:
             mode = OmegaConf.load(path.parent / "config.yaml").mode
             trials.append(Trial(path.parent.name, mode, records))
-    return sorted(trials, key=lambda t: (list(COLOURS).index(t.mode), t.name))
+    return sorted(trials, key=lambda t: (list(LABELS).index(t.mode), t.name))
 
 
 def smooth(values: list[float], span: int = 10) -> list[float]:
@@ -46,40 +53,52 @@ def smooth(values: list[float], span: int = 10) -> list[float]:
 
 
 def draw(experiment: Path) -> Path:
-    """Draws `reward_curve.png`: held-out accuracy and the reverse KL to the teacher, a colour a trial."""
+    """Draws `reward_curve.png`: held-out accuracy over updates, a curve for every mode, labelled where it ends.
+
+    Trials of one mode are averaged. The band is one standard error: over trials, or over questions of the only one.
+    """
     trials = read_trials(experiment)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for trial in trials:
-        earlier = sum(other.mode == trial.mode for other in trials[: trials.index(trial)])
-        style = {"color": COLOURS[trial.mode], "linestyle": ("-", "--", ":", "-.")[earlier % 4]}
-        steps, accuracy = trial.series("accuracy")
-        _, error = trial.series("accuracy_se")
-        marks = {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1.6}
-        left.errorbar(steps, accuracy, yerr=error, label=trial.name, **marks, **style)
-        if trial.mode != "sft":  # there the reward is the teacher's own
-            steps, reward = trial.series("reward")
-            left.plot(steps, smooth(reward), linewidth=1, alpha=0.35, **style)
-        steps, reverse_kl = trial.series("reverse_kl")
-        if steps:
-            right.plot(steps, smooth(reverse_kl), linewidth=1.6, label=trial.name, **style)
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    ends: list[tuple[float, str, str]] = []
+    for mode, (name, descends, colour) in LABELS.items():
+        of_mode = [trial.series("accuracy") for trial in trials if trial.mode == mode]
+        if not of_mode:
+            continue
+        updates = min((steps for steps, _ in of_mode), key=len)  # a run may still go on
+        columns = list(zip(*(values[: len(updates)] for _, values in of_mode), strict=True))
+        mean = [fmean(column) for column in columns]
+        if len(of_mode) > 1:
+            error = [stdev(column) / len(column) ** 0.5 for column in columns]
+        else:
+            error = next(t.series("accuracy_se")[1] for t in trials if t.mode == mode)[: len(updates)]
+        axes.plot(updates, mean, color=colour, linewidth=2)
+        low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+        axes.fill_between(updates, low, high, color=colour, alpha=0.18, linewidth=0)
+        ends.append((mean[-1], f"{name}: {descends}", colour))
+    last = max((trial.records[-1]["step"] for trial in trials), default=1)
     teacher = [t.records[0]["teacher_accuracy"] for t in trials if "teacher_accuracy" in t.records[0]]
     if teacher:
-        left.axhline(teacher[0], color="0.4", linewidth=1, linestyle=(0, (6, 3)), label="teacher")
-    left.set(title="Accuracy on held-out questions", xlabel="update", ylabel="fraction right, one sampled answer")
-    left.set_ylim(-0.02, 1.04)
-    right.set(title="Reverse KL to the teacher", xlabel="update", ylabel="nats a token, mean of 10 updates")
-    if any(trial.series("reverse_kl")[0] for trial in trials):
-        right.set_yscale("log")
-    note = "points: ± one standard error; faint: reward while training, mean of 10"
-    left.text(0.02, 0.02, note, transform=left.transAxes, fontsize=8, color="0.4")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
+        axes.axhline(teacher[0], color="0.45", linewidth=1, linestyle=(0, (6, 3)))
+        axes.text(0, teacher[0] + 0.012, "the teacher", color="0.35", fontsize=10)
+    for height, (_, text, colour) in zip(apart([y for y, *_ in sorted(ends)], 0.062), sorted(ends), strict=True):
+        axes.text(last * 1.015, height, text, color=colour, fontsize=10, va="center")
+    seeds = max((sum(trial.mode == mode for trial in trials) for mode in LABELS), default=1)
+    axes.set_title("Held-out accuracy" + (f", mean of {seeds} seeds" if seeds > 1 else ""), loc="left")
+    axes.set(xlabel="update", ylim=(-0.04, 1.04), xlim=(0, last))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     path = experiment / "reward_curve.png"
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def apart(heights: list[float], distance: float) -> list[float]:
+    """Rising heights, moved up where two labels would lie closer than `distance`."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max([height, *(y + distance for y in moved[-1:])]))
+    return moved
 
 
 def table(experiment: Path) -> str:

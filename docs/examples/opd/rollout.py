@@ -24,6 +24,7 @@ class Batch:
     rewards: Tensor  # (B,)
     teacher_logp: Tensor | None = None  # (B, L)
     advantages: Tensor | None = None  # (B,)
+    failed: Tensor | None = None  # (B,) bool: no response to this question was right
     prox_logp: Tensor | None = None  # (B, L) under the student when the update begins
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What the student is asked and how an answer is judged: procedural word problems, or JSON lines in GSM8K's format.
+"""What the student is asked and how an answer is judged: a cipher, word problems, or JSON lines in GSM8K's format.
 
 A source of problems is addressed by position, so that "where was I in the data" is one integer in a checkpoint.
 """
@@ -7,6 +7,7 @@ import json
 import random
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -23,11 +24,11 @@ ANSWER = re.compile(r"(?:#+|\\boxed\{)\s*\$?(-?[\d,]*\.?\d+)")
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, the text that solves it, and the number that counts as right."""
+    """A question, a text to learn from, and what counts as right: a number, or the whole text of the response."""
 
     prompt: str
     solution: str
-    answer: Decimal
+    answer: Decimal | str
 
 
 def extract_answer(text: str) -> Decimal | None:
@@ -40,8 +41,60 @@ def extract_answer(text: str) -> Decimal | None:
 
 
 def reward(response: str, problem: Problem) -> float:
-    """1.0 where the response ends in the right number, else 0.0: exact, no partial credit."""
-    return float(extract_answer(response) == problem.answer)
+    """1.0 where the response is right, or ends in the right number, else 0.0: exact, no partial credit."""
+    found = response if isinstance(problem.answer, str) else extract_answer(response)
+    return float(found == problem.answer)
+
+
+LETTERS, DIGITS, PAD = "abcdef", "012345", "."
+Table = tuple[tuple[int, ...], ...]
+
+
+def draw_table(seed: str) -> Table:
+    """A digit for every pair of a digit and a letter, at random."""
+    rng = random.Random(seed)
+    return tuple(tuple(rng.randrange(len(DIGITS)) for _ in LETTERS) for _ in DIGITS)
+
+
+TABLE, OTHER_TABLE = draw_table("key"), draw_table("another key")
+# Six of the 36 entries of `TABLE`, and the wrong digit that a confused writer takes for each.
+CONFUSED = {(0, 3): 1, (1, 0): 5, (2, 5): 0, (3, 1): 5, (4, 4): 2, (5, 2): 3}
+
+
+class Cipher:
+    """An endless source of messages in an autokey cipher: 36 facts, which nobody can guess.
+
+    "bfacd..=" -> "30514": a digit is TABLE[digit before][letter], and 0 stands before the first. A wrong digit spoils
+    those after it. Problem i is a function of (seed, i) alone. A tenth of all messages, chosen by a hash, is held out.
+
+    `writer` is who wrote `solution`, the text to learn from:
+        "exact" knows the table.
+        "confused" takes 6 facts for others, in 7 of 10 times, and guesses one digit in 50.
+        "beginner" looks at the right places, but knows another table, and guesses 6 digits of 10.
+    """
+
+    def __init__(self, *, seed: int, held_out: bool, writer: str = "exact"):
+        self.seed, self.held_out, self.writer = seed, held_out, writer
+
+    def __getitem__(self, index: int) -> Problem:
+        rng = random.Random(f"{self.seed}/{index}")
+        while True:
+            message = "".join(rng.choice(LETTERS) for _ in range(rng.randint(5, 7)))
+            if (zlib.crc32(message.encode()) % 10 == 0) == self.held_out:
+                break
+        right = "".join(self._write(message, "exact", rng))
+        return Problem(f"{message:{PAD}<7}=", "".join(self._write(message, self.writer, rng)), right)
+
+    @staticmethod
+    def _write(message: str, writer: str, rng: random.Random) -> Iterator[str]:
+        digit = 0
+        for letter in map(LETTERS.index, message):
+            before, digit = digit, (OTHER_TABLE if writer == "beginner" else TABLE)[digit][letter]
+            if writer == "confused" and (before, letter) in CONFUSED and rng.random() < 0.7:
+                digit = CONFUSED[before, letter]
+            if rng.random() < {"exact": 0.0, "confused": 0.02, "beginner": 0.6}[writer]:
+                digit = rng.randrange(len(DIGITS))
+            yield DIGITS[digit]
 
 
 class WordProblems:
