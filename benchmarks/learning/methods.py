@@ -118,8 +118,15 @@ def sampled(b: Batch, discount: float = 0.0, baseline: Literal["value", "optimal
         kd_baseline = b.mean(reward).expand_as(reward)
     elif baseline is not None:
         kd_baseline = kdloss.reverse_kl_baseline(b.logits, b.teacher_logits, kind=baseline)
-    options = {"loss_mask": b.loss_mask, "cu_seqlens": b.cu_seqlens, "kd_baseline": kd_baseline}
-    return kdloss.distillation_loss(b.logp, b.old_logp, b.teacher_logp, kd_discount=discount, **options).loss
+    return kdloss.distillation_loss(
+        b.logp,
+        b.old_logp,
+        b.teacher_logp,
+        loss_mask=b.loss_mask,
+        kd_discount=discount,
+        kd_baseline=kd_baseline,
+        cu_seqlens=b.cu_seqlens,
+    ).loss
 
 
 # --- both ----------------------------------------------------------------------------------------------------------
@@ -262,7 +269,7 @@ METHODS: dict[str, Method] = {
 for _tail in ("bucket", "renormalize", "truncate", "generalized"):
     for _name, _divergence in (("reverse", kdloss.topk_reverse_kl), ("forward", kdloss.topk_forward_kl)):
         METHODS[f"top4-{_name}-{_tail}"] = Method(
-            partial(topk, divergence=partial(_divergence, tail=_tail)),  # type: ignore[arg-type]
+            partial(topk, divergence=partial(_divergence, tail=_tail)),
             f"top-4 {_name} KL, {_tail}",
             target="reverse KL" if _name == "reverse" else "forward KL",
         )

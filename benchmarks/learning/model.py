@@ -1,10 +1,10 @@
-"""A transformer in plain torch: pre-RMSNorm, learned positions, and a cache of keys and values to sample with."""
+"""A transformer in plain torch: pre-LayerNorm, learned positions, and a cache of keys and values to sample with."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from .task import END, PAD, VOCAB
 
@@ -15,7 +15,7 @@ Cache = list[tuple[Tensor, Tensor]]  # keys and values (B, heads, positions, wid
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
         self.query, self.pair = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, 2 * WIDTH, bias=False)
         self.out = nn.Linear(WIDTH, WIDTH, bias=False)
         self.up, self.down = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, WIDTH, bias=False)
@@ -38,7 +38,8 @@ class Block(nn.Module):
             visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(start + wanted_from)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(self.up(self.mlp_norm(x)).relu())
+        y: Tensor = x + self.down(self.up(self.mlp_norm(x)).relu())
+        return y
 
 
 class Transformer(nn.Module):
@@ -46,7 +47,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(VOCAB, WIDTH), nn.Embedding(positions, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
+        self.norm, self.head = nn.LayerNorm(WIDTH, bias=False), nn.Linear(WIDTH, VOCAB, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
@@ -63,7 +64,7 @@ class Transformer(nn.Module):
 
     def answer_logits(self, tokens: Tensor, prompt_width: int) -> Tensor:
         """(B, P + A) prompt and answer -> (B, A, V): the logits that each token of the answer is drawn from."""
-        return self(tokens[:, :-1], logits_from=prompt_width - 1)
+        return self.forward(tokens[:, :-1], logits_from=prompt_width - 1)
 
 
 @torch.no_grad()
@@ -74,13 +75,13 @@ def sample(
 
     All random numbers are drawn before the first token, so a stream does not depend on how long answers are.
     """
-    B, P = prompts.shape
-    empty = torch.zeros(2, LAYERS, B, HEADS, P + answer_width, WIDTH // HEADS, device=prompts.device)
+    B, prompt_width = prompts.shape
+    empty = torch.zeros(2, LAYERS, B, HEADS, prompt_width + answer_width, WIDTH // HEADS, device=prompts.device)
     cache = list(zip(*empty, strict=True))
     noise = torch.empty(answer_width, B, VOCAB, device=prompts.device).exponential_(generator=generator)
     answers, drawn_from = prompts.new_full((B, answer_width), PAD), []
     ended = torch.zeros(B, dtype=torch.bool, device=prompts.device)
-    logits = model(prompts, cache=cache, logits_from=P - 1)[:, 0]
+    logits = model(prompts, cache=cache, logits_from=prompt_width - 1)[:, 0]
     for i in range(answer_width):
         drawn_from.append(logits)
         # the first of several exponential clocks rings with the probability of its rate
@@ -88,5 +89,5 @@ def sample(
         answers[:, i] = torch.where(ended, PAD, token)
         ended = ended | (token == END)
         if i + 1 < answer_width:
-            logits = model(answers[:, i : i + 1], cache=cache, start=P + i)[:, 0]
+            logits = model(answers[:, i : i + 1], cache=cache, start=prompt_width + i)[:, 0]
     return answers, torch.stack(drawn_from, 1)

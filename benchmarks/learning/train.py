@@ -5,9 +5,9 @@ Methods share their seeds' initial student, prompts and random numbers, so they 
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ class World:
 
     def __init__(self, task: Task, table: int, folder: Path, device: str) -> None:
         self.task, self.name, self.folder, self.device = task, f"{task.name}/{table}", folder, device
+        self.table_seed = table
         self.messages = Messages(task.shortest, task.longest)
         self.prompt_width, self.answer_width = self.messages.prompt_width, self.messages.answer_width
         self.table = random_table(stream(device, "table", table))
@@ -60,7 +61,9 @@ class World:
         return self._pretrained(f"student-{seed}", self.task.student)
 
     def _pretrained(self, who: str, by: Writer) -> Transformer:
-        model = Transformer(self.prompt_width + self.answer_width, stream("cpu", "init", self.name, who)).to(self.device)
+        model = Transformer(self.prompt_width + self.answer_width, stream("cpu", "init", self.name, who)).to(
+            self.device
+        )
         path = self.folder / f"{self.name.replace('/', '-')}-{who}.pt"
         if not path.exists():
             self._pretrain(model, who, by)
@@ -103,9 +106,9 @@ class Sampler:
         self.prompts = stream(world.device, "prompts", world.name, student)
         self.answers = stream(world.device, "answers", world.name, student)
 
-    def __call__(self, writer: Transformer, *, stale: bool = False) -> Rollout:
+    def __call__(self, writer: Transformer, *, count: int | None = None, stale: bool = False) -> Rollout:
         world, task = self.world, self.world.task
-        messages = world.messages.draw(task.prompts, self.prompts).repeat_interleave(task.samples, 0)
+        messages = world.messages.draw(count or task.prompts, self.prompts).repeat_interleave(task.samples, 0)
         asked = prompts(messages)
         answers, logits = sample(writer, asked, world.answer_width, self.answers)
         labels = labels_of(answers).flatten()
@@ -118,14 +121,14 @@ class Sampler:
 
 
 def batch_of(student: Transformer, rollout: Rollout, world: World, step: int = 0) -> Batch:
-    task, A = world.task, world.answer_width
+    task = world.task
     return Batch(
         logits=student.answer_logits(rollout.tokens, world.prompt_width).flatten(0, 1),
         labels=rollout.labels,
         old_logp=rollout.old_logp,
         teacher_logits=rollout.teacher_logits,
         rewards=rollout.rewards,
-        cu_seqlens=torch.arange(0, rollout.labels.shape[0] + 1, A, device=world.device),
+        cu_seqlens=torch.arange(0, rollout.labels.shape[0] + 1, world.answer_width, device=world.device),
         group_size=task.samples,
         step=step,
         updates=task.updates,
@@ -133,20 +136,26 @@ def batch_of(student: Transformer, rollout: Rollout, world: World, step: int = 0
 
 
 def train(run: Run, world: World) -> dict[str, Any]:
-    """The curve of a run: after 0, 1/20, ... of the updates, the number of right answers, and more at its end."""
+    """The accuracy after 0, 1 x `every`, 2 x `every` ... updates of a run, and more at its end."""
+    evaluation = Evaluation(world, run.student)
+    curve = []
+    for step, student in enumerate(students(run, world)):
+        if step % world.task.every == 0:
+            curve.append(evaluation.accuracy(student))
+    return {"curve": curve, **evaluation(student)}
+
+
+def students(run: Run, world: World) -> Iterator[Transformer]:
+    """The student after 0, 1, ... all updates of a run: one model, which changes in place."""
     task, method = world.task, METHODS[run.method]
     student, sampler = world.student(run.student), Sampler(world, run.student)
     optimizer = Optimizer(student, run.rate)
-    evaluation = Evaluation(world, run.student)
-    every = task.updates // task.evaluations
-    curve = [evaluation.accuracy(student)]
     waiting: deque[Rollout] = deque()
+    yield student
     for step in range(task.updates):
         rollout = _next_rollout(method, step, student, sampler, waiting)
         optimizer.descend(method.loss(batch_of(student, rollout, world, step)))
-        if (step + 1) % every == 0:
-            curve.append(evaluation.accuracy(student))
-    return {"curve": curve, **evaluation(student)}
+        yield student
 
 
 def _next_rollout(
