@@ -17,8 +17,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Job:
             return task.updates * task.update_seconds + 1
         if self.kind in ("teacher", "student"):
             return (task.teacher if self.kind == "teacher" else task.student).steps * task.update_seconds
-        return 20.0 if self.kind == "exact" else 1.0
+        return 40.0 if self.kind == "exact" else 1.0
 
 
 def work(job: Job, folder: Path, device: str) -> tuple[str, Any, float]:
@@ -121,31 +122,32 @@ class Records:
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # a process a core
+    # a thread a process; and memory that is freed is kept, as the system would fill it with zeros again
+    os.environ.update(
+        OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000"
+    )
     return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
 
-class _progress:  # noqa: N801
-    """A bar of the estimated seconds of a processor, on standard error."""
+@contextmanager
+def _progress(stage: str, jobs: list[Job], todo: list[Job]) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error, of the estimated seconds of a processor."""
+    weights = {job.name: round(10 * job.seconds) for job in jobs}
+    left = sum(weights[job.name] for job in todo)
+    with importlib.import_module("tqdm").tqdm(
+        total=sum(weights.values()),
+        initial=sum(weights.values()) - left,
+        desc=stage,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 60,  # a log gets a line a minute
+    ) as bar:
 
-    def __init__(self, stage: str, jobs: list[Job], todo: list[Job]) -> None:
-        tqdm = importlib.import_module("tqdm").tqdm
-        self.left = {job.name: job.seconds for job in todo}
-        done = sum(job.seconds for job in jobs) - sum(self.left.values())
-        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
-        self.bar = tqdm(
-            total=sum(job.seconds for job in jobs), initial=done, desc=stage, bar_format=form, dynamic_ncols=True
-        )
+        def step(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(weights[name])
 
-    def __enter__(self) -> Callable[[str], None]:
-        return self.step
-
-    def step(self, name: str) -> None:
-        self.bar.set_postfix_str(name, refresh=False)
-        self.bar.update(self.left[name])
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        yield step
 
 
 # --- the jobs of the plan --------------------------------------------------------------------------------------------

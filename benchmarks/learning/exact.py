@@ -40,7 +40,7 @@ def measure(world: World, student: int, checkpoint: int, plan: Exact) -> dict[st
     model = next(islice(students(run, world), checkpoint, None))
     sampler = Sampler(world, student)
     sampler.answers = stream(world.device, "exact", world.name, student, checkpoint)
-    exact = _exact_gradients(model, sampler, plan.chunks)
+    exact = _exact_gradients(model, sampler, plan)
     found = {method: _Noise() for method in plan.methods}
     for _ in range(plan.batches):
         rollouts = {False: sampler(model), True: sampler(sampler.teacher)}
@@ -51,12 +51,12 @@ def measure(world: World, student: int, checkpoint: int, plan: Exact) -> dict[st
     return {method: noise.summary() for method, noise in found.items()}
 
 
-def _exact_gradients(model: Transformer, sampler: Sampler, chunks: int) -> dict[str, Tensor]:
-    """The gradient of each target, by the divergences of whole distributions over `chunks` times 4096 answers."""
+def _exact_gradients(model: Transformer, sampler: Sampler, plan: Exact) -> dict[str, Tensor]:
+    """The gradient of each target, by the divergences of whole distributions over many answers."""
     task = sampler.world.task
     sums = dict.fromkeys(TARGETS, torch.zeros((), device=sampler.world.device))
-    for _ in range(chunks):
-        own, teachers = (sampler(writer, count=4096 // task.samples) for writer in (model, sampler.teacher))
+    for _ in range(plan.chunks):
+        own, teachers = (sampler(writer, count=plan.answers // task.samples) for writer in (model, sampler.teacher))
         for target, divergence in TARGETS.items():
             batch = batch_of(model, teachers if "teacher" in target else own, sampler.world)
             sums[target] = sums[target] + gradient(model, full(batch, divergence))

@@ -6,7 +6,8 @@ Three sets of seeds, no table and no student in two of them:
 - `CHOOSING`: each method of each task with each learning rate of one grid. The best mean accuracy wins; of equals, the
   lower rate.
 - `CONFIRMING`: fresh tables, teachers and students. Each method at its own best rate, and in tasks C and D also at one
-  rate for all. Only these runs count as evidence.
+  rate for all. Only these runs count as evidence. Five students of each of three tables; three students for the
+  methods in `FEWER`, so that all fits into 12,000 seconds of a processor. In task C those run at the common rate only.
 
 All methods of a task have the same prompts, samples, updates and evaluations. Needs no torch.
 """
@@ -53,8 +54,10 @@ class Task:
     updates: int
     every: int  # updates between two evaluations
     methods: tuple[str, ...]
-    update_seconds: float  # of a processor, for the progress bar and the budget; measured where cores were busy
-    fewer: tuple[str, ...] = ()  # methods that are confirmed with `FEWER_STUDENTS` of each table
+    update_seconds: float  # of a processor, for the progress bar and the budget
+    fewer: tuple[
+        str, ...
+    ] = ()  # confirmed with `FEWER_STUDENTS` of each table, and if there is a common rate only at it
     common_rate: float | None = None  # a rate at which every method is confirmed, beside its own
     shortest: int = 5  # digits of a message
     longest: int = 7
@@ -90,7 +93,6 @@ SWEEP = (
     *(f"{form}-{weight}" for form in ("kdrl", "literal") for weight in (".1", "1", "3", "10")),
     *("sampled", "literal-alone"),
 )
-# so that all fits into the budget
 FEWER = {
     "A": (
         *("grpo", "full-jsd", "sampled-discount-.5", "literal-alone", "top4-reverse-generalized"),
@@ -125,7 +127,7 @@ TASKS = {
             every=10,
             methods=ALONE,
             fewer=FEWER["A"],
-            update_seconds=0.034,
+            update_seconds=0.025,
         ),
         Task(
             "B",
@@ -136,7 +138,7 @@ TASKS = {
             every=20,
             methods=JOINT,
             fewer=FEWER["B"],
-            update_seconds=0.034,
+            update_seconds=0.025,
         ),
         Task(
             "C",
@@ -147,11 +149,12 @@ TASKS = {
             every=10,
             methods=STALE,
             fewer=FEWER["C"],
-            update_seconds=0.05,
+            update_seconds=0.04,
             common_rate=3e-3,
             shortest=20,
             longest=24,
             prompts=4,
+            curve_questions=100,
         ),
         Task(
             "D",
@@ -161,7 +164,7 @@ TASKS = {
             updates=150,
             every=10,
             methods=SWEEP,
-            update_seconds=0.034,
+            update_seconds=0.025,
             common_rate=1.5e-3,
         ),
     )
@@ -177,7 +180,8 @@ class Exact:
     rate: float = 3e-3
     methods: tuple[str, ...] = ALONE
     batches: int = 64
-    chunks: int = 4  # of 4096 answers, for the exact gradient
+    chunks: int = 4  # of `answers` each, for the exact gradient
+    answers: int = 4096
 
 
 EXACT = Exact()
@@ -248,21 +252,23 @@ class Run:
 
 
 def choosing_runs(task: Task) -> list[Run]:
-    """Every method at every rate."""
-    return _runs(task, CHOOSING, dict.fromkeys(task.methods, RATES))
+    """At every rate each method that is confirmed at its own best one."""
+    methods = [method for method in task.methods if not (task.common_rate and method in task.fewer)]
+    return _runs(task, CHOOSING, dict.fromkeys(methods, RATES))
 
 
 def confirming_runs(task: Task, chosen: dict[str, float]) -> list[Run]:
-    """Every method at the rate that was chosen for it, and at the common rate of the task."""
+    """Each method at the rate that was chosen for it, and at the common rate of the task."""
     common = () if task.common_rate is None else (task.common_rate,)
-    return _runs(task, CONFIRMING, {method: tuple(dict.fromkeys((chosen[method], *common))) for method in task.methods})
+    own = {method: (chosen[method],) if method in chosen else () for method in task.methods}
+    return _runs(task, CONFIRMING, {method: tuple(dict.fromkeys((*own[method], *common))) for method in task.methods})
 
 
 def _runs(task: Task, seeds: Seeds, rates: dict[str, tuple[float, ...]]) -> list[Run]:
     return [
         Run(task.name, method, rate, table, student)
-        for method in task.methods
-        for rate in rates[method]
+        for method, its in rates.items()
+        for rate in its
         for table in seeds.tables
         for student in seeds.students[: FEWER_STUDENTS if method in task.fewer else None]
     ]

@@ -60,11 +60,11 @@ class Runs:
 
     def __init__(self, result: Result, task: str, *, common: bool = False) -> None:
         self.task, self.common = task, common
-        rates = result["chosen"][task]
-        self.rates: dict[str, float] = dict.fromkeys(rates, TASKS[task].common_rate or 0.0) if common else rates
-        self.by_method: dict[str, list[dict[str, Any]]] = {method: [] for method in rates}
+        methods = {run["method"]: TASKS[task].common_rate for run in result["runs"] if run["task"] == task}
+        self.rates: dict[str, float | None] = methods if common else result["chosen"][task]
+        self.by_method: dict[str, list[dict[str, Any]]] = {method: [] for method in self.rates}
         for run in result["runs"]:
-            if run["task"] == task and run["rate"] == self.rates[run["method"]]:
+            if run["task"] == task and run["rate"] == self.rates.get(run["method"]):
                 self.by_method[run["method"]].append(run)
 
     def values(self, method: str, key: str | Callable[[dict[str, Any]], float | None] = "accuracy") -> list[float]:
@@ -217,11 +217,17 @@ def comparisons(result: Result) -> str:
             continue
         for common in (False, True) if TASKS[claim.task].common_rate else (False,):
             runs = Runs(result, claim.task, common=common)
+            if not {*_methods_of(claim)} <= {*runs.by_method}:
+                continue
             rate = f"{TASKS[claim.task].common_rate:g} for all" if common else "each its best"
             rows.append(
                 [claim.task, rate, *(_bound(claim, runs) if isinstance(claim, Bound) else _comparison(claim, runs))]
             )
     return table(["task", "rate", "claim", "table by table", "holds on"], rows)
+
+
+def _methods_of(claim: Comparison | Bound) -> tuple[str, ...]:
+    return (claim.method,) if isinstance(claim, Bound) else (claim.better, *claim.others)
 
 
 def _comparison(claim: Comparison, runs: Runs) -> list[str]:
