@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kdloss
-from benchmarks.learning import __main__ as command, figures, plan, report, train
+from benchmarks.learning import __main__ as command, figures, jobs, plan, report, train
 from benchmarks.learning.methods import METHODS, Batch
 from benchmarks.learning.model import Transformer, sample
 from benchmarks.learning.plan import CHOOSING, CONFIRMING, EXPLORING, TASKS, Run, Writer
@@ -246,15 +246,16 @@ def tiny(monkeypatch):
         command, "EXACT", replace(plan.EXACT, methods=("sampled",), checkpoints=(1,), batches=2, chunks=1, answers=64)
     )
     seeds = plan.Seeds((301, 302), (1,))
-    for module in (plan, command):
+    for module in (plan, command, jobs):
         monkeypatch.setattr(module, "CONFIRMING", seeds)
+    for module in (plan, command):
         monkeypatch.setattr(module, "CHOOSING", plan.Seeds((200,), (20,)))
-    monkeypatch.setattr(command, "_pool", lambda processes: ThreadPoolExecutor(1))
+    monkeypatch.setattr(jobs, "_pool", lambda processes: ThreadPoolExecutor(1))
 
 
 def test_a_killed_study_goes_on_and_ends_with_the_same_result(tiny, tmp_path):
     def studied(folder):
-        result = command.study(["A", "D"], command.Records(folder / "records.jsonl"), 1, "cpu")
+        result = command.study(["A", "D"], jobs.Records(folder / "records.jsonl"), 1, "cpu")
         return {key: value for key, value in result.items() if key != "facts"}
 
     whole = studied(tmp_path / "whole")
@@ -312,18 +313,18 @@ def test_what_is_compared_and_measured_is_run_with_all_seeds_or_said_to_be_fewer
 
 
 def test_the_plan_fits_into_100_minutes_of_two_cores_and_the_look_into_3():
-    jobs = []
+    found = []
     for task in TASKS.values():
         # none is the common rate, so that all run twice
         rates = {run.method: 6e-3 for run in plan.choosing_runs(task)}
-        jobs += command.preparations(task, CHOOSING, CONFIRMING) + command.measurements(task)
-        jobs += [command.Job("run", run) for run in (*plan.choosing_runs(task), *plan.confirming_runs(task, rates))]
-    assert len({job.name for job in jobs}) == len(jobs)
-    assert sum(job.seconds for job in jobs) < 2 * 100 * 60
+        found += jobs.preparations(task, CHOOSING, CONFIRMING) + jobs.measurements(task)
+        found += [jobs.Job("run", run) for run in (*plan.choosing_runs(task), *plan.confirming_runs(task, rates))]
+    assert len({job.name for job in found}) == len(found)
+    assert sum(job.seconds for job in found) < 2 * 100 * 60
     quick = []
     for task in plan.QUICK_TASKS.values():
-        quick += command.preparations(task, plan.QUICK, quick=True)
-        quick += [command.Job("run", run, quick=True) for run in plan.quick_runs(task)]
+        quick += jobs.preparations(task, plan.QUICK, quick=True)
+        quick += [jobs.Job("run", run, quick=True) for run in plan.quick_runs(task)]
     assert sum(job.seconds for job in quick) < 2 * 3 * 60
 
 
@@ -352,7 +353,7 @@ def made_up() -> dict:
         "start": {
             job.name: {"accuracy": 0.9 if job.kind == "teacher" else 0.1}
             for task in TASKS.values()
-            for job in command.preparations(task, CONFIRMING)
+            for job in jobs.preparations(task, CONFIRMING)
         },
         "choosing": [{**vars(run), "accuracy": end(run)["accuracy"]} for run in choosing],
         "chosen": chosen,
@@ -360,7 +361,7 @@ def made_up() -> dict:
         "measured": {
             job.name: dict.fromkeys(plan.EXACT.methods, noise) if job.kind == "exact" else {"GRPO": 0.0, "KDRL 1": 0.5}
             for task in TASKS.values()
-            for job in command.measurements(task)
+            for job in jobs.measurements(task)
         },
     }
 
