@@ -33,26 +33,27 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 
 def _figure_a(result: Result, pyplot: Any) -> Any:
-    """Curves, and the cosine at the start beside the updates that a method needs."""
+    """Curves; and, where it was measured, the cosine at the start beside the accuracy at the end."""
     runs = Runs(result, "A")
     cosines = [
         x for name, x in result.get("measured", {}).items() if name.startswith("exact/A/") and name.endswith("/0")
     ]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    count = 2 if cosines else 1
+    figure, axes = pyplot.subplots(1, count, figsize=(6.5 * count, 4.8), layout="constrained", squeeze=False)
+    curves, points = axes[0, 0], axes[0, -1]
     shown = ("full-reverse", "full-forward", "sft", "top4-sampled", "sampled", "sampled-discount-1", "grpo")
-    _curves(axes[0], runs, shown)
-    _teacher_line(axes[0], result, "A")
-    axes[0].set_title("A. Knowledge gap")
-    for i, method in enumerate(m for m in runs.by_method if cosines and m in cosines[0]):
-        accuracy = estimate(runs.values(method))
-        axes[1].errorbar(
-            mean_of(cosines, method, "cosine"), accuracy.mean, accuracy.half, marker="o", color=f"C{i % 10}"
-        )
-        place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
-        axes[1].annotate(LABELS[method], (mean_of(cosines, method, "cosine"), accuracy.mean), **place)
-    axes[1].set(xlabel="cosine of one batch's gradient with the exact one, at the start", ylabel="accuracy at the end")
-    axes[1].set_title("The accuracy follows the cosine")
-    axes[1].grid(alpha=0.3)
+    _curves(curves, runs, shown)
+    _teacher_line(curves, result, "A")
+    curves.set_title("A. Knowledge gap")
+    if not cosines:
+        return figure
+    for i, method in enumerate(method for method in runs.by_method if method in cosines[0]):
+        x, y = mean_of(cosines, method, "cosine"), estimate(runs.values(method))
+        points.errorbar(x, y.mean, y.half, marker="o", color=f"C{i % 10}")
+        points.annotate(LABELS[method], (x, y.mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    points.set(xlabel="cosine of one batch's gradient with the exact one, at the start", ylabel="accuracy at the end")
+    points.set_title("Signal in one batch, and what is learnt")
+    points.grid(alpha=0.3)
     return figure
 
 
@@ -89,7 +90,7 @@ def _figure_c(result: Result, pyplot: Any) -> Any:
             style = {"marker": "o", "capsize": 3, "color": f"C{i}", "label": label}
             ax.errorbar(list(points), [x.mean for x in found], [x.half for x in found], **style)
         _teacher_line(ax, result, "C")
-        title = f"learning rate {TASKS['C'].common_rate:g}" if common else "the best rate of each"
+        title = f"learning rate {TASKS['C'].common_rate:g}" if common or len(commons) == 1 else "the best rate of each"
         ax.set(
             xlabel="updates between sampling and training", ylabel="accuracy", title=f"C. {title}", ylim=(-0.03, 1.03)
         )
@@ -159,4 +160,5 @@ def _curves(ax: Any, runs: Runs, shown: Sequence[str]) -> None:
 def _teacher_line(ax: Any, result: Result, task: str) -> None:
     levels = [x["accuracy"] for name, x in result["start"].items() if name.startswith(f"teacher/{task}/")]
     ax.axhline(statistics.fmean(levels), color="0.4", linestyle="--", linewidth=1)
-    ax.text(0, statistics.fmean(levels) + 0.01, "teacher", fontsize=8, color="0.3", transform=ax.get_yaxis_transform())
+    place = {"ha": "right", "fontsize": 8, "color": "0.3", "transform": ax.get_yaxis_transform()}
+    ax.text(0.99, statistics.fmean(levels) + 0.01, "teacher", **place)

@@ -47,12 +47,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def updates_to_half(run: dict[str, Any]) -> float | None:
-    """Updates until the curve first reaches half of its last level; None if it learns nothing."""
+    """Updates until the curve first reaches half of its last level; None if that is not above its start."""
     curve, every = run["curve"], TASKS[run["task"]].every
-    level = statistics.fmean(curve[-3:]) / 2  # of the last three points: one alone has a standard error of .03
-    if level < 0.01:
+    level = statistics.fmean(curve[-3:])  # of the last three points: one alone has a standard error of .03
+    if level < curve[0] + 0.02:
         return None
-    return next(i for i, accuracy in enumerate(curve) if accuracy >= level) * every
+    return next(i for i, accuracy in enumerate(curve) if accuracy >= level / 2) * every
 
 
 class Runs:
