@@ -92,7 +92,8 @@ def markdown(result: Result) -> str:
         parts += [f"## {task}. {TASKS[task].title}", blocks(result)[task]]
     if "choosing" in result:
         parts += ["## Comparisons that the plan fixed", blocks(result)["comparisons"]]
-        parts += [f"## Learning rates\n\n{blocks(result)['rates']}"]
+        parts += ["## Learning rates", blocks(result)["rates"]]
+        parts += ["## Explored beforehand: no evidence", blocks(result)["explored"]]
     return "\n\n".join(parts)
 
 
@@ -110,6 +111,7 @@ def blocks(result: Result) -> dict[str, str]:
             found[task] += f"\n\n{noise}"
     if "choosing" in result:
         found["comparisons"], found["rates"] = comparisons(result), rates_table(result)
+        found["explored"] = "\n".join(f"- {text}" for text in result["explored"])
     return found
 
 

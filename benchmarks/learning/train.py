@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import kdloss
+from kdloss import schedules
 
 from .methods import METHODS, Batch, Method
 from .model import Transformer, sample
@@ -30,18 +31,19 @@ class Optimizer:
     def __init__(self, model: Transformer, rate: float, total: int | None = None) -> None:
         self.parameters = list(model.parameters())
         self.adam = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        warm_up = torch.optim.lr_scheduler.LambdaLR(self.adam, lambda step: min(1.0, (step + 1) / WARM_UP))
-        self.schedules: list[Any] = [warm_up]
-        if total is not None:
-            self.schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(self.adam, total))
+
+        def factor(step: int) -> float:
+            decay = 1.0 if total is None else schedules.cosine(step, start=1.0, end=0.0, total_steps=total)
+            return min(1.0, (step + 1) / WARM_UP) * decay
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, factor)
 
     def descend(self, loss: Tensor) -> None:
         self.adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.adam.step()
-        for schedule in self.schedules:
-            schedule.step()
+        self.schedule.step()
 
 
 class World:
