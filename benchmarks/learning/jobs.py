@@ -53,7 +53,7 @@ class Job:
             return task.updates * task.update_seconds + 1
         if self.kind in ("teacher", "student"):
             return (task.teacher if self.kind == "teacher" else task.student).steps * task.update_seconds
-        return 40.0 if self.kind == "exact" else 1.0
+        return 50.0 if self.kind == "exact" else 1.0
 
 
 def work(job: Job, folder: Path, device: str) -> tuple[str, Any, float]:
@@ -102,10 +102,14 @@ class Records:
         jobs = list(jobs)
         todo = sorted((job for job in jobs if job.name not in self.found), key=lambda job: -job.seconds)
         with _progress(stage, jobs, todo) as step, _pool(processes) as pool:
-            for future in as_completed([pool.submit(work, job, self.path.parent, device) for job in todo]):
-                name, result, seconds = future.result()
-                self.add(name, result, seconds)
-                step(name)
+            try:
+                for future in as_completed([pool.submit(work, job, self.path.parent, device) for job in todo]):
+                    name, result, seconds = future.result()
+                    self.add(name, result, seconds)
+                    step(name)
+            except BaseException:  # the others would be done first
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:

@@ -87,14 +87,14 @@ class Runs:
 
 def markdown(result: Result) -> str:
     """The whole report."""
-    parts = [f"{facts(result)}"]
-    for task in result["chosen"]:
-        parts += [f"## {task}. {TASKS[task].title}", blocks(result)[task]]
-    if "choosing" in result:
-        parts += ["## Comparisons that the plan fixed", blocks(result)["comparisons"]]
-        parts += ["## Learning rates", blocks(result)["rates"]]
-        parts += ["## Explored beforehand: no evidence", blocks(result)["explored"]]
-    return "\n\n".join(parts)
+    found = blocks(result)
+    titles = {task: f"{task}. {TASKS[task].title}" for task in result["chosen"]} | {
+        "comparisons": "Comparisons that the plan fixed",
+        "rates": "Learning rates, chosen on a separate table",
+        "explored": "Explored beforehand: no evidence",
+    }
+    parts = [f"## {title}\n\n{found[name]}" for name, title in titles.items() if name in found]
+    return "\n\n".join([found["facts"], *parts])
 
 
 def blocks(result: Result) -> dict[str, str]:
@@ -143,9 +143,7 @@ def starts(result: Result, task: str) -> str:
 
 def methods_table(runs: Runs) -> str:
     """A row per method, the best first."""
-    tables = list(next(iter(runs.by_method.values()), [])) and sorted(
-        {r["table"] for r in runs.by_method[next(iter(runs.by_method))]}
-    )
+    tables = sorted({run["table"] for its in runs.by_method.values() for run in its})
     head = ["method", "rate", "runs", "accuracy", *(f"table {x}" for x in tables)]
     head += ["updates to half", "reverse KL", "entropy", "length"]
     rows = []
