@@ -15,7 +15,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 import kdloss
 
 from . import figures, plan, report
-from .jobs import Job, Records, measurements, preparations
+from .jobs import Job, Records, measurements, pool_of, preparations
 from .plan import CHOOSING, CONFIRMING, QUICK, QUICK_TASKS, TASKS, Task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,22 +42,18 @@ def chosen_rates(task: Task, found: dict[str, Any]) -> dict[str, float]:
     return {method: min(rates, key=lambda rate: (-sum(rates[rate]), rate)) for method, rates in accuracy.items()}
 
 
-def study(names: list[str], records: Records, processes: int, device: str) -> dict[str, Any]:
+def study(names: list[str], records: Records) -> dict[str, Any]:
     """All of the plan for these tasks."""
     tasks = [TASKS[name] for name in names]
-
-    def complete(stage: str, jobs: Iterable[Job]) -> None:
-        records.complete(jobs, processes, device, stage)
-
-    complete("pretraining", [job for task in tasks for job in preparations(task, CHOOSING, CONFIRMING)])
-    complete("choosing rates", [Job("run", run) for task in tasks for run in plan.choosing_runs(task)])
+    records.complete("pretraining", [job for task in tasks for job in preparations(task, CHOOSING, CONFIRMING)])
+    records.complete("choosing rates", [Job("run", run) for task in tasks for run in plan.choosing_runs(task)])
     chosen = {task.name: chosen_rates(task, records.found) for task in tasks}
     runs = [run for task in tasks for run in plan.confirming_runs(task, chosen[task.name])]
     measured = [job for task in tasks for job in measurements(task)]
-    complete("confirming", [*(Job("run", run) for run in runs), *measured])
+    records.complete("confirming", [*(Job("run", run) for run in runs), *measured])
     found = records.found
     return {
-        "facts": facts(device, records.seconds),
+        "facts": facts(records.device, records.seconds),
         "explored": list(plan.EXPLORED),
         "start": {job.name: found[job.name] for task in tasks for job in preparations(task, CONFIRMING)},
         "choosing": [
@@ -72,15 +67,15 @@ def study(names: list[str], records: Records, processes: int, device: str) -> di
     }
 
 
-def quick_study(names: list[str], records: Records, processes: int, device: str) -> dict[str, Any]:
+def quick_study(names: list[str], records: Records) -> dict[str, Any]:
     """A look: few methods, one exploring seed and one rate. No evidence."""
     tasks = [QUICK_TASKS[name] for name in names]
     start = [job for task in tasks for job in preparations(task, QUICK, quick=True)]
-    records.complete(start, processes, device, "pretraining")
+    records.complete("pretraining", start)
     runs = [run for task in tasks for run in plan.quick_runs(task)]
-    records.complete([Job("run", run, quick=True) for run in runs], processes, device, "runs")
+    records.complete("runs", [Job("run", run, quick=True) for run in runs])
     return {
-        "facts": facts(device, records.seconds),
+        "facts": facts(records.device, records.seconds),
         "start": {job.name: records.found[job.name] for job in start},
         "chosen": {task.name: dict.fromkeys(task.methods, plan.QUICK_RATE) for task in tasks},
         "runs": [{**asdict(run), **records.found[run.name]} for run in runs],
@@ -140,9 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
         result = json.loads(options.report.read_text(encoding="utf-8"))
     else:
         folder = WORK / fingerprint(options.device) / ("quick" if options.quick else "full")
-        records = Records(folder / "records.jsonl")
-        whole = quick_study if options.quick else study
-        result = whole(options.task, records, options.processes, options.device)
+        with pool_of(options.processes) as pool:
+            records = Records(folder / "records.jsonl", pool, options.device)
+            result = (quick_study if options.quick else study)(options.task, records)
     print(report.markdown(result))
     target = RESULTS if options.save else options.out
     if target is not None:

@@ -12,8 +12,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +77,9 @@ def work(job: Job, folder: Path, device: str) -> tuple[str, Any, float]:
 class Records:
     """Results by name, one line each in a file. A line that a killed process left unfinished is dropped."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.found, self.seconds = path, dict[str, Any](), 0.0
+    def __init__(self, path: Path, pool: Executor, device: str) -> None:
+        self.path, self.pool, self.device = path, pool, device
+        self.found, self.seconds = dict[str, Any](), 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
@@ -97,22 +98,23 @@ class Records:
             file.write(json.dumps(record) + "\n")
         self._keep(record)
 
-    def complete(self, jobs: Iterable[Job], processes: int, device: str, stage: str) -> None:
+    def complete(self, stage: str, jobs: list[Job]) -> None:
         """Do the jobs that are not done yet, long ones first."""
-        jobs = list(jobs)
         todo = sorted((job for job in jobs if job.name not in self.found), key=lambda job: -job.seconds)
-        with _progress(stage, jobs, todo) as step, _pool(processes) as pool:
+        with _progress(stage, jobs, todo) as step:
             try:
-                for future in as_completed([pool.submit(work, job, self.path.parent, device) for job in todo]):
+                futures = [self.pool.submit(work, job, self.path.parent, self.device) for job in todo]
+                for future in as_completed(futures):
                     name, result, seconds = future.result()
                     self.add(name, result, seconds)
                     step(name)
             except BaseException:  # the others would be done first
-                pool.shutdown(wait=False, cancel_futures=True)
+                self.pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
+def pool_of(processes: int) -> ProcessPoolExecutor:
+    """Processes that import this code once, so that it may change while they run."""
     # a thread a process; and memory that is freed is kept, as the system would fill it with zeros again
     os.environ.update(
         OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000"

@@ -239,23 +239,23 @@ def test_a_run_depends_on_its_seeds_and_not_on_what_ran_before(tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The tasks, of four updates and two methods; jobs run in a thread of this process."""
+    """Two tasks of four updates, and one or two methods each."""
     for name, methods in (("A", ("sampled",)), ("D", ("grpo", "sampled"))):
         monkeypatch.setitem(TASKS, name, replace(TASKS[name], **TINY, methods=methods, fewer=methods[:1]))
     monkeypatch.setattr(
-        command, "EXACT", replace(plan.EXACT, methods=("sampled",), checkpoints=(1,), batches=2, chunks=1, answers=64)
+        jobs, "EXACT", replace(plan.EXACT, methods=("sampled",), checkpoints=(1,), batches=2, chunks=1, answers=64)
     )
     seeds = plan.Seeds((301, 302), (1,))
     for module in (plan, command, jobs):
         monkeypatch.setattr(module, "CONFIRMING", seeds)
     for module in (plan, command):
         monkeypatch.setattr(module, "CHOOSING", plan.Seeds((200,), (20,)))
-    monkeypatch.setattr(jobs, "_pool", lambda processes: ThreadPoolExecutor(1))
 
 
 def test_a_killed_study_goes_on_and_ends_with_the_same_result(tiny, tmp_path):
     def studied(folder):
-        result = command.study(["A", "D"], jobs.Records(folder / "records.jsonl"), 1, "cpu")
+        with ThreadPoolExecutor(1) as pool:
+            result = command.study(["A", "D"], jobs.Records(folder / "records.jsonl", pool, "cpu"))
         return {key: value for key, value in result.items() if key != "facts"}
 
     whole = studied(tmp_path / "whole")
