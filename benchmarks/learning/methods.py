@@ -248,7 +248,6 @@ METHODS: dict[str, Method] = {
     "literal-alone": Method(partial(kdrl, weight=1.0, rl_weight=0.0, direct_penalty=True), "literal penalty alone"),
     "kdrl-failed": Method(partial(kdrl, weight=0.3, mask="failed"), "KDRL .3, teacher on failed answers"),
     "kdrl-hopeless": Method(partial(kdrl, weight=0.3, mask="hopeless"), "KDRL .3, groups without a success"),
-    "kdrl-hopeless-1": Method(partial(kdrl, weight=1.0, mask="hopeless"), "KDRL 1, groups without a success"),
     "kdrl-gated": Method(partial(gated, weight=0.3), "KDRL .3, gated teacher"),
     "kdrl-annealed": Method(partial(annealed, start=1.0), "KDRL, cosine 1 to 0"),
     "kdrl-linear": Method(partial(linear, start=1.0, floor=0.03, share=0.2), "KDRL, linear 1 to .03 in a fifth"),
@@ -284,11 +283,11 @@ for _age in (1, 4, 8):
         ("ratio", sampled, "reward recomputed, ratio"),
         ("no-ratio", without_ratio, "reward recomputed, no ratio"),
         ("frozen-ratio", partial(frozen, ratio=True), "reward frozen, ratio"),
-        ("frozen-no-ratio", partial(frozen, ratio=False), "reward frozen, no ratio"),
         ("folded", partial(folded, rl_weight=0.0), "reward folded into advantages"),
     ):
         METHODS[f"stale-{_age}-{_name}"] = Method(_loss, f"{_age} old: {_label}", age=_age)
 METHODS |= {
+    "stale-8-frozen-no-ratio": Method(partial(frozen, ratio=False), "8 old: reward frozen, no ratio", age=8),
     "stale-8-grpo-clip": Method(grpo, "8 old: GRPO, clip", age=8),
     "stale-8-grpo-no-ratio": Method(grpo_without_ratio, "8 old: GRPO, no ratio", age=8),
     "stale-8-grpo-truncated": Method(grpo_truncated, "8 old: GRPO, truncated weights", age=8),
