@@ -55,9 +55,7 @@ class Task:
     every: int  # updates between two evaluations
     methods: tuple[str, ...]
     update_seconds: float  # of a processor, for the progress bar and the budget
-    fewer: tuple[
-        str, ...
-    ] = ()  # confirmed with `FEWER_STUDENTS` of each table, and if there is a common rate only at it
+    fewer: tuple[str, ...] = ()  # confirmed with `FEWER_STUDENTS`, and if there is a common rate at that alone
     common_rate: float | None = None  # a rate at which every method is confirmed, beside its own
     shortest: int = 5  # digits of a message
     longest: int = 7
@@ -98,17 +96,7 @@ FEWER = {
         *("grpo", "full-jsd", "sampled-discount-.5", "literal-alone", "top4-reverse-generalized"),
         *(f"top4-forward-{tail}" for tail in TAILS),
     ),
-    "B": (
-        "grpo",
-        "sft",
-        "full-forward",
-        "kdrl-.1",
-        "kdrl-1",
-        "kdrl-failed",
-        "kdrl-gated",
-        "forward-and-grpo",
-        "literal-.3",
-    ),
+    "B": ("sft", "full-forward", "kdrl-.1", "kdrl-1", "kdrl-failed", "forward-and-grpo", "literal-.3"),
     "C": tuple(
         method for method in STALE if method.startswith(("stale-1", "stale-4", "stale-8-grpo")) or method == "grpo"
     ),
