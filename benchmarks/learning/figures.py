@@ -152,7 +152,7 @@ def _curves(ax: Any, runs: Runs, shown: Sequence[str]) -> None:
             label, (x_end, y), xytext=(x_end * 1.02, last), fontsize=8, color=color, va="center", annotation_clip=False
         )
     if ends:
-        ax.set_xlim(0, ends[0][1] * 1.45)
+        ax.set_xlim(0, ends[0][1] * 1.6)
     ax.set(xlabel="updates", ylabel="accuracy on held-out messages", ylim=(-0.03, 1.03))
     ax.grid(alpha=0.3)
 
