@@ -227,8 +227,8 @@ BOUNDS = (
 EXPLORED = (
     "A prototype in other code and with other seeds (367 runs, about 30 variants of B) tuned the four tasks until "
     "methods separated. The methods, most comparisons and the three rates of the grid come from it.",
-    "About 85 runs of this code with one student (D: two), first with RMSNorm, GELU and four heads, then with ReLU, "
-    "LayerNorm and two heads, because those cost a third less. Ranges below are over all of them.",
+    "About 75 runs of this code with one student (D: two), first with RMSNorm, GELU and four heads, then with ReLU, "
+    "LayerNorm and two heads, because those take less time. Ranges below are over all of them.",
     "A at 3e-3: sampled .61 to .84, .66 at 6e-3; full reverse KL .85 to .98; SFT .88 to .91; GRPO and discount 1 "
     ".000. Cosines at the start: full reverse KL .92, sampled .62, discount 1 .25, literal penalty .09 ± .39.",
     "B at 3e-3, 240 to 500 updates: sampled .35 to .46 (teacher .40), KDRL .3 .65 to .78 (.82 at 1.5e-3), GRPO "
