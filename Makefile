@@ -8,7 +8,7 @@
 #
 # Variables, for `make help`:
 ## PYTHON: the interpreter that .venv is made with: make check PYTHON=python3.12
-## ARGS: passed on to the tool behind demo, test*, bench, gpu and fuzz: make test-fast ARGS="-k kl_k3"
+## ARGS: passed on to the tool behind demo, test*, bench, study, gpu and fuzz: make test-fast ARGS="-k kl_k3"
 ## EXAMPLES: number of examples for make fuzz, 100000 by default: make fuzz EXAMPLES=5000
 ## COMPAT: environments for make compat, oldest and newest by default; PYTHON_oldest and PYTHON_newest are their interpreters
 ## TRAINERS: trainers for make test-trainers, all by default: make test-trainers TRAINERS="trl verl"
@@ -28,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench check compat demo format fuzz gpu test test-fast test-servers test-trainers
+.PHONY: help bench check compat demo format fuzz gpu study test test-fast test-servers test-trainers
 
 help:  ## List the targets and their variables
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,10 @@ compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests on the oldest and th
 
 bench: $(VENV)/bench.stamp $(VENV)/peers.stamp  ## Renew benchmarks/results/ (half an hour); ARGS="--quick" only looks
 	$(BIN)/python -m benchmarks $(or $(ARGS),--core --save)
+
+# A study that was stopped goes on where it was. Runs depend on their seeds alone, so its results are the same.
+study: $(VENV)/bench.stamp  ## Which loss learns better, and when (100 minutes on 2 cores); ARGS="--quick" looks for 3
+	$(BIN)/python -m benchmarks.learning $(or $(ARGS),--save)
 
 # Here kernels run on the GPU; `make test` on a machine without one interprets them.
 gpu: $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/peers.stamp  ## On a GPU: kernel tests, then figures beside peers
