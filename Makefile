@@ -40,7 +40,7 @@ check: $(VENV)/test.stamp  ## Lint, formatting and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-demo: $(VENV)/examples.stamp  ## Train a tiny student three ways and draw the reward curve (4 minutes)
+demo: $(VENV)/examples.stamp  ## Train a tiny student five ways and draw one picture (4 minutes)
 	$(BIN)/python docs/examples/demo.py $(ARGS)
 
 format: $(VENV)/test.stamp  ## Apply ruff's fixes and formatting

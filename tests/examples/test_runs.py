@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import demo
 import matplotlib.image
@@ -14,6 +15,8 @@ from opd.config import MODES
 from opd.plots import apart, draw, read_trials, table
 from opd.task import WordProblems
 from safetensors.torch import load_file
+
+DOCS = Path(demo.__file__).parents[1]
 
 pytestmark = pytest.mark.filterwarnings("ignore:direct_penalty")
 
@@ -133,6 +136,23 @@ def test_the_demo_averages_seeds(small, tmp_path, capfd):
 def test_labels_that_would_lie_on_each_other_move_up():
     assert apart([0.1, 0.11, 0.5], 0.06) == pytest.approx([0.1, 0.16, 0.5])
     assert apart([], 0.06) == []
+
+
+def test_the_figures_of_the_pages_are_those_of_the_committed_run():
+    ends: dict[str, list[float]] = {}
+    lines = (DOCS / "reward_curve.csv").read_text().splitlines()[1:]
+    for mode, update, accuracy in (line.split(",")[1:] for line in lines):
+        if update == "200":
+            ends.setdefault(mode, []).append(float(accuracy))
+    assert {len(seeds) for seeds in ends.values()} == {5}
+    page = (DOCS / "on-policy-distillation-example.md").read_text()
+    for mode, seeds in ends.items():
+        mean, error = fmean(seeds), stdev(seeds) / 5**0.5
+        cells = " | ".join(f"{x:.3f}" for x in seeds)
+        assert f"| `{mode}` | {cells} | {mean:.3f} ± {error:.3f} |" in page
+    readme = (DOCS.parent / "README.md").read_text()
+    assert all(f"{fmean(ends[mode]):.2f}" in readme for mode in ("distill", "kdrl", "kdrl-full"))
+    assert min(ends["kdrl"]) > 0.15 + max(*ends["distill"], *ends["grpo"])
 
 
 def test_the_demo_names_a_mode_that_it_does_not_know(capsys):

@@ -12,13 +12,13 @@ from omegaconf import OmegaConf
 
 from opd.checkpoint import read_records
 
-LABELS = {  # of a curve: the mode, what it descends, its colour
-    "sft": ("SFT", "text of the teacher", "#8c564b"),
-    "distill": ("distillation", "reverse KL", "#1f77b4"),
-    "grpo": ("GRPO", "reward alone", "#ff7f0e"),
-    "kdrl": ("KDRL", "reward + reverse KL", "#2ca02c"),
-    "kdrl-full": ("GRPO + forward KL", "the KL where no sample was right", "#9467bd"),
-    "kdrl-direct": ("literal joint form", "reward + log-ratio: no teacher in it", "#d62728"),
+LABELS = {  # of a curve, and its colour
+    "sft": ("SFT: text of the teacher", "#8c564b"),
+    "distill": ("distillation: reverse KL", "#1f77b4"),
+    "grpo": ("GRPO: reward", "#ff7f0e"),
+    "kdrl": ("KDRL: reward + reverse KL", "#2ca02c"),
+    "kdrl-full": ("reward + forward KL where no sample is right", "#9467bd"),
+    "kdrl-direct": ("literal joint form: no teacher in its gradient", "#d62728"),
 }
 
 
@@ -53,28 +53,28 @@ def smooth(values: list[float], span: int = 10) -> list[float]:
 
 
 def draw(experiment: Path) -> Path:
-    """Draws `reward_curve.png`: held-out accuracy over updates, a curve for every mode, labelled where it ends.
+    """Draws `reward_curve.png`: held-out accuracy over updates, a curve for every mode; `reward_curve.csv` has them.
 
     Trials of one mode are averaged. The band is one standard error: over trials, or over questions of the only one.
     """
     trials = read_trials(experiment)
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
     ends: list[tuple[float, str, str]] = []
-    for mode, (name, descends, colour) in LABELS.items():
-        of_mode = [trial.series("accuracy") for trial in trials if trial.mode == mode]
+    for mode, (label, colour) in LABELS.items():
+        of_mode = [dict(zip(*trial.series("accuracy"), strict=True)) for trial in trials if trial.mode == mode]
         if not of_mode:
             continue
-        updates = min((steps for steps, _ in of_mode), key=len)  # a run may still go on
-        columns = list(zip(*(values[: len(updates)] for _, values in of_mode), strict=True))
+        updates = sorted(set.intersection(*map(set, of_mode)))  # a run may still go on
+        columns = [[values[update] for values in of_mode] for update in updates]
         mean = [fmean(column) for column in columns]
         if len(of_mode) > 1:
             error = [stdev(column) / len(column) ** 0.5 for column in columns]
         else:
-            error = next(t.series("accuracy_se")[1] for t in trials if t.mode == mode)[: len(updates)]
+            error = next(trial.series("accuracy_se")[1] for trial in trials if trial.mode == mode)
         axes.plot(updates, mean, color=colour, linewidth=2)
         low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
         axes.fill_between(updates, low, high, color=colour, alpha=0.18, linewidth=0)
-        ends.append((mean[-1], f"{name}: {descends}", colour))
+        ends.append((mean[-1], label, colour))
     last = max((trial.records[-1]["step"] for trial in trials), default=1)
     teacher = [t.records[0]["teacher_accuracy"] for t in trials if "teacher_accuracy" in t.records[0]]
     if teacher:
@@ -90,6 +90,13 @@ def draw(experiment: Path) -> Path:
     path = experiment / "reward_curve.png"
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    rows = [
+        f"{trial.name},{trial.mode},{r['step']},{r['accuracy']:.4f}\n"
+        for trial in trials
+        for r in trial.records
+        if "accuracy" in r
+    ]
+    path.with_suffix(".csv").write_text("trial,mode,update,accuracy\n" + "".join(rows), encoding="utf-8")
     return path
 
 
