@@ -284,9 +284,9 @@ def test_what_is_infinite_and_what_is_not(dtype):
 def sizes(name: str, x: np.ndarray, y: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
     """What a rounding of eps is multiplied by on its way into the value (rows,) and into G - q sum G (rows, vocab).
 
-    With h = 1 + |log of a mass|: a mass is the exponential of a rounded number of size h, so its relative error is h.
+    With h = 1 + |log of a mass|: a mass is the exponential of a rounded number of size h, so h is its relative error.
     d = log p - log q is off by the h of both sides, and by 4 where it is a difference of logits (`rows.py`). The
-    log-ratio changes at most as d does. So a term mass * log-ratio is off by mass * (h * |ratio| + h of both sides + 4).
+    log-ratio changes at most as d does. A mass * log-ratio is off by mass * (h * |log-ratio| + h of both sides + 4).
     The value adds the terms. The gradient of a column is off by its own term and, through q sum G, by q times the
     errors of all terms and by h of q times |sum G|. Its last 1 is the rounding of masses near 1, whose difference
     decides a sign. At most eight roundings of eps / 2 follow one another, hence the factor 4 of the caller.
