@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import io
 import math
 import os
@@ -184,6 +185,12 @@ class _Fuzz:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"fuzz: {self.run} examples in {self.tests} tests")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves the 800,000 objects that exist now out of every later garbage collection, each of which took 0.4 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,15 +7,18 @@ A test calls a launcher, or a public function with `impl="triton"`, on tensors o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import mmap
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +45,38 @@ def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return patched
 
 
+def _equal_shapes_first(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton compares a tuple with a list, so it also broadcasts two blocks of one shape, to that shape."""
+
+    def broadcast_unless_equal(semantic: Any, lhs: Any, rhs: Any) -> Any:
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape == rhs.type.shape:
+            return lhs, rhs
+        return broadcast(semantic, lhs, rhs)
+
+    return broadcast_unless_equal
+
+
+def _kept_by_name(np_dtype: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
+    """The interpreter builds a table of all dtypes to look one up, several times an operation."""
+    known: dict[str, np.dtype] = {}
+
+    def kept(dtype: Any) -> np.dtype:
+        if dtype.name not in known:
+            known[dtype.name] = np_dtype(dtype)
+        return known[dtype.name]
+
+    return kept
+
+
+# Most of the interpreter's time goes into the operations below; none of them changes a result.
 interpreter._patch_lang = _patched_once(interpreter._patch_lang)
+interpreter._get_np_dtype = _kept_by_name(interpreter._get_np_dtype)
+TritonSemantic.broadcast_impl_value = _equal_shapes_first(TritonSemantic.broadcast_impl_value)
+# It repeats every sum of integers in 64 bits to assert that the sum did not overflow, and asserts only with `debug`.
+if not interpreter.interpreter_builder.options.debug:
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 import kdloss
-from invariant_cases import CASES, Case, Outcome, case_name, evaluate, options
+from invariant_cases import CASES, Case, Options, Outcome, case_name, evaluate, options
 from kdloss.testing import reference
 from kdloss.testing.strategies import (
     GroupedRewards,
@@ -84,9 +84,18 @@ def total(tensors: list[Tensor], like: Tensor) -> Tensor:
 
 @every_function
 @given(data=st.data())
-def test_packed_is_one_sequence_after_the_other(case: Case, data: st.DataObject):
+def test_a_packed_batch(case: Case, data: st.DataObject):
+    """Every check of an arbitrary batch, on one batch an example, because drawing one costs as much as a check."""
     batch, given_options = data.draw(packed_batches()), data.draw(options(case))
     whole = evaluate(case, batch, given_options)
+    packed_is_one_sequence_after_the_other(case, batch, given_options, whole)
+    padding_tokens_change_nothing(case, batch, given_options, whole, data)
+    the_order_of_the_sequences_does_not_matter(case, batch, given_options, whole, data)
+    garbage_under_the_mask_leaves_no_trace(case, batch, given_options, whole, data)
+    a_fully_masked_batch_is_an_attached_zero(case, batch, given_options, data)
+
+
+def packed_is_one_sequence_after_the_other(case: Case, batch: PackedBatch, given_options: Options, whole: Outcome):
     parts = [evaluate(case, batch.take(b), given_options) for b in range(batch.size)]
     value_scale, gradient_scale = scales(batch, whole)
     for name, x in whole.tokens.items():
@@ -136,24 +145,22 @@ def test_padded_rows_are_the_packed_stream(case: Case, data: st.DataObject):
     )
 
 
-@every_function
-@given(data=st.data())
-def test_padding_tokens_change_nothing(case: Case, data: st.DataObject):
-    batch, given_options = data.draw(packed_batches()), data.draw(options(case))
+def padding_tokens_change_nothing(
+    case: Case, batch: PackedBatch, given_options: Options, whole: Outcome, data: st.DataObject
+):
     more = data.draw(st.lists(st.integers(0, 3), min_size=batch.size, max_size=batch.size))
     lengths = [n + extra for n, extra in zip(batch.lengths, more, strict=True)]
     padded = batch.stretch(lengths, fill=data.draw(st.sampled_from(GARBAGE)))
-    check_padded(case, batch, lengths, evaluate(case, batch, given_options), evaluate(case, padded, given_options))
+    check_padded(case, batch, lengths, whole, evaluate(case, padded, given_options))
 
 
-@every_function
-@given(data=st.data())
-def test_the_order_of_the_sequences_does_not_matter(case: Case, data: st.DataObject):
-    batch, given_options = data.draw(packed_batches()), data.draw(options(case))
+def the_order_of_the_sequences_does_not_matter(
+    case: Case, batch: PackedBatch, given_options: Options, before: Outcome, data: st.DataObject
+):
     order = data.draw(st.permutations(range(batch.size)))
     bounds = batch.cu_seqlens.tolist()
     tokens = torch.tensor([t for b in order for t in range(bounds[b], bounds[b + 1])], dtype=torch.int64)
-    before, after = evaluate(case, batch, given_options), evaluate(case, batch.take(order), given_options)
+    after = evaluate(case, batch.take(order), given_options)
     value_scale, gradient_scale = scales(batch, before)
     for name, x in before.tokens.items():
         close(after.tokens[name], x[tokens], what=name)
@@ -164,12 +171,11 @@ def test_the_order_of_the_sequences_does_not_matter(case: Case, data: st.DataObj
     close(after.gradient, before.gradient[tokens], scale=gradient_scale, what="gradient")
 
 
-@every_function
-@given(data=st.data())
-def test_garbage_under_the_mask_leaves_no_trace(case: Case, data: st.DataObject):
-    batch, given_options = data.draw(packed_batches()), data.draw(options(case))
+def garbage_under_the_mask_leaves_no_trace(
+    case: Case, batch: PackedBatch, given_options: Options, whole: Outcome, data: st.DataObject
+):
     clean = evaluate(case, batch.with_garbage(0.0), given_options)
-    same_bits(evaluate(case, batch, given_options), clean)
+    same_bits(whole, clean)
     same_bits(evaluate(case, batch.with_garbage(data.draw(st.sampled_from(GARBAGE))), given_options), clean)
 
 
@@ -199,10 +205,9 @@ def single(x: Tensor) -> float:
     return torch.finfo(x.dtype).eps / torch.finfo(torch.float64).eps
 
 
-@every_function
-@given(data=st.data())
-def test_a_fully_masked_batch_is_an_attached_zero(case: Case, data: st.DataObject):
-    batch, given_options = data.draw(packed_batches()), data.draw(options(case))
+def a_fully_masked_batch_is_an_attached_zero(
+    case: Case, batch: PackedBatch, given_options: Options, data: st.DataObject
+):
     batch = replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)).with_garbage(
         data.draw(st.sampled_from(GARBAGE))
     )
