@@ -53,9 +53,10 @@ def smooth(values: list[float], span: int = 10) -> list[float]:
 
 
 def draw(experiment: Path) -> Path:
-    """Draws `reward_curve.png`: held-out accuracy over updates, a curve for every mode; `reward_curve.csv` has them.
+    """Draws held-out accuracy over updates as `reward_curve.png`, and writes the numbers as `reward_curve.csv`.
 
-    Trials of one mode are averaged. The band is one standard error: over trials, or over questions of the only one.
+    Every mode has a curve, the mean of its trials. The band is one standard error, over the trials, or over the
+    questions if there is one trial.
     """
     trials = read_trials(experiment)
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")

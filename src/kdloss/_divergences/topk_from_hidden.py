@@ -52,8 +52,8 @@ def linear_topk_forward_kl(
         sum_S p (log p - log q), and a tail
         q = softmax(z),   z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
 
-    Equal to `topk_forward_kl` of these logits, but the (T, V) logits never exist at once. The mass
-    outside S is summed over its own columns, so a small one keeps its digits.
+    Equal to `topk_forward_kl` of these logits, but the (T, V) logits never exist at once. The mass outside S is
+    summed over its own columns, so a small one keeps its digits.
 
     Args:
         {hidden}
@@ -73,14 +73,14 @@ def linear_topk_forward_kl(
 
     Returns:
         The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens and in
-        a row of padding only. All but
-        "truncate": >= 0, +inf where the student excludes what the teacher does not. "truncate": may be negative.
+        a row of padding only. All but "truncate": >= 0, +inf where the student excludes what the teacher does not.
+        "truncate": may be negative.
 
     Expected gradient:
         That of `topk_forward_kl` in the logits, carried on to `hidden`, `weight` and `bias`. In the logits, times
         1 / temperature: "bucket": q - p on S, q - (1-P) q/(1-Q) outside. "renormalize": q/Q - p/P on S, 0 outside.
-        "truncate": P q - p on S, P q outside. "generalized": (1 + P - Q) q - p on S,
-        (P - Q) q outside.
+        "truncate": P q - p on S, P q outside. "generalized": (1 + P - Q) q - p on S, (P - Q) q
+        outside.
 
     Raises:
         {TypeError}
@@ -123,8 +123,8 @@ def linear_topk_reverse_kl(
         sum_S q (log q - log p), and a tail
         q = softmax(z),   z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
 
-    Equal to `topk_reverse_kl` of these logits, but the (T, V) logits never exist at once. The mass
-    outside S is summed over its own columns, so a small one keeps its digits.
+    Equal to `topk_reverse_kl` of these logits, but the (T, V) logits never exist at once. The mass outside S is
+    summed over its own columns, so a small one keeps its digits.
 
     Args:
         {hidden}
@@ -144,8 +144,8 @@ def linear_topk_reverse_kl(
 
     Returns:
         The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens and in
-        a row of padding only. All but
-        "truncate": >= 0. +inf where the teacher excludes an id that the student does not. "truncate": may be negative.
+        a row of padding only. All but "truncate": >= 0. +inf where the teacher excludes an id that the student does
+        not. "truncate": may be negative.
 
     Expected gradient:
         That of `topk_reverse_kl` in the logits, carried on to `hidden`, `weight` and `bias`. In the logits, times
@@ -195,8 +195,8 @@ def linear_topk_generalized_jsd(
         sum_S β p log p/m + (1-β) q log q/m, and a tail;   m = β p + (1-β) q
         q = softmax(z),   z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
 
-    Equal to `topk_generalized_jsd` of these logits, but the (T, V) logits never exist at once. The mass
-    outside S is summed over its own columns, so a small one keeps its digits.
+    Equal to `topk_generalized_jsd` of these logits, but the (T, V) logits never exist at once. The mass outside S is
+    summed over its own columns, so a small one keeps its digits.
 
     Args:
         {hidden}
