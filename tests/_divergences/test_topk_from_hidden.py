@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import kdloss
-from kdloss._divergences import hidden_passes
+from kdloss._divergences import topk_hidden_op
+from kdloss._logprobs import from_hidden
 
 T, V, D, K = 40, 23, 6, 4
 FORMS: dict[str, dict[str, float]] = {"forward_kl": {}, "reverse_kl": {}, "generalized_jsd": {"beta": 0.3}}
@@ -36,9 +37,12 @@ def teacher() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 2.0, "logit_scale": -1.3, "temperature": torch.linspace(0.5, 2, T)}]
 )
-def test_they_are_those_of_the_logits(name, tail, options, monkeypatch):
-    """Values and all three gradients, in chunks of 16 rows, with two rows of padding in the head."""
-    monkeypatch.setattr(hidden_passes, "_CHUNK_ENTRIES", {"cpu": 1, "gpu": 1})
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20], ids=["computed again", "kept"])
+def test_they_are_those_of_the_logits(name, tail, options, kept_bytes, monkeypatch):
+    """Values and all three gradients, in tiles of 16 rows and 5 columns, with two rows of padding in the head."""
+    for part, size in {"_TILE_ENTRIES": 0, "_TILE_ROWS": 16, "_TILE_COLUMNS": 5}.items():
+        monkeypatch.setattr(topk_hidden_op, part, size)
+    monkeypatch.setattr(from_hidden, "KEPT_BYTES", kept_bytes)
     hidden, weight, bias = normal(T, D), normal(V + 2, D, seed=1), normal(V + 2, seed=2)
     upstream = normal(T, seed=3) * (torch.arange(T) % 3 != 0)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]

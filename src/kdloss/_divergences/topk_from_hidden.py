@@ -1,6 +1,6 @@
 """Divergences from a teacher's K log-probs per token, from hidden states and the output head, for trained tokens only.
 
-`topk.py` of logits that never exist at once: they are computed for a few rows at a time, and again in the backward.
+`topk.py` of logits that never exist at once, unless they are few: those are kept for the backward.
 """
 
 from __future__ import annotations

@@ -116,32 +116,8 @@ def gradient_of_kept_and_rest(
         return backward(upstream_kept, upstream_rest, *inputs, temperature, vocab_size, with_rest)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad[..., vocab_size:] = 0
-    scratch = _scratch(rest.numel(), vocab_size, rest.dtype, logits.device)
-    # if nothing is left, every other z is -inf, so exp(z - 0) is 0
-    shift = torch.where(rest == -math.inf, 0, rest).unsqueeze(-1)
-    upstreams = torch.cat([upstream_kept, upstream_rest.unsqueeze(-1)], -1)
-    tensors = (logits[..., :vocab_size], _places(ids, vocab_size), shift, upstreams, grad[..., :vocab_size])
-    for z, index, lse, upstream, result, tau in flat_rows(*tensors, column(row_temperature, rest)):
-        for start in range(0, z.shape[0], scratch.shape[0]):
-            rows = slice(start, start + scratch.shape[0])
-            if all_zero(upstream[rows]):
-                result[rows] = 0
-                continue
-            divisor = temperature if row_temperature is None else tau[rows].to(rest.dtype)
-            incoming = upstream[rows] / divisor
-            if with_rest:
-                x = _load(z[rows], scratch, divisor)
-                of_rows, scale = without_shift(incoming[:, -1:], lse[rows])
-                if of_rows is not None:
-                    x.scatter_(-1, index[rows], -math.inf).sub_(of_rows)
-                x.exp_().mul_(scale)
-            else:
-                x = scratch[: index[rows].shape[0]].zero_()
-            x.scatter_(-1, index[rows], incoming[:, :-1])
-            silent = (upstream[rows] == 0).all(-1, keepdim=True)
-            if silent.device.type != "cpu" or bool(silent.any()):
-                x.masked_fill_(silent, 0)
-            result[rows] = x[:, :-1]
+    of_rows = (ids, row_temperature, rest, temperature, with_rest)
+    gradient_of_kept_and_rest_(grad[..., :vocab_size], upstream_kept, upstream_rest, logits[..., :vocab_size], *of_rows)
     return grad
 
 
@@ -185,6 +161,48 @@ class _ShardedTopk(torch.autograd.Function):
     def backward(ctx: Any, upstream_kept: Tensor, upstream_rest: Tensor) -> tuple[Tensor | None, ...]:
         grad = gradient_of_kept_and_rest(upstream_kept, upstream_rest, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, None, None
+
+
+def gradient_of_kept_and_rest_(
+    out: Tensor,
+    upstream_kept: Tensor,
+    upstream_rest: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    row_temperature: Tensor | None,
+    rest: Tensor,
+    temperature: float,
+    with_rest: bool,
+) -> Tensor:
+    """The gradient (..., V) of the logits (..., V) into `out`, which may share their memory: row after row is read."""
+    vocab_size = logits.shape[-1]
+    scratch = _scratch(rest.numel(), vocab_size, rest.dtype, logits.device)
+    # if nothing is left, every other z is -inf, so exp(z - 0) is 0
+    shift = torch.where(rest == -math.inf, 0, rest).unsqueeze(-1)
+    upstreams = torch.cat([upstream_kept, upstream_rest.unsqueeze(-1)], -1)
+    tensors = (logits, _places(ids, vocab_size), shift, upstreams, out)
+    for z, index, lse, upstream, result, tau in flat_rows(*tensors, column(row_temperature, rest)):
+        for start in range(0, z.shape[0], scratch.shape[0]):
+            rows = slice(start, start + scratch.shape[0])
+            if all_zero(upstream[rows]):
+                result[rows] = 0
+                continue
+            divisor = temperature if row_temperature is None else tau[rows].to(rest.dtype)
+            incoming = upstream[rows] / divisor
+            if with_rest:
+                x = _load(z[rows], scratch, divisor)
+                of_rows, scale = without_shift(incoming[:, -1:], lse[rows])
+                if of_rows is not None:
+                    x.scatter_(-1, index[rows], -math.inf).sub_(of_rows)
+                x.exp_().mul_(scale)
+            else:
+                x = scratch[: index[rows].shape[0]].zero_()
+            x.scatter_(-1, index[rows], incoming[:, :-1])
+            silent = (upstream[rows] == 0).all(-1, keepdim=True)
+            if silent.device.type != "cpu" or bool(silent.any()):
+                x.masked_fill_(silent, 0)
+            result[rows] = x[:, :-1]
+    return out
 
 
 def _log_sum_of_others(x: Tensor, index: Tensor, logits: Tensor, temperature: float | Tensor) -> Tensor:

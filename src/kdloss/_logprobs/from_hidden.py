@@ -178,7 +178,7 @@ def logprobs_from_hidden(
         untrained = ~loss_mask.reshape(-1, 1)
         columns, outside = columns.masked_fill(untrained, IGNORE_INDEX), outside & ~untrained
     rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens, kernels=softmax.kernels)
-    store = rows is not None and _keeps_logits(rows.shape[0] * softmax.local_size, *head[:3])
+    store = rows is not None and keeps_logits(rows.shape[0] * softmax.local_size, *head[:3])
     compact = max_trained_tokens is None
     if softmax.shard is None:
         logp, entropy, *_ = linear_logprobs(
@@ -245,7 +245,7 @@ def select_rows(
     return rows, trained & (trained.sum() > max_trained_tokens)
 
 
-def _keeps_logits(elements: int, *inputs: Tensor | None) -> bool:
+def keeps_logits(elements: int, *inputs: Tensor | None) -> bool:
     """Whether that many logits are kept for the backward: an input needs a gradient, and they fit the budget."""
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     on_cpu = any(x is not None and x.device.type == "cpu" for x in inputs)
