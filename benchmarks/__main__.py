@@ -28,7 +28,7 @@ from .cases import GRIDS, Case, Grid, matching
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 OURS = ("kdloss", "gather")  # how the names of our contenders begin
 
 
@@ -243,7 +243,7 @@ def _measure(options: argparse.Namespace) -> int:
     written = report.write(result, folder / result["slug"], stem) if folder else []
     print(report.markdown(result))
     if written:
-        _renew_page(result, written[0])
+        _renew_pages(result, written[0])
     print("\n".join(_shown(path) for path in written))
     if result["failed"]:
         print(f"error: {result['failed']}", file=sys.stderr)
@@ -255,17 +255,18 @@ def _stored(options: argparse.Namespace) -> int:
     print(report.markdown(result))
     if options.save:
         report.write(result, options.report.parent, options.report.stem)
-        _renew_page(result, options.report)
+        _renew_pages(result, options.report)
     return 0
 
 
-def _renew_page(result: dict[str, Any], data: Path) -> None:
-    """The summary of the page that names this stored result."""
+def _renew_pages(result: dict[str, Any], data: Path) -> None:
+    """The summaries of the pages that name this stored result."""
     if data.resolve().is_relative_to(ROOT):
-        text = PAGE.read_text(encoding="utf-8")
-        renewed = report.documented(text, result, data.resolve().relative_to(ROOT).as_posix())
-        if renewed != text:
-            PAGE.write_text(renewed, encoding="utf-8")
+        for page in PAGES:
+            text = page.read_text(encoding="utf-8")
+            renewed = report.documented(text, result, data.resolve().relative_to(ROOT).as_posix())
+            if renewed != text:
+                page.write_text(renewed, encoding="utf-8")
 
 
 def _device() -> str:

@@ -1,4 +1,4 @@
-"""What a result says: figures, the Markdown report, the chart, and the summary table of docs/benchmarks.md.
+"""What a result says: figures, the Markdown report, the chart, and the summary tables of the pages.
 
 A ratio is taken within each round, where both ran one after the other under the same load. Its median and quartiles
 are then free of the machine's drift between rounds, which a ratio of two medians is not.
@@ -28,7 +28,8 @@ PEERS = (
     "Liger chunked",
     "Liger kernel",
 )
-SUMMARY = re.compile(r"(<!-- summary: (\S+) -->\n).*?(<!-- end of summary -->)", re.DOTALL)  # of the file named
+# of the file that is named, and of some of its cases if they are named after it
+SUMMARY = re.compile(r"(<!-- summary: (\S+)((?: \S+)*) -->\n).*?(<!-- end of summary -->)", re.DOTALL)
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -166,24 +167,30 @@ def with_tables(page: str, made: dict[str, str]) -> str:
     return page
 
 
-# --- the summary of docs/benchmarks.md -----------------------------------------------------------------------------
+# --- the summary of a page -------------------------------------------------------------------------------------------
 
 
 def documented(page: str, result: dict[str, Any], data: str) -> str:
     """The page with every summary of the stored `data` renewed; as it was if it has none."""
 
     def renewed(block: re.Match[str]) -> str:
-        return f"{block[1]}\n{summary(result)}\n\n{block[3]}" if block[2] == data else block[0]
+        if block[2] != data:
+            return block[0]
+        return f"{block[1]}\n{summary(result, only=block[3].split())}\n\n{block[4]}"
 
     return SUMMARY.sub(renewed, page)
 
 
-def summary(result: dict[str, Any]) -> str:
-    """A row per case and contender of ours: what it takes, and each peer's time and memory as multiples of that."""
-    names = [name for name in PEERS if any(seconds(e, name, "total") or _error(e, name) for e in result["cases"])]
+def summary(result: dict[str, Any], *, only: Sequence[str] = ()) -> str:
+    """A row per case and contender of ours: what it takes, and each peer's time and memory as multiples of that.
+
+    With `only`, the rows of these cases, and nothing below the table.
+    """
+    cases = [entry for entry in result["cases"] if not only or entry["name"] in only]
+    names = [name for name in PEERS if any(seconds(e, name, "total") or _error(e, name) for e in cases)]
     unit = "user CPU ms" if result["kind"] == "cpu" else "ms"
     rows = []
-    for entry in result["cases"]:
+    for entry in cases:
         for ours in [name for name, row in entry["rows"].items() if row["ours"] and name != "gather"]:
             time, extra = seconds(entry, ours, metric(result)), entry["rows"][ours].get("extra_bytes")
             if time is None:
@@ -197,7 +204,8 @@ def summary(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{key} {facts[key]}" for key in ("torch", "trl", "liger-kernel", "cut-cross-entropy"))
     threads = f", {facts['threads']} thread" if result["kind"] == "cpu" else ""
     parts = [f"{facts['device']}{threads}; {versions}; {facts['date']}."]
-    parts += [table(("case", f"kdloss: {unit}, MiB", *names), rows), _tail(result), absences(result).replace("## ", "")]
+    parts += [table(("case", f"kdloss: {unit}, MiB", *names), rows)]
+    parts += [] if only else [_tail(result), absences(result).replace("## ", "")]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -141,6 +141,11 @@ MISTAKES = {
         "16 of them end a sequence, where nothing has a score",
     ),
     "no token": (lambda b: {"loss_mask": b["loss_mask"] & False}, "loss_mask", "nothing is learned"),
+    "a discount far from the teacher": (
+        lambda b: {"kd_discount": 1.0, "teacher_logp": b["teacher_logp"] - 0.6 * b["loss_mask"]},
+        "kd_discount",
+        "Take kd_discount=0 until",
+    ),
     "advantages per sequence": (lambda b: {"advantages": b["rewards"]}, "advantages", "kdloss.broadcast_to_tokens"),
     "advantages of another shape": (lambda b: {"advantages": b["logp"][1:]}, "advantages", "is not that of logp"),
     "advantages 0": (lambda b: {"advantages": 0 * b["advantages"]}, "advantages", "0 at every trained token"),
@@ -203,6 +208,9 @@ def test_the_ways_out_lead_to_a_sound_batch():
     own = kdloss.to_token_positions(batch["teacher_logp"], cu_seqlens=batch["cu_seqlens"], fill=0.0)
     back = kdloss.to_prediction_positions(own, cu_seqlens=batch["cu_seqlens"], fill=torch.nan)
     assert check(batch, teacher_logp=back).ok
+    far = {"teacher_logp": batch["teacher_logp"] - 0.6 * mask}
+    assert "Take kd_discount=0 until" in wrong(check(batch, kd_discount=1.0, **far))["kd_discount"]
+    assert check(batch, kd_discount=0, **far).ok
     report = check(batch, cu_seqlens=None)
     assert "pass cu_seqlens for a packed stream" in wrong(report)["rewards"]
 
@@ -227,6 +235,30 @@ def test_untrained_tokens_are_not_read_and_nothing_is_changed():
     assert all(x.grad is None for x in spoiled.values())
 
 
+@pytest.mark.parametrize("discount", [0.5, 1.0])
+def test_the_cost_of_a_response_under_a_discount(discount):
+    """Of whole responses, whatever is masked between their tokens, packed and padded."""
+    batch = rollout()
+    mask = batch["loss_mask"] & (torch.arange(ROWS * LENGTH) % 7 != 3)
+    gap = (batch["logp"] - batch["teacher_logp"]).view(ROWS, LENGTH)
+    sums = [
+        sum(discount**i * x for i, x in enumerate(row[kept]))
+        for row, kept in zip(gap, mask.view(ROWS, -1), strict=True)
+    ]
+    expected = f"{torch.stack(sums).double().mean().item():.1f}"
+    packed = check(batch, loss_mask=mask, kd_discount=discount, rewards=None)
+    (found,) = (finding for finding in packed.findings if finding.check == "kd_discount")
+    assert found.verdict == "ok", found
+    assert f"a response is {expected} ±" in found.text
+    padded = {name: x.view(ROWS, LENGTH) if x.shape == mask.shape else x for name, x in tensors_of(batch)}
+    changes = {"loss_mask": mask.view(ROWS, LENGTH), "cu_seqlens": None, "kd_discount": discount, "rewards": None}
+    assert check(padded, **changes) == packed
+    for without in ({"teacher_logp": None}, {"teacher_logp": torch.where(mask, torch.nan, 0)}):
+        verdicts = {f.check: f.verdict for f in check(batch, loss_mask=mask, kd_discount=discount, **without).findings}
+        assert verdicts["kd_discount"] == ("not given" if without["teacher_logp"] is None else "cannot tell")
+    assert all(finding.check != "kd_discount" for finding in check(batch, teacher_logp=None).findings)
+
+
 def test_an_empty_batch():
     empty = torch.zeros(0)
     report = kdloss.check_batch(empty, empty, empty, loss_mask=empty.bool(), cu_seqlens=torch.tensor([0]))
@@ -249,6 +281,8 @@ def test_bad_arguments():
         check(batch, group_ids=torch.arange(ROWS))
     with pytest.raises(ValueError, match="group_size must be > 0"):
         check(batch, group_size=0)
+    with pytest.raises(ValueError, match="kd_discount must be in"):
+        check(batch, kd_discount=1.5)
 
 
 def test_rewards_that_differ_by_rounding_are_equal_as_for_the_advantages():

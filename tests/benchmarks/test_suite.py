@@ -322,13 +322,19 @@ def test_the_summary_goes_between_the_markers_of_a_page():
     assert new == page.replace("old", f"\n{summary}\n")
     assert report.documented(new, stored(), "this.json") == new
     assert report.documented("no markers", stored(), "this.json") == "no markers"
+    name = stored()["cases"][0]["name"]
+    few = report.documented(page.replace("this.json", f"this.json {name}"), stored(), "this.json")
+    rows = [line for line in few.splitlines() if line.startswith("| `")]
+    assert rows == summary.splitlines()[4:6]
+    assert "of the time of the log-probs" not in few
 
 
-def test_the_page_holds_the_summaries_of_the_results_that_it_names():
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_a_page_holds_the_summaries_of_the_results_that_it_names(page):
+    page = (ROOT / page).read_text(encoding="utf-8")
     found = report.SUMMARY.findall(page)
     assert found
-    for _, data, _ in found:
+    for _, data, *_ in found:
         result = json.loads((ROOT / data).read_text(encoding="utf-8"))
         assert report.documented(page, result, data) == page, f"run: python -m benchmarks --report {data} --save"
 

@@ -68,6 +68,11 @@ FOLLOWED = {
         "test_the_number_of_tokens_is_read_on_the_cpu_and_asked_for_elsewhere",
         "function(**elsewhere, total_tokens=7)",
     ),
+    "Take kd_discount=0 until": (
+        "_losses/test_check_batch.py",
+        "test_the_ways_out_lead_to_a_sound_batch",
+        "check(batch, kd_discount=0",
+    ),
     "pass {}.full_tensor(), or {}.to_local()": (
         "scale_out/cases_models.py",
         "case_a_dtensor_among_plain_tensors_is_named",

@@ -16,6 +16,7 @@ from kdloss import _checks
 from .advantages import group_relative_advantages
 from .alignment import check_alignment
 from .diagnostics import EXCLUDED
+from .estimators import discounted_returns
 
 Verdict = Literal["ok", "wrong", "cannot tell", "not given"]
 
@@ -26,6 +27,7 @@ _STALE = 0.5  # mean |log ratio|; sixteen updates of the example move it to 0.13
 _MOVED = 0.05  # mean |log ratio| that is not rounding of two engines
 _SAME = 0.02  # mean |log ratio| below which the tokens count as on-policy
 _FAR = 5.0  # mean log q - log p; two models of one tokenizer are seldom 2 apart
+_EMPTY = 12.0  # log q - log p of a response under a discount: docs/weights.md#a-discount has the measurements
 _EVIDENCE = 5.0  # standard errors of a mean
 _FEWEST = 40  # tokens; a few samples miss the rare tokens that make up for the others
 _CLOSE = 0.1  # mean difference from logp, in mean deviations of logp, that needs no correlation to be aligned
@@ -92,6 +94,7 @@ def check_batch(
     group_size: int | None = None,
     group_ids: Tensor | None = None,  # (B,) int64
     cu_seqlens: Tensor | None = None,  # (B + 1,)
+    kd_discount: float = 0.0,
 ) -> BatchReport:
     """Check the first batch of a run for mistakes that raise no error: shifts, swaps, wrong scores, empty signals.
 
@@ -112,6 +115,8 @@ def check_batch(
       `old_logp`, so the two are swapped.
     - distance: the mean of logp - teacher_logp is above 5 nats; or, on-policy and with 40 tokens or more, below 0 by
       five standard errors.
+    - `kd_discount`: the discounted sum of logp - teacher_logp over a response is above 12 nats on average. The teacher
+      gives an empty answer about e^-12, so the student learns to end at once.
     - `advantages`: one per sequence; NaN; 0 at every trained token.
     - `rewards`: not finite; rewards that differ by no more than rounding in every group; groups of one; groups without
       a trained token.
@@ -130,6 +135,7 @@ def check_batch(
         group_size: number of consecutive sequences of one prompt. None: not given.
         group_ids: (B,) integers, equal within a group. None: not given. Give at most one of the two.
         cu_seqlens: (B + 1,) cumulative lengths of a packed stream. None: each row is a sequence.
+        kd_discount: that of the loss, 0 .. 1. Above 0 the report has a line on it.
 
     Returns:
         `BatchReport`, on the host: this waits for the device and is meant for a person, once a run. `ok` is True if
@@ -140,7 +146,8 @@ def check_batch(
 
     Raises:
         TypeError: a tensor has another dtype than above.
-        ValueError: shapes other than that of `advantages` differ, or `cu_seqlens` does not fit.
+        ValueError: shapes other than that of `advantages` differ, `cu_seqlens` does not fit, or `kd_discount` is
+            outside 0 .. 1.
 
     Example:
         >>> import torch, kdloss
@@ -160,6 +167,7 @@ def check_batch(
     if group_size is not None and group_ids is not None:
         raise ValueError("group_size and group_ids exclude each other; pass one of them")
     _checks.positive(group_size=group_size)
+    _checks.unit_interval(kd_discount=kd_discount)
     if cu_seqlens is None:
         length = max(1, logp.shape[-1] if logp.ndim > 0 else 1)
         bounds = list(range(0, logp.numel() + 1, length))
@@ -175,6 +183,7 @@ def check_batch(
             _range("logp", batch.trained(batch.logp)),
             *_behaviour(batch),
             *_teacher(batch),
+            *_discount(batch, kd_discount),
             _advantages(batch, advantages, logp.shape),
             _rewards(batch, rewards, group_size, group_ids),
         )
@@ -385,6 +394,33 @@ def _distance(batch: _Batch, logp: Tensor, teacher: Tensor) -> Finding:
         )
         return Finding("distance", "wrong", reason)
     return Finding("distance", "ok", text)
+
+
+def _discount(batch: _Batch, discount: float) -> Iterator[Finding]:
+    """Whether the teacher's reward of what follows is so low that an empty answer has a higher one."""
+    if discount == 0:
+        return
+    if batch.teacher_logp is None:
+        yield Finding("kd_discount", "not given", "no teacher: nothing can be told of a discount")
+        return
+    gap = batch.logp.double() - batch.teacher_logp.double()
+    if not bool(gap[batch.mask].isfinite().all()):
+        yield Finding("kd_discount", "cannot tell", "some of logp and teacher_logp are not finite")
+        return
+    bounds = torch.tensor(batch.bounds)
+    returns = discounted_returns(gap, loss_mask=batch.mask, cu_seqlens=bounds, discount=discount)
+    parts = zip(returns.tensor_split(bounds[1:-1]), batch.mask.tensor_split(bounds[1:-1]), strict=True)
+    costs = torch.cat([part[mask][:1] for part, mask in parts])
+    mean, error = _mean_and_error(costs)
+    text = f"log q - log p of a response is {mean:.1f} ± {error:.1f} nats under the discount of {discount:g}"
+    if mean > _EMPTY:
+        reason = (
+            f"{text}: the teacher likes an empty answer better than these, so the student learns to end at once. "
+            f"Take kd_discount=0 until the sum is well below {_EMPTY:g}"
+        )
+        yield Finding("kd_discount", "wrong", reason)
+        return
+    yield Finding("kd_discount", "ok" if len(costs) else "cannot tell", text if len(costs) else "no token is trained")
 
 
 def _usable(batch: _Batch) -> bool:

@@ -51,7 +51,8 @@ OBJECTIVE_ARGS = LOSS_ARGS | {
     "kd_mask": """bool, the shape of `logp`, True where the distillation reward applies. Elsewhere the reward and its
         part of `reverse_kl` are 0, whatever the value of `teacher_logp`; denominators do not change. None:
         everywhere.""",
-    "kd_discount": """0 .. 1. Above 0 the reward is replaced by its `discounted_returns`, which needs `cu_seqlens`.""",
+    "kd_discount": """0 .. 1. Above 0 the reward is replaced by its `discounted_returns`, which needs `cu_seqlens`. Far
+        from the teacher 1 leads to empty answers, which cost less than long ones; `check_batch` sees it.""",
     "kd_reward_clip": "symmetric bound of the reward in nats, > 0. None: no bound.",
     "kd_max_ratio": """bound of the distillation ratio, > 0: the loss becomes -sg(min(ratio_t, kd_max_ratio) * R_t) *
         logp_t, so that every token keeps a gradient. None: no bound.""",
