@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +25,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 
 def _process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    result = typing.get_type_hints(obj).get("return") if inspect.isfunction(obj) else None
+    result = vars(inspect.getmodule(obj)).get(obj.__annotations__.get("return")) if inspect.isfunction(obj) else None
     fields = getattr(result, "_fields", ())
     lines[:] = (_of_fields(line, fields) for line in restructured(lines))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sphinx.application import Sphinx
-from sphinx.errors import SphinxError
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 _TAGS = re.compile(r"<(?:script|link|img|iframe|source|object|embed|use)\b[^>]*?(?:https?:)?//[^>]*>", re.IGNORECASE)
 _IMPORTS = re.compile(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^\s)]*", re.IGNORECASE)
@@ -22,7 +22,7 @@ def _check(app: Sphinx, failure: Exception | None) -> None:
     if failure is None and app.builder.format == "html":
         found = sorted(remote(Path(app.outdir)))
         if found:
-            raise SphinxError("the site loads files from the network:\n" + "\n".join(found))
+            raise RuntimeError("the site loads files from the network:\n" + "\n".join(found))
 
 
 def remote(site: Path) -> set[str]:
