@@ -131,7 +131,7 @@ def test_every_paper_of_a_docstring_is_listed_with_its_call():
     listed: set[tuple[str, str]] = set()
     papers: list[str] = []
     for paper, call, *_ in table_rows("papers.md"):
-        if not paper.startswith("the same"):
+        if not paper.startswith("the same") or ARXIV.search(paper):
             papers = ARXIV.findall(paper)
         listed |= {(number, name) for number in papers for name in re.findall(r"`([\w.]+)`", call)}
     assert len(cited) > 40
