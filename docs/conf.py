@@ -28,15 +28,20 @@ default_role = "py:obj"
 nitpick_ignore_regex = [("py:(class|data|exc)", ".*"), ("py:obj", r"(?!kdloss\.)[\s\S]*")]
 
 myst_heading_anchors = 3
+smartquotes_action = "D"  # dashes alone: shapes are (..., V), and options are "token_mean"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_display_short_literal_types = True
 python_maximum_signature_line_length = 80
-napoleon_use_ivar = True
 napoleon_use_rtype = False
-napoleon_custom_sections = ["Expected gradient", "Gradient with `group`", "Source"]
+napoleon_custom_sections = [
+    ("Attributes", "params_style"),
+    "Expected gradient",
+    "Gradient with `group`",
+    "Source",
+]
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
@@ -48,4 +53,4 @@ html_copy_source = False
 html_show_sphinx = False
 html_show_search_summary = False  # a summary is fetched, which a browser refuses to do for a page opened from a file
 pygments_style = "friendly"
-pygments_dark_style = "monokai"
+pygments_dark_style = "github-dark"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -21,12 +22,16 @@ class _SourceLinks(SphinxTransform):
     default_priority = 400  # before a file that is linked would be copied into the site
 
     def apply(self, **options: Any) -> None:
-        here = os.path.dirname(self.env.docname)
+        docs = Path(self.env.srcdir)
+        here = docs / Path(self.env.docname).parent
         for kind in (addnodes.download_reference, addnodes.pending_xref):
             for link in list(self.document.findall(kind)):
-                path = os.path.normpath(os.path.join("docs", here, link["reftarget"].partition("#")[0]))
-                if link.get("refdomain") != "py" and not path.startswith("docs"):
-                    link.replace_self(self._shown(link, path))
+                if link.get("refdomain") != "py":
+                    target = link["reftarget"].partition("#")[0]  # of a page without its suffix, and absolute
+                    path = os.path.relpath(here / target, docs)
+                    if path.startswith(".."):
+                        page = ".md" if os.path.isabs(target) else ""
+                        link.replace_self(self._shown(link, os.path.relpath(here / target, docs.parent) + page))
 
     def _shown(self, link: nodes.Element, path: str) -> nodes.Node:
         if not self.config.source_address:
