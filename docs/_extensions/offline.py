@@ -22,7 +22,9 @@ def _check(app: Sphinx, failure: Exception | None) -> None:
     if failure is None and app.builder.format == "html":
         found = sorted(remote(Path(app.outdir)))
         if found:
-            raise RuntimeError("the site loads files from the network:\n" + "\n".join(found))
+            from sphinx.errors import SphinxError  # here, so that the test of `remote` needs no Sphinx
+
+            raise SphinxError("the site loads files from the network:\n" + "\n".join(found))
 
 
 def remote(site: Path) -> set[str]:
