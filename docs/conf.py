@@ -18,7 +18,15 @@ author = "The kdloss authors"
 project_copyright = author
 version = release = kdloss.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "docstrings", "offline", "source_links"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "myst_parser",
+    "docstrings",
+    "name_links",
+    "offline",
+    "source_links",
+]
 exclude_patterns = ["examples"]
 show_warning_types = True
 nitpicky = True
