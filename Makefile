@@ -8,7 +8,7 @@
 #
 # Variables, for `make help`:
 ## PYTHON: the interpreter that .venv is made with: make check PYTHON=python3.12
-## ARGS: passed on to the tool behind demo, test*, bench, study, gpu and fuzz: make test-fast ARGS="-k kl_k3"
+## ARGS: passed on to the tool behind demo, docs, test*, bench, study, gpu and fuzz: make test-fast ARGS="-k kl_k3"
 ## EXAMPLES: number of examples for make fuzz, 100000 by default: make fuzz EXAMPLES=5000
 ## COMPAT: environments for make compat, oldest and newest by default; PYTHON_oldest and PYTHON_newest are their interpreters
 ## TRAINERS: trainers for make test-trainers, all by default: make test-trainers TRAINERS="trl verl"
@@ -28,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench check compat demo format fuzz gpu study test test-fast test-servers test-trainers
+.PHONY: help bench check compat demo docs format fuzz gpu study test test-fast test-servers test-trainers
 
 help:  ## List the targets and their variables
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,11 @@ check: $(VENV)/test.stamp  ## Lint, formatting and strict types
 
 demo: $(VENV)/examples.stamp  ## Train a tiny student five ways and draw one picture (4 minutes)
 	$(BIN)/python docs/examples/demo.py $(ARGS)
+
+# A warning is an error, such as a link that leads nowhere. A fresh environment shows it in every build and not once.
+docs: $(VENV)/docs.stamp  ## The site, in build/docs; its code blocks run in `make test`
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs $(ARGS)
+	@echo "open build/docs/index.html"
 
 format: $(VENV)/test.stamp  ## Apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

@@ -23,12 +23,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"schedules.{name}": x for name, x in vars(schedules).items() if inspect.isfunction(x) and name[0] != "_"},
     **{f"testing.{name}": x for name, x in vars(kdloss.testing).items() if inspect.isfunction(x)},
 }
-TUPLES = {
-    name: x
-    for module in (kdloss, kdloss.testing)
-    for name, x in vars(module).items()
-    if inspect.isclass(x) and issubclass(x, tuple)
-}
+CLASSES = {name: x for module in (kdloss, kdloss.testing) for name, x in vars(module).items() if inspect.isclass(x)}
+TUPLES = {name: x for name, x in CLASSES.items() if issubclass(x, tuple)}
 # Layout, counts, numbers and tools: they are no losses, and make none.
 NO_GRADIENT = re.compile(
     r"cu_seqlens_from_lengths|segment_ids|next_token_labels|response_mask|\w+_count|pack|unpack|to_\w+_positions"
@@ -76,11 +72,12 @@ def test_help_is_whole(name):
     assert faults(name, FUNCTIONS[name]) == []
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS | CLASSES)
 def test_the_example_runs_as_it_is_pasted(name):
+    documented_object = (FUNCTIONS | CLASSES)[name]
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(verbose=False)
     report: list[str] = []
-    example = parser.get_doctest(inspect.getdoc(FUNCTIONS[name]) or "", {}, name, None, None)
+    example = parser.get_doctest(inspect.getdoc(documented_object) or "", {}, name, None, None)
     assert example.examples
     runner.run(example, out=report.append)
     assert not runner.failures, "".join(report)

@@ -41,6 +41,12 @@ class LogprobsAndEntropy(NamedTuple):
     Attributes:
         logp: (...,) or (..., K), the shape of the labels; nats. Differentiable.
         entropy: (...,) one value per row; nats. Differentiable.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp, entropy = kdloss.token_logprobs_and_entropy(torch.zeros(3, 4), torch.tensor([0, 1, 3]))
+        >>> entropy  # log 4
+        tensor([1.3863, 1.3863, 1.3863])
     """
 
     logp: Tensor  # (...,) or (..., K), the shape of the labels

@@ -55,6 +55,14 @@ class FusedLoss(NamedTuple):
         loss: () the reduced loss. Differentiable in hidden states, weight and bias.
         logp: (T,) log-probs of the labels in nats, detached; 0 at untrained tokens.
         entropy: (T,) entropies in nats, detached; 0 at untrained tokens.
+
+    Example:
+        >>> import torch, kdloss
+        >>> hidden, weight, labels = torch.eye(2), torch.zeros(4, 2), torch.tensor([0, -100])
+        >>> mask = labels != -100
+        >>> out = kdloss.fused_linear_loss(hidden, weight, labels, lambda logp, entropy: -logp, loss_mask=mask)
+        >>> [round(x, 4) for x in (out.loss.item(), *out.logp.tolist(), *out.entropy.tolist())]  # log 4
+        [1.3863, -1.3863, 0.0, 1.3863, 0.0]
     """
 
     loss: Tensor  # (), differentiable in hidden, weight and bias

@@ -40,6 +40,13 @@ class Alignment(NamedTuple):
             tokens" (fewer than 70, or than the relation needs), "several shifts" (they fit alike, or one is weak), or
             "nothing in common" (at any shift, in enough tokens).
         sentence: the verdict in words, and what may be the cause.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp = -torch.rand(400, generator=torch.Generator().manual_seed(0))
+        >>> late = kdloss.check_alignment(logp, logp.roll(1), loss_mask=torch.ones(400, dtype=torch.bool))
+        >>> late.aligned, late.shifted, late.shift, late.verdict
+        (False, True, 1, 'shifted')
     """
 
     shift: int | None

@@ -57,6 +57,13 @@ class BatchReport(NamedTuple):
 
     Attributes:
         findings: one `Finding` per check, in the order of the table.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp, mask = torch.full((8,), 0.5), torch.ones(8, dtype=torch.bool)  # a probability in place of a log-prob
+        >>> report = kdloss.check_batch(logp, loss_mask=mask)
+        >>> report.ok, [finding.check for finding in report.findings if finding.verdict == "wrong"]
+        (False, ['logp'])
     """
 
     findings: tuple[Finding, ...]

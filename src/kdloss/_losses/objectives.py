@@ -46,6 +46,13 @@ class LossOutput(NamedTuple):
         ratio: (T,) the ratio of the RL surrogate before any clip, 1 at untrained tokens; 0 without an RL term.
         clipped: (T,) bool, where the clip of the RL surrogate stops the gradient.
         dual_clipped: (T,) bool, where the dual clip of the RL surrogate stops the gradient.
+
+    Example:
+        >>> import torch, kdloss
+        >>> logp, teacher_logp = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0])
+        >>> output = kdloss.distillation_loss(logp, None, teacher_logp, loss_mask=torch.tensor([True, True]))
+        >>> output.reverse_kl.item(), output.kd.item(), output.rl.item()
+        (0.5, 0.5, 0.0)
     """
 
     loss: Tensor  # ()

@@ -38,6 +38,14 @@ class Surrogate(NamedTuple):
         ratio: (T,) the importance ratio before any clip, 1 at untrained tokens.
         clipped: (T,) bool, True at trained tokens where the clip acts.
         dual_clipped: (T,) bool, True at trained tokens where the dual clip acts.
+
+    Example:
+        >>> import torch, kdloss
+        >>> old_logp, loss_mask = torch.tensor([-1.0, -1.0]), torch.tensor([True, True])
+        >>> logp = old_logp + torch.tensor([1.5, 1.0]).log()
+        >>> surrogate = kdloss.clipped_surrogate(logp, old_logp, torch.ones(2), loss_mask=loss_mask)
+        >>> surrogate.clipped.tolist(), [round(x, 4) for x in surrogate.ratio.tolist()]
+        ([True, False], [1.5, 1.0])
     """
 
     loss: Tensor  # (T,)

@@ -33,6 +33,12 @@ class OutputHead(NamedTuple):
         bias: (V,), differentiable like `weight`. None: no bias.
         softcap: c > 0: logits become c * tanh(logits / c). None: no softcap.
         logit_scale: factor of the logits, before the softcap.
+
+    Example:
+        >>> import torch, kdloss
+        >>> weight, bias, softcap, logit_scale = kdloss.output_head(torch.nn.Linear(8, 20, bias=False))
+        >>> tuple(weight.shape), bias, softcap, logit_scale
+        ((20, 8), None, None, 1.0)
     """
 
     weight: Tensor
