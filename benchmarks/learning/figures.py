@@ -33,27 +33,38 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 
 def _figure_a(result: Result, pyplot: Any) -> Any:
-    """Curves; and, where it was measured, the cosine at the start beside the accuracy at the end."""
+    """Curves; and, where it was measured, the cosine at the start beside the accuracy at the end, a line per method."""
     runs = Runs(result, "A")
     cosines = [
         x for name, x in result.get("measured", {}).items() if name.startswith("exact/A/") and name.endswith("/0")
     ]
-    count = 2 if cosines else 1
-    figure, axes = pyplot.subplots(1, count, figsize=(6.5 * count, 4.8), layout="constrained", squeeze=False)
-    curves, points = axes[0, 0], axes[0, -1]
-    shown = ("full-reverse", "full-forward", "sft", "top4-sampled", "sampled", "sampled-discount-1", "grpo")
-    _curves(curves, runs, shown)
+    widths = [6.5, 3, 3] if cosines else [6.5]
+    figure, axes = pyplot.subplots(
+        1, len(widths), figsize=(sum(widths) + 1.5, 5), layout="constrained", squeeze=False, width_ratios=widths
+    )
+    curves = axes[0, 0]
+    _curves(
+        curves, runs, ("full-reverse", "full-forward", "sft", "top4-sampled", "sampled", "sampled-discount-1", "grpo")
+    )
     _teacher_line(curves, result, "A")
     curves.set_title("A. Knowledge gap")
     if not cosines:
         return figure
-    for i, method in enumerate(method for method in runs.by_method if method in cosines[0]):
-        x, y = mean_of(cosines, method, "cosine"), estimate(runs.values(method))
-        points.errorbar(x, y.mean, y.half, marker="o", color=f"C{i % 10}")
-        points.annotate(LABELS[method], (x, y.mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
-    points.set(xlabel="cosine of one batch's gradient with the exact one, at the start", ylabel="accuracy at the end")
-    points.set_title("Signal in one batch, and what is learnt")
-    points.grid(alpha=0.3)
+    methods = sorted(
+        (method for method in runs.by_method if method in cosines[0]), key=lambda m: statistics.fmean(runs.values(m))
+    )
+    signal, accuracy = axes[0, 1], axes[0, 2]
+    for y, method in enumerate(methods):
+        found = estimate(runs.values(method))
+        signal.plot(mean_of(cosines, method, "cosine"), y, marker="o", color="C0")
+        accuracy.errorbar(found.mean, y, xerr=found.half, marker="o", color="C3")
+    signal.set_yticks(range(len(methods)), [LABELS[method] for method in methods], fontsize=8)
+    accuracy.set_yticks(range(len(methods)), [""] * len(methods))
+    signal.set_title("cosine with the exact gradient,\none batch at the start", fontsize=9)
+    accuracy.set_title("accuracy\nat the end", fontsize=9)
+    for ax in (signal, accuracy):
+        ax.set_xlim(-0.08, 1.08)
+        ax.grid(alpha=0.3)
     return figure
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ def markdown(result: Result) -> str:
     found = blocks(result)
     titles = {task: f"{task}. {TASKS[task].title}" for task in result["chosen"]} | {
         "comparisons": "Comparisons that the plan fixed",
+        "paired": "The same comparisons, each student against itself: not in the plan",
         "rates": "Learning rates, chosen on a separate table",
         "explored": "Explored beforehand: no evidence",
     }
@@ -110,7 +111,8 @@ def blocks(result: Result) -> dict[str, str]:
             found[f"{task}-gradients"] = noise
             found[task] += f"\n\n{noise}"
     if "choosing" in result:
-        found["comparisons"], found["rates"] = comparisons(result), rates_table(result)
+        found["comparisons"], found["paired"] = comparisons(result), paired(result)
+        found["rates"] = rates_table(result)
         found["explored"] = "\n".join(f"- {text}" for text in result["explored"])
     return found
 
@@ -211,19 +213,43 @@ def rates_table(result: Result) -> str:
 
 
 def comparisons(result: Result) -> str:
+    rows = [
+        [claim.task, rate, *(_bound(claim, runs) if isinstance(claim, Bound) else _comparison(claim, runs))]
+        for claim, rate, runs in _claims(result)
+    ]
+    return table(["task", "rate", "claim", "table by table", "holds on"], rows)
+
+
+def paired(result: Result) -> str:
+    """Differences of the same student under two methods: initial student, prompts and questions cancel out."""
     rows = []
+    for claim, rate, runs in _claims(result):
+        if isinstance(claim, Bound):
+            continue
+        of = _by_student(runs, claim.better)
+        for other in claim.others:
+            than = _by_student(runs, other)
+            both = [key for key in of if key in than]
+            found = estimate([of[key] - than[key] for key in both])
+            won = sum(of[key] > than[key] for key in both)
+            cells = [f"{LABELS[claim.better]} - {LABELS[other]}", f"{found.mean:+.3f} ± {found.half:.3f}"]
+            rows.append([claim.task, rate, *cells, f"{won} of {len(both)}"])
+    return table(["task", "rate", "difference", "accuracy", "students that it is above 0 for"], rows)
+
+
+def _by_student(runs: Runs, method: str) -> dict[tuple[int, int], float]:
+    return {(run["table"], run["student"]): run["accuracy"] for run in runs.by_method[method]}
+
+
+def _claims(result: Result) -> Iterator[tuple[Comparison | Bound, str, Runs]]:
+    """Yield each claim whose runs are there with the rate that it is read at, and these runs."""
     for claim in (*COMPARISONS, *BOUNDS):
         if claim.task not in result["chosen"]:
             continue
         for common in (False, True) if TASKS[claim.task].common_rate else (False,):
             runs = Runs(result, claim.task, common=common)
-            if not {*_methods_of(claim)} <= {*runs.by_method}:
-                continue
-            rate = f"{TASKS[claim.task].common_rate:g} for all" if common else "each its best"
-            rows.append(
-                [claim.task, rate, *(_bound(claim, runs) if isinstance(claim, Bound) else _comparison(claim, runs))]
-            )
-    return table(["task", "rate", "claim", "table by table", "holds on"], rows)
+            if {*_methods_of(claim)} <= {*runs.by_method}:
+                yield claim, f"{TASKS[claim.task].common_rate:g} for all" if common else "each its best", runs
 
 
 def _methods_of(claim: Comparison | Bound) -> tuple[str, ...]:

@@ -408,6 +408,16 @@ def test_a_comparison_counts_the_tables_on_which_it_holds():
     assert claims["KDRL .3 above GRPO, sampled reverse KL by .250"].endswith("| 2 of 3 |")
 
 
+def test_paired_differences_by_hand():
+    result = made_up()
+    for run in result["runs"]:
+        if run["task"] == "A" and run["method"] in ("full-reverse", "sampled"):
+            run["accuracy"] = run["student"] / 10 + (run["table"] / 1000 if run["method"] == "full-reverse" else 0)
+    (row,) = (x for x in report.paired(result).splitlines() if "full reverse KL - sampled reverse KL" in x)
+    half = report.estimate([0.301] * 5 + [0.302] * 5 + [0.303] * 5).half
+    assert row.endswith(f"| +0.302 ± {half:.3f} | 15 of 15 |")
+
+
 def test_blocks_of_a_page_are_renewed():
     result = made_up()
     end = "<!-- end of learning -->\n"
