@@ -8,7 +8,7 @@
 #
 # Variables, for `make help`:
 ## PYTHON: the interpreter that .venv is made with: make check PYTHON=python3.12
-## ARGS: passed on to the tool behind demo, docs, test*, bench, study, gpu and fuzz: make test-fast ARGS="-k kl_k3"
+## ARGS: passed on to the tool behind coverage, demo, docs, test*, bench, study, gpu and fuzz: make test-fast ARGS="-k kl_k3"
 ## EXAMPLES: number of examples for make fuzz, 100000 by default: make fuzz EXAMPLES=5000
 ## COMPAT: environments for make compat, oldest and newest by default; PYTHON_oldest and PYTHON_newest are their interpreters
 ## TRAINERS: trainers for make test-trainers, all by default: make test-trainers TRAINERS="trl verl"
@@ -87,19 +87,22 @@ compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests on the oldest and th
 	done
 
 # The wheel is built from the sdist, so a file that the sdist lacks is noticed. The type checkers stay in .venv: the
-# wheel's environment holds what its user has, and nothing else. -I leaves out the folder, and with it the sources.
+# wheel's environment holds what its user has, and nothing else. All of it runs in a folder outside the repository, where
+# neither Python (-I) nor a type checker finds the sources or their settings.
+WHEEL := $(CURDIR)/.venv-wheel/bin/python
 build: $(VENV)/test.stamp $(VENV)/build.stamp  ## Wheel and sdist: built, checked, installed into an empty environment and used
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/pytest tests/test_package.py
 	$(PYTHON) -m venv --clear .venv-wheel
-	.venv-wheel/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt torch
-	.venv-wheel/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt dist/*.whl
-	cd .venv-wheel && bin/python -I ../tests/user_program.py > program.py && OMP_NUM_THREADS=1 bin/python -I program.py > /dev/null
-	cd .venv-wheel && ../$(BIN)/mypy --config-file= --strict --python-executable bin/python program.py
-	cd .venv-wheel && ../$(BIN)/basedpyright --pythonpath bin/python program.py
-	cd .venv-wheel && bin/python -I ../tests/reader.py ../README.md
+	$(WHEEL) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt torch
+	$(WHEEL) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt dist/*.whl
+	cd $$(mktemp -d) && unset PYTHONPATH && set -x && $(WHEEL) -I $(CURDIR)/tests/user_program.py > program.py && \
+	    OMP_NUM_THREADS=1 $(WHEEL) -I program.py > printed.txt && \
+	    $(CURDIR)/$(BIN)/mypy --strict --python-executable $(WHEEL) program.py && \
+	    $(CURDIR)/$(BIN)/basedpyright --pythonpath $(WHEEL) program.py && \
+	    $(WHEEL) -I $(CURDIR)/tests/reader.py $(CURDIR)/README.md
 
 bench: $(VENV)/bench.stamp $(VENV)/peers.stamp  ## Renew benchmarks/results/ (half an hour); ARGS="--quick" only looks
 	$(BIN)/python -m benchmarks $(or $(ARGS),--core --save)
