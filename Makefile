@@ -8,7 +8,7 @@
 #
 # Variables, for `make help`:
 ## PYTHON: the interpreter that .venv is made with: make check PYTHON=python3.12
-## ARGS: passed on to the tool behind demo, docs, test*, bench, study, gpu and fuzz: make test-fast ARGS="-k kl_k3"
+## ARGS: passed on to the tool behind coverage, demo, docs, test*, bench, study, gpu and fuzz: make test-fast ARGS="-k kl_k3"
 ## EXAMPLES: number of examples for make fuzz, 100000 by default: make fuzz EXAMPLES=5000
 ## COMPAT: environments for make compat, oldest and newest by default; PYTHON_oldest and PYTHON_newest are their interpreters
 ## TRAINERS: trainers for make test-trainers, all by default: make test-trainers TRAINERS="trl verl"
@@ -28,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help bench check compat demo docs format fuzz gpu study test test-fast test-servers test-trainers
+.PHONY: help bench build check compat coverage demo docs format fuzz gpu study test test-fast test-servers test-trainers
 
 help:  ## List the targets and their variables
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,13 @@ test: $(VENV)/test.stamp $(VENV)/examples.stamp $(VENV)/peft.stamp  ## All tests
 test-fast: $(VENV)/test.stamp  ## The tests to run while editing: all but the slow ones, about a minute
 	$(PYTEST) -m "not slow" $(ARGS)
 
+# Slower than `make test` several times over; ARGS="tests/_packing" measures what one room's tests run.
+coverage: $(VENV)/test.stamp $(VENV)/examples.stamp $(VENV)/peft.stamp $(VENV)/coverage.stamp  ## Lines and branches of src/ that all tests run, those of forked ranks included
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m $(PYTEST:$(BIN)/%=%) $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 # Every trainer has its own environment, .venv-<name>, because their requirements conflict.
 test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the trainers; TRAINERS=trl runs one
 	@set -e; for trainer in $(TRAINERS); do echo "test-trainers: $$trainer"; \
@@ -78,6 +85,24 @@ compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests on the oldest and th
 	@set -e; for name in $(COMPAT); do echo "compat: $$name"; \
 	    .venv-$$name/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS); \
 	done
+
+# The wheel is built from the sdist, so a file that the sdist lacks is noticed. The type checkers stay in .venv: the
+# wheel's environment holds what its user has, and nothing else. All of it runs in a folder outside the repository, where
+# neither Python (-I) nor a type checker finds the sources or their settings.
+WHEEL := $(CURDIR)/.venv-wheel/bin/python
+build: $(VENV)/test.stamp $(VENV)/build.stamp  ## Wheel and sdist: built, checked, installed into an empty environment and used
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/pytest tests/test_package.py
+	$(PYTHON) -m venv --clear .venv-wheel
+	$(WHEEL) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt torch
+	$(WHEEL) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt dist/*.whl
+	cd $$(mktemp -d) && unset PYTHONPATH && set -x && $(WHEEL) -I $(CURDIR)/tests/user_program.py > program.py && \
+	    OMP_NUM_THREADS=1 $(WHEEL) -I program.py > printed.txt && \
+	    $(CURDIR)/$(BIN)/mypy --strict --python-executable $(WHEEL) program.py && \
+	    $(CURDIR)/$(BIN)/basedpyright --pythonpath $(WHEEL) program.py && \
+	    $(WHEEL) -I $(CURDIR)/tests/reader.py $(CURDIR)/README.md
 
 bench: $(VENV)/bench.stamp $(VENV)/peers.stamp  ## Renew benchmarks/results/ (half an hour); ARGS="--quick" only looks
 	$(BIN)/python -m benchmarks $(or $(ARGS),--core --save)

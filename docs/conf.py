@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import tomllib
+
 import kdloss
 
 sys.path.append(str(Path(__file__).parent / "_extensions"))
 
-# Address of the folder that holds this repository's files, with a slash at its end, as a code host shows them. The
-# project has no address yet: while this is empty, a link to a file outside docs/ becomes its text as code.
-source_address = ""
+# The project has no address yet. Until pyproject.toml has one, a link to a file outside docs/ becomes its text as code.
+_project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+source_address = _project.get("urls", {}).get("Source", "")
 
 project = "kdloss"
 author = "The kdloss authors"

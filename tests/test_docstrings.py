@@ -1,10 +1,11 @@
-"""Holds the docstrings of public names: whole by themselves, every parameter named, an example that runs.
+"""Holds the docstrings of public names: whole by themselves, every parameter named, an example that uses the name.
 
 A reader of `help(kdloss.X)` needs no other page: nothing is "as in" another function, and nothing is left to compose.
 """
 
 from __future__ import annotations
 
+import ast
 import doctest
 import inspect
 import re
@@ -13,18 +14,13 @@ from typing import Any
 
 import pytest
 
-import kdloss
-import kdloss.testing
-from kdloss import schedules
 from kdloss._docs import documented
+from user_program import PUBLIC, program, statements
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{name: x for name in kdloss.__all__ if inspect.isfunction(x := getattr(kdloss, name))},
-    **{f"schedules.{name}": x for name, x in vars(schedules).items() if inspect.isfunction(x) and name[0] != "_"},
-    **{f"testing.{name}": x for name, x in vars(kdloss.testing).items() if inspect.isfunction(x)},
-}
-CLASSES = {name: x for module in (kdloss, kdloss.testing) for name, x in vars(module).items() if inspect.isclass(x)}
-TUPLES = {name: x for name, x in CLASSES.items() if issubclass(x, tuple)}
+FUNCTIONS = {name: x for name, x in PUBLIC.items() if inspect.isfunction(x)}
+TUPLES = {name: x for name, x in PUBLIC.items() if inspect.isclass(x) and issubclass(x, tuple)}
+# `config` holds `KDRLConfig`, and `schedules` the functions; both have examples of their own.
+WITH_EXAMPLE = {name: x for name, x in PUBLIC.items() if name not in ("config", "schedules")}
 # Layout, counts, numbers and tools: they are no losses, and make none.
 NO_GRADIENT = re.compile(
     r"cu_seqlens_from_lengths|segment_ids|next_token_labels|response_mask|\w+_count|pack|unpack|to_\w+_positions"
@@ -72,15 +68,22 @@ def test_help_is_whole(name):
     assert faults(name, FUNCTIONS[name]) == []
 
 
-@pytest.mark.parametrize("name", FUNCTIONS | CLASSES)
+@pytest.mark.parametrize("name", WITH_EXAMPLE)
 def test_the_example_runs_as_it_is_pasted(name):
-    documented_object = (FUNCTIONS | CLASSES)[name]
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(verbose=False)
     report: list[str] = []
-    example = parser.get_doctest(inspect.getdoc(documented_object) or "", {}, name, None, None)
-    assert example.examples
+    example = parser.get_doctest(inspect.getdoc(WITH_EXAMPLE[name]) or "", {}, name, None, None)
     runner.run(example, out=report.append)
     assert not runner.failures, "".join(report)
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLE)
+def test_the_example_uses_the_name(name):
+    """And so does the program that `make build` checks and runs as a user's."""
+    code = statements(inspect.getdoc(WITH_EXAMPLE[name]) or "")
+    used = {getattr(node, "id", None) or getattr(node, "attr", None) for node in ast.walk(ast.parse(code))}
+    assert name.rpartition(".")[2] in used
+    assert f"def {name.replace('.', '_')}() -> None:\n" in program()
 
 
 @pytest.mark.parametrize("name", TUPLES)

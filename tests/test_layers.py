@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -325,6 +326,31 @@ def kernel({wide}): ...
         f"{module}.function takes 11 parameters",
         f"{module}.__init__ takes 11 parameters",
     ]
+
+
+def reachable(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """(room, room) wherever arrows lead from the first to the second, directly or through others."""
+    found = set(arrows)
+    while new := {(a, d) for a, b in found for c, d in found if b == c} - found:
+        found |= new
+    return found
+
+
+def test_the_picture_in_contributing_shows_who_may_import_whom():
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = re.search(r"```mermaid\nflowchart LR\n(.+?)```", page, re.DOTALL)
+    assert picture is not None
+    arrows = set()
+    for line in picture[1].splitlines():
+        steps = [step.split(" & ") for step in line.strip().split(" --> ")]
+        arrows |= {(a, b) for here, there in itertools.pairwise(steps) for a in here for b in there}
+    allowed = {
+        (here, there)
+        for number, here in enumerate(ROOMS)
+        for there in ROOMS[:number]
+        if not {here, there} <= PEERS or (here, there) in BETWEEN_PEERS
+    }
+    assert reachable(arrows) == allowed
 
 
 def test_the_plan_of_the_house_fits_on_a_page():

@@ -1,4 +1,4 @@
-"""Links from a page to files outside docs/: to `source_address` of conf.py, or code while that is empty."""
+"""Links from a page to files outside docs/: to the address in pyproject.toml, or code while that is empty."""
 
 from __future__ import annotations
 

@@ -82,8 +82,9 @@ class KDRLConfig:
         >>> block = {"kd_reward_clip": 0.5, "distill_loss_weight": 1.0, "path": "Qwen/Qwen3-32B"}
         >>> config = kdloss.KDRLConfig.from_mapping(block)
         >>> logp, teacher_logp, advantages = torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([0.0])
-        >>> options = {"loss_mask": torch.tensor([True])} | config.as_kwargs()
-        >>> kdloss.kdrl_loss(logp, None, teacher_logp, advantages, **options).loss.item(), config.ignored
+        >>> loss_mask, options = torch.tensor([True]), config.as_kwargs()
+        >>> output = kdloss.kdrl_loss(logp, None, teacher_logp, advantages, loss_mask=loss_mask, **options)
+        >>> output.loss.item(), config.ignored
         (0.5, {'path': 'Qwen/Qwen3-32B'})
     """
 

@@ -90,8 +90,8 @@ def linear_topk_forward_kl(
         >>> import torch, kdloss
         >>> hidden, weight = torch.ones(2, 1), torch.tensor([0.5, 0.3, 0.2]).log()[:, None]
         >>> logp, ids = torch.full((2, 1), 0.5).log(), torch.ones(2, 1, dtype=torch.int64)  # the teacher's top token
-        >>> options = {"loss_mask": torch.tensor([True, False]), "tail": "bucket"}
-        >>> kdloss.linear_topk_forward_kl(hidden, weight, logp, ids, **options)
+        >>> loss_mask = torch.tensor([True, False])
+        >>> kdloss.linear_topk_forward_kl(hidden, weight, logp, ids, loss_mask=loss_mask, tail="bucket")
         tensor([0.0872, 0.0000])
 
     Source:
@@ -161,8 +161,8 @@ def linear_topk_reverse_kl(
         >>> import torch, kdloss
         >>> hidden, weight = torch.ones(2, 1), torch.tensor([0.5, 0.3, 0.2]).log()[:, None]
         >>> logp, ids = torch.full((2, 1), 0.5).log(), torch.ones(2, 1, dtype=torch.int64)  # the teacher's top token
-        >>> options = {"loss_mask": torch.tensor([True, False]), "tail": "bucket"}
-        >>> kdloss.linear_topk_reverse_kl(hidden, weight, logp, ids, **options)
+        >>> loss_mask = torch.tensor([True, False])
+        >>> kdloss.linear_topk_reverse_kl(hidden, weight, logp, ids, loss_mask=loss_mask, tail="bucket")
         tensor([0.0823, 0.0000])
 
     Source:
@@ -234,8 +234,8 @@ def linear_topk_generalized_jsd(
         >>> import torch, kdloss
         >>> hidden, weight = torch.ones(2, 1), torch.tensor([0.5, 0.3, 0.2]).log()[:, None]
         >>> logp, ids = torch.full((2, 1), 0.5).log(), torch.ones(2, 1, dtype=torch.int64)  # the teacher's top token
-        >>> options = {"loss_mask": torch.tensor([True, False]), "tail": "bucket", "beta": 0.5}
-        >>> kdloss.linear_topk_generalized_jsd(hidden, weight, logp, ids, **options)
+        >>> mask = torch.tensor([True, False])
+        >>> kdloss.linear_topk_generalized_jsd(hidden, weight, logp, ids, loss_mask=mask, tail="bucket", beta=0.5)
         tensor([0.0210, 0.0000])
 
     Source:

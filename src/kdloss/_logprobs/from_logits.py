@@ -44,9 +44,10 @@ class LogprobsAndEntropy(NamedTuple):
 
     Example:
         >>> import torch, kdloss
-        >>> logp, entropy = kdloss.token_logprobs_and_entropy(torch.zeros(3, 4), torch.tensor([0, 1, 3]))
-        >>> entropy  # log 4
-        tensor([1.3863, 1.3863, 1.3863])
+        >>> logits, labels = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([1])
+        >>> result: kdloss.LogprobsAndEntropy = kdloss.token_logprobs_and_entropy(logits, labels)
+        >>> result.logp, result.entropy
+        (tensor([-1.3863]), tensor([1.0397]))
     """
 
     logp: Tensor  # (...,) or (..., K), the shape of the labels

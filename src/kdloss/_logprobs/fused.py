@@ -58,11 +58,11 @@ class FusedLoss(NamedTuple):
 
     Example:
         >>> import torch, kdloss
-        >>> hidden, weight, labels = torch.eye(2), torch.zeros(4, 2), torch.tensor([0, -100])
-        >>> mask = labels != -100
-        >>> out = kdloss.fused_linear_loss(hidden, weight, labels, lambda logp, entropy: -logp, loss_mask=mask)
-        >>> [round(x, 4) for x in (out.loss.item(), *out.logp.tolist(), *out.entropy.tolist())]  # log 4
-        [1.3863, -1.3863, 0.0, 1.3863, 0.0]
+        >>> hidden, weight, labels = torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])
+        >>> nll, mask = lambda logp, entropy: -logp, torch.tensor([True, False])
+        >>> out: kdloss.FusedLoss = kdloss.fused_linear_loss(hidden, weight, labels, nll, loss_mask=mask)
+        >>> out.loss, out.entropy  # log 4
+        (tensor(1.3863), tensor([1.3863, 0.0000]))
     """
 
     loss: Tensor  # (), differentiable in hidden, weight and bias
@@ -138,8 +138,8 @@ def fused_linear_loss(
         >>> labels, loss_mask = torch.tensor([0, 1]), torch.tensor([True, True])
         >>> cross_entropy = lambda logp, entropy: -logp
         >>> out = kdloss.fused_linear_loss(torch.eye(2), weight, labels, cross_entropy, loss_mask=loss_mask)
-        >>> out.loss.backward()
-        >>> weight.grad  # (q - onehot) / 2, a column per token
+        >>> (gradient,) = torch.autograd.grad(out.loss, weight)
+        >>> gradient  # (q - onehot) / 2, a column per token
         tensor([[-0.2500,  0.0500],
                 [ 0.1500, -0.2000],
                 [ 0.1000,  0.1500]])

@@ -43,10 +43,10 @@ class Alignment(NamedTuple):
 
     Example:
         >>> import torch, kdloss
-        >>> logp = -torch.rand(400, generator=torch.Generator().manual_seed(0))
-        >>> late = kdloss.check_alignment(logp, logp.roll(1), loss_mask=torch.ones(400, dtype=torch.bool))
-        >>> late.aligned, late.shifted, late.shift, late.verdict
-        (False, True, 1, 'shifted')
+        >>> logp, mask = -torch.rand(400, generator=torch.Generator().manual_seed(0)), torch.ones(400, dtype=torch.bool)
+        >>> found: kdloss.Alignment = kdloss.check_alignment(logp, logp.roll(1), loss_mask=mask)
+        >>> found.aligned, found.shift, found.verdict
+        (False, 1, 'shifted')
     """
 
     shift: int | None

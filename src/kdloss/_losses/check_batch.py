@@ -61,7 +61,7 @@ class BatchReport(NamedTuple):
     Example:
         >>> import torch, kdloss
         >>> logp, mask = torch.full((8,), 0.5), torch.ones(8, dtype=torch.bool)  # a probability in place of a log-prob
-        >>> report = kdloss.check_batch(logp, loss_mask=mask)
+        >>> report: kdloss.BatchReport = kdloss.check_batch(logp, loss_mask=mask)
         >>> report.ok, [finding.check for finding in report.findings if finding.verdict == "wrong"]
         (False, ['logp'])
     """

@@ -108,8 +108,9 @@ def modulate_advantages(
     Example:
         >>> import torch, kdloss
         >>> advantages, kd_reward = torch.tensor([2.0, -2.0, 2.0]), torch.tensor([9.0, 9.0, 0.0])
-        >>> options = {"loss_mask": torch.ones(3, dtype=torch.bool), "mix": 0.5, "clip": 0.5}
-        >>> kdloss.modulate_advantages(advantages, kd_reward, **options).tolist()  # factors 5/4, 3/4 and 1
+        >>> loss_mask = torch.ones(3, dtype=torch.bool)
+        >>> modulated = kdloss.modulate_advantages(advantages, kd_reward, loss_mask=loss_mask, mix=0.5, clip=0.5)
+        >>> modulated.tolist()  # factors 5/4, 3/4 and 1
         [2.5, -1.5, 2.0]
 
     Source:
@@ -165,8 +166,8 @@ def prefix_weights(
     Example:
         >>> import torch, kdloss
         >>> kd_reward, cu_seqlens = torch.tensor([1.0, -2.0, 0.0, 1.0, 0.0]), torch.tensor([0, 4, 5])
-        >>> options = {"loss_mask": torch.ones(5, dtype=torch.bool), "cu_seqlens": cu_seqlens, "gain": 2.0}
-        >>> kdloss.prefix_weights(kd_reward, **options).tolist()
+        >>> loss_mask = torch.ones(5, dtype=torch.bool)
+        >>> kdloss.prefix_weights(kd_reward, loss_mask=loss_mask, cu_seqlens=cu_seqlens, gain=2.0).tolist()
         [3.0, 2.5, 1.5, 1.5, 3.0]
 
     Source:

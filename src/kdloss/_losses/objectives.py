@@ -49,10 +49,10 @@ class LossOutput(NamedTuple):
 
     Example:
         >>> import torch, kdloss
-        >>> logp, teacher_logp = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0])
-        >>> output = kdloss.distillation_loss(logp, None, teacher_logp, loss_mask=torch.tensor([True, True]))
-        >>> output.reverse_kl.item(), output.kd.item(), output.rl.item()
-        (0.5, 0.5, 0.0)
+        >>> logp, teacher_logp, loss_mask = torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([True])
+        >>> output: kdloss.LossOutput = kdloss.distillation_loss(logp, None, teacher_logp, loss_mask=loss_mask)
+        >>> {"reverse_kl": output.reverse_kl.item(), "rl": output.rl.item()}
+        {'reverse_kl': 2.0, 'rl': 0.0}
     """
 
     loss: Tensor  # ()
@@ -92,8 +92,8 @@ def sft_loss(
         >>> import torch, kdloss
         >>> logp = torch.tensor([-1.0, -3.0, -9.0], requires_grad=True)
         >>> output = kdloss.sft_loss(logp, loss_mask=torch.tensor([True, True, False]))
-        >>> output.loss.backward()
-        >>> output.loss.item(), logp.grad.tolist()
+        >>> (gradient,) = torch.autograd.grad(output.loss, logp)
+        >>> output.loss.item(), gradient.tolist()
         (2.0, [-0.5, -0.5, 0.0])
 
     Source:
@@ -160,8 +160,8 @@ def grpo_loss(
         >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
         >>> advantages, loss_mask = torch.tensor([3.0, -1.0]), torch.tensor([True, True])
         >>> output = kdloss.grpo_loss(logp, None, advantages, loss_mask=loss_mask)
-        >>> output.loss.backward()
-        >>> output.loss.item(), logp.grad.tolist()
+        >>> (gradient,) = torch.autograd.grad(output.loss, logp)
+        >>> output.loss.item(), gradient.tolist()
         (-1.0, [-1.5, 0.5])
 
     Source:
@@ -233,8 +233,8 @@ def distillation_loss(
         >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
         >>> teacher_logp, loss_mask = torch.tensor([-3.0, -1.0]), torch.tensor([True, True])
         >>> output = kdloss.distillation_loss(logp, None, teacher_logp, loss_mask=loss_mask)
-        >>> output.loss.backward()  # less of the token that the teacher finds unlikely, more of the other
-        >>> output.reverse_kl.item(), logp.grad.tolist()
+        >>> (gradient,) = torch.autograd.grad(output.loss, logp)
+        >>> output.reverse_kl.item(), gradient.tolist()  # less of the token that the teacher finds unlikely
         (0.5, [1.0, -0.5])
 
     Source:
@@ -331,10 +331,10 @@ def kdrl_loss(
         >>> import torch, kdloss
         >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
         >>> teacher_logp, advantages = torch.tensor([-3.0, -1.0]), torch.tensor([3.0, -1.0])
-        >>> options = {"loss_mask": torch.tensor([True, True]), "distill_loss_weight": 0.5}
-        >>> output = kdloss.kdrl_loss(logp, None, teacher_logp, advantages, **options)
-        >>> output.loss.backward()
-        >>> output.rl.item(), output.kd.item(), output.loss.item(), logp.grad.tolist()
+        >>> mask = torch.tensor([True, True])
+        >>> output = kdloss.kdrl_loss(logp, None, teacher_logp, advantages, loss_mask=mask, distill_loss_weight=0.5)
+        >>> (gradient,) = torch.autograd.grad(output.loss, logp)
+        >>> output.rl.item(), output.kd.item(), output.loss.item(), gradient.tolist()
         (-1.0, 0.5, -0.75, [-1.0, 0.25])
 
     Source:

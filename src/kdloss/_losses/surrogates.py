@@ -43,7 +43,7 @@ class Surrogate(NamedTuple):
         >>> import torch, kdloss
         >>> old_logp, loss_mask = torch.tensor([-1.0, -1.0]), torch.tensor([True, True])
         >>> logp = old_logp + torch.tensor([1.5, 1.0]).log()
-        >>> surrogate = kdloss.clipped_surrogate(logp, old_logp, torch.ones(2), loss_mask=loss_mask)
+        >>> surrogate: kdloss.Surrogate = kdloss.clipped_surrogate(logp, old_logp, torch.ones(2), loss_mask=loss_mask)
         >>> surrogate.clipped.tolist(), [round(x, 4) for x in surrogate.ratio.tolist()]
         ([True, False], [1.5, 1.0])
     """
@@ -95,8 +95,8 @@ def importance_sampled_surrogate(
         >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
         >>> advantages, loss_mask = torch.tensor([2.0, -1.0]), torch.tensor([True, True])
         >>> surrogate = kdloss.importance_sampled_surrogate(logp, None, advantages, loss_mask=loss_mask)
-        >>> surrogate.loss.sum().backward()
-        >>> surrogate.loss.tolist(), logp.grad.tolist()
+        >>> (gradient,) = torch.autograd.grad(surrogate.loss.sum(), logp)
+        >>> surrogate.loss.tolist(), gradient.tolist()
         ([-2.0, 1.0], [-2.0, 1.0])
 
     Source:
@@ -282,8 +282,8 @@ def cispo_surrogate(
         >>> old_logp, loss_mask = torch.tensor([-1.0, -1.0]), torch.tensor([True, True])
         >>> logp = (old_logp + torch.tensor([3.0, 0.5]).log()).requires_grad_()  # ratios 3 and 0.5
         >>> surrogate = kdloss.cispo_surrogate(logp, old_logp, torch.ones(2), loss_mask=loss_mask, clip_high=1.0)
-        >>> surrogate.loss.sum().backward()
-        >>> [round(x, 4) for x in logp.grad.tolist()]
+        >>> (gradient,) = torch.autograd.grad(surrogate.loss.sum(), logp)
+        >>> [round(x, 4) for x in gradient.tolist()]
         [-2.0, -0.5]
 
     Source:
@@ -339,8 +339,8 @@ def sapo_surrogate(
         >>> logp = torch.tensor([-1.0, -2.0], requires_grad=True)
         >>> advantages, loss_mask = torch.tensor([2.0, -1.0]), torch.tensor([True, True])
         >>> surrogate = kdloss.sapo_surrogate(logp, None, advantages, loss_mask=loss_mask)
-        >>> surrogate.loss.sum().backward()  # at ratio 1 the gradient is -A
-        >>> [round(x, 4) for x in logp.grad.tolist()]
+        >>> (gradient,) = torch.autograd.grad(surrogate.loss.sum(), logp)  # at ratio 1 the gradient is -A
+        >>> [round(x, 4) for x in gradient.tolist()]
         [-2.0, 1.0]
 
     Source:

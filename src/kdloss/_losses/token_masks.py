@@ -77,8 +77,8 @@ def trust_region_mask(
         >>> import torch, kdloss
         >>> logp, old_logp = torch.tensor([0.9, 0.9, 0.02]).log(), torch.tensor([0.5, 0.5, 0.01]).log()
         >>> advantages, loss_mask = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([True, True, True])
-        >>> options = {"loss_mask": loss_mask, "max_divergence": 0.2}
-        >>> kdloss.trust_region_mask(logp, old_logp, advantages, **options).tolist()
+        >>> kept = kdloss.trust_region_mask(logp, old_logp, advantages, loss_mask=loss_mask, max_divergence=0.2)
+        >>> kept.tolist()
         [False, True, True]
 
     Source:
@@ -149,9 +149,11 @@ def stale_sequence_mask(
     Example:
         >>> import torch, kdloss
         >>> logp, old_logp = torch.tensor([-2.0, -2.0, -2.0, -1.0]), torch.tensor([-1.0, -1.0, -1.0, -1.0])
-        >>> advantages, loss_mask = torch.tensor([-1.0, -1.0, 1.0, 1.0]), torch.ones(4, dtype=torch.bool)
-        >>> options = {"loss_mask": loss_mask, "cu_seqlens": torch.tensor([0, 2, 4]), "max_divergence": 0.1}
-        >>> kdloss.stale_sequence_mask(logp, old_logp, advantages, **options).tolist()
+        >>> advantages, mask = torch.tensor([-1.0, -1.0, 1.0, 1.0]), torch.ones(4, dtype=torch.bool)
+        >>> kept = kdloss.stale_sequence_mask(
+        ...     logp, old_logp, advantages, loss_mask=mask, cu_seqlens=torch.tensor([0, 2, 4]), max_divergence=0.1
+        ... )
+        >>> kept.tolist()
         [False, False, True, True]
 
     Source:
@@ -268,8 +270,9 @@ def informative_token_mask(
     Example:
         >>> import torch, kdloss
         >>> entropy, divergence = torch.tensor([2.0, 0.1, 0.1, 0.2]), torch.tensor([0.1, 3.0, 0.1, 0.2])
-        >>> options = {"loss_mask": torch.ones(4, dtype=torch.bool), "cu_seqlens": torch.tensor([0, 4])}
-        >>> kdloss.informative_token_mask(entropy, divergence, fraction=0.5, **options).tolist()
+        >>> loss_mask, cu = torch.ones(4, dtype=torch.bool), torch.tensor([0, 4])
+        >>> kept = kdloss.informative_token_mask(entropy, divergence, loss_mask=loss_mask, cu_seqlens=cu, fraction=0.5)
+        >>> kept.tolist()
         [True, True, False, False]
 
     Source:

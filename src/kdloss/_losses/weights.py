@@ -118,13 +118,12 @@ def masked_importance_weights(
         >>> import torch, kdloss
         >>> old_logp, loss_mask = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([True, True, True])
         >>> prox_logp = old_logp + torch.tensor([8.0, 2.0, 0.25]).log()
-        >>> weights = kdloss.masked_importance_weights(prox_logp, old_logp, loss_mask=loss_mask)
-        >>> [round(x, 4) for x in weights.tolist()]
-        [0.0, 2.0, 0.0]
-        >>> options = {"loss_mask": loss_mask, "statistic": "k3", "max_statistic": 1.0}  # k3 = 4.92, 0.31, 0.64
-        >>> weights = kdloss.masked_importance_weights(prox_logp, old_logp, **options)
-        >>> [round(x, 4) for x in weights.tolist()]
-        [0.0, 2.0, 0.25]
+        >>> kdloss.masked_importance_weights(prox_logp, old_logp, loss_mask=loss_mask)
+        tensor([0., 2., 0.])
+        >>> kdloss.masked_importance_weights(  # k3 is 4.92, 0.31 and 0.64
+        ...     prox_logp, old_logp, loss_mask=loss_mask, statistic="k3", max_statistic=1.0
+        ... )
+        tensor([0.0000, 2.0000, 0.2500])
 
     Source:
         Ling Team, "Every Step Evolves" (arXiv 2510.18855), IcePop. k2 and k3: Schulman, "Approximating KL Divergence"
@@ -191,14 +190,13 @@ def sequence_importance_weights(
             `aggregate` or `statistic`; on the CPU an error on one rank is raised on all.
 
     Example:
-        >>> import math, torch, kdloss
-        >>> old_logp, cu_seqlens = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([0, 2, 3])
-        >>> options = {"loss_mask": torch.ones(3, dtype=torch.bool), "cu_seqlens": cu_seqlens, "max_weight": math.inf}
-        >>> prox_logp = old_logp + torch.tensor([2.0, 8.0, 0.5]).log()
-        >>> for by in ("sum", "mean"):
-        ...     W = kdloss.sequence_importance_weights(prox_logp, old_logp, aggregate=by, action="mask", **options)
-        ...     print([round(x, 4) for x in W.tolist()])
-        [16.0, 16.0, 0.5]
+        >>> import torch, kdloss
+        >>> old_logp, cu = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([0, 2, 3])
+        >>> prox_logp, mask = old_logp + torch.tensor([2.0, 8.0, 0.5]).log(), torch.ones(3, dtype=torch.bool)
+        >>> weights = kdloss.sequence_importance_weights(  # geometric means 4 and 0.5; the products are 16 and 0.5
+        ...     prox_logp, old_logp, loss_mask=mask, cu_seqlens=cu, aggregate="mean", action="mask", max_weight=5.0
+        ... )
+        >>> [round(x, 4) for x in weights.tolist()]
         [4.0, 4.0, 0.5]
 
     Source:

@@ -76,7 +76,7 @@ def _obstacle(inputs: dict[str, Tensor]) -> str | None:
         if x.device.type != "cuda" and not (_interpreted and x.device.type == "cpu"):
             return f"needs CUDA tensors, got {name} on {x.device}"
     if not _installed:
-        return 'needs the package triton, but it is not installed: pip install "kdloss[triton]"'
+        return 'needs the package triton, but it is not installed: pip install "triton>=3.6"'
     if _version < _OLDEST:
         oldest, came = (f"{major}.{minor}" for major, minor in (_OLDEST, _version))
         return f"needs triton {oldest}, but {came} is installed; torch 2.10 and newer bring it"

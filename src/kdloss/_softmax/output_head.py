@@ -36,9 +36,9 @@ class OutputHead(NamedTuple):
 
     Example:
         >>> import torch, kdloss
-        >>> weight, bias, softcap, logit_scale = kdloss.output_head(torch.nn.Linear(8, 20, bias=False))
-        >>> tuple(weight.shape), bias, softcap, logit_scale
-        ((20, 8), None, None, 1.0)
+        >>> head: kdloss.OutputHead = kdloss.output_head(torch.nn.Linear(2, 3, bias=False))
+        >>> head.weight.shape, head.bias, head.softcap, head.logit_scale
+        (torch.Size([3, 2]), None, None, 1.0)
     """
 
     weight: Tensor

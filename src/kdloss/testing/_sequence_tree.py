@@ -40,8 +40,8 @@ class TokenBatch:
         behaviour_logits: (T, V) of the policy that sampled, detached.
 
     Example:
-        >>> from kdloss.testing import SequenceTree
-        >>> batch = SequenceTree(vocab_size=2, max_length=2, prompt_lengths=(2,)).batch([0])
+        >>> from kdloss.testing import SequenceTree, TokenBatch
+        >>> batch: TokenBatch = SequenceTree(vocab_size=2, max_length=2, prompt_lengths=(2,)).batch([0])
         >>> batch.labels.tolist()
         [-100, 0, 0, -100]
         >>> batch.loss_mask.tolist()

@@ -5,6 +5,14 @@ evidence. Names and parameters are the library's. Arguments are array-likes; res
 `<name>_grad` is d(sum of loss) / d logp for a per-token loss, d out / d x for a scalar reduction, d loss / d logp for a
 scalar loss, and the vector-Jacobian product with `upstream` elsewhere. The scalar losses skip the term of a weight 0
 that is a Python number; an `np.ndarray` weight counts as a tensor.
+
+Example:
+    >>> from kdloss.testing import reference
+    >>> logp, teacher_logp, loss_mask = [-1.0, -9.0], [-3.0, -9.0], [True, False]
+    >>> reference.kl_k2(logp, teacher_logp, loss_mask=loss_mask).tolist()
+    [2.0, 0.0]
+    >>> reference.kl_k2_grad(logp, teacher_logp, loss_mask=loss_mask).tolist()
+    [2.0, 0.0]
 """
 
 from kdloss.testing._oracles.baselines import reverse_kl_baseline as reverse_kl_baseline

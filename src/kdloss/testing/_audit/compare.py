@@ -33,8 +33,8 @@ class Comparison:
 
     Example:
         >>> import kdloss
-        >>> from kdloss.testing import compare
-        >>> report = compare({"k1": kdloss.kl_k1, "k2": kdloss.kl_k2})
+        >>> from kdloss.testing import Comparison, compare
+        >>> report: Comparison = compare({"k1": kdloss.kl_k1, "k2": kdloss.kl_k2})
         >>> report.variances["k1"][0], report.audits["k1"].on_policy.is_zero
         (inf, True)
         >>> round(report.cosines["k2"][0], 6)
@@ -96,8 +96,8 @@ def compare(
 
         >>> import torch, kdloss
         >>> from kdloss.testing import SequenceTree, compare
-        >>> policies = {"student": torch.zeros(1, 3), "teacher": torch.tensor([[0.5, 0.25, 0.25]]).log()}
-        >>> tree = SequenceTree(max_length=1, **policies)
+        >>> student, teacher = torch.zeros(1, 3), torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> tree = SequenceTree(max_length=1, student=student, teacher=teacher)
         >>> report = compare({"sampled": kdloss.kl_k2, "exact": kdloss.reverse_kl}, tree)
         >>> {name: round(variances[0], 4) for name, variances in report.variances.items()}
         {'sampled': 1.0601, 'exact': 0.0}

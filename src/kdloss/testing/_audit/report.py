@@ -56,8 +56,8 @@ class Fit:
 
     Example:
         >>> import kdloss
-        >>> from kdloss.testing import audit
-        >>> fit = audit(kdloss.kl_k1).on_policy
+        >>> from kdloss.testing import Fit, audit
+        >>> fit: Fit = audit(kdloss.kl_k1).on_policy
         >>> fit.is_zero, fit.coefficients, fit.variance > 0
         (True, {}, True)
         >>> str(audit(kdloss.kl_k2).on_policy).replace(chr(215), "x")
@@ -114,8 +114,8 @@ class Audit:
 
     Example:
         >>> import kdloss
-        >>> from kdloss.testing import audit
-        >>> report = audit(kdloss.kl_k1)
+        >>> from kdloss.testing import Audit, audit
+        >>> report: Audit = audit(kdloss.kl_k1)
         >>> report.teacher_in_value, report.teacher_in_gradient
         (True, False)
         >>> "the teacher does not enter this gradient" in report.verdicts
