@@ -108,7 +108,7 @@ bench: $(VENV)/bench.stamp $(VENV)/peers.stamp  ## Renew benchmarks/results/ (ha
 	$(BIN)/python -m benchmarks $(or $(ARGS),--core --save)
 
 # A study that was stopped goes on where it was. Runs depend on their seeds alone, so its results are the same.
-study: $(VENV)/bench.stamp  ## Which loss learns better, and when (100 minutes on 2 cores); ARGS="--quick" looks for 3
+study: $(VENV)/bench.stamp  ## Which loss learns better, and when (an hour on 2 cores); ARGS="--quick" looks for 3
 	$(BIN)/python -m benchmarks.learning $(or $(ARGS),--save)
 
 # Here kernels run on the GPU; `make test` on a machine without one interprets them.

@@ -79,7 +79,7 @@ def test_no_block_is_hidden_or_fenced_in_another_way(page):
     text = page.read_text("utf-8")
     assert not [block.line for block in blocks(text) if not block.seen]
     kinds = set(re.findall(r"^[ \t]*(?:```|~~~)[ \t]*(\S+)", text, re.MULTILINE))
-    assert kinds <= {"python", "bash", "diff", "text"}
+    assert kinds <= {"python", "bash", "diff", "text", "mermaid", "{toctree}", "{eval-rst}"}
     assert len(re.findall(r"^```python$", text, re.MULTILINE)) == len(blocks(text))
 
 
