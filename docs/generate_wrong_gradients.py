@@ -114,11 +114,12 @@ ENTRIES = [
         `distill_loss_weight: 0.005`, are in `areal/api/cli_args.py`, lines 2936-2944.""",
         joint_mode,
         joint_mode_instead,
-        """With `rl_loss_weight: 0` the same function descends the importance-sampled reverse KL (lines 494-502): that
+        """With `rl_loss_weight: 0` the same function descends the importance-sampled reverse KL (lines 494-502), which
         is right. In the repository in August 2026, the files `gsm8k_grpo_distill_mode_*.yaml` of
         `examples/distillation` set 1.0 and 0.005, and `mopd/mopd_multi.yaml` sets `rl_loss_weight: 0.0`. The weight
         0.005 was tuned on this formula: choose [another](weights.md) for the call above. [The joint
-        mode](joint-mode.md) has more, and [the adapter](integrations/areal.md) replaces the loss inside AReaL.""",
+        mode](joint-mode.md) explains more, and [the adapter](integrations/areal.md) replaces the loss inside
+        AReaL.""",
     ),
     Entry(
         "verl 0.9.1",
@@ -130,60 +131,61 @@ ENTRIES = [
         k3_direct,
         k3_direct_instead,
         """A comment of verl (`core_algos.py`, lines 2206-2209) says that the expected gradient of k1 and k3 is not that
-        of the KL, and verl refuses `k1` as a direct loss for this reason; its docstring recommends `k3` there.
+        of the KL. For this reason verl refuses `k1` as a direct loss, but its docstring recommends `k3` there.
         `loss_mode=k1 use_policy_gradient=true` descends the reverse KL, and so does `loss_mode=k2` on-policy. Of the
         seven scripts in `examples/on_policy_distillation_trainer` (repository, 22 August 2026), six set k1 with the
-        policy gradient: that is right. One sets `forward_kl_topk`, and says so. [The page on
+        policy gradient, which is right. One sets `forward_kl_topk`, and says so. [The page on
         verl](integrations/verl.md) has the plug-in.""",
     ),
     Entry(
         "verl 0.9.1",
         "`loss_mode=k3`, `use_policy_gradient=true`",
         "the reverse KL",
-        """`verl/trainer/distillation/losses.py`, lines 268-288, of the wheel. The YAML is one flag away from it, the
-        defaults of the dataclass are these (`verl/workers/config/distillation.py`, lines 65 and 84), and no check
-        refuses it.""",
+        """`verl/trainer/distillation/losses.py`, lines 268-288, of the wheel. The defaults of the YAML differ by one
+        flag. These two values are the defaults of the dataclass (`verl/workers/config/distillation.py`, lines 65 and
+        84), and no check refuses them.""",
         k3_as_reward,
         k3_direct_instead,
-        """The docstring of `use_policy_gradient` recommends `loss_mode=k1`, which is right, and none of the seven
-        scripts sets k3 with it.""",
+        """The docstring of `use_policy_gradient` recommends `loss_mode=k1`, which is right. None of the seven scripts
+        combines k3 with it.""",
     ),
     Entry(
         "torchrl 0.14.1",
         '`DistillationLoss(kl_direction="reverse")` (the default)',
         "the reverse KL",
-        """`torchrl/objectives/llm/distillation.py`, lines 72-73 and 497-498, of the wheel. Here with
-        `normalize_by_seq_length=False`; the default, True, divides each response by its length as well.""",
+        """`torchrl/objectives/llm/distillation.py`, lines 72-73 and 497-498, of the wheel. The formula has
+        `normalize_by_seq_length=False`. The default, True, also divides each response by its length.""",
         k3_of_a_module,
         k3_direct_instead,
-        """The docstring of the class says it (lines 145-151): the score-function term is dropped, and the expected
-        gradient of both directions is that of the forward KL. `kl_direction="forward"` on responses of the teacher is
-        right. [The page on torchrl](integrations/torchrl.md) has the call in its loop.""",
+        """The docstring of the class says so (lines 145-151): the score-function term is dropped, and the expected
+        gradient of both directions is that of the forward KL. `kl_direction="forward"` is right on responses of the
+        teacher. [The page on torchrl](integrations/torchrl.md) has the call in its loop.""",
     ),
     Entry(
         "miles, 31f1ca9",
         "`--opd-log-prob-top-k` above 0",
         "the reverse KL on the top k",
         """`miles/rollout/on_policy_distillation.py`, lines 343-347, and
-        `miles/backends/training_utils/loss_hub/opd.py`, lines 33-54, at commit 31f1ca9 of 21 August 2026. Here with
-        K = 2 and the defaults `only-student` and
-        `student_p`. Reported by a user as radixark/miles#2362.""",
+        `miles/backends/training_utils/loss_hub/opd.py`, lines 33-54, at commit 31f1ca9 of 21 August 2026. The formula
+        has K = 2 and the defaults `only-student` and `student_p`. A user reported it as radixark/miles#2362.""",
         topk_penalty,
         topk_penalty_instead,
-        """One number for all tokens of a position moves none of them against another. `--opd-log-prob-top-k 0`, the
-        default, subtracts the log-ratio of the sampled token: that is right. In `examples/on_policy_distillation`,
-        `run-qwen3-8B-opd-megatron.sh` has it; `run-qwen3-8B-opd.sh` and `run-qwen3-8B-opd-multi-teacher.sh` set 16.""",
+        """All tokens of a position get the same number, so none of them gains on another. With `--opd-log-prob-top-k
+        0`, the default, the log-ratio of the sampled token is subtracted, which is right. In
+        `examples/on_policy_distillation`, `run-qwen3-8B-opd-megatron.sh` uses 0; `run-qwen3-8B-opd.sh` and
+        `run-qwen3-8B-opd-multi-teacher.sh` set 16.""",
     ),
     Entry(
         "No trainer",
         "-f(u), u = p/q, as the reward of a divergence Σ q f(u)",
         "that divergence",
-        """A pattern of its own: an estimate of a divergence, detached, as a reward. Here of the squared Hellinger
-        distance.""",
+        """This is a general pattern: an estimate of a divergence, detached, is used as a reward. The formula has the
+        squared Hellinger distance.""",
         divergence_as_reward,
         divergence_as_reward_instead,
-        """For the reverse KL, with f(u) = -log u, it is right. [Rewards of divergences](divergence-rewards.md) has the
-        reason, and the rewards of others: `forward_kl_reward`, `jsd_reward`, `total_variation_reward`.""",
+        """For the reverse KL, f(u) = -log u, and this reward is right. [Rewards of
+        divergences](divergence-rewards.md) explains why. The library has the right rewards of other divergences:
+        `forward_kl_reward`, `jsd_reward`, `squared_hellinger_reward`, `total_variation_reward`.""",
     ),
 ]
 
@@ -200,7 +202,7 @@ def entries() -> str:
         rows.append(f"| {number} | {entry.title} | {entry.setting} | {entry.meant} | {does} |\n")
         parts.append(f"## {title}\n\n{wrapped(entry.where)}\n{code(entry.formula)}\n{said(report)}\n")
         if entry.instead in shown:
-            parts.append(f"Meant: {entry.meant}. The call is that of entry {shown[entry.instead]}.\n\n")
+            parts.append(f"Meant: {entry.meant}. The call is the same as in entry {shown[entry.instead]}.\n\n")
         else:
             shown[entry.instead] = number
             instead = audit(entry.instead, TREE)
@@ -222,7 +224,7 @@ def said(report: Audit) -> str:
     first, *others = (re.sub(r"; residual \de-1\d$", "", sentence) for sentence in report.verdicts)
     on, off = report.on_policy, report.off_policy
     same = report.scope == "any behaviour policy" or (on.is_zero and off.is_zero)
-    elsewhere = "the same" if same and "token by" not in str(off) else f"it {off}"
+    elsewhere = "the same holds" if same and "token by" not in str(off) else f"it {off}"
     # the sentence on the scope begins with "right" where a result is known, whatever was meant
     kept = [sentence for sentence in others if not sentence.startswith(("right", "from another"))]
     lines = [first, f"from another policy's samples {elsewhere}", *kept]

@@ -94,6 +94,9 @@ def markdown(result: Result) -> str:
         "rates": "Learning rates, chosen on a separate table",
         "explored": "Explored beforehand: no evidence",
     }
+    for name in titles:
+        if noise := found.get(f"{name}-gradients"):
+            found[name] += f"\n\n{noise}"
     parts = [f"## {title}\n\n{found[name]}" for name, title in titles.items() if name in found]
     return "\n\n".join([found["facts"], *parts])
 
@@ -109,7 +112,6 @@ def blocks(result: Result) -> dict[str, str]:
             found[task] += f"\n\n{rate}\n\n{methods_table(Runs(result, task, common=True))}"
         if noise := noise_table(result, task):
             found[f"{task}-gradients"] = noise
-            found[task] += f"\n\n{noise}"
     if "choosing" in result:
         found["comparisons"], found["paired"] = comparisons(result), paired(result)
         found["rates"] = rates_table(result)
