@@ -77,8 +77,9 @@ test-trainers: $(TRAINERS:%=.venv-%/trainer.stamp)  ## The adapters inside the t
 	        tests/trainers/test_*.py tests/trainers/$$trainer $(ARGS); \
 	done
 
-test-servers: .venv-servers/servers.stamp  ## The readers against a real vLLM on this CPU, and five steps with it (about 5 minutes)
-	.venv-servers/bin/python -m pytest -c tests/trainers/pytest.ini --rootdir . tests/servers $(ARGS)
+test-servers: .venv-servers/servers.stamp  ## The readers against a real vLLM on this CPU, five steps with it, and a tutorial (about 8 minutes)
+	.venv-servers/bin/python -m pytest -c tests/trainers/pytest.ini --rootdir . \
+	    tests/servers tests/trainers/test_pages.py $(ARGS)
 
 # An environment of another torch takes 6 GB. ruff and mypy run in .venv alone.
 compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests on the oldest and the newest torch, Python 3.10 and 3.13

@@ -9,7 +9,7 @@ from reader import blocks, read
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(sys.prefix).name.removeprefix(".venv-")
-PAGES = sorted((ROOT / "docs" / "integrations").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 HERE = [page for page in PAGES if page.read_text("utf-8").startswith(f"<!-- runs in: {ENVIRONMENT} -->")]
 
 
@@ -17,5 +17,5 @@ HERE = [page for page in PAGES if page.read_text("utf-8").startswith(f"<!-- runs
 def test_the_page_runs_for_its_reader(page, tmp_path):
     """In a separate process, because a page may change its trainer."""
     assert blocks(page.read_text("utf-8"))
-    said = read(page, folder=tmp_path)
+    said = read(page, folder=tmp_path, timeout=1200)
     assert not said, f"{page}:\n{said}"
