@@ -126,10 +126,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     """Collects the `python` blocks of README.md and docs/, except docs/examples/. Blocks of one page share their names.
 
-    A page that begins with `<!-- runs in: NAME -->` is left to `make test-trainers` or `make test-servers`, which run it
-    in that environment.
+    A page that begins with `<!-- runs in: NAME -->` is left to `make test-trainers` or `make test-servers`, which run
+    it in that environment.
     """
     parts = file_path.relative_to(ROOT).parts if file_path.is_relative_to(ROOT) else ()
+    if file_path.suffix != ".md":
+        return None
     if parts[:1] == ("docs",) and file_path.read_text(encoding="utf-8").startswith("<!-- runs in:"):
         return None
     if parts == ("README.md",) or (parts[:1] == ("docs",) and parts[:2] != ("docs", "examples")):
