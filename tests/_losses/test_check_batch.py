@@ -253,7 +253,7 @@ def test_the_cost_of_a_response_under_a_discount(discount):
     padded = {name: x.view(ROWS, LENGTH) if x.shape == mask.shape else x for name, x in tensors_of(batch)}
     changes = {"loss_mask": mask.view(ROWS, LENGTH), "cu_seqlens": None, "kd_discount": discount, "rewards": None}
     assert check(padded, **changes) == packed
-    for without in ({"teacher_logp": None}, {"teacher_logp": torch.where(mask, torch.nan, 0)}):
+    for without in ({"teacher_logp": None}, {"teacher_logp": torch.where(mask, -9999.0, 0)}):
         verdicts = {f.check: f.verdict for f in check(batch, loss_mask=mask, kd_discount=discount, **without).findings}
         assert verdicts["kd_discount"] == ("not given" if without["teacher_logp"] is None else "cannot tell")
     assert all(finding.check != "kd_discount" for finding in check(batch, teacher_logp=None).findings)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import kdloss
 from kdloss._divergences import topk_op
+from kdloss._logprobs import from_hidden
 from kdloss._triton import _launch, _topk_backward as backward_kernels, _topk_forward as forward_kernels
 from kdloss.testing import reference
 from triton_harness import DEVICE, amid_nan, far_apart, normal, poisoned
@@ -354,8 +355,10 @@ def test_a_small_rest_keeps_its_digits():
 
 @pytest.mark.parametrize(("name", "tail"), [("forward_kl", "bucket"), ("reverse_kl", "generalized")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_hidden_states(name, tail, dtype):
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20], ids=["computed again", "kept"])
+def test_from_hidden_states(name, tail, dtype, kept_bytes, monkeypatch):
     """Products of half-precision operands are exact in float32; the gradient of the logits is rounded to the dtype."""
+    monkeypatch.setattr(from_hidden, "KEPT_BYTES" if DEVICE == "cpu" else "DEVICE_KEPT_BYTES", kept_bytes)
     vocab, width, k = 300, 16, 4
     ids = support(vocab, k)
     logp = normal(ROWS, k, seed=4).log_softmax(-1) - 0.2

@@ -9,6 +9,8 @@ import torch
 
 import kdloss
 from kdloss import _divergences
+from kdloss._divergences import topk_hidden_op
+from kdloss._logprobs import from_hidden
 from scale_out.cases_vocabulary import UNEVEN, D, T, V, close, differentiated, part, shards
 from scale_out.ranks import Ranks, on
 
@@ -140,7 +142,7 @@ def case_divergences_from_hidden_states(ranks: Ranks) -> None:
 
 @on(2, 3)
 def case_topk_from_hidden_states(ranks: Ranks) -> None:
-    """In chunks of two rows; ids in one slice, in several, and a row of padding."""
+    """In tiles of two rows and three columns, computed again or kept; ids in one slice, in several, and padding alone."""
     ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:5] for i in range(T)])
     ids[1], ids[2] = torch.tensor([22, 21, 20, -1, -1]), -1
     mask = torch.arange(T) != 7
@@ -154,9 +156,11 @@ def case_topk_from_hidden_states(ranks: Ranks) -> None:
                 function = getattr(kdloss, f"linear_topk_{name}")
                 return (function(h, w, kept, ids, loss_mask=mask, tail=tail, bias=b, softcap=2.0, shard=shard),)
 
-            with mock.patch.dict(_divergences.hidden_passes._CHUNK_ENTRIES, cpu=2 * V):
-                expected, gradients = differentiated(call, [hidden, weight, bias])
-                local = [hidden, part(weight, shard, 0), part(bias, shard, 0)]
+            expected, gradients = differentiated(call, [hidden, weight, bias])
+            local = [hidden, part(weight, shard, 0), part(bias, shard, 0)]
+            kept_bytes = 0 if tail == "generalized" else 1 << 20
+            tiles = mock.patch.multiple(topk_hidden_op, _TILE_ENTRIES=0, _TILE_ROWS=2, _TILE_COLUMNS=3)
+            with tiles, mock.patch.object(from_hidden, "KEPT_BYTES", kept_bytes):
                 found, own = differentiated(partial(call, shard=shard), local)
             what = f"{name} {tail} {shard}"
             close(found[0], expected[0], torch.float64, what)

@@ -118,16 +118,8 @@ def _linear_kept_and_rest(
 
 
 @_linear_kept_and_rest.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    trained: Tensor,
-    rows: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *_, vocab_size, _, _, store = options
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, rows, *_, vocab_size, _, _, store = others
     kept = hidden.new_empty(ids.shape, dtype=_checks.promoted_dtype(hidden, weight, bias))
     count = rows.shape[0] if store and rows is not None else 0
     return kept, kept.new_empty(ids.shape[:1]), kept.new_empty(count, vocab_size)
