@@ -142,7 +142,7 @@ def case_divergences_from_hidden_states(ranks: Ranks) -> None:
 
 @on(2, 3)
 def case_topk_from_hidden_states(ranks: Ranks) -> None:
-    """In tiles of two rows and three columns, computed again or kept; ids in one slice, in several, and padding alone."""
+    """In tiles of two rows and three columns, computed again or kept; ids in one slice or in several; padding alone."""
     ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:5] for i in range(T)])
     ids[1], ids[2] = torch.tensor([22, 21, 20, -1, -1]), -1
     mask = torch.arange(T) != 7
