@@ -1,6 +1,7 @@
-"""Holds the readers to answers of real servers: vLLM in every request form, and llama.cpp's wrong one.
+"""Holds the readers to answers of real servers: vLLM and SGLang in every request form, and llama.cpp's wrong one.
 
-The bodies are those of vLLM 0.32.0 on a CPU and of llama-cpp-python 0.3.36, both serving SmolLM2-135M-Instruct.
+The bodies are those of vLLM 0.32.0 and SGLang 0.5.23 on a CPU and of llama-cpp-python 0.3.36, all serving
+SmolLM2-135M-Instruct. This SGLang ran without its compiled kernels, by torch alone.
 `smollm2-135m-local.json` holds the tokens, and the log-probs of the same weights in transformers, in float32.
 """
 
@@ -20,7 +21,7 @@ from kdloss.integrations import servers
 from kdloss.integrations.servers import ScoreError
 
 DATA = Path(__file__).parents[1] / "data" / "servers"
-# nats: vLLM in float32 and transformers in float32 differ by 3.91e-5 at most, over 272 predicted tokens
+# nats: in float32, vLLM and transformers differ by 3.91e-5 at most over 272 predicted tokens, SGLang by 2.67e-5
 ROUNDING = 5e-5
 
 
@@ -156,6 +157,50 @@ def test_other_tokens_than_those_sent_raise(form):
         match=r"sequence 0 \(request cmpl-.* (must have one entry per token, 104, got 83|was given 83 prompt_)",
     ):
         read([answers[1], answers[0], answers[2]], **STREAM)
+
+
+def test_sglang_agrees_with_the_same_weights_in_transformers():
+    answers = body("sglang-start-0")["answers"]
+    teacher_logp = servers.read_sglang(answers, **STREAM)
+    assert torch.equal(teacher_logp.isnan(), ~PREDICTED)
+    assert (teacher_logp - LOGP)[PREDICTED].abs().max() < ROUNDING
+
+
+def test_sglang_scores_a_response_alone():
+    """From `logprob_start_len` on. Its first entry there has no score, as the first token of a sequence has none."""
+    recorded = body("sglang-start-response")
+    answers, starts = recorded["answers"], recorded["request"]["logprob_start_len"]
+    teacher_logp = servers.read_sglang(answers, **STREAM, loss_mask=LOSS_MASK, starts=starts)
+    assert torch.equal(teacher_logp.isnan(), ~LOSS_MASK)
+    assert (teacher_logp - LOGP)[LOSS_MASK].abs().max() < ROUNDING
+    short = "must have one entry per token, 104, got 41; ask with logprob_start_len=0"
+    with pytest.raises(ScoreError, match=short):
+        servers.read_sglang(answers, **STREAM, loss_mask=LOSS_MASK)
+    whole = body("sglang-start-0")["answers"]
+    long = "must have one entry per token, 41, got 104; pass the logprob_start_len that was sent as starts="
+    with pytest.raises(ScoreError, match=long):
+        servers.read_sglang(whole, **STREAM, loss_mask=LOSS_MASK, starts=starts)
+
+
+def test_sglang_scores_nothing_of_a_prompt_without_a_start():
+    answers = body("sglang-no-start")["answers"]
+    with pytest.raises(ScoreError, match=r"input_token_logprobs must .* 104, got 0; ask with logprob_start_len=0"):
+        servers.read_sglang(answers, **FIRST)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_the_likely_tokens_of_sglang_are_those_of_vllm(k):
+    top = servers.read_sglang_topk(body("sglang-top-20-first")["answers"], **FIRST, k=k)
+    wide = servers.read_vllm_topk(body("vllm-prompt_logprobs-20-first")["answers"], **FIRST, k=k)
+    assert torch.equal(top.ids, wide.ids)
+    assert_close(top.logp, wide.logp, equal_nan=True, rtol=0, atol=2 * ROUNDING)
+
+
+def test_an_echo_of_sglang_holds_the_generated_token_too():
+    """Its /v1/completions refuses `max_tokens: 0`, and echoes no ids: ask /generate."""
+    answers = body("sglang-echo")["answers"]
+    with pytest.raises(ScoreError, match="one entry per token, 104, got 105; an echo goes on into the completion"):
+        servers.read_openai(answers, **FIRST, token_id=None)
 
 
 def test_llama_cpp_pairs_each_token_with_the_logits_after_it():

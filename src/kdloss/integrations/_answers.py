@@ -63,15 +63,18 @@ class Request:
         """How errors refer to the token at `position`."""
         return f"token {position} (id {self.tokens[position]})"
 
-    def of_length(self, entries: Any, name: str, longer: str = "") -> list[Any]:
-        """`entries`, checked to be one per token from `start` on, with None prepended for each token before `start`."""
+    def of_length(self, entries: Any, name: str, longer: str = "", shorter: str = "") -> list[Any]:
+        """`entries`, checked to be one per token from `start` on, with None prepended for each token before `start`.
+
+        `longer` and `shorter` end the error with what to do about too many or too few entries.
+        """
         if entries is None:
             self.fail(f"the answer holds no {name}: was it asked for?")
         if not _is_list(entries):
             self.fail(f"{name} must be a list with one entry per token, got {_shown(entries)}")
         expected = len(self.tokens) - self.start
         if len(entries) != expected:
-            hint = longer if len(entries) > expected else ""
+            hint = longer if len(entries) > expected else shorter if _refusal(self.answer) is None else ""
             self.fail(f"{name} must have one entry per token, {expected}, got {len(entries)}{hint}")
         return [None] * self.start + list(entries)
 
@@ -210,7 +213,8 @@ def sglang(request: Request, likely: bool) -> Scores:
         request.fail("the answer is a list, which holds no input_top_logprobs: pass the whole response")
     scored = answer if meta is None else get(meta, "input_token_logprobs")
     logp = []
-    for position, entry in enumerate(request.of_length(scored, "input_token_logprobs")):
+    hints = "; pass the logprob_start_len that was sent as starts=", f"; ask with logprob_start_len={request.start}"
+    for position, entry in enumerate(request.of_length(scored, "input_token_logprobs", *hints)):
         x, token = _sglang_entry(request, position, entry, "input_token_logprobs") if entry else (None, None)
         if entry:
             request.check_token(position, token)
