@@ -60,6 +60,7 @@ html_title = "kdloss"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_search_scorer = str(Path(__file__).parent / "_extensions" / "search_scores.js")
 html_show_sphinx = False
 html_show_search_summary = False  # a summary is fetched, which a browser refuses to do for a page opened from a file
 pygments_style = "friendly"
