@@ -362,6 +362,32 @@ def test_a_gradient_of_rounding_alone_is_zero(tree):
     assert coefficients(report.on_policy) == {"expected reward": 1e-17}
 
 
+def test_a_gradient_of_rounding_alone_that_nothing_fits_is_zero(tree):
+    """The log of a sum of probabilities is 0 at every prefix."""
+    report = audit(lambda logits: logits.log_softmax(-1).logsumexp(-1), tree)
+    assert 0 < report.on_policy.variance < 1e-25
+    assert (report.on_policy.is_zero, report.off_policy.is_zero) == (True, True)
+
+
+@pytest.mark.parametrize("vocab", [2, 3])
+def test_a_tree_on_which_no_known_objective_has_a_gradient(vocab):
+    """Uniform policies and equal rewards: at a vocabulary of 2 the known gradients are 0, at 3 they are rounding."""
+    uniform = torch.zeros(1, vocab)
+    tree = SequenceTree(
+        vocab_size=vocab,
+        max_length=1,
+        student=uniform,
+        teacher=uniform,
+        behaviour=uniform,
+        rewards=torch.ones(vocab),
+    )
+    report = audit(lambda logits: logits[:, 0], tree)
+    assert (report.on_policy.coefficients, report.on_policy.nearest, report.on_policy.residual) == ({}, None, 1)
+    assert not report.on_policy.is_zero
+    assert report.verdicts[0] == "your loss follows none of the known objectives"
+    assert audit(lambda logits: 0 * logits[:, 0], tree).on_policy.is_zero
+
+
 def unknown(logp, teacher_logp):
     """A push that is no combination of known objectives."""
     return torch.sin(3 * teacher_logp).detach() * logp

@@ -76,6 +76,14 @@ def test_batches_and_teachers_without_a_reverse_kl():
     assert two.variances["k2"][0] == pytest.approx(one.variances["k2"][0] / 2, rel=1e-9)
 
 
+def test_a_reverse_kl_of_rounding_alone_has_no_cosine():
+    """A teacher that is the student up to a constant in its logits."""
+    tree = SequenceTree(max_length=2, eos=0)
+    tree.teacher = tree.student.detach() + 0.1
+    report = compare({"entropy": lambda entropy: -entropy}, tree)
+    assert all(math.isnan(x) for x in report.cosines["entropy"])
+
+
 def test_errors(one_token):
     with pytest.raises(ValueError, match="at least one entry"):
         compare({})

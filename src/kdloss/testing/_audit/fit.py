@@ -44,12 +44,15 @@ def fit_known(
     def result(
         coefficients: Mapping[str, float], residual: float, nearest: Nearest | None, *, why_zero: str = ""
     ) -> Fit:
-        # the divergences of DIVERGENCES that are not part of the fit are no other reading: they count after the others
-        divergences = tuple({name.partition(" (")[0] for name in coefficients})
-        read = [not name.startswith(DIVERGENCES) or name.startswith(divergences) for name in names]
-        both = np.concatenate([columns, columns_near])[:, read]
-        dependent = _dependent([*itertools.compress(names, read)], both) if coefficients else ()
-        ambiguous = dependent if any(name in dependent for name in coefficients) else ()
+        ambiguous: tuple[str, ...] = ()
+        if coefficients:
+            # the divergences of DIVERGENCES that are not part of the fit are no other reading: they count after the
+            # others
+            divergences = tuple({name.partition(" (")[0] for name in coefficients})
+            read = [not name.startswith(DIVERGENCES) or name.startswith(divergences) for name in names]
+            both = np.concatenate([columns, columns_near])[:, read]
+            dependent = _dependent([*itertools.compress(names, read)], both)
+            ambiguous = dependent if any(name in dependent for name in coefficients) else ()
         zero = bool(why_zero)
         return Fit(coefficients, residual, nearest, zero, ambiguous, sample.variance, drift, sample.mean, why_zero)
 
