@@ -38,6 +38,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from unittest import mock
 
 from . import sm90
+from .report import table, with_tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
@@ -641,24 +642,12 @@ def updated(page: str, record: dict[str, Any]) -> str:
     ours = [Cost(**cost) for cost in record["costs"].values()]
     shown = [cost for cost in ours if cost.instructions and SHOWN.match(cost.call)]
     theirs = [Cost(**cost) for package in sorted(record["peers"]) for cost in record["peers"][package]]
-    tables = {
+    rows = {
         "costs": [(cost.kernel.removesuffix("_kernel"), cost.call.replace(", bf16", ""), cost) for cost in shown],
         "peers": [(cost.kernel, cost.call.replace(", bf16", ""), cost) for cost in theirs],
     }
-    for name, rows in tables.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        if len(re.findall(pattern, page, re.DOTALL)) != 1:
-            raise ValueError(
-                f"{PAGE.name} must hold the table {name} once, between <!-- table: {name} --> and <!-- end -->"
-            )
-        page = re.sub(pattern, rf"\g<1>{_table(rows)}\g<2>", page, flags=re.DOTALL)
-    return page
-
-
-def _table(rows: list[tuple[str, str, Cost]]) -> str:
-    lines = [["kernel", "call", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
-    lines += [[kernel, call, *_cells(cost)] for kernel, call, cost in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    head = ("kernel", "call", *COLUMNS)
+    return with_tables(page, {name: table(head, [(*of, *_cells(cost)) for *of, cost in rows[name]]) for name in rows})
 
 
 def _cells(cost: Cost) -> list[str]:

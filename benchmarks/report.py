@@ -240,15 +240,21 @@ def _tail(result: dict[str, Any]) -> str:
 # --- the chart -----------------------------------------------------------------------------------------------------
 
 
+def pyplot_if_installed() -> Any | None:
+    """matplotlib.pyplot, which draws into files here; without it None, and a line on standard error."""
+    try:
+        importlib.import_module("matplotlib").use("Agg")
+    except ModuleNotFoundError:
+        print("nothing is drawn: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        return None
+    return importlib.import_module("matplotlib.pyplot")
+
+
 def draw(result: dict[str, Any], target: Path) -> list[Path]:
     """Speed and memory of every contender: a line per case, a marker per contender. Empty without matplotlib."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ModuleNotFoundError:
-        print("no chart: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+    pyplot = pyplot_if_installed()
+    if pyplot is None:
         return []
-    matplotlib.use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
     entries = [entry for entry in result["cases"] if seconds(entry, REFERENCE, "total")][::-1]
     names = list(dict.fromkeys(name for entry in entries for name in entry["rows"] if name != "gather"))
     size = (13, 0.34 * len(entries) + 2)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.report import pyplot_if_installed
 
 from .plan import TASKS
 from .report import LABELS, Result, Runs, estimate, mean_of
@@ -15,13 +15,9 @@ from .report import LABELS, Result, Runs, estimate, mean_of
 
 def draw(result: Result, folder: Path) -> list[Path]:
     """A figure per task; none without matplotlib."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ModuleNotFoundError:
-        print("no figures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+    pyplot = pyplot_if_installed()
+    if pyplot is None:
         return []
-    matplotlib.use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
     written = []
     for task, figure_of in (("A", _figure_a), ("B", _figure_b), ("C", _figure_c), ("D", _figure_d)):
         if task in result["chosen"]:

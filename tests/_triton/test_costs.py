@@ -85,7 +85,7 @@ def test_the_list_of_what_a_mixture_takes_is_complete():
 def test_the_page_has_the_recorded_costs():
     page = kernel_costs.PAGE.read_text(encoding="utf-8")
     assert kernel_costs.updated(page, kernel_costs.stored()) == page, RENEW
-    with pytest.raises(ValueError, match="must hold the table costs once"):
+    with pytest.raises(ValueError, match="must hold the tables"):
         kernel_costs.updated(page.replace("table: costs", "table: prices"), kernel_costs.stored())
 
 
