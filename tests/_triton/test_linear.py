@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdloss
 from kdloss._logprobs import from_hidden, hidden_op
@@ -40,6 +42,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def narrow_slices(monkeypatch):
     monkeypatch.setattr(_products, "LEAST_WIDTH", 256)
     monkeypatch.setattr(_products, "SLICE_BYTES", 1)
+
+
+class Operators(TorchDispatchMode):
+    """The names of torch's operators, in the order of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
 
 
 class Problem(NamedTuple):
@@ -374,6 +388,26 @@ def test_slices_cover_the_vocabulary_evenly_and_fit_the_budget(monkeypatch):
             assert all(width % 256 == 0 for width in widths[:-1])
             assert max(widths) <= max(_products.LEAST_WIDTH, _products.SLICE_BYTES // 4 // max(1, tokens) + 255)
             assert len(cuts) == 1 or widths[-1] > widths[0] - 256 * len(cuts)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="this torch lacks what later ones have")
+@pytest.mark.parametrize(
+    ("version", "product", "sum_of_both"),
+    [
+        ("2.7.1", ["_to_copy", "_to_copy", "mm"], ["_to_copy", "_to_copy", "addmm"]),
+        ("2.9.1", ["mm"], ["empty_like", "mm", "add_"]),
+        ("2.10.0", ["mm"], ["addmm"]),
+    ],
+)
+def test_half_precision_is_widened_only_where_torch_cannot_write_float32(version, product, sum_of_both, monkeypatch):
+    """By the operators that are called; the meta device stands for CUDA."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    a, b = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 4), (4, 5)))
+    out = torch.empty(3, 5, device="meta")
+    for function, expected in ((_products.product_, product), (_products.add_product_, sum_of_both)):
+        with Operators() as called:
+            function(out, a, b)
+        assert called.names == expected
 
 
 def test_opcheck():

@@ -91,7 +91,8 @@ def test_rows_may_begin_and_end_anywhere(vocab, k, dtype):
 @pytest.mark.parametrize(
     ("vocab", "k", "dtype", "every_option"),
     [
-        # less than a block; several blocks, split between programs; all ids kept; a vocabulary of one; whole blocks
+        # less than a block; several blocks, split between programs; all ids kept; a vocabulary of one; whole blocks;
+        # a whole block of which the last three columns are padding
         (37, 5, torch.float32, False),
         (37, 5, torch.bfloat16, True),
         (2049, 16, torch.bfloat16, False),
@@ -99,6 +100,7 @@ def test_rows_may_begin_and_end_anywhere(vocab, k, dtype):
         (9, 9, torch.float16, True),
         (1, 1, torch.float32, False),
         (2048, 16, torch.bfloat16, False),
+        (1021, 5, torch.float32, True),
     ],
 )
 def test_the_kernels_are_their_torch_form(vocab, k, dtype, every_option):
