@@ -12,12 +12,11 @@ arithmetic alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .collectives import RING
-from .report import with_tables
+from .report import table, with_tables
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale-out-plan.md"
 MIB, GIB = 2**20, 2**30
@@ -275,17 +274,11 @@ def tables() -> dict[str, str]:
         "| adapter, weights MiB | NVLink ms | adapter ms"
     )
     return {
-        "student": table(trained, student),
-        "teacher": table(scored, teacher),
-        "70B": table(trained, large),
-        "heads": table(of_heads, heads),
+        "student": table(trained.split(" | "), student),
+        "teacher": table(scored.split(" | "), teacher),
+        "70B": table(trained.split(" | "), large),
+        "heads": table(of_heads.split(" | "), heads),
     }
-
-
-def table(header: str, rows: Iterable[list[str]]) -> str:
-    columns = header.count("|") + 1
-    lines = [header, " | ".join(["---"] * columns), *(" | ".join(cells) for cells in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def updated(page: str) -> str:

@@ -13,10 +13,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from benchmarks.report import table
+
 from . import methods
 from .model import Transformer
 from .plan import EXPLORING, TASKS, Run
-from .report import table
 from .task import END
 from .train import Evaluation, Optimizer, Sampler, World, batch_of, students
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from benchmarks.report import table
+
 from .model import Transformer
 from .plan import CONFIRMING, TASKS, Run
-from .report import LABELS, table
+from .report import LABELS
 from .task import SYMBOLS, labels_of, prompts
 from .train import Evaluation, World, students
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.report import table
+
 from .methods import METHODS
 from .plan import BOUNDS, COMPARISONS, RATES, TASKS, Bound, Comparison
 
@@ -275,11 +277,6 @@ def _bound(claim: Bound, runs: Runs) -> list[str]:
     held = sum(claim.least <= x.mean <= claim.most for x in found.values())
     text = f"at most {_number(claim.most)}" if claim.most < 1 else f"at least {_number(claim.least)}"
     return [f"{LABELS[claim.method]} {text}", "; ".join(map(str, found.values())), f"{held} of {len(found)}"]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _number(x: float) -> str:
