@@ -149,6 +149,14 @@ def test_micro_batches_sum_to_the_batch(by_token: bool) -> None:
     assert summed == pytest.approx(metrics)
 
 
+def test_weights_that_change_count_from_the_next_call_on() -> None:
+    logp, data = batch()
+    changed, expected = KDRLLossFn(distill_loss_weight=0.0), KDRLLossFn(rl_loss_weight=0.7, distill_loss_weight=0.3)
+    changed(logp, data, **COUNTS)
+    changed.rl_loss_weight, changed.distill_loss_weight = 0.7, 0.3
+    torch.testing.assert_close(changed(logp, data, **COUNTS)[0], expected(logp, data, **COUNTS)[0])
+
+
 def test_it_says_what_it_is() -> None:
     for by_token, kind in ((True, "TOKEN_LEVEL"), (False, "SEQUENCE_LEVEL")):
         loss_fn = KDRLLossFn(distill_loss_weight=0.005, token_level_loss=by_token)

@@ -105,6 +105,22 @@ def test_a_teacher_is_used_once() -> None:
         loss(**inputs)
 
 
+def test_a_weight_that_changes_counts_from_the_next_call_on() -> None:
+    inputs, loss = batch(), KDRLPolicyLoss(policy_loss(), rl_loss_weight=0.0, distill_loss_weight=0.0)
+    loss.teacher_log_probs = inputs["old_log_probs"]
+    assert loss(**inputs).loss == 0
+    loss.distill_loss_weight = 0.3
+    with pytest.raises(ValueError, match="teacher_log_probs must be set before every call"):
+        loss(**inputs)  # that of the call before was for another batch
+    losses = []
+    for weight in (0.3, 0.6):
+        loss.distill_loss_weight = weight
+        loss.teacher_log_probs = inputs["old_log_probs"]
+        losses.append(loss(**inputs).loss)
+    assert losses[0] != 0
+    torch.testing.assert_close(losses[1], 2 * losses[0])
+
+
 def test_attach_hands_each_experience_its_teacher() -> None:
     inputs = batch()
 

@@ -89,8 +89,6 @@ class KDRLLossFn:
         self.rl_loss_weight, self.distill_loss_weight = rl_loss_weight, distill_loss_weight
         self.loss = functools.partial(
             kdloss.kdrl_loss,
-            rl_loss_weight=rl_loss_weight,
-            distill_loss_weight=distill_loss_weight,
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
@@ -238,6 +236,8 @@ class KDRLLossFn:
             None if teacher_logp is None else teacher_logp[:, 1:].flatten(),
             advantages,
             loss_mask=loss_mask,
+            rl_loss_weight=self.rl_loss_weight,
+            distill_loss_weight=self.distill_loss_weight,
             prox_logp=prox_logp,
             weights=weights,
             kd_baseline=per_token(self.kd_baseline, logp),

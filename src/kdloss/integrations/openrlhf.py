@@ -114,7 +114,7 @@ class KDRLPolicyLoss(torch.nn.Module):
         self.token_loss = functools.partial(
             kdloss.kdrl_token_loss,
             rl_loss_weight=0.0,  # the RL term is OpenRLHF's own
-            distill_loss_weight=distill_loss_weight,
+            distill_loss_weight=1.0,
             kd_reward_clip=kd_reward_clip,
             kd_max_ratio=kd_max_ratio,
         )
@@ -152,6 +152,7 @@ class KDRLPolicyLoss(torch.nn.Module):
         Raises:
             ValueError: `rollout_log_probs` or the teacher's log-probs are needed and missing.
         """
+        teacher_log_probs, self.teacher_log_probs = self.teacher_log_probs, None
         loss_mask = action_mask.bool().flatten()
         cu_seqlens = row_cu_seqlens(log_probs)
         logp, prox_logp, advantages = log_probs.flatten(), old_log_probs.flatten(), advantages.flatten()
@@ -192,8 +193,14 @@ class KDRLPolicyLoss(torch.nn.Module):
         if self.rl_loss_weight != 0:
             loss = self.rl_loss_weight * reduce(surrogate.loss, normalizer=normalizer)
         if self.distill_loss_weight != 0:
-            token_loss = self._distillation(logp, prox_logp if sampled is None else sampled, loss_mask)
-            loss = loss + reduce(token_loss, normalizer=normalizer)
+            if teacher_log_probs is None:
+                raise ValueError(
+                    "teacher_log_probs must be set before every call where distill_loss_weight is not 0 (it is "
+                    f"{self.distill_loss_weight}), as attach does; the teacher gave none for this experience"
+                )
+            old_logp = prox_logp if sampled is None else sampled
+            token_loss = self.token_loss(logp, old_logp, teacher_log_probs.flatten(), None, loss_mask=loss_mask)
+            loss = loss + self.distill_loss_weight * reduce(token_loss, normalizer=normalizer)
 
         mean = functools.partial(kdloss.token_mean, loss_mask=loss_mask)
         vllm_kl = None
@@ -201,15 +208,6 @@ class KDRLPolicyLoss(torch.nn.Module):
             vllm_kl = -mean(kdloss.kl_k1(prox_logp, sampled, loss_mask=loss_mask))
         ppo_kl = -mean(kdloss.kl_k1(logp.detach(), prox_logp, loss_mask=loss_mask))
         return PolicyLossOutput(loss, mean(surrogate.clipped.to(loss.dtype)), ppo_kl, vllm_kl, filtered)
-
-    def _distillation(self, logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
-        teacher_logp, self.teacher_log_probs = self.teacher_log_probs, None
-        if teacher_logp is None:
-            raise ValueError(
-                "teacher_log_probs must be set before every call where distill_loss_weight is not 0 (it is "
-                f"{self.distill_loss_weight}), as attach does; the teacher gave none for this experience"
-            )
-        return self.token_loss(logp, old_logp, teacher_logp.flatten(), None, loss_mask=loss_mask)
 
     def _correction(
         self, prox_logp: Tensor, sampled: Tensor | None, loss_mask: Tensor, cu_seqlens: Tensor, shape: torch.Size
