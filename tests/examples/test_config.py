@@ -148,8 +148,9 @@ def test_modes_that_need_a_teacher_say_so(tmp_path):
         load_config(path, ["mode=sft", "endpoint.url=http://127.0.0.1:1"])
     with pytest.raises(ConfigError, match="mode kdrl-full reads the teacher's hidden states"):
         load_config(KDRL, ["mode=kdrl-full", "endpoint.url=http://127.0.0.1:1"])
-    with pytest.raises(ConfigError, match=r"it needs teacher\.reduction=token_mean"):
-        load_config(KDRL, ["mode=kdrl-full", "teacher.reduction=sequence_mean"])
+    for mode in ("kdrl-full", "sft"):
+        with pytest.raises(ConfigError, match=rf"mode {mode} .* needs teacher\.reduction=token_mean"):
+            load_config(KDRL, [f"mode={mode}", "teacher.reduction=sequence_mean"])
 
 
 def test_modes_that_distil_need_a_weight_and_the_others_none(tmp_path):

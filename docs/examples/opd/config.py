@@ -279,8 +279,8 @@ def _check_together(config: Config) -> None:
         raise ConfigError("mode kdrl-full reads the teacher's hidden states: it needs teacher.path and one process")
     if config.mode != "grpo" and not (local or remote):
         raise ConfigError(f"mode {config.mode} needs a teacher: set teacher.path or endpoint.url")
-    if config.mode == "kdrl-full" and loss_config(config).reduction != "token_mean":
-        raise ConfigError("mode kdrl-full adds a mean over tokens: it needs teacher.reduction=token_mean")
+    if config.mode in ("kdrl-full", "sft") and loss_config(config).reduction != "token_mean":
+        raise ConfigError(f"mode {config.mode} takes a mean over tokens: it needs teacher.reduction=token_mean")
     loss_config(config)
     weight_schedule(config)
     if config.data.path and not config.data.eval_path:
