@@ -1,4 +1,4 @@
-"""Holds README.md and docs/ to what a reader sees: no block needs a hidden one, no link is empty or broken.
+"""Holds README.md and docs/ to what a reader sees: no block needs a hidden one, no link is empty.
 
 conftest.py and tests/trainers/test_pages.py run the blocks. Both leave out HTML comments, so a page that hides its
 set-up fails there with the reader's NameError.
@@ -84,22 +84,10 @@ def test_no_block_is_hidden_or_fenced_in_another_way(page):
 
 
 @every_page
-def test_links_have_a_text_and_a_target(page):
+def test_links_have_a_text(page):
+    """`test_site.py` holds that they lead somewhere."""
     text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
-    for words, target in re.findall(r"\[([^][]*)\]\(([^()\s]+)\)", text):
-        assert words.strip(), f"a link to {target} without a text"
-        if re.match(r"https?:", target):
-            continue
-        path, _, anchor = target.partition("#")
-        there = page.parent / path if path else page
-        assert there.exists(), target
-        assert not anchor or anchor in anchors(there.read_text("utf-8")), target
-
-
-def anchors(text):
-    """GitHub's anchors of the headings: lower case, no punctuation, dashes for spaces."""
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert [target for words, target in re.findall(r"\[([^][]*)\]\(([^()\s]+)\)", text) if not words.strip()] == []
 
 
 def test_every_field_of_a_loss_is_explained_once():
