@@ -20,8 +20,8 @@ from torch import Tensor
 # read and written, and one launch of each kernel, so slices should be wide and few. Not yet tuned on a device.
 SLICE_BYTES = 1 << 29
 
-# With fewer columns a product no longer fills a device, however many rows it has. From 131072 tokens on, a slice is
-# this wide and exceeds the budget: 4 KiB per token. From 32768 tokens on, it is also narrower than the 4096 columns
+# With fewer columns a product no longer fills a device, however many rows it has. Above 131072 tokens, a slice is
+# this wide and exceeds the budget: 4 KiB per token. Above 32768 tokens, it is also narrower than the 4096 columns
 # that a program of `fold` takes at a time: half of its lanes are idle at 65536 tokens, three of four from 131072 on.
 LEAST_WIDTH = 1024
 

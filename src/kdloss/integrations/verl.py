@@ -363,9 +363,8 @@ def _policy_loss(
             "actor/pg_clipfrac_lower": dual_clipped,
         }
         means = torch.stack([kdloss.token_mean(x, loss_mask=mask).to(loss.dtype) for x in values.values()])
-    return loss, dict(
-        zip(values, means.tolist(), strict=True)
-    )  # Python numbers, as in verl: the only wait for the device
+    # Python numbers, as in verl: the only wait for the device
+    return loss, dict(zip(values, means.tolist(), strict=True))
 
 
 def _check_temperature(data: Mapping[str, Any]) -> None:
