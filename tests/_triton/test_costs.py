@@ -4,7 +4,7 @@
 which needs no GPU. All launches are more than a minute's work, so the tests have bfloat16, even, odd and cut rows, the
 options that add the most code, and some float32. Left out are float16, most options set alone, most calls with padding
 or few rows, and of several launches of one kernel in a call all but the first.
-`python -m benchmarks.kernel_costs --every` compiles these too: some 1000 codes in 1257 calls.
+`python -m benchmarks.kernel_costs --every` compiles these too: some 1000 codes.
 """
 
 from __future__ import annotations

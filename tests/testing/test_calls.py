@@ -122,6 +122,18 @@ def test_a_scalar_loss_that_adds_sequences_up_needs_no_other_batch_size(tree):
     assert "batches of one sequence" in str(audit(kdloss.grpo_loss, tree))  # its default divides by the local count
 
 
+def test_a_loss_that_is_nan_for_two_sequences_couples_them():
+    """Rewards divided by their standard deviation, which is 0 where the two are equal."""
+
+    def loss(logp, rewards, loss_mask, cu_seqlens):
+        alone = len(rewards) == 1
+        scaled = rewards if alone else (rewards - rewards.mean()) / rewards.std(correction=0)
+        return -(torch.repeat_interleave(scaled, cu_seqlens.diff()) * logp)[loss_mask].sum()
+
+    solved = SequenceTree(max_length=2, eos=0, rewards=torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]))
+    assert "batches of one sequence" in str(audit(loss, solved))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     "loss",

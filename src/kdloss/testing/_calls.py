@@ -244,7 +244,8 @@ def couples_pairs(loss: Callable[..., Any], tree: SequenceTree, under: str, norm
         return False
     parts = alone + alone.roll(-1, 0)
     factor = (parts * pairs).sum() / parts.square().sum().clamp(min=1e-30)  # 1 for a sum, 1/2 for a mean
-    return float((pairs - factor * parts).norm()) > max(1e-3 * float(pairs.norm()), 1e-9)
+    # NaN is no multiple either
+    return not float((pairs - factor * parts).norm()) <= max(1e-3 * float(pairs.norm()), 1e-9)
 
 
 def _difference(one: Tensor, other: Tensor, tree: SequenceTree, rtol: float) -> str | None:
