@@ -242,7 +242,7 @@ def _measure(options: argparse.Namespace) -> int:
     result = Suite(options.grid, grid, cases, device, options.threads, keep)()
     written = report.write(result, folder / result["slug"], stem) if folder else []
     print(report.markdown(result))
-    if written:
+    if written and not result["failed"]:
         _renew_pages(result, written[0])
     print("\n".join(_shown(path) for path in written))
     if result["failed"]:

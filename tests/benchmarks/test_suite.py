@@ -410,6 +410,7 @@ def test_a_death_that_is_no_peers_ends_the_run(monkeypatch, at):
 def test_ours_failing_ends_the_run(monkeypatch, capsys, tmp_path, quick):
     wrong = row(0.1, ours=True, error="value error 1.00e+00 (bound 1.00e-03)")
     fake(monkeypatch, lambda case, job: entry(case, {"kdloss": wrong}))
+    monkeypatch.setattr(command, "_renew_pages", lambda *given: pytest.fail("a page shows a run that failed"))
     code = command.main(["--quick" if quick else "--core", "--device", "cpu", "--out", str(tmp_path)])
     assert code == 1
     assert "kdloss: value error 1.00e+00" in capsys.readouterr().err
