@@ -24,7 +24,7 @@ TESTS = Path(__file__).parents[1]
 ADVICE = re.compile(
     r"(?:^|[;:,(.] |\b(?:or|there|tokens) )(?:they are per token: |under \w+, )?"
     r"(?:pass|use|call|convert|set|unset|expand|flatten|write|load|pad|put|take|let|have|leave it|divide|train"
-    r"|score|draw|return a)\b",
+    r"|score|draw|ask|return a)\b",
     re.IGNORECASE,
 )
 HERE = "every_function/test_advice.py"
@@ -280,6 +280,16 @@ FOLLOWED = {
         "integrations/test_answers.py",
         "test_each_of_several_choices_is_the_answer_of_a_sequence",
         "read([choice]",
+    ),
+    "ask with logprob_start_len={}": (
+        "integrations/test_recorded_servers.py",
+        "test_sglang_scores_a_response_alone",
+        'body("sglang-start-0")',
+    ),
+    "pass the logprob_start_len that was sent as starts=": (
+        "integrations/test_recorded_servers.py",
+        "test_sglang_scores_a_response_alone",
+        "starts=starts",
     ),
     "pass the whole response": (
         "integrations/test_answers.py",
