@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -261,22 +262,19 @@ def case_dtensors(ranks: Ranks) -> None:
         options = {"beta": 0.3} if name == "generalized_jsd" else {}
         kl = getattr(kdloss, name)
         close(kl(x, placed(logits.flip(0), Shard(-1)), **options), kl(logits, logits.flip(0), **options), x.dtype, name)
-    close(
-        kdloss.topk_forward_kl(x, logits[:, :3].log_softmax(-1), labels[:, None] * 0 + torch.arange(3), tail="bucket"),
-        kdloss.topk_forward_kl(
-            logits, logits[:, :3].log_softmax(-1), labels[:, None] * 0 + torch.arange(3), tail="bucket"
-        ),
-        x.dtype,
-        "topk",
-    )
+    top = logits[:, :3].log_softmax(-1), torch.arange(3).expand(T, 3)
+    kl = partial(kdloss.topk_forward_kl, tail="bucket")
+    close(kl(x, *top), kl(logits, *top), x.dtype, "topk")
 
-    mask = torch.ones(T, dtype=torch.bool)
+    mask, teacher_logp = torch.ones(T, dtype=torch.bool), torch.zeros(T, dtype=torch.float64)
 
     def losses(h, w, b, **options):
         logp = kdloss.linear_token_logprobs(h, w, labels, bias=b, **options)
         fused = kdloss.fused_linear_loss(h, w, labels, lambda lp, e: -lp, loss_mask=mask, bias=b, **options)
         kl = kdloss.linear_forward_kl(h, w, h, w, loss_mask=mask, bias=b, teacher_bias=b, **options)
-        return logp, fused.loss, kl
+        topk = kdloss.linear_topk_forward_kl(h, w, *top, loss_mask=mask, tail="bucket", bias=b, **options)
+        sampled = kdloss.linear_topk_sampled_reverse_kl(h, w, labels, teacher_logp, *top, bias=b, **options)
+        return logp, fused.loss, kl, topk, sampled
 
     expected, gradients = differentiated(losses, [hidden, weight, bias])
     for whole in (placed(hidden, Replicate()), hidden.clone().requires_grad_()):

@@ -271,7 +271,7 @@ def _linear_topk(
         impl=impl,
     )
     softmax, student = heads.softmax, heads.student
-    support = check_support("hidden", head.hidden, heads.shape, *teacher, softmax.vocab_size).only(loss_mask)
+    support = check_support("hidden", student.hidden, heads.shape, *teacher, softmax.vocab_size).only(loss_mask)
     _checks.row_temperatures(softmax.row_temperature, support.counted)
 
     def columns(ids: Tensor, *, with_rest: bool) -> tuple[Tensor, Tensor]:
