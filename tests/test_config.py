@@ -132,6 +132,12 @@ def test_what_is_no_number_is_a_type_error(name, value):
         KDRLConfig(**WEIGHT | {name: value})
 
 
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(KDRLConfig) if f.type == "float"])
+def test_none_is_no_number_where_the_field_has_one(name):
+    with pytest.raises(TypeError, match=f"{name} must be a Python number, got NoneType None"):
+        KDRLConfig(**WEIGHT | {name: None})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

@@ -201,21 +201,22 @@ def exactly_one(**arguments: object) -> None:
         )
 
 
-def positive(**numbers: float | None) -> None:
-    """Python numbers > 0; None passes."""
+def positive(**numbers: float) -> None:
+    """Python numbers > 0."""
     for name, x in numbers.items():
-        if x is None:
-            continue
         _number(name, x)
         if not x > 0:
             raise ValueError(f"{name} must be > 0, got {x}")
 
 
-def non_negative(**numbers: float | None) -> None:
-    """Python numbers >= 0; None passes."""
+def positive_or_none(**numbers: float | None) -> None:
+    """Python numbers > 0; None passes."""
+    positive(**{name: x for name, x in numbers.items() if x is not None})
+
+
+def non_negative(**numbers: float) -> None:
+    """Python numbers >= 0."""
     for name, x in numbers.items():
-        if x is None:
-            continue
         _number(name, x)
         if not x >= 0:
             raise ValueError(f"{name} must be >= 0, got {x}")
@@ -231,7 +232,7 @@ def finite(**numbers: float) -> None:
 
 def softcap(**caps: float | None) -> None:
     """Positive finite Python numbers; None passes."""
-    positive(**caps)
+    positive_or_none(**caps)
     for name, x in caps.items():
         if x == math.inf:
             raise ValueError(f"{name} must be finite, got inf; pass None for no softcap")
@@ -261,7 +262,7 @@ def share(name: str, share: float, at_0: str, at_1: str | None) -> None:
 def ppo_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
     """The bounds of PPO's clip: >= 0, and `dual_clip` > 1 or None."""
     non_negative(clip_low=clip_low, clip_high=clip_high)
-    positive(dual_clip=dual_clip)
+    positive_or_none(dual_clip=dual_clip)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
 

@@ -104,7 +104,7 @@ class KDRLConfig:
     def __post_init__(self) -> None:
         _checks.finite(rl_loss_weight=self.rl_loss_weight, distill_loss_weight=self.distill_loss_weight)
         _checks.ppo_clips(self.clip_low, self.clip_high, self.dual_clip)
-        _checks.positive(kd_reward_clip=self.kd_reward_clip, kd_max_ratio=self.kd_max_ratio)
+        _checks.positive_or_none(kd_reward_clip=self.kd_reward_clip, kd_max_ratio=self.kd_max_ratio)
         _checks.unit_interval(kd_discount=self.kd_discount)
         _checks.one_of("reduction", self.reduction, get_args(Reduction))
         _checks.flag(direct_penalty=self.direct_penalty)

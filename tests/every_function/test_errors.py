@@ -157,6 +157,21 @@ def test_an_infinite_number_is_refused_or_a_bound_that_never_acts(name, keyword,
                 assert (x.isnan() <= before[part].isnan()).all(), part
 
 
+def numbers():
+    """(function, keyword) for every keyword that takes a number, and not None."""
+    for name in TABLE:
+        for parameter in inspect.signature(public_function(name)).parameters.values():
+            kinds = set(str(parameter.annotation).split(" | "))
+            if {"float"} <= kinds <= {"float", "Tensor"} and parameter.name != "fill":  # torch checks what fills
+                yield pytest.param(name, parameter.name, id=f"{name}-{parameter.name}")
+
+
+@pytest.mark.parametrize(("name", "keyword"), list(numbers()))
+def test_none_in_place_of_a_number_is_named(name, keyword):
+    came = f"{keyword} must be a Python number, got NoneType None"
+    raises(name, TABLE[name].variants["base"] | {keyword: None}, TypeError, came)
+
+
 def test_advantages_of_padded_sequences_are_told_how_to_become_per_token():
     logp, mask, advantages = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.tensor([1.0, -1.0])
     with pytest.raises(ValueError, match=r"got \(2,\); .* with advantages\[:, None\]\.expand_as\(logp\)$"):

@@ -232,7 +232,7 @@ def _check_samples(
     _checks.floating(teacher_logp=teacher_logp, old_logp=old_logp)
     _checks.same_shape("labels", labels, teacher_logp=teacher_logp, old_logp=old_logp)
     _checks.same_device("labels", labels, teacher_logp=teacher_logp, old_logp=old_logp)
-    _checks.positive(max_ratio=max_ratio)
+    _checks.positive_or_none(max_ratio=max_ratio)
     teacher_logp = teacher_logp.detach()
     old_logp = None if old_logp is None else old_logp.detach()
     if labels.shape == rows:

@@ -204,7 +204,7 @@ def reverse_kl_reward(
     Source:
         KDRL (arXiv 2506.02208), the reward of J_RKL: R_{i,t} = log pi_T(o_{i,t}) - log pi_theta(o_{i,t}).
     """
-    _checks.positive(clip=clip)
+    _checks.positive_or_none(clip=clip)
     reward = -_teacher_log_ratio(logp, teacher_logp, loss_mask).detach()
     return reward if clip is None else reward.clamp(-clip, clip)
 

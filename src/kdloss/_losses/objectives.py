@@ -572,7 +572,7 @@ def _check_terms(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD 
         _checks.ppo_clips(rl.clip_low, rl.clip_high, rl.dual_clip)
     if kd is not None:
         _checks.weight("logp", logp, distill_loss_weight=kd.weight)
-        _checks.positive(kd_reward_clip=kd.reward_clip, kd_max_ratio=kd.max_ratio)
+        _checks.positive_or_none(kd_reward_clip=kd.reward_clip, kd_max_ratio=kd.max_ratio)
         _checks.unit_interval(kd_discount=kd.discount)
         if kd.discount != 0 and reduce.cu_seqlens is None:
             raise ValueError(f"cu_seqlens must be given where kd_discount is not 0 (it is {kd.discount})")

@@ -71,7 +71,7 @@ def forward_kl_reward(
     Source:
         f(u) = u log u - u + 1 in r = -(f(u) - u f'(u)); f-divergences as rewards: arXiv 2606.01039.
     """
-    _checks.positive(clip=clip)
+    _checks.positive_or_none(clip=clip)
     return _clipped(expm1(_log_u(logp, teacher_logp, loss_mask)), clip)
 
 
@@ -124,7 +124,7 @@ def jsd_reward(
         GKD, arXiv 2306.13649, section 3, for the divergence; f-divergences as rewards: arXiv 2606.01039.
     """
     _checks.share("beta", beta, forward_kl_reward.__name__, "reverse_kl_reward")
-    _checks.positive(clip=clip)
+    _checks.positive_or_none(clip=clip)
     log_u = _log_u(logp, teacher_logp, loss_mask)
     small = log1p(beta * expm1(log_u.clamp(max=_LARGE)))  # keeps the digits of r where p and q nearly agree
     large = log_u + log1p((1 - beta) * expm1(-log_u.clamp(min=_LARGE)))
@@ -175,7 +175,7 @@ def squared_hellinger_reward(
     Source:
         f(u) = (sqrt(u) - 1)² / 2 in r = -(f(u) - u f'(u)); f-divergences as rewards: arXiv 2606.01039.
     """
-    _checks.positive(clip=clip)
+    _checks.positive_or_none(clip=clip)
     return _clipped(0.5 * expm1(0.5 * _log_u(logp, teacher_logp, loss_mask)), clip)
 
 
@@ -220,7 +220,7 @@ def total_variation_reward(
     Source:
         f(u) = |u - 1| / 2 in r = -(f(u) - u f'(u)); f-divergences as rewards: arXiv 2606.01039.
     """
-    _checks.positive(clip=clip)
+    _checks.positive_or_none(clip=clip)
     return _clipped(0.5 * _log_u(logp, teacher_logp, loss_mask).sign(), clip)
 
 

@@ -102,7 +102,7 @@ def importance_sampled_surrogate(
     Source:
         KDRL (arXiv 2506.02208), J_RKL, with A = R; the bound: CISPO (arXiv 2506.13585).
     """
-    _checks.positive(max_ratio=max_ratio)
+    _checks.positive_or_none(max_ratio=max_ratio)
     log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)
     given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()))
     never = torch.zeros_like(loss_mask)
@@ -289,7 +289,7 @@ def cispo_surrogate(
     Source:
         MiniMax-M1 (arXiv 2506.13585), eq. 4.
     """
-    _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
+    _checks.non_negative(clip_low=0.0 if clip_low is None else clip_low, clip_high=clip_high)
     # its gradient is through log q alone
     log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights).detach()
     given = _given(log_ratio, advantages, loss_mask, weights, log_ratio.new_zeros(()))

@@ -242,7 +242,8 @@ def _drop_outside(weight: Tensor, min_weight: float, max_weight: float) -> Tenso
 def _bound_of(statistic: Statistic, max_statistic: float | None) -> float | None:
     """The upper bound of "k2" or "k3"; None for "ratio", which has bounds of its own."""
     _checks.one_of("statistic", statistic, get_args(Statistic))
-    _checks.non_negative(max_statistic=max_statistic)
+    if max_statistic is not None:
+        _checks.non_negative(max_statistic=max_statistic)
     if (statistic == "ratio") != (max_statistic is None):
         expected = "None" if max_statistic is not None else "a number"
         raise ValueError(f"max_statistic must be {expected} with statistic={statistic!r}, got {max_statistic}")
