@@ -903,10 +903,7 @@ _BAD_PG = bad_per_token("logp", "old_logp", "advantages", "weights")
 
 _BAD_CLIPS = [*non_negative("clip_low"), *non_negative("clip_high")]
 
-_BAD_DUAL_CLIP = [
-    *positive("dual_clip"),
-    Bad("dual_clip is 1", {"dual_clip": 1}, ValueError, "dual_clip must be > 1, got 1"),
-]
+_BAD_DUAL_CLIP = list(bad_numbers("dual_clip", bound="> 1", wrong=(1.0, 0.0, math.nan)))
 
 BAD["importance_sampled_surrogate"] = [*_BAD_PG, *positive("max_ratio")]
 

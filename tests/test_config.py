@@ -145,7 +145,7 @@ def test_none_is_no_number_where_the_field_has_one(name):
         ("distill_loss_weight", math.nan, "distill_loss_weight must be finite, got nan"),
         ("clip_low", -0.1, "clip_low must be >= 0, got -0.1"),
         ("clip_high", -0.1, "clip_high must be >= 0, got -0.1"),
-        ("dual_clip", 0, "dual_clip must be > 0, got 0"),
+        ("dual_clip", 0, "dual_clip must be > 1, got 0"),
         ("dual_clip", 1.0, "dual_clip must be > 1, got 1.0"),
         ("kd_discount", -0.5, "kd_discount must be >= 0, got -0.5"),
         ("kd_discount", 1.1, "kd_discount must be in 0 .. 1, got 1.1"),

@@ -262,8 +262,10 @@ def share(name: str, share: float, at_0: str, at_1: str | None) -> None:
 def ppo_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
     """The bounds of PPO's clip: >= 0, and `dual_clip` > 1 or None."""
     non_negative(clip_low=clip_low, clip_high=clip_high)
-    positive_or_none(dual_clip=dual_clip)
-    if dual_clip is not None and not dual_clip > 1:
+    if dual_clip is None:
+        return
+    _number("dual_clip", dual_clip)
+    if not dual_clip > 1:
         raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
 
 
