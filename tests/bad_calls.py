@@ -827,8 +827,8 @@ IDS = TABLE["leave_one_out_advantages"].variants["ids"]["group_ids"]
 _BAD_GROUPS = [
     Bad("integers", {"rewards": IDS}, TypeError, "rewards must have a floating-point dtype, got torch.int64"),
     Bad("two axes", {"rewards": GROUPED[None]}, ValueError, "rewards must be (B,), got (1, 12)"),
-    Bad("no group", {"group_size": None}, ValueError, "exactly one of group_size and group_ids ..., got neither"),
-    Bad("two groups", {"group_ids": IDS}, ValueError, "exactly one of group_size and group_ids ..., got both"),
+    Bad("no group", {"group_size": None}, ValueError, "exactly one of group_size ... given, got none"),
+    Bad("two groups", {"group_ids": IDS}, ValueError, "exactly one of ..., got group_size and group_ids"),
     Bad("size is float", {"group_size": 4.0}, TypeError, "group_size must be an int, got float"),
     Bad("size is bool", {"group_size": True}, TypeError, "group_size must be an int, got bool"),
     Bad("size is 5", {"group_size": 5}, ValueError, "group_size must be >= 1 and divide the 12 rewards, got 5"),

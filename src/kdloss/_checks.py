@@ -201,6 +201,13 @@ def exactly_one(**arguments: object) -> None:
         )
 
 
+def integer(**numbers: int) -> None:
+    """Python integers, not bool."""
+    for name, x in numbers.items():
+        if isinstance(x, bool) or not isinstance(x, int):
+            raise TypeError(f"{name} must be an int, got {type(x).__name__} {x!r}")
+
+
 def positive(**numbers: float) -> None:
     """Python numbers > 0."""
     for name, x in numbers.items():

@@ -281,6 +281,8 @@ def test_bad_arguments():
         check(batch, group_ids=torch.arange(ROWS))
     with pytest.raises(ValueError, match="group_size must be > 0"):
         check(batch, group_size=0)
+    with pytest.raises(TypeError, match=r"group_size must be an int, got float 4\.0"):
+        check(batch, group_size=4.0)
     with pytest.raises(ValueError, match="kd_discount must be in"):
         check(batch, kd_discount=1.5)
 

@@ -265,8 +265,7 @@ def of_dtensor(name: str, x: Tensor, axis: int | None = None) -> VocabShard | No
 
 
 def _chunk(vocab_size: int, rank: int, size: int) -> tuple[int, int]:
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    _checks.integer(vocab_size=vocab_size)
     width = -(-vocab_size // size)
     return min(rank * width, vocab_size), min((rank + 1) * width, vocab_size)
 

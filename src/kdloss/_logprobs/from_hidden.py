@@ -227,10 +227,8 @@ def select_rows(
     """
     if max_trained_tokens is None:
         return (trained.nonzero().squeeze(-1) if _checks.runs_eagerly(trained) else None), None
-    if isinstance(max_trained_tokens, bool) or not isinstance(max_trained_tokens, int):
-        raise TypeError(f"max_trained_tokens must be an int, got {type(max_trained_tokens).__name__}")
-    if max_trained_tokens < 0:
-        raise ValueError(f"max_trained_tokens must be >= 0, got {max_trained_tokens}")
+    _checks.integer(max_trained_tokens=max_trained_tokens)
+    _checks.non_negative(max_trained_tokens=max_trained_tokens)
     if _checks.value_checks_allowed(trained) and trained.sum() > max_trained_tokens:
         raise ValueError(
             f"max_trained_tokens must hold the {int(trained.sum())} trained tokens, got {max_trained_tokens}"

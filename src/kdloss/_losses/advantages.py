@@ -180,16 +180,18 @@ class _Groups:
         _checks.floating(rewards=rewards)
         if rewards.ndim != 1:
             raise ValueError(f"rewards must be (B,), got {tuple(rewards.shape)}")
-        if (group_size is None) == (group_ids is None):
-            given = "neither" if group_size is None else "both"
-            raise ValueError(f"exactly one of group_size and group_ids must be given, got {given}")
+        _checks.exactly_one(group_size=group_size, group_ids=group_ids)
         self.dtype = _checks.promoted_dtype(rewards)
         rewards = rewards.detach().to(_checks.accumulator_dtype(rewards))
         self._bucket: Tensor | None = None
         self.size: int | Tensor
         self.others: int | Tensor  # the size less 1, at least 1
         if group_ids is None:
-            self.size = size = _size_of_groups(rewards, group_size)
+            assert group_size is not None
+            _checks.integer(group_size=group_size)
+            if group_size < 1 or len(rewards) % group_size != 0:
+                raise ValueError(f"group_size must be >= 1 and divide the {len(rewards)} rewards, got {group_size}")
+            self.size = size = group_size
             self.others = max(size - 1, 1)
             rewards = rewards.reshape(-1, size)
             lowest, highest = rewards.aminmax(dim=1, keepdim=True)
@@ -222,11 +224,3 @@ class _Groups:
     def result(self, advantages: Tensor, equal: Tensor) -> Tensor:
         """(B,) advantages, 0 in groups of equal rewards."""
         return torch.where(equal, advantages.new_zeros(()), advantages).flatten().to(self.dtype)
-
-
-def _size_of_groups(rewards: Tensor, group_size: int | None) -> int:
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
-    if group_size < 1 or rewards.shape[0] % group_size != 0:
-        raise ValueError(f"group_size must be >= 1 and divide the {rewards.shape[0]} rewards, got {group_size}")
-    return group_size

@@ -119,8 +119,7 @@ def check_alignment(
     """
     _checks.tensors(teacher_logp=teacher_logp)
     _checks.per_token("logp", logp, loss_mask=loss_mask, teacher_logp=teacher_logp)
-    if isinstance(max_shift, bool) or not isinstance(max_shift, int):
-        raise TypeError(f"max_shift must be an int, got {type(max_shift).__name__} {max_shift!r}")
+    _checks.integer(max_shift=max_shift)
     _checks.positive(max_shift=max_shift)
     if cu_seqlens is None:
         length = max(1, logp.shape[-1] if logp.ndim > 0 else 1)

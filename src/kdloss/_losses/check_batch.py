@@ -173,7 +173,9 @@ def check_batch(
         _checks.integral(group_ids=group_ids)
     if group_size is not None and group_ids is not None:
         raise ValueError("group_size and group_ids exclude each other; pass one of them")
-    _checks.positive_or_none(group_size=group_size)
+    if group_size is not None:
+        _checks.integer(group_size=group_size)
+        _checks.positive(group_size=group_size)
     _checks.unit_interval(kd_discount=kd_discount)
     if cu_seqlens is None:
         length = max(1, logp.shape[-1] if logp.ndim > 0 else 1)

@@ -182,8 +182,7 @@ def _checked_vocab_size(vocab_size: int | None, width: int) -> int:
     """`vocab_size`, which must be in 1 .. width; None: the width of the vocabulary axis, padding included."""
     if vocab_size is None:
         return width
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    _checks.integer(vocab_size=vocab_size)
     if not 1 <= vocab_size <= width:
         raise ValueError(f"vocab_size must be in 1 .. {width}, the size of the vocabulary axis, got {vocab_size}")
     return vocab_size
