@@ -77,7 +77,7 @@ BOUNDS = {
     "kl_k1": {"base": 6},
     "kl_k2": {"base": 12},
     "kl_k3": {"base": 13},
-    "reverse_kl_reward": {"base": 4, "clip": 5},
+    "reverse_kl_reward": {"base": 3, "clip": 4},
     "forward_kl_reward": {"base": 4, "clip": 5},
     "jsd_reward": {"base": 16},
     "squared_hellinger_reward": {"base": 6},

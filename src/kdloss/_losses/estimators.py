@@ -26,7 +26,7 @@ from kdloss._packing.parts import returns_of_later_parts
 from kdloss._packing.texts import PACKING_ARGS
 
 from .returns_op import discounted_scan
-from .texts import LOSS_ARGS
+from .texts import LOSS_ARGS, REWARD_ARGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -162,7 +162,7 @@ def kl_k3(
     return torch.expm1(-log_ratio) + log_ratio
 
 
-@documented(LOSS_ARGS)
+@documented(REWARD_ARGS)
 def reverse_kl_reward(
     logp: Tensor,  # (T,)
     teacher_logp: Tensor,  # (T,)
@@ -175,10 +175,10 @@ def reverse_kl_reward(
         R_t = teacher_logp_t - logp_t, clamped to [-clip, clip]
 
     Args:
-        logp: (T,) or any shape: log-probs of the tokens under the student, nats. Detached.
+        {logp}
         {teacher_logp}
         {loss_mask}
-        clip: symmetric bound in nats, > 0. None: no bound.
+        {clip}
 
     Returns:
         The shape of `logp`, without gradient, 0 at untrained tokens. A trained token that the teacher excludes
@@ -189,8 +189,8 @@ def reverse_kl_reward(
         the sampled token and biases that by design.
 
     Raises:
-        TypeError: a log-prob is not a floating-point tensor, or `loss_mask` is not bool.
-        ValueError: shapes or devices differ, or `clip` is not > 0.
+        {TypeError}
+        {ValueError}
 
     Example:
         >>> import torch, kdloss
@@ -204,9 +204,7 @@ def reverse_kl_reward(
     Source:
         KDRL (arXiv 2506.02208), the reward of J_RKL: R_{i,t} = log pi_T(o_{i,t}) - log pi_theta(o_{i,t}).
     """
-    _checks.positive_or_none(clip=clip)
-    reward = -_teacher_log_ratio(logp, teacher_logp, loss_mask).detach()
-    return reward if clip is None else reward.clamp(-clip, clip)
+    return clipped_reward(log_p_over_q(logp, teacher_logp, loss_mask), clip)
 
 
 @documented(PACKING_ARGS)
@@ -294,6 +292,20 @@ def _from_later_parts(
 def _teacher_log_ratio(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
     _checks.tensors(teacher_logp=teacher_logp)
     return masked_log_ratio("logp", logp, loss_mask, teacher_logp=teacher_logp)
+
+
+def log_p_over_q(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
+    """log p - log q, 0 where untrained. Detached."""
+    _checks.tensors(teacher_logp=teacher_logp)
+    _checks.per_token("logp", logp, loss_mask=loss_mask, teacher_logp=teacher_logp)
+    log_ratio = difference(teacher_logp.detach(), logp)
+    return torch.where(loss_mask, log_ratio, log_ratio.new_zeros(()))
+
+
+def clipped_reward(reward: Tensor, clip: float | None) -> Tensor:
+    """`reward` inside [-clip, clip]; None: as it is."""
+    _checks.positive_or_none(clip=clip)
+    return reward if clip is None else reward.clamp(-clip, clip)
 
 
 def masked_log_ratio(

@@ -22,7 +22,7 @@ from torch import Tensor, expm1, log1p, where
 from kdloss import _checks
 from kdloss._docs import documented
 
-from .estimators import difference
+from .estimators import clipped_reward, log_p_over_q
 from .texts import REWARD_ARGS
 
 # log(1-β + β u) is taken from u below this log u, and from 1/u above it; e^60 is finite in float32
@@ -71,8 +71,7 @@ def forward_kl_reward(
     Source:
         f(u) = u log u - u + 1 in r = -(f(u) - u f'(u)); f-divergences as rewards: arXiv 2606.01039.
     """
-    _checks.positive_or_none(clip=clip)
-    return _clipped(expm1(_log_u(logp, teacher_logp, loss_mask)), clip)
+    return clipped_reward(expm1(log_p_over_q(logp, teacher_logp, loss_mask)), clip)
 
 
 @documented(REWARD_ARGS)
@@ -124,11 +123,10 @@ def jsd_reward(
         GKD, arXiv 2306.13649, section 3, for the divergence; f-divergences as rewards: arXiv 2606.01039.
     """
     _checks.share("beta", beta, forward_kl_reward.__name__, "reverse_kl_reward")
-    _checks.positive_or_none(clip=clip)
-    log_u = _log_u(logp, teacher_logp, loss_mask)
+    log_u = log_p_over_q(logp, teacher_logp, loss_mask)
     small = log1p(beta * expm1(log_u.clamp(max=_LARGE)))  # keeps the digits of r where p and q nearly agree
     large = log_u + log1p((1 - beta) * expm1(-log_u.clamp(min=_LARGE)))
-    return _clipped((1 - beta) * where(log_u > _LARGE, large, small), clip)
+    return clipped_reward((1 - beta) * where(log_u > _LARGE, large, small), clip)
 
 
 @documented(REWARD_ARGS)
@@ -175,8 +173,7 @@ def squared_hellinger_reward(
     Source:
         f(u) = (sqrt(u) - 1)² / 2 in r = -(f(u) - u f'(u)); f-divergences as rewards: arXiv 2606.01039.
     """
-    _checks.positive_or_none(clip=clip)
-    return _clipped(0.5 * expm1(0.5 * _log_u(logp, teacher_logp, loss_mask)), clip)
+    return clipped_reward(0.5 * expm1(0.5 * log_p_over_q(logp, teacher_logp, loss_mask)), clip)
 
 
 @documented(REWARD_ARGS)
@@ -220,17 +217,4 @@ def total_variation_reward(
     Source:
         f(u) = |u - 1| / 2 in r = -(f(u) - u f'(u)); f-divergences as rewards: arXiv 2606.01039.
     """
-    _checks.positive_or_none(clip=clip)
-    return _clipped(0.5 * _log_u(logp, teacher_logp, loss_mask).sign(), clip)
-
-
-def _log_u(logp: Tensor, teacher_logp: Tensor, loss_mask: Tensor) -> Tensor:
-    """log p - log q, 0 where untrained."""
-    _checks.tensors(teacher_logp=teacher_logp)
-    _checks.per_token("logp", logp, loss_mask=loss_mask, teacher_logp=teacher_logp)
-    log_u = difference(teacher_logp.detach(), logp)
-    return where(loss_mask, log_u, log_u.new_zeros(()))
-
-
-def _clipped(reward: Tensor, clip: float | None) -> Tensor:
-    return reward if clip is None else reward.clamp(-clip, clip)
+    return clipped_reward(0.5 * log_p_over_q(logp, teacher_logp, loss_mask).sign(), clip)

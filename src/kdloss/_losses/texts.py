@@ -29,7 +29,7 @@ REWARD_ARGS = LOSS_ARGS | {
 }
 
 MASK_ARGS = LOSS_ARGS | {
-    "logp": "(T,) or any shape: log-probs of the tokens under the student, nats. Detached.",
+    "logp": REWARD_ARGS["logp"],
     "old_logp": """the shape of `logp`: log-probs of the same tokens under the policy that sampled them, detached. None:
         on-policy.""",
     "loss_mask": """bool, the shape of the first argument, True at trained tokens. Values at other tokens, NaN included,

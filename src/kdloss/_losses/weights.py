@@ -72,7 +72,7 @@ def truncated_importance_weights(
         Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025), TIS.
     """
     _checks.positive(max_weight=max_weight)
-    return _weight(prox_logp, old_logp, loss_mask).clamp(max=max_weight)
+    return _detached_log_ratio(prox_logp, old_logp, loss_mask).exp().clamp(max=max_weight)
 
 
 @documented(WEIGHT_ARGS)
@@ -223,10 +223,6 @@ def sequence_importance_weights(
     else:
         weight = _drop_outside(weight, min_weight, max_weight)
     return weight.index_select(0, layout.ids)  # NaN already where cu_seqlens does not fit
-
-
-def _weight(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
-    return _detached_log_ratio(prox_logp, old_logp, loss_mask).exp()
 
 
 def _detached_log_ratio(prox_logp: Tensor, old_logp: Tensor, loss_mask: Tensor) -> Tensor:
