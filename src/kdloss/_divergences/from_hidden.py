@@ -23,7 +23,6 @@ from kdloss._docs import documented
 from kdloss._softmax.backend import Impl, TorchImpl, torch_form
 from kdloss._softmax.head import HEAD_ARGS, Head, prepare_heads
 
-from .from_logits import check_share
 from .hidden_op import linear_divergence, sharded_linear_divergence
 from .rows import (
     FORWARD_KL,
@@ -271,7 +270,7 @@ def linear_generalized_jsd(
     Source:
         GKD, arXiv 2306.13649, section 3, where p is the teacher.
     """
-    check_share("beta", beta, linear_forward_kl.__name__, linear_reverse_kl.__name__)
+    _checks.share("beta", beta, linear_forward_kl.__name__, linear_reverse_kl.__name__)
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     form = Form(GENERALIZED_JSD, beta)
@@ -349,7 +348,7 @@ def linear_skewed_forward_kl(
     Source:
         DistiLLM, arXiv 2402.03898, section 3.1.
     """
-    check_share("alpha", alpha, linear_forward_kl.__name__, None)
+    _checks.share("alpha", alpha, linear_forward_kl.__name__, None)
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     form = Form(SKEWED_FORWARD_KL, alpha)
@@ -427,7 +426,7 @@ def linear_skewed_reverse_kl(
     Source:
         DistiLLM, arXiv 2402.03898, section 3.1.
     """
-    check_share("alpha", alpha, linear_reverse_kl.__name__, None)
+    _checks.share("alpha", alpha, linear_reverse_kl.__name__, None)
     student = Head(hidden, weight, bias, softcap, logit_scale)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     return _linear(Form(SKEWED_REVERSE_KL, alpha), student, teacher, loss_mask, temperature, vocab_size, shard, impl)

@@ -181,7 +181,7 @@ def generalized_jsd(
     Source:
         GKD, arXiv 2306.13649, section 3, where p is the teacher.
     """
-    check_share("beta", beta, forward_kl.__name__, reverse_kl.__name__)
+    _checks.share("beta", beta, forward_kl.__name__, reverse_kl.__name__)
     return _of_logits(Form(GENERALIZED_JSD, beta), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
@@ -228,7 +228,7 @@ def skewed_forward_kl(
     Source:
         DistiLLM, arXiv 2402.03898, section 3.1.
     """
-    check_share("alpha", alpha, forward_kl.__name__, None)
+    _checks.share("alpha", alpha, forward_kl.__name__, None)
     return _of_logits(Form(SKEWED_FORWARD_KL, alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
@@ -276,7 +276,7 @@ def skewed_reverse_kl(
     Source:
         DistiLLM, arXiv 2402.03898, section 3.1.
     """
-    check_share("alpha", alpha, reverse_kl.__name__, None)
+    _checks.share("alpha", alpha, reverse_kl.__name__, None)
     return _of_logits(Form(SKEWED_REVERSE_KL, alpha), logits, teacher_logits, temperature, vocab_size, shard, impl)
 
 
@@ -343,6 +343,3 @@ def _of_logits(
     _checks.row_temperatures(softmax.row_temperature)
     assert teacher is not None
     return divergence(student, teacher, form, softmax)
-
-
-check_share = _checks.share

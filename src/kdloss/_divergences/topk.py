@@ -36,7 +36,6 @@ from kdloss._docs import documented
 from kdloss._softmax.backend import Impl
 from kdloss._softmax.vocabulary import LOGITS_ARGS, Softmax, prepare_logits
 
-from .from_logits import check_share
 from .logits_op import divergence
 from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, Form
 from .topk_op import kept_and_rest
@@ -221,7 +220,7 @@ def topk_generalized_jsd(
     Source:
         GKD, arXiv 2306.13649, section 3, where p is the teacher; its coarse-graining (Cover and Thomas, theorem 2.7.1).
     """
-    check_share("beta", beta, topk_forward_kl.__name__, topk_reverse_kl.__name__)
+    _checks.share("beta", beta, topk_forward_kl.__name__, topk_reverse_kl.__name__)
     return _topk(
         Form(GENERALIZED_JSD, beta),
         logits,
@@ -288,8 +287,26 @@ def check_support(
     name: str, reference: Tensor, rows: torch.Size, logp: Tensor, ids: Tensor, vocab_size: int
 ) -> Support:
     """Checked ids, and the teacher's log-probs in their order. `reference` has the rows, and is `name` in errors."""
-    ids, order, broken = check_topk(name, reference, rows, logp, ids, vocab_size)
-    return Support(ids, logp.detach().gather(-1, order), vocab_size, broken)
+    _checks.tensors(teacher_topk_logp=logp)
+    _checks.floating(teacher_topk_logp=logp)
+    _checks.integral(teacher_topk_ids=ids)
+    if logp.ndim != len(rows) + 1 or logp.shape[:-1] != rows or logp.shape[-1] < 1:
+        raise ValueError(f"teacher_topk_logp must be {_checks.axes(*rows, 'K')} with K >= 1, got {tuple(logp.shape)}")
+    _checks.same_shape("teacher_topk_logp", logp, teacher_topk_ids=ids)
+    _checks.same_device(name, reference, teacher_topk_logp=logp)
+    ordered, order = ids.long().sort(-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    outside = (ids < PADDING) | (ids >= vocab_size)
+    broken = None
+    if not _checks.value_checks_allowed(ids):
+        broken = twice.any(-1) | outside.any(-1)
+    elif outside.any():
+        raise ValueError(
+            f"teacher_topk_ids must be {PADDING} (padding) or in 0 .. {vocab_size - 1}, got {int(ids[outside][0])}"
+        )
+    elif twice.any():
+        raise ValueError(f"teacher_topk_ids must be distinct in a row, got {int(ordered[..., 1:][twice][0])} twice")
+    return Support(ordered, logp.detach().gather(-1, order), vocab_size, broken)
 
 
 def divergence_of_support(
@@ -301,17 +318,17 @@ def divergence_of_support(
     dtype: torch.dtype,
 ) -> Tensor:  # (...,)
     """The divergence of each row, 0 without gradient in a row of padding only."""
-    ids, valid, vocab_size = support.ids, support.valid, support.vocab_size
+    valid = support.valid
     empty = ~support.counted.unsqueeze(-1)
     log_p = torch.where(valid, support.logp.to(dtype), -math.inf)
-    kept, rest = columns(ids, with_rest=tail != "renormalize")
+    kept, rest = columns(support.ids, with_rest=tail != "renormalize")
     if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed
         student = kept.to(dtype)
         teacher = log_p
     else:
         student = torch.cat([kept, rest.unsqueeze(-1)], -1).to(dtype)
         valid = torch.cat([valid, torch.ones_like(empty)], -1)
-        teacher = torch.cat([log_p, _log_tail(log_p, ids, vocab_size, form.kind).unsqueeze(-1)], -1)
+        teacher = torch.cat([log_p, _log_tail(log_p, support, form.kind).unsqueeze(-1)], -1)
     student = torch.where(empty, 0, torch.where(valid, student, -math.inf))
     teacher = torch.where(empty, 0, teacher)
     if tail in ("truncate", "generalized"):
@@ -338,12 +355,12 @@ def check_tail(tail: Tail, form: Form) -> None:
     _checks.one_of("tail", tail, get_args(JSDTail if jsd else Tail))
 
 
-def _log_tail(log_p: Tensor, ids: Tensor, vocab_size: int, kind: str) -> Tensor:
+def _log_tail(log_p: Tensor, support: Support, kind: str) -> Tensor:
     """`log(1 - P)`, with tails below 8 epsilons as above; -inf if S is the whole vocabulary."""
     tail = -torch.expm1(torch.logsumexp(log_p, -1))
     least = 8 * torch.finfo(log_p.dtype).eps
     log_tail = tail.clamp(min=least).log() if kind == REVERSE_KL else torch.where(tail < least, 0, tail).log()
-    return torch.where(((ids >= 0) & (ids < vocab_size)).sum(-1) == vocab_size, -math.inf, log_tail)
+    return torch.where(support.valid.sum(-1) == support.vocab_size, -math.inf, log_tail)
 
 
 def sum_over_support(form: Form, tail: Tail, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -368,33 +385,3 @@ def sum_over_support(form: Form, tail: Tail, log_q: Tensor, log_p: Tensor) -> Te
     a = -shares.log_student - torch.logaddexp(t, zero)
     b = -shares.log_teacher - torch.logaddexp(-t, zero)
     return (shares.teacher * p * b + shares.student * q * a).sum(-1)
-
-
-def check_topk(
-    name: str,
-    reference: Tensor,  # the student's logits or hidden states, `name` in errors
-    rows: torch.Size,
-    logp: Tensor,
-    ids: Tensor,
-    vocab_size: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(ids in ascending order, where each stood, mask of bad rows; None if bad rows raise here)."""
-    _checks.tensors(teacher_topk_logp=logp)
-    _checks.floating(teacher_topk_logp=logp)
-    _checks.integral(teacher_topk_ids=ids)
-    if logp.ndim != len(rows) + 1 or logp.shape[:-1] != rows or logp.shape[-1] < 1:
-        raise ValueError(f"teacher_topk_logp must be {_checks.axes(*rows, 'K')} with K >= 1, got {tuple(logp.shape)}")
-    _checks.same_shape("teacher_topk_logp", logp, teacher_topk_ids=ids)
-    _checks.same_device(name, reference, teacher_topk_logp=logp)
-    ordered, order = ids.long().sort(-1)
-    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    outside = (ids < PADDING) | (ids >= vocab_size)
-    if not _checks.value_checks_allowed(ids):
-        return ordered, order, twice.any(-1) | outside.any(-1)
-    if outside.any():
-        raise ValueError(
-            f"teacher_topk_ids must be {PADDING} (padding) or in 0 .. {vocab_size - 1}, got {int(ids[outside][0])}"
-        )
-    if twice.any():
-        raise ValueError(f"teacher_topk_ids must be distinct in a row, got {int(ordered[..., 1:][twice][0])} twice")
-    return ordered, order, None

@@ -19,14 +19,13 @@ from kdloss._logprobs.from_logits import logprobs_from_logits
 from kdloss._softmax.vocabulary import IGNORE_INDEX, Softmax, check_labels, prepare_logits
 
 from .sharded import of_ranks
-from .topk import TOPK_ARGS, check_topk
+from .topk import TOPK_ARGS, check_support
 
 DIAGNOSTICS_ARGS = TOPK_ARGS | {
     "logits": "(..., V) of the student, of any floating dtype and any strides. Detached.",
     "labels": "(...,) int64, the sampled token of each row, or (..., M) for M samples per row. -100 is ignored.",
     "loss_mask": "(...,) bool, True at trained tokens. Values of other rows, NaN included, reach no result.",
     "vocab_size": "the true V, where the last columns are padding: they get no mass.",
-    "TypeError": "a tensor has the wrong dtype, or is no tensor.",
 }
 
 
@@ -97,15 +96,13 @@ def topk_diagnostics(
         raise ValueError(f"loss_mask must match the rows of logits {tuple(rows)}, got {tuple(loss_mask.shape)}")
     _checks.same_device("logits", logits, labels=labels, loss_mask=loss_mask)
     check_labels(labels, rows, softmax.vocab_size, loss_mask=loss_mask)
-    ids, order, broken = check_topk("logits", logits, rows, teacher_topk_logp, teacher_topk_ids, softmax.vocab_size)
+    support = check_support("logits", logits, rows, teacher_topk_logp, teacher_topk_ids, softmax.vocab_size)
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
-    valid = (ids >= 0) & (ids < softmax.vocab_size)
-    size = valid.sum(-1)
+    size = support.valid.sum(-1)
     scored = loss_mask & (size > 0)
-    read = valid & scored.unsqueeze(-1)
+    read = support.valid & scored.unsqueeze(-1)
 
-    log_p = teacher_topk_logp.detach().gather(-1, order).to(dtype)
-    columns = torch.where(read, ids, IGNORE_INDEX)
+    columns = torch.where(read, support.ids, IGNORE_INDEX)
     log_q, _ = logprobs_from_logits(logits, columns, None, softmax, with_entropy=False)
     among = read & _among_largest(logits, columns, size, softmax)
     labels = labels.unsqueeze(-1) if labels.shape == rows else labels
@@ -113,15 +110,15 @@ def topk_diagnostics(
     inside = (labels.unsqueeze(-1) == columns.unsqueeze(-2)).any(-1) & sampled
     per_row = torch.stack(
         [
-            torch.where(read, log_p, -math.inf).exp().sum(-1),
+            torch.where(read, support.logp.to(dtype), -math.inf).exp().sum(-1),
             torch.where(read, log_q.to(dtype), -math.inf).exp().sum(-1),
             among.sum(-1) / size.clamp(min=1).to(dtype),
             inside.sum(-1) / sampled.sum(-1).clamp(min=1).to(dtype),
         ]
     )
-    if broken is not None:
+    if support.broken is not None:
         outside = sampled & ((labels < 0) | (labels >= softmax.vocab_size))
-        per_row = per_row.masked_fill(broken | outside.any(-1), math.nan)
+        per_row = per_row.masked_fill(support.broken | outside.any(-1), math.nan)
     count = scored.sum()
     means = torch.where(scored, per_row, 0).flatten(1).sum(1) / count.clamp(min=1)
     names = ("teacher_mass", "student_mass", "overlap", "sampled_inside")

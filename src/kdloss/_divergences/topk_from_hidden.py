@@ -13,7 +13,6 @@ from kdloss._docs import documented
 from kdloss._softmax.backend import Impl
 from kdloss._softmax.head import HEAD_ARGS, Head, prepare_heads
 
-from .from_logits import check_share
 from .rows import FORWARD_KL, GENERALIZED_JSD, REVERSE_KL, Form
 from .topk import TOPK_ARGS, JSDTail, Tail, check_support, check_tail, divergence_of_support
 from .topk_hidden_op import linear_kept_and_rest
@@ -241,7 +240,7 @@ def linear_topk_generalized_jsd(
     Source:
         GKD, arXiv 2306.13649, section 3, where p is the teacher; its coarse-graining (Cover and Thomas, theorem 2.7.1).
     """
-    check_share("beta", beta, linear_topk_forward_kl.__name__, linear_topk_reverse_kl.__name__)
+    _checks.share("beta", beta, linear_topk_forward_kl.__name__, linear_topk_reverse_kl.__name__)
     head, teacher = Head(hidden, weight, bias, softcap, logit_scale), (teacher_topk_logp, teacher_topk_ids)
     return _linear_topk(
         Form(GENERALIZED_JSD, beta), tail, head, teacher, loss_mask, temperature, vocab_size, shard, impl

@@ -32,16 +32,14 @@ SAMPLE_ARGS = {
         from the same distribution, whose terms are averaged. -100 is ignored.""",
     "teacher_logp": """the shape of `labels`: log-probs of the sampled tokens under the teacher, at the sampling
         temperature, nats. Detached. Not read where the token is in S.""",
-    "teacher_topk_logp": """(..., K) nats, the teacher's log-probs of the ids, at the sampling temperature, normalised
-        over the whole vocabulary. Detached. -inf is legal.""",
+    "teacher_topk_logp": TOPK_ARGS["teacher_topk_logp"],
     "teacher_topk_ids": """(..., K) int32 or int64, the set S, distinct within a row, in any order; -1 is padding. S
         must not depend on the sampled token: where a server adds that token to its top K, drop the added entry, and no
         other.""",
     "old_logp": """the shape of `labels`: log-probs of the sampled tokens under the policy μ that sampled them, nats.
         Detached. None: on-policy, so that every ratio is 1.""",
     "max_ratio": "bound of the ratio of the sampled term, > 0. None: no bound.",
-    "temperature": """τ > 0, a number or one value per row, for the student only: the teacher's log-probs already
-        have it. It carries no gradient.""",
+    "temperature": TOPK_ARGS["temperature"],
     "ValueError": """shapes or devices disagree, an option is out of range, `impl` is "triton" where the kernels cannot
         run, or (on the CPU) a label is outside the vocabulary, or an id is twice in a row or outside the vocabulary.
         Elsewhere, and under `torch.compile`, such a row is NaN.""",
@@ -231,7 +229,6 @@ def _check_samples(
     _checks.tensors(teacher_logp=teacher_logp)
     _checks.floating(teacher_logp=teacher_logp, old_logp=old_logp)
     _checks.same_shape("labels", labels, teacher_logp=teacher_logp, old_logp=old_logp)
-    _checks.same_device("labels", labels, teacher_logp=teacher_logp, old_logp=old_logp)
     _checks.positive_or_none(max_ratio=max_ratio)
     teacher_logp = teacher_logp.detach()
     old_logp = None if old_logp is None else old_logp.detach()
