@@ -23,6 +23,7 @@ from kdloss._docs import documented
 from kdloss._softmax.backend import Impl, TorchImpl, torch_form
 from kdloss._softmax.head import HEAD_ARGS, Head, prepare_heads
 
+from .from_logits import DIVERGENCE_ARGS
 from .hidden_op import linear_divergence, sharded_linear_divergence
 from .rows import (
     FORWARD_KL,
@@ -36,20 +37,19 @@ from .rows import (
 
 LINEAR_ARGS = HEAD_ARGS | {
     "weight": """(V, D) the student's output head. Differentiable. If neither it nor `bias` requires grad, the gradient
-    is
-        computed in the forward, and the backward is one multiplication.""",
+        is computed in the forward, and the backward is one multiplication. Gradients of weight and bias are summed in
+        float32 and rounded once. On a CPU, bfloat16 hidden states and head also have the gradient of their logits
+        rounded to bfloat16.""",
     "loss_mask": "(T,) bool, True where a token is trained on.",
     "temperature": """τ > 0, a number or (T,); both sides' logits are divided by it after `bias`, `logit_scale` and
         `softcap`, in that order. It carries no gradient.""",
     "vocab_size": """the true V, where the last rows of either head are padding: they get no mass and no gradient.
         Required where the heads differ in rows.""",
     "shard": """the slice of the vocabulary that both heads are, where each rank holds one (`VocabShard`). Hidden
-    states,
-        mask and the incoming gradient are the same on every rank, and the gradient of `hidden` is summed over the
-        ranks. The gradient is then always computed in the backward. DTensor heads beside DTensor hidden states need no
-        `shard`.""",
-    "ValueError": """shapes, devices or vocabularies disagree, an option is out of range, or `impl` is "triton" where
-        the kernels cannot run.""",
+        states, mask and the incoming gradient are the same on every rank, and the gradient of `hidden` is summed over
+        the ranks. The gradient is then always computed in the backward. DTensor heads beside DTensor hidden states need
+        no `shard`.""",
+    "ValueError": DIVERGENCE_ARGS["ValueError"],
 }
 
 
@@ -76,8 +76,8 @@ def linear_forward_kl(
 
         KL(p || q) = sum_v p_v (log p_v - log q_v)
 
-    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
-    V) logits never exist at once.
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ.
+    The (T, V) logits never exist at once.
 
     Args:
         {hidden}
@@ -102,8 +102,6 @@ def linear_forward_kl(
 
     Expected gradient:
         ∇KL(p || q) = (q - p) / temperature in the logits, carried through softcap, scale and head.
-        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
-        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}
@@ -149,8 +147,8 @@ def linear_reverse_kl(
 
         KL(q || p) = sum_v q_v (log q_v - log p_v)
 
-    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
-    V) logits never exist at once.
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ.
+    The (T, V) logits never exist at once.
 
     Args:
         {hidden}
@@ -175,8 +173,6 @@ def linear_reverse_kl(
 
     Expected gradient:
         ∇KL(q || p) = q (log q/p - KL(q || p)) / temperature in the logits, carried through softcap, scale and head.
-        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
-        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}
@@ -223,8 +219,8 @@ def linear_generalized_jsd(
 
         β KL(p || m) + (1-β) KL(q || m),   m = β p + (1-β) q
 
-    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
-    V) logits never exist at once.
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ.
+    The (T, V) logits never exist at once.
 
     Args:
         {hidden}
@@ -251,13 +247,11 @@ def linear_generalized_jsd(
 
     Expected gradient:
         ∇JSD = (1-β) q (log q/m - KL(q || m)) / temperature in the logits, carried through softcap, scale and head.
-        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
-        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}
-        ValueError: `beta` is 0 or 1 (use the KL that the error names), shapes, devices or
-            vocabularies disagree, an option is out of range, or `impl` is "triton" where the kernels cannot run.
+        ValueError: `beta` is 0 or 1 (use the KL that the error names), shapes, devices or vocabularies disagree, an
+            option is out of range, or `impl` is "triton" where the kernels cannot run.
 
     Example:
         >>> import torch, kdloss
@@ -301,8 +295,8 @@ def linear_skewed_forward_kl(
 
         KL(p || m),   m = α p + (1-α) q
 
-    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
-    V) logits never exist at once.
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ.
+    The (T, V) logits never exist at once.
 
     Args:
         {hidden}
@@ -329,8 +323,6 @@ def linear_skewed_forward_kl(
     Expected gradient:
         ∇KL(p || m) = (q sum_u p_u w_u - p w) / temperature in the logits, w = (1-α) q/m, carried through softcap, scale
         and head.
-        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
-        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}
@@ -379,8 +371,8 @@ def linear_skewed_reverse_kl(
 
         KL(q || m),   m = (1-α) p + α q
 
-    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
-    V) logits never exist at once.
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ.
+    The (T, V) logits never exist at once.
 
     Args:
         {hidden}
@@ -407,8 +399,6 @@ def linear_skewed_reverse_kl(
     Expected gradient:
         ∇KL(q || m) = q (h - sum_u q_u h_u) / temperature in the logits, h = log q/m - α q/m, carried through softcap,
         scale and head.
-        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
-        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}
@@ -455,8 +445,8 @@ def linear_total_variation(
 
         TV(p, q) = 1/2 sum_v |p_v - q_v|
 
-    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ. The (T,
-    V) logits never exist at once.
+    with q and p the softmax of student's and teacher's softcap(logit_scale * (hidden @ weight.T + bias)) / τ.
+    The (T, V) logits never exist at once.
 
     Args:
         {hidden}
@@ -483,8 +473,6 @@ def linear_total_variation(
     Expected gradient:
         ∇TV = 1/2 q (s - sum_u q_u s_u) / temperature in the logits, s = sign(q - p) and 0 where q = p, carried through
         softcap, scale and head. It does not shrink as q approaches p.
-        Gradients of weight and bias are summed in float32 and rounded once. On a CPU, bfloat16 hidden states and head
-        also have the gradient of their logits rounded to bfloat16.
 
     Raises:
         {TypeError}

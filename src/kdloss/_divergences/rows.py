@@ -64,9 +64,8 @@ class Form(NamedTuple):
     """Which divergence, and of which mixture m = ω p + (1-ω) q."""
 
     kind: str
-    share: float = (
-        0.5  # 1-ω, the student's, for the skewed reverse KL; ω, the teacher's, for the others; no KL reads it
-    )
+    # 1-ω, the student's, for the skewed reverse KL; ω, the teacher's, for the others; no KL reads it
+    share: float = 0.5
 
     @property
     def shares(self) -> Shares:

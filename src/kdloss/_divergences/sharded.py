@@ -33,9 +33,8 @@ class WholeDivergence(NamedTuple):
     """A divergence of whole rows, and what the gradient of a slice needs from the other slices."""
 
     value: Tensor  # (R,)
-    row_state: (
-        Tensor  # (R, 2) log of the masses of q and p in this rank's slice; for the kernels (R, 4), (m, log s) twice
-    )
+    # (R, 2) log of the masses of q and p in this rank's slice; for the kernels (R, 4), (m, log s) twice
+    row_state: Tensor
     slope: Tensor  # (R,) the sum of G
 
 

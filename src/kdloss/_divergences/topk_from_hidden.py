@@ -23,9 +23,7 @@ LINEAR_TOPK_ARGS = {
     "loss_mask": "(T,) bool, True where a token is trained on.",
     "temperature": """τ > 0, a number or (T,), for the student only: the teacher's log-probs already have it. It carries
         no gradient.""",
-    "ValueError": """shapes, devices or vocabularies disagree, an option is out of range, `impl` is "triton" where the
-        kernels cannot run, or (on the CPU) an id is twice in a row or outside the vocabulary. Elsewhere, and under
-        `torch.compile`, such a row is NaN.""",
+    "ValueError": TOPK_ARGS["ValueError"],
 }
 
 
@@ -78,8 +76,7 @@ def linear_topk_forward_kl(
     Expected gradient:
         That of `topk_forward_kl` in the logits, carried on to `hidden`, `weight` and `bias`. In the logits, times
         1 / temperature: "bucket": q - p on S, q - (1-P) q/(1-Q) outside. "renormalize": q/Q - p/P on S, 0 outside.
-        "truncate": P q - p on S, P q outside. "generalized": (1 + P - Q) q - p on S, (P - Q) q
-        outside.
+        "truncate": P q - p on S, P q outside. "generalized": (1 + P - Q) q - p on S, (P - Q) q outside.
 
     Raises:
         {TypeError}
@@ -204,7 +201,7 @@ def linear_topk_generalized_jsd(
         {teacher_topk_ids}
         {loss_mask}
         tail: "bucket" adds the same two terms of the masses outside S, 1-P and 1-Q; "renormalize" divides by P and Q
-            first; "truncate" does neither.
+            first; "truncate" does neither. "generalized" is refused: its masses cancel, so it would be "truncate".
         beta: β, 0 < β < 1. JSD / (β (1-β)) tends to the forward KL as β → 0 and to the reverse KL as β → 1.
         {bias}
         {softcap}
@@ -216,8 +213,7 @@ def linear_topk_generalized_jsd(
 
     Returns:
         The shape of `loss_mask`, nats, float32 for half-precision inputs; 0 without gradient at untrained tokens and in
-        a row of padding only. Finite.
-        "truncate": may be negative.
+        a row of padding only. Finite. "truncate": may be negative.
 
     Expected gradient:
         That of `topk_generalized_jsd` in the logits, carried on to `hidden`, `weight` and `bias`. In the logits, times
@@ -227,7 +223,10 @@ def linear_topk_generalized_jsd(
 
     Raises:
         {TypeError}
-        {ValueError}
+        ValueError: `beta` is 0 or 1 (use the KL that the error names), shapes or devices disagree, an option is out of
+            range (`tail="generalized"` is for the two KLs), `impl` is "triton" where the kernels cannot run, or (on the
+            CPU) an id is twice in a row or outside the vocabulary. Elsewhere, and under `torch.compile`, such a row is
+            NaN.
 
     Example:
         >>> import torch, kdloss

@@ -18,7 +18,7 @@ from kdloss._distributed.vocab_shard import VocabShard
 
 from .backend import Impl, takes_triton
 from .products import add_product_, product_, rounds_gradient
-from .vocabulary import Softmax, true_vocab_size
+from .vocabulary import LOGITS_ARGS, Softmax, true_vocab_size
 
 # Entries of a half-precision head that are widened at a time: 16 MiB of float32.
 _SLICE_ENTRIES = 2**22
@@ -44,14 +44,13 @@ HEAD_ARGS = {
         is summed over the ranks. A DTensor head beside DTensor hidden states needs no `shard`.""",
     "max_trained_tokens": """a static bound on the number of trained tokens, which avoids the device sync. More trained
         tokens than this raise on the CPU and give NaN elsewhere.""",
-    "impl": """"auto" runs the Triton kernels where the tensors are on a GPU, "torch" never does, and "triton" raises
-        where they cannot run.""",
+    "impl": LOGITS_ARGS["impl"],
     "teacher_hidden": "(T, D') hidden states of the teacher at the same positions, of any width. Detached.",
     "teacher_weight": "(V, D') the teacher's output head, of any floating dtype. Detached.",
     "teacher_bias": "(V,) bias of the teacher's head. Detached. None: no bias.",
     "teacher_softcap": "softcap of the teacher's logits. None: no softcap.",
     "teacher_logit_scale": "finite factor of the teacher's logits, applied before its softcap.",
-    "TypeError": "a tensor has the wrong dtype, or is no tensor.",
+    "TypeError": LOGITS_ARGS["TypeError"],
 }
 
 
