@@ -268,8 +268,6 @@ def next_token_labels(
     """
     with in_step(group, input_ids) as agreed:
         _checks.integral(input_ids=input_ids)
-        _checks.tensors(cu_seqlens=cu_seqlens)
-        _checks.same_device("cu_seqlens", cu_seqlens, input_ids=input_ids)
         _checks.packed_stream("input_ids", input_ids, cu_seqlens)
         input_ids = input_ids.to(torch.int64)
         labels = to_prediction_positions(input_ids, cu_seqlens=cu_seqlens, fill=ignore_index)
@@ -454,12 +452,12 @@ def pack(
         # left: the first entry with that many tokens up to and with it, which is the token itself
         index = torch.searchsorted(number, token).clamp(max=max(number.shape[0] - 1, 0))
         return _selected(padded, index, number[-1:].sum() == total)
+    name = "cu_seqlens" if lengths is None else "lengths"
     if lengths is not None:
         _checks.integral(lengths=lengths)
         if lengths.shape != (size,):
             raise ValueError(f"lengths must match the rows of padded ({size},), got {tuple(lengths.shape)}")
         _checks.same_device("padded", padded, lengths=lengths)
-        _no_longer(lengths, length)
         cu_seqlens = cu_seqlens_from_lengths(lengths)
         total_tokens = _total("lengths", cu_seqlens, total_tokens)
     assert cu_seqlens is not None
@@ -469,7 +467,8 @@ def pack(
     if cu_seqlens.shape != (size + 1,):
         raise ValueError(f"cu_seqlens must have one sequence per row ({size + 1},), got {tuple(cu_seqlens.shape)}")
     lengths = cu_seqlens.diff()
-    _no_longer(lengths, length)
+    if _checks.value_checks_allowed(lengths) and (lengths > length).any():
+        raise ValueError(f"{name} must fit rows of {length} entries, got sequences of {lengths.tolist()}")
     fits = layout.fits & (lengths <= length).all()
     return _selected(padded, layout.ids * length + (layout.position - layout.start).clamp(0, max(length - 1, 0)), fits)
 
@@ -565,12 +564,6 @@ def _sums_to(what: str, total: int, ends: Tensor, name: str) -> None:
     """The last of `ends`, the cumulative sums of the argument `name`, is `total`, which the error calls `what`."""
     if _checks.value_checks_allowed(ends) and (found := int(ends[-1:].sum())) != total:
         raise ValueError(f"{name} must sum to {what.format(total)}, got {found}")
-
-
-def _no_longer(lengths: Tensor, length: int) -> None:
-    """No sequence is longer than its row of `length` entries."""
-    if _checks.value_checks_allowed(lengths) and (lengths > length).any():
-        raise ValueError(f"lengths must not exceed the padded length {length}, got {lengths.tolist()}")
 
 
 def _selected(padded: Tensor, index: Tensor, fits: Tensor) -> Tensor:

@@ -112,7 +112,6 @@ def sequence_mean(
         5.0
     """
     with in_step(group, x) as agreed:
-        _checks.tensors(x=x)
         _checks.normalizer(normalizer)
         _checks.per_token("x", x, loss_mask=loss_mask)
         _checks.packed_stream("x", x, cu_seqlens)
@@ -197,7 +196,6 @@ def global_sequence_count(
     """
     ranks = all_ranks(group)
     with in_step(ranks, loss_mask):
-        _checks.tensors(loss_mask=loss_mask)
         _checks.boolean(loss_mask=loss_mask)
         _checks.packed_stream("loss_mask", loss_mask, cu_seqlens)
         check_group(split_group, loss_mask, "split_group")
