@@ -794,6 +794,7 @@ TABLE["fold_kd_reward"] = Entry(
         no_rl={"rl_loss_weight": 0, "advantages": ADVANTAGES},
         no_kd={"distill_loss_weight": 0.0, "kd_reward": TEACHER},
         weight_tensor={"distill_loss_weight": torch.where(MASK, DISTILL_WEIGHTS, 0), "kd_reward": TEACHER},
+        neither={"rl_loss_weight": 0, "distill_loss_weight": 0.0, "advantages": ADVANTAGES, "kd_reward": TEACHER},
         weight_scalar_tensor={"distill_loss_weight": torch.tensor(0.2, dtype=torch.float64)},
         rows=rows(_FOLD),
     ),

@@ -177,6 +177,9 @@ def test_none_and_one_trained_token(mask):
         torch.autograd.grad(out.loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
     ):
         torch.testing.assert_close(x, y, **CLOSE)
+    with torch.no_grad():
+        silent = kdloss.fused_linear_loss(hidden, weight, LABELS, token_loss, *INPUTS[:3], mask, loss_mask=mask)
+    torch.testing.assert_close(silent.loss, expected.detach(), **CLOSE)
 
 
 @pytest.mark.slow
@@ -281,6 +284,23 @@ def test_a_tensor_of_all_tokens_is_a_token_input_and_not_captured():
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_an_error_of_memory_is_not_taken_for_one_of_the_loss():
+    def loss(logp, entropy):
+        raise torch.OutOfMemoryError("of the device")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^of the device$"):
+        kdloss.fused_linear_loss(*leaves(with_bias=False), LABELS, loss, loss_mask=MASK)
+
+
+def test_a_loss_whose_every_log_prob_is_infinite_is_not_refused():
+    """No log-prob is finite, so none tells how far to move the other tokens in the check of what is elementwise."""
+    hidden, weight = leaves(with_bias=False)
+    bias = torch.zeros(V, dtype=torch.float64).index_fill(0, torch.tensor([3]), -torch.inf)
+    labels = torch.full_like(LABELS, 3)
+    out = kdloss.fused_linear_loss(hidden, weight, labels, lambda logp, entropy: -logp, loss_mask=MASK, bias=bias)
+    assert out.loss == torch.inf
+
+
 # whether each of hidden states and head is frozen
 @pytest.mark.parametrize("frozen", [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=pytest.mark.slow), False])
@@ -310,6 +330,27 @@ def test_a_loss_without_gradient_has_a_gradient_of_zero():
     loss = kdloss.fused_linear_loss(hidden, weight, LABELS, lambda logp, _, old: old, OLD, loss_mask=MASK).loss
     torch.testing.assert_close(loss.detach(), OLD[MASK].mean(), **CLOSE)
     assert not any(x.any() for x in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_a_0_dim_token_input_and_none_are_passed_on():
+    hidden, weight = leaves(with_bias=False)
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def loss(logp, entropy, factor, nothing):
+        assert nothing is None
+        assert factor.shape == ()
+        return -factor * logp
+
+    out = kdloss.fused_linear_loss(hidden, weight, LABELS, loss, scale, None, loss_mask=MASK)
+    expected, _ = two_steps(hidden, weight, LABELS, lambda logp, entropy: -0.7 * logp, loss_mask=MASK)
+    torch.testing.assert_close(out.loss, expected, **CLOSE)
+    out.loss.backward()
+    assert scale.grad is None
+
+
+def test_one_label_a_token():
+    with pytest.raises(ValueError, match=r"^labels must match the rows of hidden \(13,\), got \(13, 1\)$"):
+        kdloss.fused_linear_loss(*leaves(with_bias=False), LABELS[:, None], token_loss, *INPUTS, loss_mask=MASK)
 
 
 def test_token_inputs_must_be_per_token():
