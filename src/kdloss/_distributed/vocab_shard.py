@@ -4,8 +4,7 @@ The constructor compares the slices of all ranks once. For a DTensor, the slice 
 states pass through `VocabShard.enter` before they are multiplied by a slice of the head: the identity forward, and an
 all-reduce backward that sums the gradients of all slices.
 
-Kernels do not know about shards: they see one slice of each row, and the per-row results are merged between the kernel
-and whatever is computed from them.
+Kernels do not know about shards: they see one slice of each row. Their per-row results are merged after the kernel.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ _CHUNK_ENTRIES = {"cpu": 2**24, "gpu": 2**27}
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """How many rows a chunk has, at most."""
-    return max(16, _CHUNK_ENTRIES["cpu" if device.type == "cpu" else "gpu"] // max(1, vocab_size))
+    return max(16, _CHUNK_ENTRIES["cpu" if device.type == "cpu" else "gpu"] // vocab_size)
 
 
 class Options(NamedTuple):

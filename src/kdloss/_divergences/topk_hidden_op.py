@@ -208,8 +208,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(
     ctx: Any, upstream_kept: Tensor | None, upstream_rest: Tensor | None, _: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
-    if upstream_kept is None and upstream_rest is None:
-        return ()
     *tensors, rest, logits = ctx.saved_tensors
     ids = tensors[3]
     u = rest.new_zeros(ids.shape) if upstream_kept is None else upstream_kept
@@ -308,7 +306,7 @@ def _tiles(
         height = min(count, _TILE_ROWS)
         width = min(max(_TILE_COLUMNS, _TILE_ENTRIES // max(1, height, head.hidden.shape[1])), vocab_size)
     room = head.hidden.new_empty(height * width, dtype=dtype)
-    for left in range(0, vocab_size, max(1, width)):
+    for left in range(0, vocab_size, width):
         columns = slice(left, min(left + width, vocab_size))
         bias = None if head.bias is None else head.bias[columns]
         part = head._replace(weight=head.weight[columns], bias=bias)

@@ -43,8 +43,7 @@ from .token_loss import TokenLoss, UserLoss
 
 # Bytes of a chunk of logits, at most. Each chunk reads and writes all of dw once, so chunks are few and large.
 _CHUNK_BYTES = {"cpu": 1 << 28, "other": 1 << 30}
-# On a CPU a chunk has at most as many rows as hidden states have entries, so that its logits take no more memory than
-# dw, and not less than this many rows.
+# On a CPU a chunk has at most D rows, so that its logits take no more memory than dw; this many where D is smaller.
 _CPU_ROWS = 512
 
 

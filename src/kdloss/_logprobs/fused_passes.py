@@ -69,7 +69,7 @@ class TorchChunks:
         self._logits = torch.empty(size, width, dtype=dtype, device=columns.device)
         threads = torch.get_num_threads()
         on_cpu = columns.device.type == "cpu"
-        rows = max(1, min(size, max(threads, _CPU_BLOCK * threads // max(1, width)) if on_cpu else size))
+        rows = min(size, max(threads, _CPU_BLOCK * threads // width)) if on_cpu else size
         self._scratch = [self._logits.new_empty(rows, width) for _ in range(2)]
 
     def chunk(self, rows: Tensor) -> TorchChunk:
@@ -79,8 +79,8 @@ class TorchChunks:
         labelled = labels >= 0
         given = head.hidden[rows].masked_fill_(~labelled, 0)
         scaling = Scaling(head.softcap, head.logit_scale, softmax.temperature)
-        if softmax.row_temperature is not None:
-            divisor = torch.where(labelled, softmax.row_temperature.flatten()[rows].to(z.dtype)[:, None], 1)
+        if softmax.flat_temperature is not None:
+            divisor = torch.where(labelled, softmax.flat_temperature[rows].to(z.dtype)[:, None], 1)
             scaling = scaling._replace(temperature=divisor)
         head_product_(z, given.to(z.dtype), head.weight, head.bias)
         sums = Sums.empty(rows.shape[0], like=z, with_entropy=True)

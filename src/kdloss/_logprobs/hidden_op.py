@@ -303,7 +303,7 @@ class _HeadSlices:
         self.width = min(max(256, columns_that_fit), budget.tile_columns, head.weight.shape[0])
         self.tile_rows = min(budget.tile_rows, index.shape[0])
         threads = torch.get_num_threads()
-        block_rows = max(threads, _CPU_BLOCK * threads // max(1, self.width)) if on_cpu else self.tile_rows
+        block_rows = max(threads, _CPU_BLOCK * threads // self.width) if on_cpu else self.tile_rows
         self.block_rows = max(1, min(block_rows, self.tile_rows))
 
     def scratch(self) -> Tensor:

@@ -202,8 +202,8 @@ def top_entropy_mask(
     Raises:
         TypeError: `entropy` is not floating-point, `loss_mask` is not bool, or `group` is not a process group.
         ValueError: shapes or devices differ, or `fraction` is outside 0 .. 1. With `group` also where its backend
-            cannot carry the tensors or, on the CPU, ranks differ in `fraction`; on the CPU an error on one rank is
-            raised on all.
+            cannot carry the tensors or, on the CPU, ranks differ in `fraction` or the dtype; on the CPU an error on
+            one rank is raised on all.
 
     Example:
         >>> import torch, kdloss

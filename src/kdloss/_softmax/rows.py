@@ -55,7 +55,7 @@ class Scaling(NamedTuple):
             self.softcap is None
             and self.logit_scale == 1
             and not isinstance(self.temperature, Tensor)
-            and (self.temperature == 1)
+            and self.temperature == 1
         )
 
     def split(self, sizes: list[int]) -> list[Scaling]:
@@ -138,7 +138,7 @@ class Sums(NamedTuple):
         return None
 
     def _read_central_(self, z: Tensor, w: Tensor, shifted: Tensor | None) -> None:
-        """From w = e^z and its sum, which w is divided by."""
+        """From w = e^z, and its sum in `mass`, which becomes 1."""
         mass = self.mass.double()
         # m has fewer digits than it could have, so that z - m and e^m / sum lose none
         self.maximum.copy_(mass.log().float())
@@ -152,7 +152,7 @@ class Sums(NamedTuple):
         self.mass.fill_(1)
 
     def _read_any_(self, z: Tensor, w: Tensor, shifted: Tensor | None) -> None:
-        """From w = softmax(z), whatever z is."""
+        """Of any z, from its softmax."""
         torch.amax(z, -1, keepdim=True, out=self.maximum)
         torch.softmax(z, -1, out=w)
         torch.amax(w, -1, keepdim=True, out=self.largest)
