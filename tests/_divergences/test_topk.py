@@ -70,6 +70,16 @@ def test_every_token_kept_is_the_full_divergence(name, tail, dtype):
 
 
 @every_form
+def test_every_token_kept_leaves_no_tail_even_if_the_teacher_is_rounded(name):
+    """The rounded masses sum to less than 1, but no token is left that the rest could belong to."""
+    logits, teacher = normal(20, V), normal(20, V, seed=1).log_softmax(-1).bfloat16().double()
+    logp, ids = teacher.topk(V)
+    assert (logp.exp().sum(-1) < 0.999).any()
+    value = topk(name, tail="bucket")(logits, logp, ids)
+    torch.testing.assert_close(value, full(name)(logits, teacher), rtol=1e-13, atol=1e-14)
+
+
+@every_form
 @given(data=st.data())
 def test_a_bucket_is_a_divergence_and_at_most_the_full_one(name, data):
     """0 <= bucket <= full for any support and dtype, and more ids never lower the bucket."""

@@ -174,6 +174,16 @@ def test_what_a_teacher_excludes() -> None:
     assert not gradient[[0, 2]].any()
 
 
+def test_an_infinite_ratio_of_a_token_on_which_both_models_agree_adds_nothing() -> None:
+    logits = random(1, 4).requires_grad_()
+    log_q, ids = logits.detach().log_softmax(-1), torch.tensor([[2]])
+    excluded = torch.tensor([-math.inf], dtype=torch.float64)
+    arguments = (torch.tensor([1]), log_q[:, 1], log_q[:, 2:3] - 0.5, ids)
+    value = kdloss.topk_sampled_reverse_kl(logits, *arguments, old_logp=excluded)
+    torch.testing.assert_close(value.detach(), 0.5 * log_q[:, 2].exp(), **CLOSE)
+    assert torch.autograd.grad(value, logits)[0].isfinite().all()
+
+
 def test_a_token_of_an_old_policy_that_the_student_excludes_adds_nothing() -> None:
     logits = torch.tensor([0.3, -math.inf, 0.1], dtype=torch.float64, requires_grad=True)
     ids, log_p = torch.tensor([0]), P.log()

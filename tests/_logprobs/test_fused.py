@@ -284,6 +284,14 @@ def test_a_tensor_of_all_tokens_is_a_token_input_and_not_captured():
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_a_label_outside_the_vocabulary_at_an_untrained_token_leaves_no_trace():
+    given, garbage = leaves(with_bias=False), LABELS.masked_fill(~MASK, V + 5)
+    out = kdloss.fused_linear_loss(*given, garbage, token_loss, *INPUTS, loss_mask=MASK, max_trained_tokens=T)
+    expected = kdloss.fused_linear_loss(*given, LABELS, token_loss, *INPUTS, loss_mask=MASK)
+    torch.testing.assert_close(tuple(out), tuple(expected), **CLOSE)
+    assert not out.logp[~MASK].any()
+
+
 def test_an_error_of_memory_is_not_taken_for_one_of_the_loss():
     def loss(logp, entropy):
         raise torch.OutOfMemoryError("of the device")

@@ -182,6 +182,13 @@ def test_pack_and_unpack_of_wider_entries_integers_and_masks():
         assert torch.equal(packed, x)
 
 
+def test_entries_are_moved_to_the_bit():
+    """A product with 1 would make a signalling NaN a quiet one."""
+    padded = torch.tensor([[0x7F800001, 0], [0, 0]], dtype=torch.int32).view(torch.float32)
+    packed = kdloss.pack(padded, lengths=torch.tensor([1, 2]))
+    assert packed.view(torch.int32).tolist() == [0x7F800001, 0, 0]
+
+
 def test_left_padded_rows_and_rows_with_holes_pack_the_tokens_of_the_mask():
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]]).bool()
     padded = torch.tensor([[NAN, 1, 2, 3], [NAN] * 4, [4, NAN, 5, 6]], requires_grad=True)

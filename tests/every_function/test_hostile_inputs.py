@@ -347,6 +347,15 @@ def test_importance_weights_of_overflowing_ratios():
         assert weights.tolist() == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("statistic", ["k2", "k3"])
+def test_a_token_that_the_sampler_excludes_is_dropped_by_every_statistic(statistic):
+    prox_logp, old_logp, mask = torch.tensor([-1.0, -1.0]), torch.tensor([-math.inf, -1.0]), torch.ones(2).bool()
+    bound = {"loss_mask": mask, "statistic": statistic, "max_statistic": 0.5}
+    assert kdloss.masked_importance_weights(prox_logp, old_logp, **bound).tolist() == [0, 1]
+    sequence = {"cu_seqlens": torch.arange(3), "aggregate": "mean", "action": "mask", "max_weight": 4.0}
+    assert kdloss.sequence_importance_weights(prox_logp, old_logp, **bound, **sequence).tolist() == [0, 1]
+
+
 def test_diagnostics_of_large_ratios_stay_in_range():
     logp, old_logp = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-61.0, -61.0, -1.0])  # squares overflow
     statistics = kdloss.diagnostics(logp, old_logp, loss_mask=torch.ones(3, dtype=torch.bool))
