@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, get_args
+from typing import Any
 
 from . import _checks
-from ._packing.reductions import Reduction
+from ._packing.reductions import REDUCTIONS, Reduction
 
 # Other keys of a `teacher:` block: settings of the engine that serves the teacher, under AReaL's names.
 _ENGINE_KEYS = frozenset(
@@ -106,7 +106,7 @@ class KDRLConfig:
         _checks.ppo_clips(self.clip_low, self.clip_high, self.dual_clip)
         _checks.positive_or_none(kd_reward_clip=self.kd_reward_clip, kd_max_ratio=self.kd_max_ratio)
         _checks.unit_interval(kd_discount=self.kd_discount)
-        _checks.one_of("reduction", self.reduction, get_args(Reduction))
+        _checks.one_of("reduction", self.reduction, REDUCTIONS)
         _checks.flag(direct_penalty=self.direct_penalty)
         if self.direct_penalty:
             _checks.no_reward_options(self.kd_discount, self.kd_reward_clip, self.kd_max_ratio)

@@ -36,6 +36,7 @@ from .rows import REVERSE_KL, Form
 from .sharded import log_softmax_of_slices, of_ranks
 
 BaselineKind = Literal["value", "optimal"]
+_KINDS = get_args(BaselineKind)
 
 # entries of a block; about ten tensors of this size are alive at once
 _CPU_ENTRIES, _DEVICE_ENTRIES = 2**18, 2**23
@@ -105,7 +106,7 @@ def reverse_kl_baseline(
     Source:
         Greensmith, Bartlett and Baxter (2004), theorem 8, for the reward of KDRL (arXiv 2506.02208) at one token.
     """
-    _checks.one_of("kind", kind, get_args(BaselineKind))
+    _checks.one_of("kind", kind, _KINDS)
     _checks.tensors(teacher_logits=teacher_logits)
     student, teacher, softmax = prepare_logits(
         logits, teacher_logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl="auto"

@@ -43,6 +43,7 @@ from .topk_op import kept_and_rest
 PADDING = -1
 Tail = Literal["bucket", "renormalize", "truncate", "generalized"]
 JSDTail = Literal["bucket", "renormalize", "truncate"]
+_TAILS, _JSD_TAILS = get_args(Tail), get_args(JSDTail)
 # beyond ± this, the sigmoid of a log-ratio is 0 or 1
 _SATURATED = 1e4
 
@@ -352,7 +353,7 @@ def check_tail(tail: Tail, form: Form) -> None:
             "tail must be one of 'bucket', 'renormalize', 'truncate' for a JSD, got 'generalized': the masses in its "
             "terms cancel, so it would be 'truncate'"
         )
-    _checks.one_of("tail", tail, get_args(JSDTail if jsd else Tail))
+    _checks.one_of("tail", tail, _JSD_TAILS if jsd else _TAILS)
 
 
 def _log_tail(log_p: Tensor, support: Support, kind: str) -> Tensor:

@@ -8,7 +8,7 @@ ignores the teacher. It exists for parity, as `direct_penalty=True`, and warns.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from kdloss import _checks
 from kdloss._distributed.agreement import in_step
 from kdloss._docs import documented
 from kdloss._packing.layout import SEQUENCES, Layout
-from kdloss._packing.reductions import Reduction, SequenceMean, TokenMean, token_mean
+from kdloss._packing.reductions import REDUCTIONS, Reduction, SequenceMean, TokenMean, token_mean
 
 from .estimators import difference, discounted_returns
 from .surrogates import Clips, Surrogate, clipped_loss, importance_sampled_loss
@@ -487,7 +487,7 @@ class _Reduction:
 
     def check(self, logp: Tensor) -> None:
         _checks.per_token("logp", logp, loss_mask=self.loss_mask)
-        _checks.one_of("reduction", self.form, get_args(Reduction))
+        _checks.one_of("reduction", self.form, REDUCTIONS)
         _checks.normalizer(self.normalizer)
         if self.form == "sequence_mean":
             if self.cu_seqlens is None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Measure = Literal["tv", "kl"]
+_MEASURES = get_args(Measure)
 
 # of a response's entropies and divergences, clipped before they are scaled to 0 .. 1 (TIP)
 _CLIPPED = 0.02
@@ -84,7 +85,7 @@ def trust_region_mask(
     Source:
         DPPO, arXiv 2602.04879, with the binary divergences of the sampled token.
     """
-    _checks.one_of("measure", measure, get_args(Measure))
+    _checks.one_of("measure", measure, _MEASURES)
     _checks.non_negative(max_divergence=max_divergence)
     _checks.tensors(advantages=advantages)
     _checks.per_token("logp", logp, loss_mask=loss_mask, advantages=advantages)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Aggregate = Literal["sum", "mean"]
 Action = Literal["truncate", "mask"]
 Statistic = Literal["ratio", "k2", "k3"]
+_AGGREGATES, _ACTIONS, _STATISTICS = get_args(Aggregate), get_args(Action), get_args(Statistic)
 
 
 @documented(WEIGHT_ARGS)
@@ -203,8 +204,8 @@ def sequence_importance_weights(
         Liu et al., "When Speed Kills Stability" (2025), sequence-level TIS and MIS; GSPO (arXiv 2507.18071) for "mean".
     """
     with in_step(group, prox_logp) as agreed:
-        _checks.one_of("aggregate", aggregate, get_args(Aggregate))
-        _checks.one_of("action", action, get_args(Action))
+        _checks.one_of("aggregate", aggregate, _AGGREGATES)
+        _checks.one_of("action", action, _ACTIONS)
         _checks.interval(("min_weight", min_weight), ("max_weight", max_weight))
         bound = _bound_of(statistic, max_statistic)
         if bound is not None and action != "mask":
@@ -237,7 +238,7 @@ def _drop_outside(weight: Tensor, min_weight: float, max_weight: float) -> Tenso
 
 def _bound_of(statistic: Statistic, max_statistic: float | None) -> float | None:
     """The upper bound of "k2" or "k3"; None for "ratio", which has bounds of its own."""
-    _checks.one_of("statistic", statistic, get_args(Statistic))
+    _checks.one_of("statistic", statistic, _STATISTICS)
     if max_statistic is not None:
         _checks.non_negative(max_statistic=max_statistic)
     if (statistic == "ratio") != (max_statistic is None):

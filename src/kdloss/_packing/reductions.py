@@ -8,7 +8,7 @@ averages), so that the parts sum to the whole exactly.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Reduction = Literal["token_mean", "sequence_mean"]
+REDUCTIONS = get_args(Reduction)
 
 
 def token_mean(

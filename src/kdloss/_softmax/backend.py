@@ -21,6 +21,7 @@ from kdloss import _checks
 
 Impl = Literal["auto", "torch", "triton"]
 TorchImpl = Literal["auto", "torch"]  # of a function that has no kernel
+_IMPLS, _TORCH_IMPLS = get_args(Impl), get_args(TorchImpl)  # here, because torch 2.6 compiles no get_args
 
 _log = logging.getLogger("kdloss")
 _OLDEST = (3, 6)  # with triton 3.2, which torch 2.6 brings, tests of the kernels fail
@@ -47,7 +48,7 @@ def takes_triton(impl: Impl, **inputs: Tensor | None) -> bool:
     Ranks that share a vocabulary must agree, because the kernels keep row maxima in a unit of their own. They agree if
     `impl`, dtypes, device types and installed packages are the same on all of them.
     """
-    _checks.one_of("impl", impl, get_args(Impl))
+    _checks.one_of("impl", impl, _IMPLS)
     given = {name: x for name, x in inputs.items() if x is not None}
     if impl == "torch" or (impl == "auto" and not any(x.device.type == "cuda" for x in given.values())):
         return False
@@ -63,7 +64,7 @@ def takes_triton(impl: Impl, **inputs: Tensor | None) -> bool:
 
 def torch_form(impl: TorchImpl) -> Impl:
     """The `impl` of a function that has no kernel: torch's operations everywhere."""
-    _checks.one_of("impl", impl, get_args(TorchImpl))
+    _checks.one_of("impl", impl, _TORCH_IMPLS)
     return "torch"
 
 
