@@ -287,6 +287,22 @@ def test_bad_arguments():
         check(batch, kd_discount=1.5)
 
 
+def test_a_group_of_equal_rewards_is_told_from_lost_advantages_by_its_rewards():
+    """A micro-batch is often one group. Without its rewards, advantages of 0 are no mistake that can be seen."""
+    batch = rollout()
+    batch["advantages"] = 0 * batch["advantages"]
+    for left_out in ("rewards", "group_size"):
+        report = check(batch, **{left_out: None})
+        assert not report.ok
+        assert report.wrong == ()
+        assert any("Pass rewards= and group_size=" in finding.text for finding in report.findings)
+    assert [finding.check for finding in check(batch).wrong] == ["advantages"]
+    assert [finding.check for finding in check(batch, rewards=1 + 0 * batch["rewards"]).wrong] == [
+        "advantages",
+        "rewards",
+    ]
+
+
 def test_rewards_that_differ_by_rounding_are_equal_as_for_the_advantages():
     batch = rollout()
     rewards = torch.full((ROWS,), 10.0)

@@ -62,7 +62,7 @@ class BatchReport(NamedTuple):
         >>> import torch, kdloss
         >>> logp, mask = torch.full((8,), 0.5), torch.ones(8, dtype=torch.bool)  # a probability in place of a log-prob
         >>> report: kdloss.BatchReport = kdloss.check_batch(logp, loss_mask=mask)
-        >>> report.ok, [finding.check for finding in report.findings if finding.verdict == "wrong"]
+        >>> report.ok, [finding.check for finding in report.wrong]
         (False, ['logp'])
     """
 
@@ -72,6 +72,11 @@ class BatchReport(NamedTuple):
     def ok(self) -> bool:
         """True if everything that was passed could be judged, and nothing is wrong."""
         return all(finding.verdict in ("ok", "not given") for finding in self.findings)
+
+    @property
+    def wrong(self) -> tuple[Finding, ...]:
+        """The findings that are wrong. A batch of few tokens may have none and not be `ok`: not all could be told."""
+        return tuple(finding for finding in self.findings if finding.verdict == "wrong")
 
     def __str__(self) -> str:
         """The table."""
@@ -106,7 +111,8 @@ def check_batch(
     """Check the first batch of a run for mistakes that raise no error: shifts, swaps, wrong scores, empty signals.
 
         report = kdloss.check_batch(logp, old_logp, teacher_logp, loss_mask=loss_mask, labels=labels)
-        assert report.ok, report
+        print(report)
+        assert not report.wrong
 
     Only trained tokens are read. What counts as wrong:
 
@@ -124,7 +130,8 @@ def check_batch(
       five standard errors.
     - `kd_discount`: the discounted sum of logp - teacher_logp over a response is above 12 nats on average. An empty
       answer cost 11 to 14 nats where this was measured, and students whose own answers cost more learned to end early.
-    - `advantages`: one per sequence; NaN; 0 at every trained token.
+    - `advantages`: one per sequence; NaN; with `rewards` and their groups also 0 at every trained token. Without them
+      that cannot be told from a batch in which each group has equal rewards.
     - `rewards`: not finite; rewards that differ by no more than rounding in every group; groups of one; groups without
       a trained token.
 
@@ -161,7 +168,7 @@ def check_batch(
         >>> logp = -torch.rand(400, generator=torch.Generator().manual_seed(0))
         >>> mask = torch.ones(400, dtype=torch.bool)
         >>> report = kdloss.check_batch(logp, None, logp.roll(1) - 0.1, loss_mask=mask)
-        >>> report.ok, [finding.check for finding in report.findings if finding.verdict == "wrong"]
+        >>> report.ok, [finding.check for finding in report.wrong]
         (False, ['teacher alignment'])
     """
     _checks.per_token("logp", logp, loss_mask=loss_mask, old_logp=old_logp, teacher_logp=teacher_logp)
@@ -186,6 +193,7 @@ def check_batch(
         bounds = cu_seqlens.tolist()
     old, teacher = (None if x is None else x.detach().cpu().flatten() for x in (old_logp, teacher_logp))
     batch = _Batch(logp.detach().cpu().flatten(), old, teacher, loss_mask.cpu().flatten(), bounds)
+    groups_given = rewards is not None and (group_size is not None or group_ids is not None)
     return BatchReport(
         (
             _mask(batch, None if labels is None else labels.cpu().flatten()),
@@ -193,7 +201,7 @@ def check_batch(
             *_behaviour(batch),
             *_teacher(batch),
             *_discount(batch, kd_discount),
-            _advantages(batch, advantages, logp.shape),
+            _advantages(batch, advantages, logp.shape, groups_given),
             _rewards(batch, rewards, group_size, group_ids),
         )
     )
@@ -438,7 +446,7 @@ def _usable(batch: _Batch) -> bool:
     return bool(batch.mask.any()) and _range("logp", batch.trained(batch.logp)).verdict == "ok"
 
 
-def _advantages(batch: _Batch, advantages: Tensor | None, shape: torch.Size) -> Finding:
+def _advantages(batch: _Batch, advantages: Tensor | None, shape: torch.Size, groups_given: bool) -> Finding:
     if advantages is None:
         return Finding("advantages", "not given", "nothing can be told of an RL term")
     if advantages.shape != shape:
@@ -457,8 +465,11 @@ def _advantages(batch: _Batch, advantages: Tensor | None, shape: torch.Size) -> 
         return Finding("advantages", "wrong", f"NaN or infinite at {unusable} trained tokens")
     zero = int((trained == 0).sum())
     if zero == len(trained):
-        reason = "0 at every trained token: the RL term teaches nothing. Do the rewards differ within any group?"
-        return Finding("advantages", "wrong", reason)
+        reason = "0 at every trained token: the RL term teaches nothing"
+        if groups_given:
+            return Finding("advantages", "wrong", reason)
+        why = f"{reason}. Are the rewards of each group equal? Pass rewards= and group_size=, or a batch of more groups"
+        return Finding("advantages", "cannot tell", why)
     return Finding(
         "advantages", "ok", f"root mean square {float(trained.square().mean().sqrt()):.3f}; 0 at {zero} tokens"
     )
