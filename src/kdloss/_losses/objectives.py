@@ -549,12 +549,17 @@ def _weighted_sum(
     """The weights times the terms that are not skipped, of which there is one at least."""
     parts = []
     if rl is not None and rl_loss is not None:
-        parts.append(rl_loss if rl.weight == 1 else rl.weight * rl_loss)
+        parts.append(_times(rl.weight, rl_loss))
     if weighted is not None:
         parts.append(weighted)
     elif kd is not None and kd_loss is not None:
-        parts.append(kd.weight * kd_loss)
+        parts.append(_times(kd.weight, kd_loss))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _times(weight: float | Tensor, x: Tensor) -> Tensor:
+    """No product for a weight of 1: torch 2.14 compiles 1 * x, beside x.detach(), to a result without a gradient."""
+    return x if not isinstance(weight, Tensor) and weight == 1 else weight * x
 
 
 def _widened(logp: Tensor) -> Tensor:
