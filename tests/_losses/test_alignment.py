@@ -93,6 +93,18 @@ def test_seventy_tokens_are_enough_for_a_correlation_of_seven_tenths():
     assert "a correlation of 0.70 would have been found" in str(found)
 
 
+def test_how_many_tokens_tell():
+    """docs/trainers.md: 150 tokens for models whose log-probs correlate by 0.7, and 300 for 0.6."""
+    for likeness, length, tokens, correlation in ((0.8, 160, 152, 0.7), (0.7, 312, 304, 0.6)):
+        found = []
+        for seed in range(30):
+            logp, teacher_logp, mask, cu_seqlens = scores(seed, length, likeness)
+            assert mask.sum() == tokens
+            found.append(kdloss.check_alignment(logp, teacher_logp, loss_mask=mask, cu_seqlens=cu_seqlens))
+        assert all(x.aligned for x in found)
+        assert np.mean([x.correlations[0] for x in found]) == pytest.approx(correlation, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("wrong", "verdict"),
     {
