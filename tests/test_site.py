@@ -53,23 +53,29 @@ def public_names() -> list[str]:
     return names + [f"{module}.{name}" for path, module in modules.items() for name in defined(path)]
 
 
-def api_entries() -> list[str]:
-    """What the autodoc directives of docs/api document, by its full name."""
-    found = []
-    for page in (DOCS / "api").glob("*.md"):
-        module = ""
-        for directive, name in re.findall(
-            r"^\.\. (currentmodule|auto\w+):: (\S+)$", page.read_text("utf-8"), re.MULTILINE
-        ):
-            if directive == "currentmodule":
-                module = name
-            else:
-                found.append(name if directive == "automodule" else f"{module}.{name}")
-    return found
+def api_entries(page: Path) -> Iterator[str]:
+    """What the autodoc directives of a page document, by its full name."""
+    module = ""
+    for directive, name in re.findall(r"^\.\. (currentmodule|auto\w+):: (\S+)$", page.read_text("utf-8"), re.MULTILINE):
+        if directive == "currentmodule":
+            module = name
+        else:
+            yield name if directive == "automodule" else f"{module}.{name}"
+
+
+API_PAGES = [page for page in sorted((DOCS / "api").glob("*.md")) if page.stem != "index"]
 
 
 def test_every_public_name_has_one_entry():
-    assert Counter(api_entries()) == Counter(public_names())
+    assert Counter(entry for page in API_PAGES for entry in api_entries(page)) == Counter(public_names())
+
+
+@pytest.mark.parametrize("page", API_PAGES, ids=lambda page: page.stem)
+def test_a_page_begins_with_a_table_of_its_names(page):
+    """Without Sphinx the directives show nothing."""
+    tabled = Counter(name for row in table_rows(f"api/{page.name}") for name in re.findall(r"`([^`]+)`", row[1]))
+    assert tabled == Counter(re.sub(r"^kdloss\.(testing\.|integrations\.)?", "", name) for name in api_entries(page))
+    assert page.read_text("utf-8").index("\n| to ... |") < page.read_text("utf-8").index("```{eval-rst}")
 
 
 # --- papers and names elsewhere ------------------------------------------------------------------------------------
