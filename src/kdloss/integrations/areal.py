@@ -1,7 +1,7 @@
 """AReaL: `grpo_loss_fn` with AReaL's signature, batch keys and statistics.
 
-    from kdloss.integrations import areal
-    areal.install()  # before the trainer is created, in every process that trains
+    from kdloss.integrations import areal as kd_areal
+    kd_areal.install()  # in every process that trains: docs/integrations/areal.md
 
 Tensors are packed (T,) with `cu_seqlens`, or padded (B, L). AReaL has already rolled them to prediction positions, with
 two exceptions: `versions`, which are shifted here, and the scores of a teacher behind a rollout engine, which
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,8 +37,9 @@ from ._texts import KDRL_ARGS
 def install(**options: Any) -> None:
     """Replace AReaL's `grpo_loss_fn` by the one of this module, in this process.
 
-    AReaL's actor looks up its loss when it trains, so call this at any time before. Under the single controller the
-    actor runs in a worker; install there, in the module of the engine class (docs/integrations/areal.md).
+    AReaL's actor looks up its loss when it trains, so call this at any time before. In AReaL's default mode, the single
+    controller, the actor is in a worker process: call this there, in an engine class of your own
+    (docs/integrations/areal.md). A call in the controller changes nothing, and warns.
 
     Args:
         options: keyword-only arguments of `grpo_loss_fn`, such as `direct_penalty=True`.
@@ -50,6 +52,12 @@ def install(**options: Any) -> None:
     for name in options:
         if name not in known:
             raise TypeError(f"options must be among {', '.join(known)}, got {name!r}; AReaL passes the rest itself")
+    if _in_the_controller():
+        _checks.warn(
+            "AReaL's single controller trains in worker processes, and this process is none of them: AReaL's own loss "
+            "stays in use there. Call install in the __init__ of an engine class of your own, as "
+            "docs/integrations/areal.md shows, or start with a launcher of AReaL, which sets AREAL_SPMD_MODE=1"
+        )
     _areal().grpo_loss_fn = functools.partial(grpo_loss_fn, **options)
 
 
@@ -471,6 +479,11 @@ _HOOKS = {
         "_log_version_staleness_stats": Hook(takes=("versions", "current_version", "version_metrics_mask")),
     }
 }
+
+
+def _in_the_controller() -> bool:
+    """Whether AReaL trains elsewhere: it gives every process that trains a RANK before it makes the engine."""
+    return "RANK" not in os.environ and os.environ.get("AREAL_SPMD_MODE", "false").lower() not in ("true", "1")
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,6 +201,34 @@ def test_what_the_joint_mode_descends() -> None:
         torch.testing.assert_close(expected(areal.grpo_loss_fn, under), reverse_kl, rtol=0, atol=1e-6)
     assert expected(THEIRS, "student").abs().max() < 1e-6
     assert reverse_kl.abs().max() > 0.01
+
+
+@pytest.fixture(autouse=True)
+def worker(monkeypatch) -> None:
+    """This process trains, as `install` sees it."""
+    monkeypatch.setenv("RANK", "0")
+
+
+@pytest.mark.parametrize(
+    ("file", "lines"),
+    [
+        # a worker has a RANK before it imports the class of its engine, by the name that the class gives itself
+        ("infra/controller/train_controller.py", ['"RANK": str(rank)', "set_worker_env", "create_engine("]),
+        ("infra/controller/train_controller.py", ["{engine_class.__module__}.{engine_class.__name__}"]),
+        ("experimental/training_service/controller/controller.py", ['"RANK": str(rank)', "/set_env"]),
+        # the controller looks the class up when it makes its trainer, and never makes an object of it
+        ("trainer/rl_trainer.py", ["from areal.engine import FSDPPPOActor", "actor_cls.as_controller("]),
+        ("engine/fsdp_engine.py", ["class FSDPPPOActor(", "def __init__(self, config: PPOActorConfig):"]),
+        ("utils/environ.py", ["def is_single_controller", 'not get_bool_env_var("AREAL_SPMD_MODE")']),
+    ],
+)
+def test_areal_starts_its_workers_as_the_page_says(file: str, lines: list[str]) -> None:
+    """By its source: its controller and its engines need packages that are not installed here."""
+    (package,) = importlib.import_module("areal").__path__
+    source = (Path(package) / file).read_text("utf-8")
+    positions = [source.find(line) for line in lines]
+    assert -1 not in positions, lines
+    assert positions == sorted(positions)
 
 
 def test_the_actor_trains_with_what_is_installed(monkeypatch) -> None:
