@@ -6,8 +6,10 @@ denominator.
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from enum import Enum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 import kdloss
 from kdloss.integrations import nemo_rl
 from kdloss.integrations.nemo_rl import KDRLLossFn
+from reader import blocks
 from trainer_values import cases, close
 
 INTERFACES = SimpleNamespace(
@@ -253,3 +256,17 @@ def test_without_nemo_rl_the_error_says_what_is_supported(monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ImportError, match=r"nemo-rl>=0\.6,<0\.8"):
         _ = KDRLLossFn(distill_loss_weight=0.005).loss_type
+
+
+def test_the_pages_check_reports_once_in_each_worker(tmp_path, monkeypatch, capsys) -> None:
+    """NeMo-RL pickles the loss for every step, so each step calls another copy."""
+    page = Path(__file__).parents[2] / "docs" / "integrations" / "nemo_rl.md"
+    (code,) = (block.code for block in blocks(page.read_text("utf-8")) if "class CheckedLossFn" in block.code)
+    (tmp_path / "checked_loss.py").write_text(code, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    loss_fn = importlib.import_module("checked_loss").CheckedLossFn(distill_loss_weight=1.0)
+    logp, data = batch()
+    data["generation_logprobs"][:, 1:] = logp.detach()
+    for _ in range(2):
+        pickle.loads(pickle.dumps(loss_fn))(logp, data, **COUNTS)
+    assert capsys.readouterr().out.count("check_batch:") == 1
