@@ -6,18 +6,27 @@ Tolerances: rtol 1e-9 in float64, because verl's means add 1e-8 to their denomin
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import verl  # loads the plug-in
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.distillation.losses import distillation_ppo_loss, get_distillation_loss_fn
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils import tensordict_utils
-from verl.workers.config import ActorConfig, DistillationConfig, DistillationLossConfig
+from verl.workers.config import (
+    ActorConfig,
+    DistillationConfig,
+    DistillationLossConfig,
+    DistillationTeacherModelConfig,
+    RolloutConfig,
+)
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding
 
@@ -46,6 +55,38 @@ def test_the_plugin_was_found() -> None:
         assert get_policy_loss_fn(name) is function
     assert get_distillation_loss_fn("kdloss_reverse_kl") is adapter.reverse_kl
     adapter.register()  # again, by hand: no error
+
+
+def test_the_pages_first_lines_make_a_teacher() -> None:
+    """With the page's options over the defaults of verl's YAML; verl reads them in this way, with hydra."""
+    page = (Path(__file__).parents[3] / "docs" / "integrations" / "verl.md").read_text("utf-8")
+    lines = re.findall(r"^[ +] +(distillation\.\S+)", page.split("```diff\n")[1].split("```")[0], re.MULTILINE)
+    defaults = OmegaConf.load(Path(verl.__file__).parent / "trainer" / "config" / "_generated_ppo_trainer.yaml")
+
+    def teachers(options: list[str]) -> list[tuple[str | None, int]]:
+        made = OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.from_dotlist(options)), resolve=True)
+        config = made["distillation"]
+        fields = config["teacher_models"]["teacher_model"]
+        teacher = DistillationTeacherModelConfig(
+            model_path=fields["model_path"],
+            inference=RolloutConfig(
+                name="vllm", tensor_model_parallel_size=fields["inference"]["tensor_model_parallel_size"]
+            ),
+        )
+        loss = {name: x for name, x in config["distillation_loss"].items() if name != "_target_"}
+        found = DistillationConfig(
+            enabled=config["enabled"],
+            nnodes=config["nnodes"],
+            n_gpus_per_node=config["n_gpus_per_node"],
+            teacher_models={"teacher_model": teacher},
+            distillation_loss=DistillationLossConfig(**loss),
+        )
+        assert found.distillation_loss.loss_mode == "kdloss_reverse_kl"
+        return [(x.model_path, x.num_replicas) for x in found.teacher_models.values()]
+
+    assert teachers(lines) == [("Qwen/Qwen3-8B", 4)]
+    without_nodes = [x for x in lines if ".nnodes=" not in x]
+    assert teachers(without_nodes) == [("Qwen/Qwen3-8B", 0)]
 
 
 def test_another_version_with_all_hooks_is_used_with_a_warning(monkeypatch) -> None:
