@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,13 +34,15 @@ from ._layout import row_cu_seqlens, sequence_means
 from ._lazy import Hook, require
 from ._texts import KDRL_ARGS
 
+_log = logging.getLogger("kdloss")
+
 
 def install(**options: Any) -> None:
     """Replace AReaL's `grpo_loss_fn` by the one of this module, in this process.
 
     AReaL's actor looks up its loss when it trains, so call this at any time before. In AReaL's default mode, the single
     controller, the actor is in a worker process: call this there, in an engine class of your own
-    (docs/integrations/areal.md). A call in the controller changes nothing, and warns.
+    (docs/integrations/areal.md). A call in the controller changes nothing, and logs a warning.
 
     Args:
         options: keyword-only arguments of `grpo_loss_fn`, such as `direct_penalty=True`.
@@ -53,7 +56,7 @@ def install(**options: Any) -> None:
         if name not in known:
             raise TypeError(f"options must be among {', '.join(known)}, got {name!r}; AReaL passes the rest itself")
     if _in_the_controller():
-        _checks.warn(
+        _log.warning(
             "AReaL's single controller trains in worker processes, and this process is none of them: AReaL's own loss "
             "stays in use there. Call install in the __init__ of an engine class of your own, as "
             "docs/integrations/areal.md shows, or start with a launcher of AReaL, which sets AREAL_SPMD_MODE=1"

@@ -203,12 +203,6 @@ def test_what_the_joint_mode_descends() -> None:
     assert reverse_kl.abs().max() > 0.01
 
 
-@pytest.fixture(autouse=True)
-def worker(monkeypatch) -> None:
-    """This process trains, as `install` sees it."""
-    monkeypatch.setenv("RANK", "0")
-
-
 @pytest.mark.parametrize(
     ("file", "lines"),
     [
