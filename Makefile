@@ -124,6 +124,7 @@ fuzz: $(VENV)/test.stamp  ## The hypothesis tests with many more examples: make 
 
 # torch is installed first and alone, so that no other package's requirement selects its build.
 $(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("these tools need Python 3.11: make PYTHON=python3.11 ...")'
 	@echo "$(VENV): torch"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --constraint constraints.txt torch

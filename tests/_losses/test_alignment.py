@@ -102,7 +102,7 @@ def test_how_many_tokens_tell():
             assert mask.sum() == tokens
             found.append(kdloss.check_alignment(logp, teacher_logp, loss_mask=mask, cu_seqlens=cu_seqlens))
         assert all(x.aligned for x in found)
-        assert np.mean([x.correlations[0] for x in found]) == pytest.approx(correlation, abs=0.02)
+        assert np.mean([x.correlations[0] for x in found]) == pytest.approx(correlation, abs=0.03)
 
 
 @pytest.mark.parametrize(

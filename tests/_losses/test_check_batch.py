@@ -35,6 +35,7 @@ def rollout(seed: int = 0, *, drift: float = 0.0, likeness: float = 0.9, length:
         "teacher_logp": teacher_logp,
         "loss_mask": mask,
         "labels": labels,
+        "input_ids": ids,
         "advantages": kdloss.broadcast_to_tokens(advantages, cu_seqlens=cu_seqlens, total_tokens=len(ids)),
         "rewards": rewards,
         "group_size": 4,
@@ -139,6 +140,16 @@ MISTAKES = {
         lambda b: {"loss_mask": b["loss_mask"].roll(1), "labels": None},
         "loss_mask",
         "16 of them end a sequence, where nothing has a score",
+    ),
+    "labels not shifted": (
+        lambda b: {"labels": torch.where(b["labels"] == -100, -100, b["input_ids"])},
+        "labels",
+        "each is the token of its own position: make them with kdloss.next_token_labels",
+    ),
+    "labels of another batch": (
+        lambda b: {"labels": torch.where(b["labels"] == -100, -100, b["labels"].roll(LENGTH))},
+        "labels",
+        "are not the token after their position",
     ),
     "no token": (lambda b: {"loss_mask": b["loss_mask"] & False}, "loss_mask", "nothing is learned"),
     "a discount far from the teacher": (
@@ -285,6 +296,21 @@ def test_bad_arguments():
         check(batch, group_size=4.0)
     with pytest.raises(ValueError, match="kd_discount must be in"):
         check(batch, kd_discount=1.5)
+
+
+def test_what_is_said_of_labels_and_prompts():
+    batch = rollout()
+    lines = {finding.check: finding for finding in check(batch).findings}
+    assert lines["labels"] == ("labels", "ok", "each is the token after its position")
+    assert "no prompt" not in lines["loss_mask"].text
+    everything = check(batch, loss_mask=batch["labels"] != -100)
+    assert everything.findings[0].text.endswith("all that have a label, so no prompt is left out")
+    assert "labels" not in {finding.check for finding in check(batch, input_ids=None).findings}
+    assert [x.verdict for x in check(batch, labels=None).findings if x.check == "labels"] == ["not given"]
+    ends = batch["cu_seqlens"][1:] - 1
+    last = torch.zeros(ROWS * LENGTH, dtype=torch.bool).index_fill(0, ends, True)
+    report = check(batch, loss_mask=last, labels=batch["labels"].masked_fill(last, 1), rewards=None)
+    assert [x.verdict for x in report.findings if x.check == "labels"] == ["cannot tell"]
 
 
 def test_a_group_of_equal_rewards_is_told_from_lost_advantages_by_its_rewards():

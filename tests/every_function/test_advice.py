@@ -281,6 +281,11 @@ FOLLOWED = {
         "test_each_of_several_choices_is_the_answer_of_a_sequence",
         "read([choice]",
     ),
+    "Call install in the __init__ of an engine class": (
+        "integrations/test_areal.py",
+        "test_install_in_the_controller_logs_a_warning",
+        "AREAL_SPMD_MODE",
+    ),
     "ask with logprob_start_len={}": (
         "integrations/test_recorded_servers.py",
         "test_sglang_scores_a_response_alone",

@@ -186,8 +186,8 @@ def _judged(correlations: dict[int, float], pairs: dict[int, int]) -> tuple[int 
         None,
         "nothing in common",
         f"nothing in common at any shift from {-tried} to {tried}, where a correlation of {detectable:.2f} would have "
-        "been found: the scores are of other tokens, of another sequence, further off (max_shift=), or of a model that "
-        "is not trained",
+        "been found: the scores are of other tokens, of another tokenizer or sequence, further off (max_shift=), or of "
+        "a model that is not trained",
     )
 
 

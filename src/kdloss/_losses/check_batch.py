@@ -101,6 +101,7 @@ def check_batch(
     *,
     loss_mask: Tensor,  # as logp, bool
     labels: Tensor | None = None,  # as logp, int64
+    input_ids: Tensor | None = None,  # as logp, int64
     advantages: Tensor | None = None,  # as logp
     rewards: Tensor | None = None,  # (B,)
     group_size: int | None = None,
@@ -118,6 +119,7 @@ def check_batch(
 
     - `loss_mask`: no token is trained. A trained token has label -100. Without `labels`: all trained tokens that end a
       sequence have the value 0 or NaN in each stream.
+    - `labels`, with `input_ids`: a trained token has another label than the token after it in its sequence.
     - log-probs: NaN; more than 1e-3 above 0 (probabilities, negated log-probs); -inf under the student.
     - `teacher_logp`: -inf or -9999. Exactly 0 at 5 % (and at least three) of the tokens that the student gives less
       than -0.5, or at all of ten or more trained tokens of a sequence.
@@ -135,7 +137,8 @@ def check_batch(
     - `rewards`: not finite; rewards that differ by no more than rounding in every group; groups of one; groups without
       a trained token.
 
-    Other mistakes in a minority of the sequences, such as scores that two sequences exchanged, are not seen.
+    Not seen: prompts in the mask, a temperature that student and sampler share and the teacher does not, and mistakes in
+    a minority of the sequences, such as scores that two sequences exchanged.
 
     Args:
         logp: (T,) or (B, L) log-probs under the student, nats: a packed stream with `cu_seqlens`, or padded rows
@@ -144,6 +147,7 @@ def check_batch(
         teacher_logp: log-probs under the teacher. None: no teacher.
         loss_mask: bool, True where a token is trained on.
         labels: the token after each position, -100 where there is none. None: the mask cannot be compared with it.
+        input_ids: the token at each position, to see whether `labels` are the tokens after them. None: not compared.
         advantages: per token. None: not given.
         rewards: (B,) one per sequence. None: not given.
         group_size: number of consecutive sequences of one prompt. None: not given.
@@ -176,6 +180,9 @@ def check_batch(
     if labels is not None:
         _checks.integral(labels=labels)
         _checks.same_shape("logp", logp, labels=labels)
+    if input_ids is not None:
+        _checks.integral(input_ids=input_ids)
+        _checks.same_shape("logp", logp, input_ids=input_ids)
     if group_ids is not None:
         _checks.integral(group_ids=group_ids)
     if group_size is not None and group_ids is not None:
@@ -193,10 +200,12 @@ def check_batch(
         bounds = cu_seqlens.tolist()
     old, teacher = (None if x is None else x.detach().cpu().flatten() for x in (old_logp, teacher_logp))
     batch = _Batch(logp.detach().cpu().flatten(), old, teacher, loss_mask.cpu().flatten(), bounds)
+    labels, input_ids = (None if x is None else x.cpu().flatten() for x in (labels, input_ids))
     groups_given = rewards is not None and (group_size is not None or group_ids is not None)
     return BatchReport(
         (
-            _mask(batch, None if labels is None else labels.cpu().flatten()),
+            _mask(batch, labels),
+            *_labels(batch, labels, input_ids),
             _range("logp", batch.trained(batch.logp)),
             *_behaviour(batch),
             *_teacher(batch),
@@ -274,7 +283,31 @@ def _mask(batch: _Batch, labels: Tensor | None) -> Finding:
     if ignored:
         reason = f"{found}; {ignored} of them have label -100: {_OWN_POSITIONS}"
         return Finding("loss_mask", "wrong", reason)
+    if tokens == int((labels != -100).sum()):
+        found += ": all that have a label, so no prompt is left out"
     return Finding("loss_mask", "ok", found)
+
+
+def _labels(batch: _Batch, labels: Tensor | None, input_ids: Tensor | None) -> Iterator[Finding]:
+    """Whether the labels are the tokens after those of the input. The last of a sequence has none to compare with."""
+    if input_ids is None:
+        return
+    if labels is None:
+        yield Finding("labels", "not given", "input_ids have nothing to be compared with")
+        return
+    ends = torch.tensor([stop - 1 for start, stop in pairwise(batch.bounds) if stop > start])
+    compared = batch.mask.index_fill(0, ends, False) & (labels != -100)
+    if not compared.any():
+        yield Finding("labels", "cannot tell", "no trained token with a label has another one after it")
+        return
+    other = int((labels != input_ids.roll(-1))[compared].sum())
+    if not other:
+        yield Finding("labels", "ok", "each is the token after its position")
+        return
+    found = f"{other} of {int(compared.sum())} are not the token after their position"
+    if bool((labels == input_ids)[compared].all()):
+        found = "each is the token of its own position"
+    yield Finding("labels", "wrong", f"{found}: make them with kdloss.next_token_labels")
 
 
 def _range(name: str, x: Tensor) -> Finding:
@@ -326,7 +359,7 @@ def _behaviour(batch: _Batch) -> Iterator[Finding]:
         )
         yield Finding("ratio", "wrong", reason)
     else:
-        yield Finding("ratio", "ok", text)
+        yield Finding("ratio", "ok", f"{text}; before the first update it is 0 but for rounding")
 
 
 def _swapped(batch: _Batch, old: Tensor, moved: float) -> tuple[Verdict, str] | None:
