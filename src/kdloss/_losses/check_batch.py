@@ -137,8 +137,8 @@ def check_batch(
     - `rewards`: not finite; rewards that differ by no more than rounding in every group; groups of one; groups without
       a trained token.
 
-    Not seen: prompts in the mask, a temperature that student and sampler share and the teacher does not, and mistakes in
-    a minority of the sequences, such as scores that two sequences exchanged.
+    Not seen: prompts in the mask, a temperature that student and sampler share and the teacher does not, and mistakes
+    in a minority of the sequences, such as scores that two sequences exchanged.
 
     Args:
         logp: (T,) or (B, L) log-probs under the student, nats: a packed stream with `cu_seqlens`, or padded rows
