@@ -18,10 +18,8 @@ from torch.distributed import ProcessGroup
 from kdloss import _checks
 
 
-def in_step(group: ProcessGroup | None, x: object) -> AbstractContextManager[dict[str, Any]]:
+def in_step(group: ProcessGroup | None, x: object, agreed: dict[str, Any]) -> AbstractContextManager[None]:
     """Run a rank's argument checks in this context: an error on one rank is raised on all ranks.
-
-    The context yields a dictionary. A value that differs between ranks in it raises on all ranks, too.
 
     A rank that raised alone would leave the others waiting in the next collective. Exchanging errors takes a collective
     that waits for the host, so it is skipped where other checks of values are skipped: off the CPU and under
@@ -30,20 +28,21 @@ def in_step(group: ProcessGroup | None, x: object) -> AbstractContextManager[dic
     Args:
         group: None: nothing is exchanged.
         x: the first argument of the checked function: a tensor, or the wrong object that was passed for it.
+        agreed: filled inside the context. A value in it that differs between ranks raises on all ranks, too. It is no
+            result of the context, because torch 2.6 does not compile one.
     """
     if group is None or torch.compiler.is_compiling():
-        return nullcontext({})
+        return nullcontext()
     like = x if isinstance(x, Tensor) else torch.empty(0)
     check_group(group, like)
-    return _exchanged(group) if _checks.value_checks_allowed(like) else nullcontext({})
+    return _exchanged(group, agreed) if _checks.value_checks_allowed(like) else nullcontext()
 
 
 @contextmanager
-def _exchanged(group: ProcessGroup) -> Iterator[dict[str, Any]]:
-    agreed: dict[str, Any] = {}
+def _exchanged(group: ProcessGroup, agreed: dict[str, Any]) -> Iterator[None]:
     error = None
     try:
-        yield agreed
+        yield
     except (TypeError, ValueError) as caught:
         error = caught
     found = gather_objects((None if error is None else (isinstance(error, TypeError), str(error)), agreed), group)

@@ -45,7 +45,7 @@ def global_token_count(
         >>> kdloss.token_mean(torch.full((2, 3), 5.0), loss_mask=loss_mask, normalizer=count).item()
         5.0
     """
-    with in_step(all_ranks(group), loss_mask):
+    with in_step(all_ranks(group), loss_mask, {}):
         _checks.tensors(loss_mask=loss_mask)
         _checks.boolean(loss_mask=loss_mask)
     return global_sum(loss_mask.sum(), group)

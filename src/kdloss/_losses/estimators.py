@@ -255,7 +255,7 @@ def discounted_returns(
         >>> kdloss.discounted_returns(rewards, loss_mask=loss_mask, cu_seqlens=cu_seqlens, discount=0.5).tolist()
         [1.75, 1.5, 0.0, 1.0, 1.0]
     """
-    with in_step(group, rewards) as agreed:
+    with in_step(group, rewards, agreed := {}):
         _checks.per_token("rewards", rewards, loss_mask=loss_mask)
         _checks.packed_stream("rewards", rewards, cu_seqlens)
         _checks.unit_interval(discount=discount)

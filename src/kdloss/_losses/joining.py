@@ -173,7 +173,7 @@ def prefix_weights(
     Source:
         IW-OPD, arXiv 2606.22600.
     """
-    with in_step(group, kd_reward) as agreed:
+    with in_step(group, kd_reward, agreed := {}):
         _checks.non_negative(gain=gain)
         _checks.per_token("kd_reward", kd_reward, loss_mask=loss_mask)
         _checks.packed_stream("kd_reward", kd_reward, cu_seqlens)

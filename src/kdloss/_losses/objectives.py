@@ -520,7 +520,7 @@ class _KDTerm(NamedTuple):
 
 def _objective(logp: Tensor, old_logp: Tensor | None, rl: _RL | None, kd: _KD | None, reduce: _Reduction) -> LossOutput:
     """The weighted sum of the terms that are given; None is no term."""
-    with in_step(reduce.group, logp) as agreed:
+    with in_step(reduce.group, logp, agreed := {}):
         reduce.check(logp)
         _check_terms(logp, old_logp, rl, kd, reduce)
         agreed.update(reduce.agreed())

@@ -227,7 +227,7 @@ def sequence_clipped_surrogate(
     Source:
         GSPO (arXiv 2507.18071), eqs. 5, 7 and 13.
     """
-    with in_step(group, logp) as agreed:
+    with in_step(group, logp, agreed := {}):
         _checks.non_negative(clip_low=clip_low, clip_high=clip_high)
         _checks.packed_stream("logp", logp, cu_seqlens)
         log_ratio = _log_ratio(logp, old_logp, advantages, loss_mask, weights)

@@ -160,7 +160,7 @@ def stale_sequence_mask(
     Source:
         DeepSeek-V3.2, arXiv 2512.02556, eq. 9.
     """
-    with in_step(group, logp) as agreed:
+    with in_step(group, logp, agreed := {}):
         _checks.non_negative(max_divergence=max_divergence)
         _checks.tensors(old_logp=old_logp, advantages=advantages)
         _checks.per_token("logp", logp, loss_mask=loss_mask, advantages=advantages)
@@ -215,7 +215,7 @@ def top_entropy_mask(
     Source:
         Beyond the 80/20 Rule, arXiv 2506.01939.
     """
-    with in_step(group, entropy) as agreed:
+    with in_step(group, entropy, agreed := {}):
         _checks.unit_interval(fraction=fraction)
         _checks.per_token("entropy", entropy, loss_mask=loss_mask)
         agreed.update({"fraction": fraction, "the dtype of entropy": _checks.promoted_dtype(entropy)})
@@ -279,7 +279,7 @@ def informative_token_mask(
     Source:
         TIP, arXiv 2604.14084, eq. 7.
     """
-    with in_step(group, entropy) as agreed:
+    with in_step(group, entropy, agreed := {}):
         _checks.unit_interval(fraction=fraction)
         _checks.tensors(divergence=divergence)
         _checks.per_token("entropy", entropy, loss_mask=loss_mask, divergence=divergence)

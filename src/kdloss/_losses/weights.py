@@ -203,7 +203,7 @@ def sequence_importance_weights(
     Source:
         Liu et al., "When Speed Kills Stability" (2025), sequence-level TIS and MIS; GSPO (arXiv 2507.18071) for "mean".
     """
-    with in_step(group, prox_logp) as agreed:
+    with in_step(group, prox_logp, agreed := {}):
         _checks.one_of("aggregate", aggregate, _AGGREGATES)
         _checks.one_of("action", action, _ACTIONS)
         _checks.interval(("min_weight", min_weight), ("max_weight", max_weight))

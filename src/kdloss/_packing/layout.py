@@ -266,7 +266,7 @@ def next_token_labels(
         >>> kdloss.next_token_labels(input_ids, cu_seqlens=cu_seqlens).tolist()
         [6, 7, -100, 9, -100]
     """
-    with in_step(group, input_ids) as agreed:
+    with in_step(group, input_ids, agreed := {}):
         _checks.integral(input_ids=input_ids)
         _checks.packed_stream("input_ids", input_ids, cu_seqlens)
         input_ids = input_ids.to(torch.int64)
@@ -597,7 +597,7 @@ def at_starts(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _checked(x: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, group: ProcessGroup | None) -> Layout:
     """The layout of the stream, after checks that agree with the other ranks of `group`."""
-    with in_step(group, x) as agreed:
+    with in_step(group, x, agreed := {}):
         _checks.per_token("x", x, loss_mask=loss_mask)
         _checks.packed_stream("x", x, cu_seqlens)
         layout = Layout(cu_seqlens, x.shape[0])

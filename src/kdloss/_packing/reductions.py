@@ -112,7 +112,7 @@ def sequence_mean(
         >>> kdloss.sequence_mean(x, loss_mask=loss_mask, cu_seqlens=torch.tensor([0, 2, 3])).item()  # (2 + 8) / 2
         5.0
     """
-    with in_step(group, x) as agreed:
+    with in_step(group, x, agreed := {}):
         _checks.normalizer(normalizer)
         _checks.per_token("x", x, loss_mask=loss_mask)
         _checks.packed_stream("x", x, cu_seqlens)
@@ -196,11 +196,11 @@ def global_sequence_count(
         2
     """
     ranks = all_ranks(group)
-    with in_step(ranks, loss_mask):
+    with in_step(ranks, loss_mask, {}):
         _checks.boolean(loss_mask=loss_mask)
         _checks.packed_stream("loss_mask", loss_mask, cu_seqlens)
         check_group(split_group, loss_mask, "split_group")
-    with in_step(ranks, loss_mask):  # once more: an error in here is raised on the ranks of one split_group only
+    with in_step(ranks, loss_mask, {}):  # once more: an error in here is raised on the ranks of one split_group only
         ones = torch.ones_like(loss_mask, dtype=torch.float32)
         trained = segment_sum(ones, loss_mask=loss_mask, cu_seqlens=cu_seqlens, group=split_group)
     count = (trained != 0).sum()
