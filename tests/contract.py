@@ -62,7 +62,8 @@ def fields(result: Any) -> dict[str, Any]:
     """The parts of a NamedTuple or dict by name; anything else is one part named ""."""
     if isinstance(result, dict):
         return result
-    return result._asdict() if hasattr(result, "_asdict") else {"": result}
+    # torch 2.6 compiles no `_asdict`
+    return dict(zip(type(result)._fields, result, strict=True)) if hasattr(result, "_fields") else {"": result}
 
 
 @contextlib.contextmanager

@@ -423,6 +423,7 @@ def runs_eagerly(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or inside_torch_func() or x.is_meta)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.6 cannot compile it
 def inside_torch_func() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, jvp) is running."""
     return peek_interpreter_stack() is not None

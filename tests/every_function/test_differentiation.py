@@ -53,7 +53,7 @@ def objective(name):
     random = torch.Generator().manual_seed(3)
 
     def scalar(*values):
-        found = fields(call(function, arguments | dict(zip(names, values, strict=True))))
+        found = fields(call(function, {**arguments, **dict(zip(names, values, strict=True))}))
         return sum((x * weights_like(x)).sum() for part, x in found.items() if part in attached)
 
     leaves = [arguments[key] for key in names]

@@ -54,10 +54,10 @@ def linear_divergence(
     trains_head = student.weight.requires_grad or (student.bias is not None and student.bias.requires_grad)
     in_forward = torch.is_grad_enabled() and student.hidden.requires_grad and not trains_head
     value: Tensor = _linear_divergence(
-        *student[:3],
-        *(None if x is None else x.detach() for x in teacher[:3]),
+        *student.tensors(),
+        *(None if x is None else x.detach() for x in teacher.tensors()),
         loss_mask,
-        softmax.flat_temperature,
+        softmax.flat_temperature(),
         student.softcap,
         teacher.softcap,
         student.logit_scale,
@@ -214,7 +214,7 @@ def sharded_linear_divergence(
 ) -> Tensor:  # (T,)
     """`linear_divergence` of heads that are a slice of the vocabulary; results are those of whole rows."""
     student, teacher, softmax, _ = heads
-    shard, taus = softmax.shard, softmax.flat_temperature
+    shard, taus = softmax.shard, softmax.flat_temperature()
     assert teacher is not None
     assert shard is not None
     total, index = loss_mask.shape[0], None
@@ -228,7 +228,7 @@ def sharded_linear_divergence(
         shard.enter(student.hidden),
         student.weight,
         student.bias,
-        *(None if x is None else x.detach() for x in teacher[:3]),
+        *(None if x is None else x.detach() for x in teacher.tensors()),
         loss_mask,
         taus,
         (student.softcap, teacher.softcap, student.logit_scale, teacher.logit_scale),

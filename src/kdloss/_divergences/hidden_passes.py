@@ -226,4 +226,4 @@ def product_of_rows_(out: Tensor, head: Head, rows: Tensor) -> Tensor:
 
 def dtype_of(student: Head, teacher: Head) -> torch.dtype:
     """The dtype of values and sums."""
-    return _checks.promoted_dtype(*student[:3], *teacher[:3])
+    return _checks.promoted_dtype(*student.tensors(), *teacher.tensors())

@@ -67,7 +67,6 @@ class Form(NamedTuple):
     # 1-ω, the student's, for the skewed reverse KL; ω, the teacher's, for the others; no KL reads it
     share: float = 0.5
 
-    @property
     def shares(self) -> Shares:
         """ω and 1-ω with their logs, each to one rounding of itself."""
         known, rest = (self.share, math.log(self.share)), (1 - self.share, math.log1p(-self.share))
@@ -345,7 +344,7 @@ def _terms(
     if kind == TOTAL_VARIATION:
         torch.sub(q, p, out=d)
         return torch.abs(d, out=room).sum(-1).mul_(0.5), d.sign_().mul_(q).mul_(0.5)
-    shares = form.shares
+    shares = form.shares()
     t = d.add_(shares.log_teacher - shares.log_student)
     if not _all_finite(t):
         t.nan_to_num_(0.0, _SATURATED, -_SATURATED)

@@ -251,7 +251,7 @@ def _topk(
     logits, _, softmax = prepare_logits(logits, temperature=temperature, vocab_size=vocab_size, shard=shard, impl=impl)
     rows = logits.shape[:-1]
     support = check_support("logits", logits, rows, teacher_topk_logp, teacher_topk_ids, softmax.vocab_size)
-    _checks.row_temperatures(softmax.row_temperature, support.counted)
+    _checks.row_temperatures(softmax.row_temperature, support.counted())
 
     def columns(ids: Tensor, *, with_rest: bool) -> tuple[Tensor, Tensor]:
         return kept_and_rest(logits, ids, softmax, with_rest=with_rest)
@@ -268,20 +268,18 @@ class Support(NamedTuple):
     vocab_size: int
     broken: Tensor | None  # (...,) bool, rows whose ids are twice or outside; None if those raise
 
-    @property
     def valid(self) -> Tensor:
         """(..., K) bool, False at padding."""
         return (self.ids >= 0) & (self.ids < self.vocab_size)
 
-    @property
     def counted(self) -> Tensor:
         """(...,) bool, the rows that have an id."""
-        return self.valid.any(-1)
+        return self.valid().any(-1)
 
     def only(self, rows: Tensor) -> Support:
         """Padding alone in all rows but these (...,)."""
         broken = None if self.broken is None else self.broken & rows
-        return self._replace(ids=self.ids.masked_fill(~rows.unsqueeze(-1), PADDING), broken=broken)
+        return Support(self.ids.masked_fill(~rows.unsqueeze(-1), PADDING), self.logp, self.vocab_size, broken)
 
 
 def check_support(
@@ -319,8 +317,8 @@ def divergence_of_support(
     dtype: torch.dtype,
 ) -> Tensor:  # (...,)
     """The divergence of each row, 0 without gradient in a row of padding only."""
-    valid = support.valid
-    empty = ~support.counted.unsqueeze(-1)
+    valid = support.valid()
+    empty = ~support.counted().unsqueeze(-1)
     log_p = torch.where(valid, support.logp.to(dtype), -math.inf)
     kept, rest = columns(support.ids, with_rest=tail != "renormalize")
     if tail == "renormalize":  # softmax over S is q/Q: nothing outside S is needed
@@ -361,7 +359,7 @@ def _log_tail(log_p: Tensor, support: Support, kind: str) -> Tensor:
     tail = -torch.expm1(torch.logsumexp(log_p, -1))
     least = 8 * torch.finfo(log_p.dtype).eps
     log_tail = tail.clamp(min=least).log() if kind == REVERSE_KL else torch.where(tail < least, 0, tail).log()
-    return torch.where(support.valid.sum(-1) == support.vocab_size, -math.inf, log_tail)
+    return torch.where(support.valid().sum(-1) == support.vocab_size, -math.inf, log_tail)
 
 
 def sum_over_support(form: Form, tail: Tail, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -381,7 +379,7 @@ def sum_over_support(form: Form, tail: Tail, log_q: Tensor, log_p: Tensor) -> Te
     both = (p > 0) & (q > 0)
     one_sided = _SATURATED * ((p > 0).to(q.dtype) - (q > 0).to(q.dtype))
     t = torch.where(both, torch.where(both, log_p, 0) - torch.where(both, log_q, 0), one_sided)
-    shares, zero = form.shares, torch.zeros_like(t)
+    shares, zero = form.shares(), torch.zeros_like(t)
     t = t + (shares.log_teacher - shares.log_student)
     a = -shares.log_student - torch.logaddexp(t, zero)
     b = -shares.log_teacher - torch.logaddexp(-t, zero)

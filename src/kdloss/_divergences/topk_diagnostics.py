@@ -98,9 +98,9 @@ def topk_diagnostics(
     check_labels(labels, rows, softmax.vocab_size, loss_mask=loss_mask)
     support = check_support("logits", logits, rows, teacher_topk_logp, teacher_topk_ids, softmax.vocab_size)
     dtype = _checks.promoted_dtype(logits, teacher_topk_logp)
-    size = support.valid.sum(-1)
+    size = support.valid().sum(-1)
     scored = loss_mask & (size > 0)
-    read = support.valid & scored.unsqueeze(-1)
+    read = support.valid() & scored.unsqueeze(-1)
 
     columns = torch.where(read, support.ids, IGNORE_INDEX)
     log_q, _ = logprobs_from_logits(logits, columns, None, softmax, with_entropy=False)
@@ -122,7 +122,7 @@ def topk_diagnostics(
     count = scored.sum()
     means = torch.where(scored, per_row, 0).flatten(1).sum(1) / count.clamp(min=1)
     names = ("teacher_mass", "student_mass", "overlap", "sampled_inside")
-    return {"tokens": loss_mask.sum(), "scored": count} | dict(zip(names, means.unbind(), strict=True))
+    return {"tokens": loss_mask.sum(), "scored": count, **dict(zip(names, means.unbind(), strict=True))}
 
 
 def _among_largest(logits: Tensor, columns: Tensor, size: Tensor, softmax: Softmax) -> Tensor:

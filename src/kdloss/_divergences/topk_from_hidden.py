@@ -270,12 +270,12 @@ def _linear_topk(
     )
     softmax, student = heads.softmax, heads.student
     support = check_support("hidden", student.hidden, heads.shape, *teacher, softmax.vocab_size).only(loss_mask)
-    _checks.row_temperatures(softmax.row_temperature, support.counted)
+    _checks.row_temperatures(softmax.row_temperature, support.counted())
 
     def columns(ids: Tensor, *, with_rest: bool) -> tuple[Tensor, Tensor]:
-        trained = support.counted.reshape(-1)
+        trained = support.counted().reshape(-1)
         kept, rest = linear_kept_and_rest(heads, ids.reshape(-1, ids.shape[-1]), trained, with_rest=with_rest)
         return kept.reshape(ids.shape), rest.reshape(heads.shape)
 
-    dtype = _checks.promoted_dtype(*student[:3], teacher[0])
+    dtype = _checks.promoted_dtype(*student.tensors(), teacher[0])
     return divergence_of_support(form, tail, support, columns, softmax, dtype)

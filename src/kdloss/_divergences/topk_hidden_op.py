@@ -58,8 +58,9 @@ def linear_kept_and_rest(
 ) -> tuple[Tensor, Tensor]:  # (T, K), (T,)
     """`kept_and_rest` of the logits of the trained rows; 0 in the others. Differentiable in the student's head."""
     student, _, softmax, _ = heads
+    taus = softmax.flat_temperature()
     rows, _ = select_rows(trained, None)
-    store = rows is not None and keeps_logits(rows.shape[0] * softmax.local_size, *student[:3])
+    store = rows is not None and keeps_logits(rows.shape[0] * softmax.local_size, *student.tensors())
     options = (
         student.softcap,
         student.logit_scale,
@@ -70,11 +71,10 @@ def linear_kept_and_rest(
         store,
     )
     if softmax.shard is None:
-        tensors = (*student[:3], ids, trained, rows, softmax.flat_temperature)
-        kept, rest, _ = _linear_kept_and_rest(*tensors, *options)
+        kept, rest, _ = _linear_kept_and_rest(*student.tensors(), ids, trained, rows, taus, *options)
         return kept, rest
     hidden = softmax.shard.enter(student.hidden)
-    inputs = (hidden, *student[1:3], ids, trained, rows, softmax.flat_temperature, options, softmax.shard)
+    inputs = (hidden, student.weight, student.bias, ids, trained, rows, taus, options, softmax.shard)
     kept, rest = _ShardedLinearTopk.apply(*inputs)  # type: ignore[no-untyped-call]
     return kept, rest
 

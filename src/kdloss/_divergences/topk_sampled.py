@@ -214,7 +214,8 @@ def linear_topk_sampled_reverse_kl(
     check_head_labels(heads, labels, loss_mask)
     samples = _check_samples(labels, teacher_logp, old_logp, max_ratio, heads.shape)
     if loss_mask is not None:
-        samples = samples._replace(labels=samples.labels.masked_fill(~loss_mask.unsqueeze(-1), IGNORE_INDEX))
+        trained = samples.labels.masked_fill(~loss_mask.unsqueeze(-1), IGNORE_INDEX)
+        samples = _Samples(trained, samples.teacher_logp, samples.old_logp, samples.max_ratio)
     size = heads.softmax.vocab_size
     support = check_support("hidden", heads.student.hidden, heads.shape, teacher_topk_logp, teacher_topk_ids, size)
     columns = _columns(samples.labels, support)
@@ -241,7 +242,7 @@ def _check_samples(
 def _columns(labels: Tensor, support: Support) -> Tensor:
     """(..., K + M) labels whose log-probs are read: the ids and the samples, none in a row without a sample."""
     sampled = (labels != IGNORE_INDEX).any(-1, keepdim=True)
-    ids = torch.where(support.valid & sampled, support.ids, IGNORE_INDEX)
+    ids = torch.where(support.valid() & sampled, support.ids, IGNORE_INDEX)
     return torch.cat([ids, labels], -1)
 
 
@@ -252,7 +253,7 @@ def _exact_and_sampled(logp: Tensor, samples: _Samples, support: Support) -> Ten
     kept, drawn = logp.to(dtype).split([support.ids.shape[-1], labels.shape[-1]], -1)
     sampled = labels != IGNORE_INDEX
     # log-probs of ids that are not read are 0, and so would be tokens without mass: their term is 0 without gradient
-    valid = support.valid & sampled.any(-1, keepdim=True) & (kept.detach() != -math.inf)
+    valid = support.valid() & sampled.any(-1, keepdim=True) & (kept.detach() != -math.inf)
     q = torch.where(valid, kept.detach(), -math.inf).exp()
     exact: Tensor = _descended(torch.where(valid, kept, 0), q * _cost(kept.detach(), support.logp.to(dtype), valid))
 

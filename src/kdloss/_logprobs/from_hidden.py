@@ -178,14 +178,14 @@ def logprobs_from_hidden(
         untrained = ~loss_mask.reshape(-1, 1)
         columns, outside = columns.masked_fill(untrained, IGNORE_INDEX), outside & ~untrained
     rows, left_out = select_rows((columns != IGNORE_INDEX).any(-1), max_trained_tokens, kernels=softmax.kernels)
-    store = rows is not None and keeps_logits(rows.shape[0] * softmax.local_size, *head[:3])
+    store = rows is not None and keeps_logits(rows.shape[0] * softmax.local_size, *head.tensors())
     compact = max_trained_tokens is None
     if softmax.shard is None:
         logp, entropy, *_ = linear_logprobs(
-            *head[:3],
+            *head.tensors(),
             columns,
             rows,
-            softmax.flat_temperature,
+            softmax.flat_temperature(),
             softmax.temperature,
             head.softcap,
             head.logit_scale,

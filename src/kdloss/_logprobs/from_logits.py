@@ -165,7 +165,7 @@ def logprobs_from_logits(
         columns, outside = as_columns(labels, shape), None
     else:
         columns, outside = label_columns(labels, shape, softmax.vocab_size)
-    options = (softmax.flat_temperature, softmax.temperature, softcap, softmax.local_size, with_entropy)
+    options = (softmax.flat_temperature(), softmax.temperature, softcap, softmax.local_size, with_entropy)
     if softmax.shard is not None:
         logp, entropy = sharded_logprobs(logits, columns, softcap, softmax, with_entropy=with_entropy)
     elif softmax.kernels or not torch.compiler.is_compiling():

@@ -155,7 +155,7 @@ def fused_linear_loss(
         raise ValueError(f"labels must match the rows of hidden {tuple(shape)}, got {tuple(labels.shape)}")
     inputs = [_token_input(number, x, shape, head.hidden) for number, x in enumerate(token_inputs)]
     user_loss = UserLoss(token_loss, inputs, math.prod(shape))
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head[:3])
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head.tensors())
     if not (needs_gradient and _checks.runs_eagerly(loss_mask)):
         # without a gradient there is nothing to fuse; a compiler cannot trace the number of chunks
         return _two_steps(heads, labels, user_loss, loss_mask, normalizer, max_trained_tokens)

@@ -65,7 +65,7 @@ class TorchChunks:
         size: int,  # rows of a chunk, at most
     ) -> None:
         self._head, self._columns, self._softmax = head, columns, softmax
-        width, dtype = head.weight.shape[0], _checks.promoted_dtype(*head[:3])
+        width, dtype = head.weight.shape[0], _checks.promoted_dtype(*head.tensors())
         self._logits = torch.empty(size, width, dtype=dtype, device=columns.device)
         threads = torch.get_num_threads()
         on_cpu = columns.device.type == "cpu"
@@ -79,8 +79,8 @@ class TorchChunks:
         labelled = labels >= 0
         given = head.hidden[rows].masked_fill_(~labelled, 0)
         scaling = Scaling(head.softcap, head.logit_scale, softmax.temperature)
-        if softmax.flat_temperature is not None:
-            divisor = torch.where(labelled, softmax.flat_temperature[rows].to(z.dtype)[:, None], 1)
+        if (taus := softmax.flat_temperature()) is not None:
+            divisor = torch.where(labelled, taus[rows].to(z.dtype)[:, None], 1)
             scaling = scaling._replace(temperature=divisor)
         head_product_(z, given.to(z.dtype), head.weight, head.bias)
         sums = Sums.empty(rows.shape[0], like=z, with_entropy=True)
@@ -142,7 +142,7 @@ class KernelChunks:
         self.transform = LogitTransform.of(head.bias, head.logit_scale, head.softcap)
         width = head.weight.shape[0]
         here = columns if self._shard is None else self._shard.columns(columns, width)
-        self.state = State.empty(here, softmax.temperature, softmax.flat_temperature, with_entropy=True)
+        self.state = State.empty(here, softmax.temperature, softmax.flat_temperature(), with_entropy=True)
         self._logp, self.g = (torch.zeros(columns.shape, device=columns.device) for _ in range(2))
         self._entropy, self.h = (torch.zeros_like(self.state.peak) for _ in range(2))
         self.dtype = _products.product_dtype(head.hidden, head.weight)

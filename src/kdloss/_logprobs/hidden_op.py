@@ -287,7 +287,7 @@ class _HeadSlices:
         temperature: float,
         row_temperature: Tensor | None,  # (T,), in place of the number
     ) -> None:
-        dtype = _checks.promoted_dtype(*head[:3])
+        dtype = _checks.promoted_dtype(*head.tensors())
         used = (columns >= 0).any(-1, keepdim=True)
         # set to 0, because NaN in an unlabelled row, times 0, would reach the gradient of the weight
         self.given = head.hidden.index_select(0, index).masked_fill_(~used, 0)

@@ -33,7 +33,7 @@ def sharded_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(logp (T, K), entropy (T,) or (0,)), the same on every rank."""
     options = (softmax.temperature, softcap, softmax.local_size)
-    taus, shard, kernels = softmax.flat_temperature, softmax.shard, softmax.kernels
+    taus, shard, kernels = softmax.flat_temperature(), softmax.shard, softmax.kernels
     return _ShardedLogprobs.apply(logits, columns, taus, options, with_entropy, shard, kernels)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -48,7 +48,7 @@ def sharded_linear_logprobs(
     compact: bool,
 ) -> tuple[Tensor, Tensor]:
     """(logp (T, K), entropy (T,) or (0,)), the same on every rank."""
-    total, hidden, taus, shard = columns.shape[0], head.hidden, softmax.flat_temperature, softmax.shard
+    total, hidden, taus, shard = columns.shape[0], head.hidden, softmax.flat_temperature(), softmax.shard
     assert shard is not None
     if rows is not None:  # only these are all-gathered
         hidden, columns = hidden.index_select(0, rows), columns.index_select(0, rows)

@@ -100,7 +100,7 @@ class UserLoss(NamedTuple):
     def _losses(self, logp: Tensor, entropy: Tensor) -> Tensor:
         """What `token_loss` returns, checked to be (n,)."""
         given = {"its log-probs": logp, "its entropies": entropy}
-        given |= {f"token_inputs[{number}]": x for number, x in enumerate(self.inputs) if x is not None}
+        given.update({f"token_inputs[{number}]": x for number, x in enumerate(self.inputs) if x is not None})
         versions = [_version(x) for x in given.values()]
         losses = self._called(logp, entropy)
         for (name, x), version in zip(given.items(), versions, strict=True):

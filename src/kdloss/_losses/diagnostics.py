@@ -124,4 +124,4 @@ def diagnostics(
         total = sums[[*averaged].index("teacher_logp")].to(means["teacher_logp"].dtype)
         means["teacher_logp"] = total / (tokens - number).clamp(min=1)  # a denominator of its own
         means["teacher_neg_inf"] = number
-    return statistics | means
+    return {**statistics, **means}

@@ -63,6 +63,9 @@ class Head(NamedTuple):
     softcap: float | None
     logit_scale: float
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
     def without_padding(self, vocab_size: int) -> Head:
         """This head with only its first `vocab_size` rows."""
         bias = None if self.bias is None else self.bias[:vocab_size]
@@ -94,14 +97,14 @@ def prepare_heads(
     still float32.
     """
     if not torch.compiler.is_compiling():
-        _checks.refuse_transforms("a loss of hidden states", *student[:3])
+        _checks.refuse_transforms("a loss of hidden states", *student.tensors())
     student, shard = _local_head(student, shard, "")
     sides = {"": student}
     if teacher is not None:
         teacher, _ = _local_head(teacher, None if shard is None else shard.with_rows_gathered(False), "teacher_")
         sides["teacher_"] = teacher
     for side, head in sides.items():
-        _checks.head(*head[:3], logit_scale=head.logit_scale, side=side)
+        _checks.head(*head.tensors(), logit_scale=head.logit_scale, side=side)
         _checks.softcap(**{f"{side}softcap": head.softcap})
     rows = student.hidden.shape[:-1]
     _checks.boolean(loss_mask=loss_mask)
@@ -127,8 +130,8 @@ def _tensors(sides: dict[str, Head]) -> dict[str, Tensor | None]:
 
 def _local_head(head: Head, shard: VocabShard | None, side: str) -> tuple[Head, VocabShard | None]:
     """The head with plain tensors, and the slice of the vocabulary that it is; None for the whole vocabulary."""
-    hidden, weight, bias, shard = head_shard(*head[:3], shard, side)
-    return head._replace(hidden=hidden, weight=weight, bias=bias), shard
+    hidden, weight, bias, shard = head_shard(*head.tensors(), shard, side)
+    return Head(hidden, weight, bias, head.softcap, head.logit_scale), shard
 
 
 def _flat_and_cast(head: Head) -> Head:

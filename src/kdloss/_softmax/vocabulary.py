@@ -61,7 +61,6 @@ class Softmax(NamedTuple):
         local_size = vocab_size if shard is None else shard.local_size(vocab_size)
         return cls(vocab_size, local_size, number, rows, shard, kernels)
 
-    @property
     def flat_temperature(self) -> Tensor | None:
         """(T,) the temperature of each row; None if all rows share one."""
         return None if self.row_temperature is None else self.row_temperature.flatten()

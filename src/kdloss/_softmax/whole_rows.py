@@ -48,7 +48,7 @@ def whole_rows(
     for (start, stop), part, moved in zip(shard.bounds, of_ranks, parts[-1].unbind(0), strict=True):
         own = (columns >= start) & (columns < stop)
         shifted = torch.where(own, moved + (part.maximum - whole.maximum), shifted)
-    return whole._replace(maximum=maximum), (shifted + whole.peak.log()).masked_fill(columns < 0, 0)
+    return RowState(maximum, whole.peak, whole.mean), (shifted + whole.peak.log()).masked_fill(columns < 0, 0)
 
 
 def rate_of(temperature: float, row_temperature: Tensor | None, like: Tensor) -> Tensor:
