@@ -441,6 +441,7 @@ def case_a_group_that_cannot_carry_the_tensors(ranks: Ranks) -> None:
 def case_compiled(ranks: Ranks) -> None:
     """With fullgraph=True, forward and backward: the collectives are functional ones."""
     shard = kdloss.VocabShard.even(V, ranks.group)
+    rows_cut = kdloss.VocabShard.even(V, ranks.group, sequence_parallel=True)
     labels, mask = labels_and_mask(ranks, None)
     logits, teacher = part(ranks.normal(T, V), shard, -1), part(ranks.normal(T, V, seed=9), shard, -1)
     hidden, weight = ranks.normal(T, D), part(ranks.normal(V, D, seed=1), shard, 0)
@@ -455,6 +456,12 @@ def case_compiled(ranks: Ranks) -> None:
         (
             lambda h, w: (kdloss.linear_reverse_kl(h, w, h.detach() + 1, w.detach(), loss_mask=mask, shard=shard),),
             [hidden, weight],
+        ),
+        (
+            lambda h, w: (
+                kdloss.linear_reverse_kl(h, w, h.detach() + 1, w.detach(), loss_mask=mask[1:], shard=rows_cut),
+            ),
+            [hidden[1:].chunk(ranks.size)[ranks.rank], weight],
         ),
         (lambda x: (kdloss.topk_reverse_kl(x, teacher[:, :3] - 4, kept, tail="bucket", shard=shard),), [logits]),
     ]

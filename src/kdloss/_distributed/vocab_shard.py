@@ -207,10 +207,7 @@ class VocabShard:
 
     def with_rows_gathered(self, gathered: bool) -> VocabShard:
         """A copy of this shard. True: the rows are already gathered, and that gather's backward sums the gradient."""
-        shard = VocabShard.__new__(VocabShard)
-        shard._join(self.start, self.stop, self.group, self.sequence_parallel)
-        shard.bounds, shard.gathered = self.bounds, gathered
-        return shard
+        return _Regathered(self, gathered)
 
     def enter(self, hidden: Tensor) -> Tensor:
         """The identity on hidden states, to be applied before this slice: their gradient is summed over all slices."""
@@ -222,6 +219,15 @@ class VocabShard:
             return gradient
         ops = torch.ops._c10d_functional
         return ops.wait_tensor(ops.all_reduce(gradient.contiguous(), "sum", self.group_name))  # type: ignore[no-any-return]
+
+
+class _Regathered(VocabShard):
+    """A copy, made by a constructor because torch 2.6 does not compile `__new__`."""
+
+    def __init__(self, shard: VocabShard, gathered: bool) -> None:
+        self.rank, self.size, self.group, self.group_name = shard.rank, shard.size, shard.group, shard.group_name
+        self.start, self.stop, self.bounds = shard.start, shard.stop, shard.bounds
+        self.sequence_parallel, self.gathered = shard.sequence_parallel, gathered
 
 
 class _SumGradients(torch.autograd.Function):
