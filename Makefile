@@ -82,9 +82,10 @@ test-servers: .venv-servers/servers.stamp  ## The readers against a real vLLM on
 	    tests/servers tests/trainers/test_pages.py $(ARGS)
 
 # An environment of another torch takes 6 GB. ruff and mypy run in .venv alone.
-compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests on the oldest and the newest torch, Python 3.10 and 3.13
+compat: $(COMPAT:%=.venv-%/compat.stamp)  ## The fast tests and those of torch.compile on the oldest and the newest torch, Python 3.10 and 3.13
 	@set -e; for name in $(COMPAT); do echo "compat: $$name"; \
 	    .venv-$$name/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS); \
+	    .venv-$$name/bin/python -m pytest --numprocesses auto --maxprocesses 4 tests/every_function/test_compile.py; \
 	done
 
 # The wheel is built from the sdist, so a file that the sdist lacks is noticed. The type checkers stay in .venv: the
