@@ -24,7 +24,7 @@ TESTS = Path(__file__).parents[1]
 ADVICE = re.compile(
     r"(?:^|[;:,(.] |\b(?:or|there|tokens) )(?:they are per token: |under \w+, )?"
     r"(?:pass|use|call|convert|set|unset|expand|flatten|write|load|pad|put|take|let|have|leave it|divide|train"
-    r"|score|draw|ask|return a)\b",
+    r"|score|draw|ask|return a|bind|rename)\b",
     re.IGNORECASE,
 )
 HERE = "every_function/test_advice.py"
@@ -105,6 +105,14 @@ FOLLOWED = {
         "test_the_scalar_form_of_a_coupled_loss_is_enumerated",
         "audit(centred, tree, batch_size=2)",
     ),
+    "pass batch_size={}, or take": (CALLS, "test_each_way_out_of_too_many_batches_works", "batch_size=size"),
+    "bind a number with": (
+        CALLS,
+        "test_a_parameter_that_no_batch_has_is_bound",
+        " partial(kdloss.kdrl_loss, distill_loss_weight=1.0",
+    ),
+    "rename {} to {}": (CALLS, "test_a_parameter_with_another_name_for_a_field_is_renamed", "def wrapped("),
+    "take an argument loss_mask and select": (CALLS, "SCALARS", "lambda x, loss_mask: torch.where(loss_mask, x, 0)"),
     "Take out what is random": (CALLS, "test_a_module_is_called_by_the_names_of_its_forward", "Dropout(0.5).eval()"),
     "write to a copy": (CALLS, "test_a_loss_that_writes_to_a_copy_is_taken", ".clone().masked_fill_("),
     # output_head

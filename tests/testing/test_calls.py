@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kdloss
 from kdloss.testing import SequenceTree, audit, expected_gradient
@@ -106,7 +108,7 @@ def test_the_scalar_form_of_a_coupled_loss_is_enumerated(tree):
     # alone, every advantage is zero; the report says that the batch is what lacks
     alone = audit(lambda logp, rewards, loss_mask: -(rewards - rewards.mean())[0] * logp[loss_mask].sum(), tree)
     assert alone.on_policy.why_zero.startswith("a gradient of zero in every batch")
-    assert any("pass the batch_size" in sentence for sentence in alone.verdicts)
+    assert any("so pass batch_size=2" in sentence for sentence in alone.verdicts)
 
 
 def test_a_scalar_loss_that_adds_sequences_up_needs_no_other_batch_size(tree):
@@ -120,6 +122,75 @@ def test_a_scalar_loss_that_adds_sequences_up_needs_no_other_batch_size(tree):
         assert report.on_policy.coefficients == {"expected reward": pytest.approx(1)}
         assert not report.notes
     assert "batches of one sequence" in str(audit(kdloss.grpo_loss, tree))  # its default divides by the local count
+
+
+def mean_of_a_batch(logp, old_logp, teacher_logp, loss_mask, normalizer=None):
+    out = kdloss.distillation_loss(logp, old_logp, teacher_logp, loss_mask=loss_mask, normalizer=normalizer)
+    return out.loss
+
+
+def test_more_batches_than_an_audit_enumerates_are_refused_before_they_are_called(tree):
+    calls = []
+
+    def loss(logp, loss_mask):
+        calls.append(0)
+        return logp[loss_mask].mean()
+
+    both(loss, tree, "64 of the tree's 14 sequences make about 1e73 batches", batch_size=64)
+    assert len(calls) == 2
+    both(loss, tree, "2000 of the tree's 14 sequences make about 1e2292 batches", batch_size=2000)
+    with pytest.raises(ValueError, match="4 of the tree's 14 sequences make 38,416 batches, more than 10,000"):
+        audit(loss, tree, batch_size=4)
+    audit(lambda logp: logp, tree, batch_size=64)  # a per-token loss is called on all sequences at once
+
+
+def test_each_way_out_of_too_many_batches_works(monkeypatch):
+    """With a lower limit, so that what it allows takes a second."""
+    monkeypatch.setattr("kdloss.testing._audit.moments.MOST_BATCHES", 100)
+    tree = SequenceTree(max_length=2, eos=0)
+    with pytest.raises(ValueError, match="343 batches, more than 100") as caught:
+        audit(mean_of_a_batch, tree, batch_size=3)
+    largest, small, of_small = re.search(
+        r"pass batch_size=(\d+), or take a smaller tree\. (.*) allows batch_size=(\d+)", str(caught.value)
+    ).groups()
+    assert (largest, of_small) == ("2", "3")
+    small_tree = eval(small, {"SequenceTree": SequenceTree})
+    # a count that is the same for every batch would hide what it does
+    assert len({len(tokens) for _, tokens in small_tree.sequences}) > 1
+    for tree_, size in ((tree, int(largest)), (small_tree, int(of_small))):
+        assert not audit(mean_of_a_batch, tree_, batch_size=size).on_policy.coefficients
+        with pytest.raises(ValueError, match="more than 100"):
+            audit(mean_of_a_batch, tree_, batch_size=size + 1)
+    assert "a fixed one (normalizer=1) needs no more than batch_size=1" in str(caught.value)
+    alone = audit(mean_of_a_batch, tree, normalizer=1, batch_size=1)
+    assert alone.on_policy.coefficients == {"reverse KL (token)": pytest.approx(1)}
+    assert not any("batches of one sequence" in note for note in alone.notes)
+    # no size but 1 fits this tree
+    with pytest.raises(ValueError, match="more than 100: take a smaller tree"):
+        audit(mean_of_a_batch, SequenceTree(vocab_size=4), batch_size=2)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_token_count_in_the_denominator_is_named_where_nothing_fits(size):
+    tree, said = SequenceTree(max_length=2, eos=0), "its denominator is the token count of the batch"
+    report = audit(kdloss.distillation_loss, tree, batch_size=size)
+    assert not report.on_policy.coefficients
+    (note,) = (note for note in report.notes if note.startswith(said))
+    assert "with a fixed one (normalizer=1)" in note
+    fixed = audit(kdloss.distillation_loss, tree, batch_size=size, normalizer=1)
+    assert fixed.on_policy.coefficients == {"reverse KL (token)": pytest.approx(size)}
+    assert said not in str(fixed)
+
+    def own(logp, teacher_logp, loss_mask):  # without such an argument
+        return ((logp - teacher_logp)[loss_mask] ** 2).mean()
+
+    assert f"{said}, which couples the sequences; with a fixed one it may be" in str(audit(own, tree, batch_size=size))
+
+    def centred(logp, rewards, loss_mask, cu_seqlens):  # coupled, but not by a count
+        centred = (rewards - 0.5 * rewards.mean()) ** 3
+        return -(torch.repeat_interleave(centred, cu_seqlens.diff()) * logp)[loss_mask].sum()
+
+    assert said not in str(audit(centred, tree, batch_size=size))
 
 
 def test_a_loss_that_is_nan_for_two_sequences_couples_them():
@@ -235,6 +306,54 @@ def test_a_module_is_called_by_the_names_of_its_forward(tree):
         audit(Scaled(), tree)
 
 
+def test_a_parameter_that_no_batch_has_is_bound(tree):
+    with pytest.raises(TypeError, match=r"functools\.partial\(loss, distill_loss_weight=1\.0\)$"):
+        audit(kdloss.kdrl_loss, tree)
+    bound = partial(kdloss.kdrl_loss, distill_loss_weight=1.0)
+    assert not audit(bound, tree).on_policy.is_zero
+
+
+def test_a_parameter_with_another_name_for_a_field_is_renamed(tree):
+    def loss(logprobs, ref_logprobs, mask, beta):
+        return torch.where(mask, beta * (logprobs - ref_logprobs) ** 2 / 2, 0.0)
+
+    with pytest.raises(TypeError, match="which a batch does not have") as caught:
+        audit(loss, tree)
+    names = dict(re.findall(r"rename (\w+) to (\w+)", str(caught.value)))
+    assert names == {"logprobs": "logp", "ref_logprobs": "teacher_logp", "mask": "loss_mask"}
+    assert "; bind a number with functools.partial(loss, beta=1.0)" in str(caught.value)
+
+    def wrapped(logp, teacher_logp, loss_mask):
+        return loss(logp, teacher_logp, loss_mask, beta=1.0)
+
+    assert audit(wrapped, tree).on_policy.coefficients == {"reverse KL (token)": pytest.approx(1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("teacher_logprobs", "teacher_logp"),
+        ("old_log_probs", "old_logp"),
+        ("log_p", "logp"),
+        ("student_logits", "logits"),
+        ("response_mask", "loss_mask"),
+        ("reward", "rewards"),
+        ("advantage", "advantages"),
+        *((name, None) for name in ("scale", "weight", "beta", "clip_low", "temperature", "target", "p")),
+    ],
+)
+def test_a_near_miss_of_a_name(tree, name, field):
+    loss = eval(f"lambda {name}: 0")
+    with pytest.raises(TypeError, match=f"rename {name} to {field}" if field else f"partial.loss, {name}=1.0"):
+        audit(loss, tree)
+
+
+def test_a_field_that_the_loss_takes_already_is_no_new_name(tree):
+    with pytest.raises(TypeError, match=r"does not have") as caught:
+        audit(lambda loss_mask, mask, log_p, log_prob: 0, tree)
+    assert re.findall(r"rename (\w+) to (\w+)", str(caught.value)) == [("log_p", "logp")]
+
+
 def test_a_callable_object_is_taken(tree):
     class Callable:
         def __call__(self, logp, advantages):
@@ -325,3 +444,27 @@ def test_a_loss_that_is_infinite_for_one_sequence_is_not_told_to_pass_batch_size
 def test_the_expected_gradient_is_never_nan(tree):
     with pytest.raises(ValueError, match=r"reads untrained positions.*garbage=0\.0"):
         expected_gradient(lambda logp, loss_mask: (logp * loss_mask).sum(), tree)
+
+
+# as they are first written, and as the error says
+SCALARS = [
+    (lambda logp, teacher_logp: (logp - teacher_logp).mean(), lambda x, m: x[m].mean()),
+    (
+        lambda logp, teacher_logp: F.kl_div(logp, teacher_logp, reduction="sum", log_target=True),
+        lambda x, m: torch.where(m, x, 0).sum() / m.sum(),
+    ),
+    (
+        lambda logp, teacher_logp, loss_mask: ((logp - teacher_logp) * loss_mask).sum() / loss_mask.sum(),
+        lambda x, loss_mask: torch.where(loss_mask, x, 0).sum() / loss_mask.sum(),
+    ),
+]
+
+
+@pytest.mark.parametrize(("first", "reduce"), SCALARS)
+def test_a_scalar_that_reads_prompts_is_told_to_select_by_the_mask(tree, first, reduce):
+    both(first, tree, r"take an argument loss_mask and select with x\[loss_mask\] or torch\.where\(loss_mask, x, 0\)")
+
+    def mended(logp, teacher_logp, loss_mask):
+        return reduce((logp - teacher_logp) ** 2, loss_mask)
+
+    assert audit(mended, tree).on_policy.gradient.isfinite().all()

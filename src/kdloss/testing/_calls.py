@@ -6,8 +6,11 @@ changes the loss of another. Neither a per-token nor a scalar loss may change fr
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -23,6 +26,7 @@ _COUPLED = (
     "the per-token loss couples the sequences of a batch: {}. Its expected gradient then depends on the batch. Return "
     "the scalar that is trained, summed and divided in the loss, and pass its batch_size"
 )
+_SMALL_TREE = "SequenceTree(vocab_size=2, max_length=3, eos=0)"  # four sequences, of three lengths
 _TOLERANCE = "Differences below {:.0e} of the largest value or of the gradient count as rounding"
 
 
@@ -73,7 +77,10 @@ def call_by_name(loss: Callable[..., Any], batch: TokenBatch, normalizer: float 
         needed = (p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL)
         missing = [p.name for p in needed if p.name not in offered]
         if missing:
-            raise TypeError(f"the loss needs {', '.join(missing)}, which a batch does not have; it has {[*offered]}")
+            ways_out = _ways_out(missing, [name for name in offered if name not in arguments])
+            raise TypeError(
+                f"the loss needs {', '.join(missing)}, which a batch does not have; it has {[*offered]}; {ways_out}"
+            )
     # by name, except for positional-only parameters
     positional = [arguments.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
     result = loss(*positional, **arguments)
@@ -86,6 +93,31 @@ def call_by_name(loss: Callable[..., Any], batch: TokenBatch, normalizer: float 
     if value.ndim != 0 and value.shape != batch.logp.shape:
         raise ValueError(f"the loss must return (T,) = {shape} or (), got {tuple(value.shape)}")
     return value
+
+
+def _ways_out(missing: list[str], free: list[str]) -> str:
+    """How a loss gets the arguments that a batch does not have. `free` are the fields that it does not take yet."""
+    renamed, bound = [], []
+    for name in missing:
+        field = _close_name(name, free)
+        if field is None:
+            bound.append(f"{name}=1.0")
+        else:
+            free = [other for other in free if other != field]
+            renamed.append(f"rename {name} to {field}")
+    said = []
+    if renamed:
+        said.append(", ".join(renamed) + ", or wrap the loss in a function that has these names")
+    if bound:
+        said.append(f"bind a number with functools.partial(loss, {', '.join(bound)})")
+    return "; ".join(said)
+
+
+def _close_name(name: str, offered: list[str]) -> str | None:
+    """The field of a batch that is meant by another name for it: `teacher_logprobs`, `mask`, `reward`."""
+    name = re.sub(r"log_?p(rob)?s?$", "logp", name).removeprefix("student_")
+    name = "loss_mask" if name.endswith("mask") else re.sub("^ref(erence)?_", "teacher_", name)
+    return next(iter(difflib.get_close_matches(name, offered, n=1, cutoff=0.85)), None)
 
 
 def student_gradient(scalar: Tensor, tree: SequenceTree) -> Tensor:
@@ -168,9 +200,10 @@ def not_finite_text(
         )
     equal = len(batch) > 1 and bool((tree.rewards[list(batch)] == tree.rewards[batch[0]]).all())
     return (
-        "the loss or its gradient is not finite. Either the loss reads untrained positions, which hold NaN: apply "
-        "torch.where(loss_mask, x, 0) before anything else, or audit it on a tree with garbage=0.0. Or it is "
-        "infinite at this tree's policies"
+        "the loss or its gradient is not finite. Either the loss reads untrained positions, which hold NaN: take an "
+        "argument loss_mask and select with x[loss_mask] or torch.where(loss_mask, x, 0) before anything else (x * "
+        "loss_mask stays NaN, because NaN * 0 is NaN), or audit it on a tree with garbage=0.0. Or it is infinite at "
+        "this tree's policies"
         + (". Or it divides by the standard deviation of equal rewards, which is 0: add an epsilon" if equal else "")
     )
 
@@ -182,14 +215,19 @@ def checked_value(
     batch_size: int,
     normalizer: float | None,
     rtol: float,
+    most: int,
 ) -> Tensor:
     """`loss_value`; refuses a loss that is stochastic or changes its batch, and a per-token loss that couples it.
+
+    A scalar loss of more than `most` batches is refused as well, before these are called.
 
     Every sequence is in one of the batches that are called twice, alone if the loss is per token. Then a per-token loss
     is called on all sequences in one stream. Values and gradients are compared, see `_difference`.
     """
     value = loss_value(loss, tree, under, batch_size, normalizer)
     per_token = value.ndim == 1
+    if not per_token:
+        _check_count(len(tree.sequences), batch_size, most)
     size = 1 if per_token else batch_size
     once, twice = [], []
     for start in range(len(tree.sequences)):
@@ -230,13 +268,44 @@ def checked_value(
     return value
 
 
-def couples_pairs(loss: Callable[..., Any], tree: SequenceTree, under: str, normalizer: float | None) -> bool:
-    """Whether the gradient of a scalar loss of two sequences is other than a multiple of the sum of those of each."""
+def _check_count(sequences: int, batch_size: int, most: int) -> None:
+    """Refuse `sequences` ** `batch_size` batches if these are more than `most`. One a batch is never refused."""
+    digits = batch_size * math.log10(sequences)  # an int of a large batch would take long
+    if batch_size == 1 or digits <= math.log10(most) + 1e-9:
+        return
+
+    def largest(sequences: int) -> int:
+        return int(math.log10(most) / math.log10(sequences) + 1e-9)
+
+    count = f"{sequences**batch_size:,}" if digits < 9 else f"about 1e{int(digits)}"
+    smaller = f"pass batch_size={largest(sequences)}, or take" if largest(sequences) > 1 else "take"
+    raise ValueError(
+        f"a scalar loss is called on every batch, and {batch_size} of the tree's {sequences} sequences make {count} "
+        f"batches, more than {most:,}: {smaller} a smaller tree. {_SMALL_TREE} allows batch_size={largest(4)}. Where "
+        "only the denominator couples the sequences, a fixed one (normalizer=1) needs no more than batch_size=1"
+    )
+
+
+def couples_pairs(
+    loss: Callable[..., Any],
+    tree: SequenceTree,
+    under: str,
+    normalizer: float | None,
+    *,
+    times_tokens: bool = False,
+) -> bool:
+    """Whether the gradient of a scalar loss of two sequences is other than a multiple of the sum of those of each.
+
+    With `times_tokens`, of the loss times the number of trained tokens of its batch.
+    """
 
     def gradients(size: int) -> Tensor:
-        batches = (tree.batch(_rotated(tree, start, size), under=under) for start in range(len(tree.sequences)))
-        each = (student_gradient(call_by_name(loss, batch, normalizer), tree) for batch in batches)
-        return torch.stack([gradient.flatten() for gradient in each])
+        each = []
+        for start in range(len(tree.sequences)):
+            batch = tree.batch(_rotated(tree, start, size), under=under)
+            factor = batch.loss_mask.sum() if times_tokens else 1
+            each.append(student_gradient(factor * call_by_name(loss, batch, normalizer), tree).flatten())
+        return torch.stack(each)
 
     try:
         alone, pairs = gradients(1), gradients(2)

@@ -107,7 +107,7 @@ class Audit:
             `tried`.
         teacher_in_gradient: whether another teacher changes the expected gradient, on-policy or off-policy.
         teacher_in_value: whether another teacher changes the value of the loss.
-        notes: the findings on bounds and on `batch_size`, as sentences; part of `verdicts`.
+        notes: the findings on bounds, on `batch_size` and on the denominator, as sentences; part of `verdicts`.
         tried: the ranges for which the result holds or `notes` say that it does not, as name -> (least, greatest):
             "log p - log q" (nats, teacher against student), "ratio" (student against behaviour policy), "reward".
             Those that the loss takes. A bound beyond them cannot be seen.
