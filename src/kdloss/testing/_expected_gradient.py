@@ -16,7 +16,7 @@ from torch import Tensor
 from ._calls import call_by_name, checked_value, not_finite_text, student_gradient, whole_batch
 from ._sequence_tree import SequenceTree
 
-_MOST = 100_000  # batches; one core takes about 1,000 a second
+_MOST = 1_000_000  # batches; one core takes about 1,000 a second
 _RTOL = 1e-6  # two calls of a loss, and a token alone and beside other sequences, may differ by this
 
 
@@ -41,7 +41,7 @@ def expected_gradient(
     A per-token loss is summed over the trained tokens and divided by `normalizer` (default: `batch_size`). The
     expectation is then linear in the sequences, so one call with all of them suffices. A scalar loss may couple the
     sequences of a batch (a token count, a group's mean), so it is called for every batch: S ** batch_size calls, S the
-    number of sequences of the tree. More than 100,000 are refused if `batch_size` is above 1.
+    number of sequences of the tree. More than 1,000,000 are refused if `batch_size` is above 1.
 
     Refused, because the enumeration would not be right: a per-token loss that couples the sequences of a batch, which
     shows where its values or gradients on all sequences differ from those on single ones; a loss that is stochastic or

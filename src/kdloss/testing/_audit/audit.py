@@ -87,7 +87,7 @@ def audit(
             one token hides nothing.
         batch_size: sequences per batch. A scalar loss is called several times for each of the S ** batch_size batches,
             S the number of sequences of the tree (30 in the default tree). One core takes 100 to 200 batches a second.
-            More than 10,000 are refused if `batch_size` is above 1.
+            More than 30,000 are refused if `batch_size` is above 1.
         normalizer: passed to a scalar loss that names it; the denominator of a per-token loss (default: `batch_size`).
         rtol: the part of g that may stay unexplained. Exact fits leave about 1e-15 in float64 and 1e-7 in float32.
 

@@ -18,7 +18,7 @@ from kdloss.testing._calls import (
 )
 from kdloss.testing._sequence_tree import SequenceTree, batch_and_rows
 
-MOST_BATCHES = 10_000  # an audit enumerates them about 8 times, so one core takes 100 to 200 a second
+MOST_BATCHES = 30_000  # an audit enumerates them about 8 times, so one core takes 100 to 200 a second
 
 
 class Moments(NamedTuple):
