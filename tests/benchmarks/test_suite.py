@@ -339,6 +339,15 @@ def test_a_page_holds_the_summaries_of_the_results_that_it_names(page):
         assert report.documented(page, result, data) == page, f"run: python -m benchmarks --report {data} --save"
 
 
+def test_the_times_of_a_mask_are_those_of_the_stored_result():
+    result = json.loads((ROOT / "benchmarks/results/intel-xeon-2-cores/core.json").read_text(encoding="utf-8"))
+    ours = {entry["name"]: entry["rows"]["kdloss"]["samples"] for entry in result["cases"]}
+    names = [f"hidden-T1024-V16384-D1024-{part}bfloat16" for part in ("", "trained30%-", "trained10%-")]
+    whole, third, tenth = (round(1e3 * statistics.median(x["user"] for x in ours[name])) for name in names)
+    page = " ".join((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split())
+    assert f"takes {whole} ms, {third} ms with 30 % of the tokens kept, and {tenth} ms with 10 %" in page
+
+
 def test_a_chart_shows_every_contender(tmp_path):
     pytest.importorskip("matplotlib")
     (drawn,) = report.draw(stored(), tmp_path / "core.png")
