@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +104,28 @@ def test_what_the_page_says_of_the_numbers():
         for k, tokens in ((16, sooner), (64, later)):
             noise, bias = (1 / rows[Form(x, k, "teacher")]["cosine_head"] ** 2 - 1 for x in ("sample", "bucket"))
             assert level["positions"] * noise / bias == pytest.approx(tokens, rel=0.05)
+
+
+def test_what_was_not_expected():
+    levels = json.loads(real_pair.DATA.read_text("utf-8"))["levels"]
+    found = [{Form(x["name"], x["k"], x["support"]): x for x in level["forms"]} for level in levels]
+
+    def quieter(*form: Any) -> list[float]:  # than a sample without a baseline, in percent
+        return [round(100 - 100 * x[Form(*form)]["variance"] / x[Form("sampled")]["variance"]) for x in found]
+
+    assert quieter("sample", 1, "teacher") == [2, 2]
+    assert quieter("value") == [11, 25]
+    assert found[1][Form("sample", 4, "teacher")]["variance"] > found[1][Form("optimal")]["variance"]
+    better = []  # cells where "renormalize" has a larger error than the bucket and a higher cosine
+    for level, rows in enumerate(found):
+        for k, support in itertools.product(KEPT, ("teacher", "student")):
+            bucket, other = rows[Form("bucket", k, support)], rows[Form("renormalize", k, support)]
+            assert rows[Form("generalized", k, support)]["bias"] > bucket["bias"] < other["bias"]
+            if other["cosine_head"] > bucket["cosine_head"]:
+                better.append((level, k, support))
+    assert better == [(1, 16, "student"), (1, 64, "student")]
+    assert [(round(x["reverse_kl"], 2), round(x["entropy"], 1)) for x in levels] == [(0.11, 2.3), (0.46, 3.3)]
+    assert [x["positions"] for x in levels] == [384, 371]
 
 
 @pytest.mark.parametrize(
