@@ -102,6 +102,29 @@ def test_rows_of_the_heads():
         shown(row["adapter, weights MiB"], (split if large else copied) / 2**20)
 
 
+def test_what_the_page_says_of_the_rows():
+    student, teacher, large = (
+        {(row["GPUs"], row["layout"]): row for row in rows(name)} for name in ("student", "teacher", "70B")
+    )
+    for split, copied in (("FSDP2 64", "FSDP2 8, copies 8"), ("FSDP2 1024", "FSDP2 8, copies 128")):
+        gpus = split.removeprefix("FSDP2 ")
+        whole, own = student[gpus, split], student[gpus, copied]
+        assert 7 < float(whole["adapter GiB"]) / float(own["adapter GiB"]) < 9
+        assert 0.9 < float(own["state GiB"]) - float(whole["state GiB"]) < 1.15
+    assert "saves 1 GiB of state, and sends about eight times as much over the adapters" in PAGE
+    sent = float(teacher["8 to 1024", "TP 4"]["NVLink GiB"]) * 1024 / 32768  # MiB per token
+    weights = float(teacher["8 to 1024", "FSDP2 8"]["NVLink GiB"])
+    equal = round(weights * 1024 / sent / 4, -2)  # a group of four GPUs scores the tokens of all four
+    assert f"{sent:.1f} MiB per token; FSDP2 sends" in PAGE
+    assert f"{weights:.0f} GiB per pass. At about {equal:.0f} tokens per GPU" in PAGE
+    held = {
+        gpus: [float(row[x]) for x in ("state GiB", "gathered GiB", "kept GiB")] for (gpus, _), row in large.items()
+    }
+    memory = 80e9 / GIB
+    assert held["8"][0] > memory > sum(held["32"])
+    assert held["16"][0] < memory < sum(held["16"])
+
+
 def test_the_limit_is_where_the_wire_takes_as_long_as_the_arithmetic():
     for model, layout in ((STUDENT, Layout(1, 8, 4)), (LARGE, Layout(8, 16)), (TEACHER, Layout(1, 8))):
         text = scale_plan.limit(model, layout, TOKENS, trains=model is not TEACHER)
