@@ -140,3 +140,23 @@ def test_an_axis_that_leaves_the_node_is_on_the_adapters():
     assert scale_plan.wires(Layout(4, 2, 2), sent) == (11, 100)
     assert scale_plan.wires(Layout(4, 4, 1), sent) == (1, 110)
     assert ADAPTER == 400e9 / 8 < NVLINK
+
+
+def test_the_page_on_scale_out_holds_the_collectives_that_were_counted():
+    root = scale_plan.PAGE.parents[1]
+    counted = {}
+    for line in (root / "benchmarks" / "results" / "collectives.md").read_text("utf-8").splitlines():
+        if line[:3] in ("| 2", "| 4"):
+            ranks, path, *counts = [cell.strip() for cell in line.strip("|").split("|")]
+            counted[int(ranks), path] = [int(x) for x in counts]
+    page = (root / "docs" / "scale-out.md").read_text("utf-8")
+    for said, path in (
+        ("three all-reduces", "hidden, three all-reduces, one of dH"),
+        ("`linear_token_logprobs`", "`linear_token_logprobs`"),
+    ):
+        forward, sent, backward, _ = counted[4, path]
+        assert f"| {said} | {forward}, {backward} of dH | {sent} |" in page
+    for n in (2, 4):
+        assert counted[n, "`token_logprobs`"][1] == 12 * (n - 1)
+        assert counted[n, "logits, three all-reduces"][1] == 24 * (n - 1) / n
+        assert counted[n, "`linear_token_logprobs`"][3] == 2 * 4 * 64 * (n - 1) / n  # D = 64 in float32, twice bf16
