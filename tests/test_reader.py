@@ -52,6 +52,16 @@ def test_the_suite_runs_what_the_reader_sees(pytestconfig, tmp_path):
         assert collected == [block.line for block in blocks(page) if block.seen]
 
 
+RECIPES = [block.code for block in blocks((ROOT / "docs" / "recipes.md").read_text("utf-8"))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES[1:], ids=lambda code: code.splitlines()[0][:40])
+def test_a_recipe_needs_the_first_block_of_its_page_alone(recipe):
+    names = {}
+    exec(RECIPES[0], names)
+    exec(recipe, names)
+
+
 PRINTS = "```python\nprint(1e-16)\n```\n\n```text\n{}\n```\n"
 
 
