@@ -198,6 +198,18 @@ def test_where_each_tail_has_its_optimum():
     close(ends["renormalize"][0] / ends["renormalize"][2], torch.tensor(0.75))
 
 
+def test_the_truncated_reverse_kl_is_least_at_p_over_e():
+    """There q log q/p has the slope 0 on the K: the tail ends with more than the teacher gives it."""
+    logp, ids = torch.tensor([0.4, 0.3], dtype=torch.float64).log(), torch.tensor([2, 0])
+    kept, rest = torch.tensor([0.4, 0.3], dtype=torch.float64) / math.e, 1 - 0.7 / math.e
+    least = torch.stack([kept[1], kept.new_tensor(rest / 2), kept[0], kept.new_tensor(rest / 2)]).log().requires_grad_()
+    value = kdloss.topk_reverse_kl(least, logp, ids, tail="truncate")
+    torch.testing.assert_close(value, -kept.sum())
+    torch.testing.assert_close(gradient(value, least), torch.zeros_like(least))
+    other = least.detach() + normal(100, 4, scale=0.5)
+    assert (kdloss.topk_reverse_kl(other, logp.expand(100, 2), ids.expand(100, 2), tail="truncate") > value).all()
+
+
 # Support
 
 
