@@ -191,3 +191,20 @@ def test_the_jsd_reward_tends_to_those_of_the_kls():
     for beta, limit in ((1e-9, kdloss.forward_kl_reward), (1 - 1e-9, kdloss.reverse_kl_reward)):
         found = kdloss.jsd_reward(logp, teacher_logp, loss_mask=mask, beta=beta) / (beta * (1 - beta))
         torch.testing.assert_close(found, limit(logp, teacher_logp, loss_mask=mask), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5])
+def test_reward_extrapolation_descends_the_reverse_kl_to_the_tilted_teacher(scale):
+    """The recipe in docs/recipes.md: log p + (scale - 1) (log p - log r) is not normalised, and need not be."""
+    rows = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits, (teacher_logp, ref_logp) = rows[0].clone().requires_grad_(), rows[1:].log_softmax(-1)
+    beyond = teacher_logp + (scale - 1) * (teacher_logp - ref_logp)
+    tilted = (teacher_logp.exp() ** scale * ref_logp.exp() ** (1 - scale)).log()
+    mask = torch.ones(7, dtype=torch.bool)
+    logp = logits.log_softmax(-1)
+    reward = kdloss.reverse_kl_reward(logp, beyond, loss_mask=mask)
+    surrogate = kdloss.importance_sampled_surrogate(logp, None, reward, loss_mask=mask).loss
+    (found,) = torch.autograd.grad((logp.detach().exp() * surrogate).sum(), logits)
+    (wanted,) = torch.autograd.grad(kdloss.reverse_kl(logits, tilted), logits)
+    torch.testing.assert_close(found, wanted)
+    assert beyond.logsumexp(0).abs() > 0.01
