@@ -423,10 +423,13 @@ def runs_eagerly(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or inside_torch_func() or x.is_meta)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.6 cannot compile it
 def inside_torch_func() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, jvp) is running."""
     return peek_interpreter_stack() is not None
+
+
+# Torch 2.6 cannot compile it. This is torch.compiler.assume_constant_result, which imports the compiler: 1 s more.
+inside_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def value_checks_allowed(x: Tensor) -> bool:

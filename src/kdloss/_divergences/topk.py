@@ -10,8 +10,8 @@
 | "generalized" (KLs) | the sum over S of terms that are >= 0 each | yes, of masses on S; blind to the rest |
 
 Use "bucket" by default: at its optimum q = p on S, and the mass outside S is right. "renormalize" never moves mass into
-S or out of it. The minimum of "truncate" is not at the teacher: the forward KL moves all mass into S, and the reverse KL
-leaves q = p / e on S. Each function's docstring has the gradient.
+S or out of it. The minimum of "truncate" is not at the teacher: the forward KL moves all mass into S, and the reverse
+KL leaves q = p / e on S. Each function's docstring has the gradient.
 
 Rows with fewer ids are padded with id -1, where log-probs are not read. A row of padding only is 0 without gradient. A
 row in which either side excludes all of S cannot be renormalised: it is NaN. S may be the teacher's top K or the
