@@ -64,6 +64,13 @@ def test_dotted_paths_are_relative_to_the_file_and_others_are_left_alone(tmp_pat
     assert load_config(write(tmp_path, SEED)).actor.path == "Qwen/Qwen3-0.6B"
 
 
+def test_a_configuration_is_the_same_however_its_file_is_named(monkeypatch):
+    monkeypatch.chdir(CIPHER.parents[1])
+    relative = Path(CIPHER.parent.name, CIPHER.name)
+    data = ["data.path=./train.jsonl", "data.eval_path=./test.jsonl"]
+    assert load_config(relative, data) == load_config(CIPHER, data)
+
+
 def test_student_is_another_name_of_actor():
     config = load_config(KDRL, ["student.device_map=auto", "student.optimizer.lr=1e-3"])
     assert config.actor.device_map == "auto"

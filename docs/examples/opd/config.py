@@ -306,8 +306,11 @@ def _renamed(config: DictConfig) -> DictConfig:
 
 
 def _beside(config_path: Path, path: str | None) -> str | None:
-    """Paths that begin with a dot are relative to the YAML file; others, `Qwen/Qwen3-0.6B` among them, stay."""
-    return str(config_path.parent / path) if path and path.startswith(".") else path
+    """Paths that begin with a dot are relative to the YAML file; others, `Qwen/Qwen3-0.6B` among them, stay.
+
+    The result is absolute, so that a run is the same run however the command names the YAML file.
+    """
+    return str((config_path.parent / path).resolve()) if path and path.startswith(".") else path
 
 
 def _check_keys(given: Mapping, schema: type, prefix: str) -> None:
