@@ -65,7 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
     for bar in bars.values():
         bar.close()
     experiment = configs[0].run_dir.parent
-    print(f"\n{table(experiment)}\n\n{os.path.relpath(draw(experiment))}, after {time.monotonic() - begin:.0f} s")
+    picture = os.path.relpath(draw(experiment))
+    print(f"\n{table(experiment)}\n\nThe picture is {picture}, after {time.monotonic() - begin:.0f} s.")
+    if options.config == parser.get_default("config") and not options.seeds:
+        print(
+            "Each mode ran with one seed. README.md has the means of five seeds: "
+            'make demo ARGS="--seeds 1,2,3,4,5 experiment_name=five-seeds"'
+        )
     return 0
 
 

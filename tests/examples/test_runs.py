@@ -117,6 +117,7 @@ def test_the_demo_runs_modes_side_by_side_and_does_not_repeat_them(small, tmp_pa
     assert demo.main(arguments) == 0
     told = capfd.readouterr()
     assert "reward_curve.png, after" in told.out
+    assert "one seed. README.md has the means of five seeds: make demo ARGS" in told.out
     assert "distill" in told.err
     experiment = tmp_path / "test"
     assert is_drawn(experiment / "reward_curve.png")
@@ -129,6 +130,7 @@ def test_the_demo_averages_seeds(small, tmp_path, capfd):
     assert demo.main(arguments) == 0
     told = capfd.readouterr().out
     assert all(f"\nkdrl-full-{seed} " in told for seed in (1, 2))
+    assert "one seed" not in told
     assert {trial.name for trial in read_trials(tmp_path / "test")} == {"kdrl-full-1", "kdrl-full-2"}
     assert is_drawn(tmp_path / "test" / "reward_curve.png")
 

@@ -20,6 +20,7 @@ LABELS = {  # of a curve, and its colour
     "kdrl-full": ("reward + forward KL where no sample is right", "#9467bd"),
     "kdrl-direct": ("literal joint form: no teacher in its gradient", "#d62728"),
 }
+DASHED = "kdrl-direct"  # where both stay at 0, the curve of GRPO shows through it
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def draw(experiment: Path) -> Path:
             error = [stdev(column) / len(column) ** 0.5 for column in columns]
         else:
             error = next(trial.series("accuracy_se")[1] for trial in trials if trial.mode == mode)
-        axes.plot(updates, mean, color=colour, linewidth=2)
+        axes.plot(updates, mean, color=colour, linewidth=2, linestyle=(0, (4, 3)) if mode == DASHED else "-")
         low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
         axes.fill_between(updates, low, high, color=colour, alpha=0.18, linewidth=0)
         ends.append((mean[-1], label, colour))
@@ -83,8 +84,9 @@ def draw(experiment: Path) -> Path:
         axes.text(0, teacher[0] + 0.012, "the teacher", color="0.35", fontsize=10)
     for height, (_, text, colour) in zip(apart([y for y, *_ in sorted(ends)], 0.062), sorted(ends), strict=True):
         axes.text(last * 1.015, height, text, color=colour, fontsize=10, va="center")
-    seeds = max((sum(trial.mode == mode for trial in trials) for mode in LABELS), default=1)
-    axes.set_title("Held-out accuracy" + (f", mean of {seeds} seeds" if seeds > 1 else ""), loc="left")
+    counts = {sum(trial.mode == mode for trial in trials) for mode in LABELS} - {0}
+    seeds, at_most = max(counts, default=1), "up to " if len(counts) > 1 else ""
+    axes.set_title("Held-out accuracy" + (f", mean of {at_most}{seeds} seeds" if seeds > 1 else ""), loc="left")
     axes.set(xlabel="update", ylim=(-0.04, 1.04), xlim=(0, last))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
