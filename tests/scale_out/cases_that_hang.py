@@ -1,6 +1,10 @@
-"""Cases that hang, raise or loop forever, between others that pass, for the tests of `ranks.run` itself."""
+"""Cases that hang, raise, crash or loop forever, between others that pass, for the tests of `ranks.run` itself."""
 
 from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -35,6 +39,23 @@ def case_one_rank_raises(ranks: Ranks) -> None:
 def case_one_rank_loops_forever(ranks: Ranks) -> None:
     while ranks.rank == 2:
         pass
+    wait_for_the_others(ranks)
+
+
+@on(4)
+def case_one_rank_crashes_once(ranks: Ranks) -> None:
+    wait_for_the_others(ranks)
+    marker = Path(os.environ["CRASHED"])
+    if ranks.rank == 3 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    wait_for_the_others(ranks)
+
+
+@on(2)
+def case_one_rank_crashes_always(ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
     wait_for_the_others(ranks)
 
 

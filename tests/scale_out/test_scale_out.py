@@ -48,8 +48,9 @@ def test_the_examples_of_vocab_shard_run(monkeypatch):
     assert not runner.failures, "".join(report)
 
 
-def test_a_hang_ends_in_seconds_with_the_stack_of_the_rank(tmp_path):
-    """Gloo would wait for 15 minutes. A case that hangs, raises or loops forever fails alone, and the others go on."""
+def test_a_hang_ends_in_seconds_with_the_stack_of_the_rank(tmp_path, monkeypatch):
+    """Gloo would wait for 15 minutes. A case that hangs, raises, crashes or loops forever fails alone; others go on."""
+    monkeypatch.setenv("CRASHED", str(tmp_path / "crashed-once"))
     found = run(tmp_path, ["scale_out.cases_that_hang"], idle=2, case_processor_seconds=2)
     assert found["before-4"] == found["after-4"] == ""
     hang = found["one_rank_does_not_come-2"]
@@ -60,6 +61,9 @@ def test_a_hang_ends_in_seconds_with_the_stack_of_the_rank(tmp_path):
     loops = found["one_rank_loops_forever-4"]
     assert loops.startswith("did not end on ranks [2]: they left")
     assert "in case_one_rank_loops_forever" in loops.split("rank 2 said")[1]
+    assert (tmp_path / "crashed-once").exists()
+    assert found["one_rank_crashes_once-4"] == ""
+    assert found["one_rank_crashes_always-2"].startswith("did not end on ranks [1]: they left")
 
 
 def test_ranks_that_cannot_start_fail_every_case_at_once(tmp_path, monkeypatch):
