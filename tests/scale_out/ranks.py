@@ -124,6 +124,9 @@ class Round:
             while not ended.exists() and leader.poll() is None and time.monotonic() < end + 10:
                 time.sleep(POLL)
 
+    def crashed(self) -> bool:
+        return (self.folder / "crashed").exists()
+
     def joined(self) -> bool:
         return all((self.folder / f"{rank}.jsonl").exists() for rank in range(WORLD))
 
@@ -154,8 +157,10 @@ class Round:
         """The outcomes of the cases that passed on all ranks, and of the case that stopped the round."""
         found = {n: "" for n in self.left if list(self.texts.get(n, {}).values()) == [""] * self.sizes[n]}
         rest = [name for name in self.left if name not in found]
-        # cases that raised later did so because a rank had left; they run again
-        for name in [self.first or rest[0]] if rest else []:
+        # Cases that raised later did so because a rank had left; they run again. A rank that crashed wrote nothing, and
+        # another rank may have raised in a later case.
+        first = None if self.crashed() else self.first
+        for name in [first or rest[0]] if rest else []:
             texts = self.texts.get(name, {})
             missing = [rank for rank in range(self.sizes[name]) if rank not in texts]
             lines = [f"did not end on ranks {missing}: {self.stopped or 'they left'}"] if missing else []
@@ -225,7 +230,7 @@ def run(
             one = Round(folder / str(number), left, sizes)
             one.watch(leader, idle=idle, until=until)
             found = one.outcomes()
-            if (one.folder / "crashed").exists():
+            if one.crashed():
                 again = {name for name, text in found.items() if text} - crashed
                 crashed |= again
                 found = {name: text for name, text in found.items() if name not in again}
