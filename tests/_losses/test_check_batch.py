@@ -304,7 +304,14 @@ def test_what_is_said_of_labels_and_prompts():
     assert lines["labels"] == ("labels", "ok", "each is the token after its position")
     assert "no prompt" not in lines["loss_mask"].text
     everything = check(batch, loss_mask=batch["labels"] != -100)
-    assert everything.findings[0].text.endswith("all that have a label, so no prompt is left out")
+    assert everything.findings[0].text.endswith("all but one of each sequence, so no prompt is left out")
+    # prompts without a label are left out
+    unlabelled = batch["labels"].masked_fill(~batch["loss_mask"], -100)
+    assert "no prompt" not in check(batch, labels=unlabelled).findings[0].text
+    nothing = torch.zeros(0)
+    empty = {"loss_mask": nothing.bool(), "labels": nothing.long(), "input_ids": nothing.long()}
+    report = kdloss.check_batch(nothing, **empty, cu_seqlens=torch.tensor([0, 0]))
+    assert [x.verdict for x in report.findings if x.check == "labels"] == ["cannot tell"]
     assert "labels" not in {finding.check for finding in check(batch, input_ids=None).findings}
     assert [x.verdict for x in check(batch, labels=None).findings if x.check == "labels"] == ["not given"]
     ends = batch["cu_seqlens"][1:] - 1

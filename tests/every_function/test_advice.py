@@ -22,7 +22,7 @@ from contract import call, public_function
 
 TESTS = Path(__file__).parents[1]
 ADVICE = re.compile(
-    r"(?:^|[;:,(.] |\b(?:or|there|tokens) )(?:they are per token: |under \w+, )?"
+    r"(?:^|[;:,(.?] |\b(?:or|there|tokens) )(?:they are per token: |under \w+, )?"
     r"(?:pass|use|call|convert|set|unset|expand|flatten|write|load|pad|put|take|let|have|leave it|divide|train"
     r"|score|draw|ask|return a|bind|rename)\b",
     re.IGNORECASE,
@@ -148,6 +148,11 @@ FOLLOWED = {
         "logits",
     ),
     # check_batch
+    "Pass rewards= and group_size=": (
+        BATCH,
+        "test_a_group_of_equal_rewards_is_told_from_lost_advantages_by_its_rewards",
+        "check(batch).wrong",
+    ),
     "or pass loss_mask & (labels != -100)": (
         BATCH,
         "test_the_ways_out_lead_to_a_sound_batch",

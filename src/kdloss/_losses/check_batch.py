@@ -283,8 +283,8 @@ def _mask(batch: _Batch, labels: Tensor | None) -> Finding:
     if ignored:
         reason = f"{found}; {ignored} of them have label -100: {_OWN_POSITIONS}"
         return Finding("loss_mask", "wrong", reason)
-    if tokens == int((labels != -100).sum()):
-        found += ": all that have a label, so no prompt is left out"
+    if tokens == len(batch.mask) - sum(stop > start for start, stop in pairwise(batch.bounds)):
+        found += ": all but one of each sequence, so no prompt is left out"
     return Finding("loss_mask", "ok", found)
 
 
@@ -295,7 +295,7 @@ def _labels(batch: _Batch, labels: Tensor | None, input_ids: Tensor | None) -> I
     if labels is None:
         yield Finding("labels", "not given", "input_ids have nothing to be compared with")
         return
-    ends = torch.tensor([stop - 1 for start, stop in pairwise(batch.bounds) if stop > start])
+    ends = torch.tensor([stop - 1 for start, stop in pairwise(batch.bounds) if stop > start], dtype=torch.int64)
     compared = batch.mask.index_fill(0, ends, False) & (labels != -100)
     if not compared.any():
         yield Finding("labels", "cannot tell", "no trained token with a label has another one after it")
